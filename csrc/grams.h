@@ -1,0 +1,71 @@
+// Statistics of a pair of Grams: argument checks and the closing formula, shared by both devices.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "resize.h"  // PCKA_HOST_DEVICE
+
+namespace pcka {
+
+using torch::stable::Tensor;
+
+// coefficients (G, 3) of the gradient: dK = 2 (a L - b K) and dL = 2 (a K - c L).
+struct GroupAlignment {
+  double alignment;
+  double a, b, c;
+};
+
+// From <K, L>, <K, K>, <L, L> of Grams scaled by 1 / |X_c|^2 and 1 / |Y_c|^2 (so that nothing
+// overflows), and the energies |X|^2, |X_c|^2 of both sides. A group that is constant (or zero,
+// uncentered) up to rounding aligns with nothing: alignment 0 and gradient 0, never NaN.
+PCKA_HOST_DEVICE inline GroupAlignment align_group(
+    double kl, double kk, double ll, const double* energy_x, const double* energy_y, bool center,
+    double epsilon) {
+  const double threshold = center ? 64 * epsilon * epsilon : 0;
+  const bool degenerate = energy_x[1] <= threshold * energy_x[0] ||
+      energy_y[1] <= threshold * energy_y[0] || kk == 0 || ll == 0;
+  if (degenerate) return {0, 0, 0, 0};
+  const double scale_x = 1 / energy_x[1], scale_y = 1 / energy_y[1];
+  const double alignment = kl / (sqrt(kk) * sqrt(ll));
+  return {
+      alignment, scale_x * scale_y / (sqrt(kk) * sqrt(ll)), alignment * scale_x * scale_x / kk,
+      alignment * scale_y * scale_y / ll};
+}
+
+// k (G, N_k, N_k), l (G, N_l, N_l), cross (G, N_k, N_l): contiguous, one dtype. Without cross the
+// Grams must be of one size.
+inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross) {
+  const auto square = [](const Tensor& m) {
+    return m.dim() == 3 && m.size(1) == m.size(2) && m.is_contiguous();
+  };
+  STD_TORCH_CHECK(square(k), "k must be a contiguous (G, N, N)");
+  STD_TORCH_CHECK(square(l) && l.size(0) == k.size(0), "l must be a contiguous (G, N, N)");
+  STD_TORCH_CHECK(k.scalar_type() == l.scalar_type(), "k and l must have one dtype");
+  if (cross.has_value()) {
+    STD_TORCH_CHECK(
+        cross->dim() == 3 && cross->size(0) == k.size(0) && cross->size(1) == k.size(1) &&
+            cross->size(2) == l.size(1) && cross->is_contiguous() &&
+            cross->scalar_type() == k.scalar_type(),
+        "cross must be a contiguous (", k.size(0), ", ", k.size(1), ", ", l.size(1),
+        ") of k's dtype");
+  } else {
+    STD_TORCH_CHECK(
+        k.size(1) == l.size(1), "without cross, k and l must have one size, got ", k.size(1),
+        " and ", l.size(1));
+  }
+}
+
+// table must be a contiguous float64 (G, width).
+inline void check_table(const Tensor& table, const char* name, int64_t groups, int64_t width) {
+  STD_TORCH_CHECK(
+      table.dim() == 2 && table.size(0) == groups && table.size(1) == width &&
+          table.is_contiguous() && table.scalar_type() == torch::headeronly::ScalarType::Double,
+      name, " must be a contiguous float64 (", groups, ", ", width, ")");
+}
+
+}  // namespace pcka

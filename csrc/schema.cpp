@@ -1,0 +1,38 @@
+// The operators' schemas, stated once; csrc/cpu and csrc/cuda register the kernels.
+//
+// Symbols: G groups, N rows (samples or patches), D columns. group_by: 0 channel, 1 batch,
+// 2 position. center: 0 none, 1 over the rows (each column's mean), 2 over the columns.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pcka, m) {
+  // (B, C, H, W) -> rows (G, N, D), energy (G, 2): |X|^2 before and after centering, float64.
+  m.def(
+      "patchify(Tensor input, int patch_h, int patch_w, int group_by, int center) "
+      "-> (Tensor rows, Tensor energy)");
+  // The adjoint of patchify, written into grad_input (B, C, H, W).
+  m.def(
+      "patchify_backward_(Tensor(a!) grad_input, Tensor grad_rows, int patch_h, int patch_w, "
+      "int group_by, int center) -> ()");
+  // Grams -> alignment (G), coefficients (G, 3) float64 of the gradient. cross (G, N_k, N_l) is
+  // given when the aligned Grams are those of the columns (see csrc/alignment.cpp).
+  m.def(
+      "gram_alignment(Tensor k, Tensor l, Tensor? cross, Tensor energy_x, Tensor energy_y, "
+      "bool center) -> (Tensor alignment, Tensor coefficients)");
+  // Turns the Grams into the factors of the gradient, in place.
+  m.def(
+      "alignment_gradient_(Tensor(a!) k, Tensor(b!) l, Tensor(c!)? cross, Tensor coefficients) "
+      "-> ()");
+
+  // x (G, N, D_x), y (G, N, D_y) -> alignment (G) and its gradients by x and y (empty unless
+  // asked for).
+  m.def(
+      "cka(Tensor x, Tensor y, bool center, bool needs_grad_x, bool needs_grad_y) "
+      "-> (Tensor alignment, Tensor grad_x, Tensor grad_y)");
+  // student, teacher (B, C, H, W) -> alignment (G) and its gradient by the student (empty unless
+  // asked for): (B, C, H, W), or (G, N, D) when grouped by position, where one source pixel
+  // belongs to several groups.
+  m.def(
+      "patch_cka(Tensor student, Tensor teacher, int patch_h, int patch_w, int group_by, "
+      "bool columns, bool center, bool needs_grad) -> (Tensor alignment, Tensor gradient)");
+}

@@ -1,0 +1,30 @@
+"""What every loss module is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pcka.losses.outputs import Outputs
+
+
+class Loss(nn.Module):
+    """A distillation or task loss: outputs of both models and the target -> named, weighted terms.
+
+    Subclasses take keyword-only arguments, each with a default that YAML can hold, and say what
+    they need in three attributes.
+
+    Attributes:
+        taps: names of the features read from ``Outputs.features``.
+        needs_teacher: ``forward`` needs the teacher's outputs.
+        needs_target: ``forward`` needs the target.
+    """
+
+    taps: tuple[str, ...] = ()
+    needs_teacher: bool = True
+    needs_target: bool = False
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Terms named ``loss_...``, each a scalar already multiplied by its weight."""
+        raise NotImplementedError

@@ -1,0 +1,55 @@
+"""Refusals that several losses share, in one wording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def require(value: T | None, argument: str, loss: str) -> T:
+    """``value``, or a ``ValueError`` that says which loss misses which argument."""
+    if value is None:
+        raise ValueError(f"{argument}: {loss} needs it, got None; pass it, or leave the loss out")
+    return value
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits that are not ``(B, P)`` in both models."""
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must be logits of one shape (B, P); got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Both models need the "
+            "same classes in the same order"
+        )
+
+
+def check_samples(student: Tensor, teacher: Tensor) -> None:
+    """Refuse features that do not hold the same samples in their first dimension."""
+    if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            "student and teacher must be features of the same samples, (B, ...) each; got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Feed both models the "
+            "same batch"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")
+
+
+def check_levels(stages: Sequence[str], **settings: Sized) -> None:
+    """Refuse a stage named twice, and settings that do not hold one value for each stage."""
+    if len(set(stages)) != len(stages):
+        raise ValueError(f"stages must name each stage once, got {stages}")
+    for name, values in settings.items():
+        if len(values) != len(stages):
+            raise ValueError(
+                f"{name} must hold one value for each of the {len(stages)} stages {stages}; "
+                f"got {len(values)}: {values}"
+            )

@@ -1,0 +1,65 @@
+"""Knowledge distillation on softened logits (Hinton, Vinyals and Dean 2015)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_logits, check_temperature, require
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    r"""Divergence of the student's softened class probabilities from the teacher's.
+
+    ``T^2 * mean over samples of KL(softmax(t / T) || softmax(s / T))``; the factor keeps the
+    gradient's scale when ``T`` changes (Hinton et al. 2015, section 2).
+
+    Args:
+        student: ``(B, P)`` logits, any floating dtype.
+        teacher: ``(B, P)`` logits; no gradient reaches it.
+        temperature: ``T > 0``, divides the logits.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits of different shapes, or a temperature that is not positive.
+    """
+    check_logits(student, teacher)
+    check_temperature(temperature)
+    dtype = accumulation_dtype(student.dtype)
+    log_student = F.log_softmax(student.to(dtype) / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
+@register("KD")
+class KD(Loss):
+    """:func:`kd_loss` as a module: ``{"loss_kd"}``.
+
+    Args:
+        weight: factor of the term.
+        temperature: ``T > 0``, divides the logits.
+    """
+
+    def __init__(self, *, weight: float = 1.0, temperature: float = 4.0) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        self.weight = weight
+        self.temperature = temperature
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "KD")
+        loss = kd_loss(
+            require(student.logits, "student.logits", "KD"),
+            require(teacher.logits, "teacher.logits", "KD"),
+            self.temperature,
+        )
+        return {"loss_kd": self.weight * loss}

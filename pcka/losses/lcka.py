@@ -1,0 +1,130 @@
+"""Logit CKA: align the relations between samples and those between classes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_logits, check_temperature, require
+from pcka.losses.degenerate import leave_out_constant
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops import cka
+from pcka.ops.reference import accumulation_dtype
+
+
+def lcka_terms(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float | None = None,
+    center: bool = True,
+    row_normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""The two unweighted terms of :func:`lcka_loss`: ``(1 - intra, 1 - inter)``.
+
+    Arguments, results and errors are those of :func:`lcka_loss`.
+    """
+    check_logits(student, teacher)
+    student, teacher = _soften(student, temperature), _soften(teacher.detach(), temperature)
+    grams = {"center": center, "row_normalize": row_normalize}
+    intra = _misalignment(student, teacher, level="loss_lcka_intra", **grams)
+    inter = _misalignment(student.mT, teacher.mT, level="loss_lcka_inter", **grams)
+    return intra, inter
+
+
+def lcka_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    intra_weight: float = 15.0,
+    inter_weight: float = 15.0,
+    temperature: float | None = None,
+    center: bool = True,
+    row_normalize: bool = False,
+) -> Tensor:
+    r"""Weighted sum of ``1 - CKA`` over samples and ``1 - CKA`` over classes.
+
+    ``w_intra (1 - CKA(Z_s, Z_t)) + w_inter (1 - CKA(Z_s', Z_t'))`` with ``Z (B, P)`` the logits,
+    or the class probabilities ``softmax(logits / T)`` (Zhou et al. 2024, section 4.1).
+
+    Args:
+        student: ``(B, P)`` logits, any floating dtype.
+        teacher: ``(B, P)`` logits; no gradient reaches it.
+        intra_weight: factor of the term over the ``B x B`` Gram matrices of samples.
+        inter_weight: factor of the term over the ``P x P`` Gram matrices of classes.
+        temperature: ``T > 0`` compares softened probabilities; None compares the logits.
+        center: center the Gram matrices.
+        row_normalize: divide row ``i`` of each Gram matrix by ``sqrt(K_ii)``.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input. A term whose Gram matrices have one row
+        (two when centered) is constant, and is 0 with gradient 0.
+
+    Raises:
+        ValueError: logits of different shapes, or a temperature that is not positive.
+    """
+    intra, inter = lcka_terms(
+        student, teacher, temperature=temperature, center=center, row_normalize=row_normalize
+    )
+    return intra_weight * intra + inter_weight * inter
+
+
+def _misalignment(x: Tensor, y: Tensor, *, level: str, center: bool, row_normalize: bool) -> Tensor:
+    loss = 1 - cka(x, y, center=center, row_normalize=row_normalize)
+    return leave_out_constant(loss, samples=x.shape[0], center=center, level=level)
+
+
+def _soften(logits: Tensor, temperature: float | None) -> Tensor:
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    if temperature is None:
+        return logits
+    check_temperature(temperature)
+    return (logits / temperature).softmax(1)
+
+
+@register("LCKA")
+class LCKA(Loss):
+    """:func:`lcka_loss` as a module: ``{"loss_lcka_intra", "loss_lcka_inter"}``.
+
+    Args:
+        intra_weight: factor of the term over samples.
+        inter_weight: factor of the term over classes.
+        temperature: ``T > 0`` compares softened probabilities; None compares the logits.
+        center: center the Gram matrices.
+        row_normalize: divide row ``i`` of each Gram matrix by ``sqrt(K_ii)``.
+    """
+
+    def __init__(
+        self,
+        *,
+        intra_weight: float = 15.0,
+        inter_weight: float = 15.0,
+        temperature: float | None = None,
+        center: bool = True,
+        row_normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        if temperature is not None:
+            check_temperature(temperature)
+        self.intra_weight = intra_weight
+        self.inter_weight = inter_weight
+        self.temperature = temperature
+        self.center = center
+        self.row_normalize = row_normalize
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "LCKA")
+        intra, inter = lcka_terms(
+            require(student.logits, "student.logits", "LCKA"),
+            require(teacher.logits, "teacher.logits", "LCKA"),
+            temperature=self.temperature,
+            center=self.center,
+            row_normalize=self.row_normalize,
+        )
+        return {
+            "loss_lcka_intra": self.intra_weight * intra,
+            "loss_lcka_inter": self.inter_weight * inter,
+        }

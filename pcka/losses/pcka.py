@@ -1,0 +1,122 @@
+"""PCKA: align the patches of dense feature maps (Zhou et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_levels, require
+from pcka.losses.degenerate import leave_out_constant
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops import patch_cka
+
+PatchSize = int | tuple[int, int]
+
+
+def pcka_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    patch_size: PatchSize = 16,
+    group_by: str = "channel",
+    relation: str = "rows",
+    center: bool = True,
+    level: str = "pcka_loss",
+) -> Tensor:
+    r"""``1 - mean over groups`` of the alignment between the patches of two feature maps.
+
+    ``1 - 1/G sum_g CKA(X_s,g, X_t,g)``, ``X (G, N, D)`` the patches of :func:`pcka.patch_cka`
+    (Zhou et al. 2024, section 4.2; grouping: its figure 4).
+
+    Args:
+        student: ``(B, C, H, W)``, any floating dtype.
+        teacher: same shape, dtype and device; must not require grad.
+        patch_size: ``P`` or ``(P_H, P_W)``, in pixels of the map.
+        group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
+        relation: ``"rows"`` between patches, ``"columns"`` between the entries of a patch.
+        center: center the Gram matrices.
+        level: what the warning of a degenerate map calls this level.
+
+    Returns:
+        A scalar in [0, 1]: float32, or float64 for float64 input. Where the shape makes the
+        alignment constant (one row in the Gram matrices, or two when centered) it is 0 with
+        gradient 0.
+
+    Raises:
+        ValueError: as :func:`pcka.patch_cka`, a teacher that requires grad among them.
+    """
+    alignment = patch_cka(
+        student,
+        teacher,
+        patch_size=patch_size,
+        group_by=group_by,
+        relation=relation,
+        center=center,
+    )
+    samples = _gram_side(student, patch_size, group_by, relation)
+    return leave_out_constant(1 - alignment.mean(), samples=samples, center=center, level=level)
+
+
+def _gram_side(x: Tensor, patch_size: PatchSize, group_by: str, relation: str) -> int:
+    """``N`` of ``X (G, N, D)``, the number of patches, for ``"rows"``; ``D`` for ``"columns"``."""
+    b, c, h, w = x.shape
+    p_h, p_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if relation == "rows":
+        return -(-h // p_h) * -(-w // p_w)
+    return {"channel": b * p_h * p_w, "batch": c * p_h * p_w, "position": b * c}[group_by]
+
+
+@register("PCKA")
+class PCKA(Loss):
+    """:func:`pcka_loss` of several levels and relations: ``{"loss_pcka_<stage>_<relation>"}``.
+
+    Args:
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's terms.
+        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map.
+        group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
+        relations: which of ``"rows"`` and ``"columns"`` to align, one term each.
+        center: center the Gram matrices.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage3",),
+        weights: Sequence[float] = (10.0,),
+        patch_sizes: Sequence[PatchSize] = (16,),
+        group_by: str = "channel",
+        relations: Sequence[str] = ("rows",),
+        center: bool = True,
+    ) -> None:
+        super().__init__()
+        check_levels(stages, weights=weights, patch_sizes=patch_sizes)
+        self.taps = tuple(stages)
+        self.weights = tuple(weights)
+        self.patch_sizes = tuple(patch_sizes)
+        self.group_by = group_by
+        self.relations = tuple(relations)
+        self.center = center
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "PCKA")
+        terms = {}
+        for stage, weight, patch in zip(self.taps, self.weights, self.patch_sizes, strict=True):
+            for relation in self.relations:
+                name = f"loss_pcka_{stage}_{relation}"
+                loss = pcka_loss(
+                    student.feature(stage),
+                    teacher.feature(stage),
+                    patch_size=patch,
+                    group_by=self.group_by,
+                    relation=relation,
+                    center=self.center,
+                    level=name,
+                )
+                terms[name] = weight * loss
+        return terms

@@ -1,0 +1,220 @@
+"""The compiled operators: calls, shapes for tracing (fake), and gradients (autograd).
+
+The only module that touches ``torch.ops.pcka``. Schemas and conventions: ``csrc/schema.cpp``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcka.ops._loader import available
+from pcka.ops.reference import accumulation_dtype
+
+_BATCH, _POSITION = 1, 2  # codes of group_by
+_NONE, _OVER_ROWS = 0, 1  # codes of center
+
+
+def cka(x: Tensor, y: Tensor, center: bool) -> Tensor:
+    """``(G, N, D_x), (G, N, D_y)`` -> ``(G,)``."""
+    alignment, _, _ = torch.ops.pcka.cka(x, y, center, _needs_grad(x), _needs_grad(y))
+    return alignment
+
+
+def patchify(x: Tensor, patch: tuple[int, int], group_by: int, center: bool) -> Tensor:
+    """``(B, C, H, W)`` -> ``(G, N, D)``, resized and centered over the patches."""
+    rows, _ = torch.ops.pcka.patchify(x, *patch, group_by, _OVER_ROWS if center else _NONE)
+    return rows
+
+
+def patch_cka(
+    student: Tensor,
+    teacher: Tensor,
+    patch: tuple[int, int],
+    group_by: int,
+    columns: bool,
+    center: bool,
+) -> Tensor:
+    """``(B, C, H, W)`` twice -> ``(G,)``."""
+    alignment, _ = torch.ops.pcka.patch_cka(
+        student, teacher, *patch, group_by, columns, center, _needs_grad(student)
+    )
+    return alignment
+
+
+def _needs_grad(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _rows_shape(x: Tensor, patch_h: int, patch_w: int, group_by: int) -> tuple[int, int, int]:
+    b, c, h, w = x.shape
+    n, area = -(-h // patch_h) * -(-w // patch_w), patch_h * patch_w
+    if group_by == _POSITION:
+        return area, n, b * c
+    return (b, n, c * area) if group_by == _BATCH else (c, n, b * area)
+
+
+# --- fake: shapes and dtypes without values ------------------------------------------------------
+
+
+def _cka_fake(
+    x: Tensor, y: Tensor, center: bool, needs_grad_x: bool, needs_grad_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)),
+        x.new_empty(x.shape if needs_grad_x else 0),
+        y.new_empty(y.shape if needs_grad_y else 0),
+    )
+
+
+def _patchify_fake(
+    x: Tensor, patch_h: int, patch_w: int, group_by: int, center: int
+) -> tuple[Tensor, Tensor]:
+    shape = _rows_shape(x, patch_h, patch_w, group_by)
+    return (
+        x.new_empty(shape, dtype=accumulation_dtype(x.dtype)),
+        x.new_empty((shape[0], 2), dtype=torch.float64),
+    )
+
+
+def _patchify_backward_fake(
+    grad_input: Tensor, grad_rows: Tensor, patch_h: int, patch_w: int, group_by: int, center: int
+) -> None:
+    return None
+
+
+def _gram_alignment_fake(
+    k: Tensor,
+    l: Tensor,
+    cross: Tensor | None,
+    energy_x: Tensor,
+    energy_y: Tensor,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape[0]), k.new_empty((k.shape[0], 3), dtype=torch.float64)
+
+
+def _alignment_gradient_fake(
+    k: Tensor,
+    l: Tensor,
+    cross: Tensor | None,
+    coefficients: Tensor,
+) -> None:
+    return None
+
+
+def _patch_cka_fake(
+    student: Tensor,
+    teacher: Tensor,
+    patch_h: int,
+    patch_w: int,
+    group_by: int,
+    columns: bool,
+    center: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = _rows_shape(student, patch_h, patch_w, group_by)
+    wide = accumulation_dtype(student.dtype)
+    alignment = student.new_empty(rows[0], dtype=wide)
+    if not needs_grad:
+        return alignment, student.new_empty(0)
+    if group_by == _POSITION:
+        return alignment, student.new_empty(rows, dtype=wide)
+    return alignment, student.new_empty(student.shape)
+
+
+# --- autograd ------------------------------------------------------------------------------------
+# cka and patch_cka form their gradients in the forward pass; the backward scales them by the
+# incoming gradient of each group. That is differentiable once, and a second time is refused.
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse create_graph=True: to autograd a gradient formed in the forward is a constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "pcka: this operator is differentiable once; create_graph=True asks for a second "
+                "derivative. Use the functions of pcka.ops.reference where one is needed"
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
+def _cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad_x, grad_y = output
+    ctx.mark_non_differentiable(grad_x, grad_y)
+    ctx.save_for_backward(grad_x, grad_y)
+    ctx.needs = inputs[3], inputs[4]
+
+
+@_once
+def _cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = (
+        (saved * grad[:, None, None]).to(saved.dtype) if needed else None
+        for saved, needed in zip(ctx.saved_tensors, ctx.needs)
+    )
+    return (*grads, None, None, None)
+
+
+def _patch_cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, _, ctx.patch_h, ctx.patch_w, ctx.group_by = inputs[:5]
+    ctx.needs = inputs[7]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.shape, ctx.dtype = student.shape, student.dtype
+
+
+@_once
+def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    if not ctx.needs:
+        return (None,) * 8
+    if ctx.group_by == _POSITION:
+        rows = gradient * grad[:, None, None]
+        result = rows.new_empty(ctx.shape, dtype=ctx.dtype)
+        torch.ops.pcka.patchify_backward_(
+            result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by, _NONE
+        )
+    else:
+        shape = (-1, 1, 1, 1) if ctx.group_by == _BATCH else (1, -1, 1, 1)
+        result = (gradient * grad.view(shape)).to(ctx.dtype)
+    return (result, *[None] * 7)
+
+
+def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *ctx.settings = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.shape, ctx.dtype = x.shape, x.dtype
+
+
+@_once
+def _patchify_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    result = grad.new_empty(ctx.shape, dtype=ctx.dtype)
+    torch.ops.pcka.patchify_backward_(result, grad.contiguous(), *ctx.settings)
+    return (result, *[None] * 4)
+
+
+if available(torch.device("meta")):
+    _FAKES: dict[str, Callable[..., Any]] = {
+        "cka": _cka_fake,
+        "patchify": _patchify_fake,
+        "patchify_backward_": _patchify_backward_fake,
+        "gram_alignment": _gram_alignment_fake,
+        "alignment_gradient_": _alignment_gradient_fake,
+        "patch_cka": _patch_cka_fake,
+    }
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"pcka::{_name}", _fake)
+    for _name, _backward, _setup in (
+        ("cka", _cka_backward, _cka_setup),
+        ("patchify", _patchify_backward, _patchify_setup),
+        ("patch_cka", _patch_cka_backward, _patch_cka_setup),
+    ):
+        torch.library.register_autograd(f"pcka::{_name}", _backward, setup_context=_setup)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from matplotlib import image
+from matplotlib.figure import Figure
+
+from pcka.analysis.plots import plot_curves
+
+METRICS = [
+    {
+        "epoch": epoch,
+        "loss_ce": 2 / epoch,
+        "loss_fcka_stage3": 3 / epoch,
+        "loss_total": 5 / epoch,
+        "train_accuracy": 50.0 + epoch,
+        "accuracy": accuracy,
+        "seconds": 12.0,
+    }
+    for epoch, accuracy in ((1, 40.0), (2, 60.5), (3, 60.5), (4, 55.0))
+]
+METRICS[1]["cka_stage1"] = 0.7
+METRICS[3]["cka_stage1"] = 0.8
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draw, and give the panels by title."""
+    figures = []
+    save = Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+    def draw(metrics):
+        plot_curves(metrics, tmp_path / "curves.png")
+        return {axes.get_title(): axes for axes in figures[-1].axes}
+
+    return draw
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+
+
+def test_three_panels_of_the_curves(drawn):
+    loss, accuracy, alike = drawn(METRICS).values()
+    assert lines(loss).keys() == {"ce", "fcka_stage3", "total"}
+    assert lines(loss)["total"] == [[1, 5], [2, 2.5], [3, 5 / 3], [4, 1.25]]
+    assert lines(accuracy)["evaluation"] == [[1, 40], [2, 60.5], [3, 60.5], [4, 55]]
+    assert lines(accuracy)["train"][0] == [1, 51]
+    assert lines(alike) == {"stage1": [[2, 0.7], [4, 0.8]]}
+    assert {axes.get_xlabel() for axes in (loss, accuracy, alike)} == {"epoch"}
+
+
+def test_the_first_best_epoch_is_marked(drawn):
+    accuracy = drawn(METRICS)["Top-1 accuracy"]
+    assert lines(accuracy)["best: 60.50 %, epoch 2"] == [[2, 60.5]]
+
+
+def test_empty_panels_are_left_out(drawn):
+    assert list(drawn([{"epoch": 1, "accuracy": 10.0}])) == ["Top-1 accuracy"]
+    assert list(drawn([{"epoch": 1, "loss_ce": 1.0}])) == ["Weighted loss terms"]
+
+
+def test_writes_a_picture_without_global_state(tmp_path):
+    path = tmp_path / "curves.png"
+    plot_curves(METRICS, path)
+    height, width, _ = image.imread(path).shape
+    assert width > 2 * height > 400
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="every entry must hold 'epoch'"):
+        plot_curves([{"accuracy": 1.0}], tmp_path / "curves.png")
+    with pytest.raises(ValueError, match=r"nothing to draw.*\['epoch', 'seconds'\]"):
+        plot_curves([{"epoch": 1, "seconds": 2.0}], tmp_path / "curves.png")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_curves([], tmp_path / "curves.png")

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pcka.losses import FCKA, DegenerateLevelWarning, Outputs, fcka_loss
+
+
+@pytest.mark.parametrize("name", ["cka_uncentered_l2False", "cka_uncentered_different_width"])
+def test_record_of_the_original_implementation(meets_record, name):
+    meets_record(name, lambda s, t: fcka_loss(s, t, center=False) - 1)
+
+
+def numpy_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """CKA from the textbook: H K H with an explicit centering matrix."""
+    n = len(x)
+    h = np.eye(n) - np.ones((n, n)) / n
+    k, l = (h @ z @ z.T @ h for z in (x.reshape(n, -1), y.reshape(n, -1)))
+    return np.trace(k @ l) / np.sqrt(np.trace(k @ k) * np.trace(l @ l))
+
+
+def test_centered_maps_of_different_sizes(draw):
+    student, teacher = draw(0, 7, 3, 4, 4) + 2, draw(1, 7, 5, 2, 6) - 1
+    expected = 1 - numpy_cka(student.numpy(), teacher.numpy())
+    assert fcka_loss(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_rotation_and_isotropic_scaling_cost_nothing(draw, center):
+    x = draw(0, 8, 6) + 1
+    rotation = torch.linalg.qr(draw(1, 6, 6)).Q
+    assert fcka_loss(x, -3.7 * x @ rotation, center=center).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_shift_of_the_features_costs_nothing_when_centered(draw):
+    x, shift = draw(0, 8, 6), 5 * draw(1, 6)
+    assert fcka_loss(x + shift, x).item() == pytest.approx(0, abs=1e-12)
+    assert fcka_loss(x + shift, x, center=False).item() > 0.1
+
+
+def test_unrelated_features_cost(draw):
+    assert fcka_loss(draw(0, 200, 4), draw(1, 200, 4)).item() > 0.9
+
+
+def test_memory_format_changes_nothing(draw):
+    student, teacher = draw(0, 6, 3, 4, 4), draw(1, 6, 3, 4, 4)
+    strided = student.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fcka_loss(strided, teacher), fcka_loss(student, teacher))
+
+
+def test_gradient_reaches_only_the_student(draw):
+    student, teacher = draw(0, 6, 5).requires_grad_(), draw(1, 6, 5).requires_grad_()
+    fcka_loss(student, teacher).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+def test_half_features_give_a_float32_loss(draw):
+    student, teacher = draw(0, 6, 9).bfloat16(), draw(1, 6, 9).bfloat16()
+    loss = fcka_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    exact = fcka_loss(student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "center"), [(1, True), (2, True), (1, False)])
+def test_a_batch_too_small_is_left_out_with_one_warning(draw, batch, center):
+    student = draw(0, batch, 5).requires_grad_()
+    with pytest.warns(DegenerateLevelWarning, match="fcka_loss: ") as caught:
+        losses = [fcka_loss(student, draw(1, batch, 5), center=center) for _ in range(3)]
+    assert len(caught) == 1
+    sum(losses).backward()
+    assert [loss.item() for loss in losses] == [0, 0, 0]
+    assert student.grad.tolist() == torch.zeros(batch, 5).tolist()
+
+
+def test_two_uncentered_samples_are_not_degenerate(draw):
+    assert fcka_loss(draw(0, 2, 5), draw(1, 2, 5), center=False).item() > 1e-3
+
+
+def test_module_gives_a_weighted_term_a_stage(draw):
+    student = {"a": draw(0, 6, 3, 2, 2), "b": draw(1, 6, 5)}
+    teacher = {"a": draw(2, 6, 4, 2, 2), "b": draw(3, 6, 7)}
+    loss = FCKA(stages=("a", "b"), weights=(10.0, 0.5), center=False)
+    assert loss.taps == ("a", "b")
+    terms = loss(Outputs(features=student), Outputs(features=teacher), None)
+    assert list(terms) == ["loss_fcka_a", "loss_fcka_b"]
+    for name, weight in (("a", 10.0), ("b", 0.5)):
+        expected = weight * fcka_loss(student[name], teacher[name], center=False)
+        torch.testing.assert_close(terms[f"loss_fcka_{name}"], expected)
+
+
+def test_every_degenerate_stage_of_a_module_warns_once(draw):
+    loss = FCKA(stages=("a", "b"), weights=(1.0, 1.0))
+    outputs = Outputs(features={"a": draw(0, 2, 5), "b": draw(1, 2, 5)})
+    with pytest.warns(DegenerateLevelWarning) as caught:
+        loss(outputs, outputs, None)
+        loss(outputs, outputs, None)
+    named = [str(warning.message).split(":")[0] for warning in caught]
+    assert named == ["loss_fcka_a", "loss_fcka_b"]
+
+
+def test_refusals(draw):
+    x = draw(0, 6, 5)
+    with pytest.raises(ValueError, match="same samples"):
+        fcka_loss(x, draw(1, 5, 5))
+    with pytest.raises(ValueError, match="weights must hold one value for each of the 2 stages"):
+        FCKA(stages=("a", "b"))
+    with pytest.raises(ValueError, match=r"feature 'stage3'.*\['a'\]"):
+        FCKA()(Outputs(features={"a": x}), Outputs(features={"a": x}), None)
+    with pytest.raises(ValueError, match="teacher: FCKA needs it"):
+        FCKA()(Outputs(features={"stage3": x}), None, None)

@@ -1,0 +1,316 @@
+"""The compiled operators against the oracle; skipped where they are not loaded."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import pcka
+from pcka.ops import reference
+
+needs_extension = pytest.mark.skipif(
+    not pcka.build_info()["extension"], reason="the compiled operators are not loaded"
+)
+pytestmark = needs_extension
+
+CUDA = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        not (torch.cuda.is_available() and pcka.build_info()["cuda_loaded"]),
+        reason="no GPU, or no CUDA operators",
+    ),
+)
+DEVICES = ["cpu", CUDA]
+GROUPINGS = ["channel", "batch", "position"]
+RELATIONS = ["rows", "columns"]
+# (shape, patch): resized both ways, tails, one patch, one channel, one image, no resize.
+MAPS = [
+    ((2, 6, 33, 40), (16, 16)),
+    ((3, 4, 9, 14), (2, 5)),
+    ((1, 3, 32, 24), (8, 8)),
+    ((3, 1, 5, 40), (16, 8)),
+    ((2, 3, 7, 6), (8, 8)),
+]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 1e-2)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 distance, absolute where the reference is (nearly) zero."""
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / max(b.norm().item(), 1e-2)).item()
+
+
+def value_and_grads(function, *inputs):
+    """Result and gradients under random weights, so that groups cannot stand in for each other."""
+    result = function(*inputs)
+    weights = torch.linspace(0.5, 1.5, result.numel(), device=result.device, dtype=result.dtype)
+    wanted = [x for x in inputs if x.requires_grad]
+    return result, *torch.autograd.grad((result * weights.view_as(result)).sum(), wanted)
+
+
+def assert_same(function, oracle, *inputs):
+    for ours, theirs in zip(value_and_grads(function, *inputs), value_and_grads(oracle, *inputs)):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert error(ours, theirs) < tolerance(inputs[0].dtype)
+
+
+def make(*shape, dtype=torch.float64, device="cpu", grad=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return x.to(device=device, dtype=dtype).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(("shape", "patch"), MAPS, ids=str)
+def test_patch_cka_equals_the_reference(device, dtype, shape, patch):
+    student = make(*shape, dtype=dtype, device=device, grad=True)
+    teacher = make(*shape, dtype=dtype, device=device, seed=1)
+    for group_by, relation, center in itertools.product(GROUPINGS, RELATIONS, [True, False]):
+        options = {
+            "patch_size": patch, "group_by": group_by, "relation": relation, "center": center,
+        }  # fmt: skip
+        assert_same(
+            lambda s, t, options=options: pcka.patch_cka(s, t, **options),
+            lambda s, t, options=options: reference.patch_cka(s, t, **options),
+            student,
+            teacher,
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize(("n", "d_x", "d_y"), [(16, 20, 33), (40, 5, 7), (4, 1, 1), (9, 64, 3)])
+def test_cka_equals_the_reference_and_differentiates_both(device, dtype, center, n, d_x, d_y):
+    x = make(3, n, d_x, dtype=dtype, device=device, grad=True)
+    y = make(3, n, d_y, dtype=dtype, device=device, grad=True, seed=1)
+    assert_same(
+        lambda x, y: pcka.cka(x, y, center=center),
+        lambda x, y: reference.cka(x, y, center=center),
+        x,
+        y,
+    )
+    assert_same(
+        lambda x, y: pcka.cka(x[0], y[0], center=center),
+        lambda x, y: reference.cka(x[0], y[0], center=center),
+        x,
+        y,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group_by", GROUPINGS)
+@pytest.mark.parametrize("center", [True, False])
+def test_patch_gram_equals_the_reference(device, group_by, center):
+    """Its gradient goes through the un-centering adjoint, with an arbitrary upstream gradient."""
+    x = make(2, 3, 9, 14, device=device, grad=True)
+    options = {"patch_size": (4, 5), "group_by": group_by, "center": center}
+    assert_same(
+        lambda x: pcka.patch_gram(x, **options), lambda x: reference.patch_gram(x, **options), x
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("center", [0, 1, 2])
+@pytest.mark.parametrize("group_by", range(3))
+def test_patchify_backward_is_the_adjoint(device, center, group_by):
+    """<P x, g> = <x, P' g> for maps enlarged by little and by much."""
+    for shape in [(2, 3, 9, 14), (1, 2, 1, 3), (1, 1, 17, 31)]:
+        x = make(*shape, device=device)
+        rows, energy = torch.ops.pcka.patchify(x, 4, 16, group_by, center)
+        g = torch.randn_like(rows)
+        back = torch.full_like(x, torch.nan)
+        torch.ops.pcka.patchify_backward_(back, g, 4, 16, group_by, center)
+        assert torch.allclose((rows * g).sum(), (x * back).sum(), rtol=1e-11, atol=1e-11)
+        assert torch.allclose(energy[:, 1], rows.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group_by", GROUPINGS)
+def test_memory_layout_does_not_matter(device, group_by):
+    student, teacher = make(2, 6, 18, 20, device=device), make(2, 6, 18, 20, device=device, seed=1)
+    options = {"patch_size": 8, "group_by": group_by}
+    expected = value_and_grads(
+        lambda s, t: pcka.patch_cka(s, t, **options), student.requires_grad_(), teacher
+    )
+    layouts = [
+        student.detach().contiguous(memory_format=torch.channels_last),
+        student.detach().transpose(2, 3).contiguous().transpose(2, 3),
+        student.detach().repeat_interleave(2, dim=1)[:, ::2],
+    ]
+    for layout in layouts:
+        assert layout.stride() != student.stride()
+        got = value_and_grads(
+            lambda s, t: pcka.patch_cka(s, t, **options), layout.requires_grad_(), teacher
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_cka_reads_strided_samples():
+    x, y = make(10, 24), make(24, 10, seed=1).t()
+    assert torch.equal(pcka.cka(x, y), pcka.cka(x, y.contiguous()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_constant_groups_align_with_nothing(device, dtype, relation):
+    """Features that are constant up to rounding: alignment 0 and gradient 0, never NaN."""
+    student = make(2, 3, 20, 30, dtype=dtype, device=device)
+    teacher = make(2, 3, 20, 30, dtype=dtype, device=device, seed=1)
+    student[:, 1], teacher[:, 2] = 0.1, -1234.5
+    options = {"patch_size": 4, "relation": relation}
+    alignment, grad = value_and_grads(
+        lambda s, t: pcka.patch_cka(s, t, **options), student.requires_grad_(), teacher
+    )
+    assert alignment[0] > 0 and (alignment[1:] == 0).all()
+    assert grad[:, 0].abs().max() > 0 and (grad[:, 1:] == 0).all()
+    uncentered = pcka.patch_cka(student, teacher, center=False, **options)
+    assert (uncentered > 0).all()  # a constant is not degenerate there, only zero is
+    assert pcka.patch_cka(torch.zeros_like(teacher), teacher, center=False).eq(0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scale_does_not_matter_even_where_grams_would_overflow(device):
+    x, y = (make(16, 32, dtype=torch.float32, device=device, seed=s) for s in (0, 1))
+    expected = pcka.cka(x, y)
+    for scale in (1e-8, 1e12):
+        assert torch.allclose(pcka.cka(x * scale, y), expected, rtol=1e-4)
+
+
+def test_not_a_number_is_passed_on():
+    x, y = make(8, 4, dtype=torch.float32), make(8, 4, dtype=torch.float32, seed=1)
+    x[3, 2] = torch.nan
+    assert pcka.cka(x, y).isnan()
+    x[3, 2] = torch.inf
+    assert pcka.cka(x, y).isnan()
+
+
+def test_a_far_mean_costs_no_more_than_in_eager():
+    """Centering's hard case, at most twice the error of the eager version in the same dtype."""
+    exact_s, exact_t = make(2, 8, 32, 48) + 100, make(2, 8, 32, 48, seed=1) - 300
+    exact_s, exact_t = exact_s.float().double(), exact_t.float().double()
+    options = {"patch_size": (8, 8), "group_by": "channel", "relation": "rows", "center": True}
+    truth = value_and_grads(
+        lambda s, t: reference.patch_cka(s, t, **options), exact_s.requires_grad_(), exact_t
+    )
+    student, teacher = exact_s.detach().float().requires_grad_(), exact_t.float()
+    ours = value_and_grads(lambda s, t: pcka.patch_cka(s, t, **options), student, teacher)
+    eager = value_and_grads(lambda s, t: reference.patch_cka(s, t, **options), student, teacher)
+    for a, b, exact in zip(ours, eager, truth):
+        assert error(a, exact) <= 2 * error(b, exact) + 1e-7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradcheck(device):
+    student = make(2, 2, 7, 9, device=device, grad=True)
+    teacher = make(2, 2, 7, 9, device=device, seed=1)
+    for group_by, relation in itertools.product(GROUPINGS, RELATIONS):
+        assert torch.autograd.gradcheck(
+            lambda s, g=group_by, r=relation: pcka.patch_cka(
+                s, teacher, patch_size=(3, 4), group_by=g, relation=r
+            ),
+            student,
+        )
+    x, y = make(2, 5, 8, device=device, grad=True), make(2, 5, 2, device=device, grad=True, seed=1)
+    assert torch.autograd.gradcheck(pcka.cka, (x, y))
+    assert torch.autograd.gradcheck(
+        lambda x: pcka.patch_gram(x, patch_size=(3, 4)), make(1, 2, 7, 9, grad=True, device=device)
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck(device, grad):
+    ops = torch.ops.pcka
+    student = make(2, 3, 9, 14, dtype=torch.float32, device=device, grad=grad)
+    teacher = make(2, 3, 9, 14, dtype=torch.float32, device=device, seed=1)
+    for group_by, columns in itertools.product(range(3), [True, False]):
+        torch.library.opcheck(
+            ops.patch_cka.default, (student, teacher, 4, 5, group_by, columns, True, grad)
+        )
+        torch.library.opcheck(ops.patchify.default, (student, 4, 5, group_by, 1 + columns))
+    x = make(2, 6, 5, dtype=torch.float32, device=device, grad=grad)
+    y = make(2, 6, 9, dtype=torch.float32, device=device, grad=grad, seed=1)
+    torch.library.opcheck(ops.cka.default, (x, y, True, grad, grad))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_of_the_parts(device):
+    ops = torch.ops.pcka
+    rows = make(2, 5, 6, dtype=torch.float32, device=device)
+    energy = rows.double().square().sum((1, 2))[:, None].repeat(1, 2)
+    k, cross = rows @ rows.mT, rows @ rows.mT + 1
+    coefficients = make(2, 3, device=device)
+    for third in (None, cross):
+        torch.library.opcheck(ops.gram_alignment.default, (k, k + 1, third, energy, energy, True))
+        torch.library.opcheck(
+            ops.alignment_gradient_.default,
+            (k.clone(), k + 1, third if third is None else third.clone(), coefficients),
+        )
+    grad = torch.empty(2, 1, 5, 6, device=device)
+    torch.library.opcheck(ops.patchify_backward_.default, (grad, rows, 1, 6, 1, 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_does_not_reach_inside(device):
+    """Under autocast a plain bmm would round to bfloat16 and lose two digits."""
+    student = make(2, 4, 32, 32, dtype=torch.float32, device=device, grad=True)
+    teacher = make(2, 4, 32, 32, dtype=torch.float32, device=device, seed=1)
+    x, y = student.flatten(1), teacher.flatten(1)
+    for function, inputs in [
+        (lambda s, t: pcka.patch_cka(s, t, patch_size=8), (student, teacher)),
+        (lambda s, t: pcka.patch_cka(s, t, patch_size=8, relation="columns"), (student, teacher)),
+        (lambda s, t: pcka.patch_gram(s, patch_size=8), (student, teacher)),
+        (lambda s, t: pcka.cka(s, t, row_normalize=True), (x, y)),
+        (pcka.cka, (x, y)),
+    ]:
+        plain = function(*inputs)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert torch.equal(function(*inputs), plain)
+
+
+def test_compiles_to_one_graph():
+    student, teacher = make(2, 3, 9, 14, grad=True), make(2, 3, 9, 14, seed=1)
+
+    def loss(s, t):
+        return 1 - pcka.patch_cka(s, t, patch_size=4).mean() + pcka.cka(s.flatten(1), t.flatten(1))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        value_and_grads(loss, student, teacher), value_and_grads(compiled, student, teacher)
+    ):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_a_second_derivative_is_refused():
+    x, y = make(2, 3, 8, 8, grad=True), make(2, 3, 8, 8, seed=1)
+    for result in (
+        pcka.cka(x.flatten(1), y.flatten(1)),
+        pcka.patch_cka(x, y, patch_size=4).sum(),
+        pcka.patch_gram(x, patch_size=4).sum(),
+    ):
+        with pytest.raises(RuntimeError, match=r"differentiable once.*pcka\.ops\.reference"):
+            torch.autograd.grad(result, x, create_graph=True)
+
+
+def test_the_compiled_operators_refuse_what_they_cannot_read():
+    x = make(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match=r"group_by must be 0 .channel."):
+        torch.ops.pcka.patchify(x, 4, 4, 7, 0)
+    with pytest.raises(RuntimeError, match=r"center must be 0 .none."):
+        torch.ops.pcka.patchify(x, 4, 4, 0, 3)
+    with pytest.raises(RuntimeError, match=r"input must be .B, C, H, W., got 3 dimensions"):
+        torch.ops.pcka.patchify(x[0], 4, 4, 0, 0)
+    with pytest.raises(RuntimeError, match="input must be float16, bfloat16"):
+        torch.ops.pcka.patchify(x.long(), 4, 4, 0, 0)
+    with pytest.raises(RuntimeError, match="teacher must have the student's shape"):
+        torch.ops.pcka.patch_cka(x, x[:1], 4, 4, 0, False, True, False)

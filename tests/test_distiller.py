@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pcka.distiller import Distiller
+from pcka.losses import CE, FCKA, KD, RCKA, Loss, Outputs, fcka_loss, kd_loss
+from pcka.teacher import FrozenTeacher
+
+IMAGES = torch.linspace(-2, 3, 6 * 3 * 8 * 8).sin().view(6, 3, 8, 8)
+TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
+TAPS = {"stage1": ("stem", "stem"), "stage2": ("body", "body")}
+
+
+def net(width: int) -> nn.Sequential:
+    torch.manual_seed(width)
+    model = nn.Sequential()
+    model.add_module("stem", nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)))
+    model.add_module("body", nn.Sequential(nn.Conv2d(width, width, 3, stride=2), nn.ReLU()))
+    model.add_module("head", nn.Sequential(nn.Flatten(), nn.LazyLinear(5)))
+    model(IMAGES)
+    return model
+
+
+@pytest.fixture
+def student():
+    return net(4)
+
+
+@pytest.fixture
+def teacher():
+    return net(7)
+
+
+def count_calls(module: nn.Module) -> list[None]:
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_terms_are_those_of_the_losses(student, teacher):
+    losses = [CE(weight=0.1), KD(weight=0.9), FCKA(stages=("stage2",), weights=(3.0,))]
+    terms = Distiller(student, teacher, losses, TAPS)(IMAGES, TARGET)
+    body = [model.stem(IMAGES) for model in (student, teacher)]
+    body = [model.body(x) for model, x in zip((student, teacher), body, strict=True)]
+    logits = [model.head(x) for model, x in zip((student, teacher), body, strict=True)]
+    expected = {
+        "loss_ce": 0.1 * nn.functional.cross_entropy(logits[0], TARGET),
+        "loss_kd": 0.9 * kd_loss(*logits),
+        "loss_fcka_stage2": 3 * fcka_loss(*body),
+    }
+    assert list(terms) == list(expected)
+    torch.testing.assert_close(terms, expected)
+
+
+def test_gradient_reaches_only_the_student(student, teacher):
+    losses = [CE(), RCKA(stages=("stage1", "stage2"), feature_weights=(1.0, 1.0))]
+    distiller = Distiller(student, teacher, losses, TAPS)
+    sum(distiller(IMAGES, TARGET).values()).backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert {id(p) for p in distiller.parameters()} == {id(p) for p in student.parameters()}
+
+
+def test_the_teacher_is_no_part_of_the_state(student, teacher):
+    distiller = Distiller(student, teacher, [KD()])
+    assert isinstance(distiller.teacher, FrozenTeacher)
+    assert set(distiller.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+    assert dict(distiller.named_children()).keys() == {"student", "losses"}
+
+
+def test_the_teacher_stays_frozen_and_the_student_trains(student, teacher):
+    distiller = Distiller(student, teacher, [KD()]).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distiller(IMAGES, TARGET)
+    assert student.stem[1].training
+    assert not any(module.training for module in distiller.teacher.modules())
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in before.items())
+
+
+def test_the_teacher_follows_casts(student, teacher):
+    distiller = Distiller(student, teacher, [KD()]).to(torch.float64)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float64}
+    assert distiller(IMAGES.double(), TARGET)["loss_kd"].dtype == torch.float64
+    distiller.to("meta")
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+
+
+def test_a_deep_copy_has_its_own_teacher(student, teacher):
+    distiller = Distiller(student, teacher, [KD()])
+    twin = copy.deepcopy(distiller).double()
+    assert twin.teacher is not distiller.teacher
+    assert next(teacher.parameters()).dtype == torch.float32
+
+
+def test_no_teacher_is_needed_without_distillation(student):
+    terms = Distiller(student, None, [CE()]).to(torch.float64)(IMAGES.double(), TARGET)
+    assert list(terms) == ["loss_ce"]
+
+
+def test_a_teacher_that_no_loss_needs_does_not_run(student, teacher):
+    calls = count_calls(teacher)
+    Distiller(student, teacher, [CE()])(IMAGES, TARGET)
+    assert not calls
+
+
+def test_taps_that_no_loss_needs_are_not_hooked(student, teacher):
+    taps = {**TAPS, "unused": ("no such path", "no such path")}
+    seen = {}
+
+    class Spy(Loss):
+        taps = ("stage2",)
+
+        def forward(self, student: Outputs, teacher: Outputs | None, target):
+            seen.update(student=set(student.features), teacher=set(teacher.features))
+            return {"loss_spy": student.logits.sum()}
+
+    Distiller(student, teacher, [CE(), Spy()], taps)(IMAGES, TARGET)
+    assert seen == {"student": {"stage2"}, "teacher": {"stage2"}}
+
+
+def test_no_hooks_stay_between_steps(student, teacher):
+    distiller = Distiller(student, teacher, [FCKA(stages=("stage2",))], TAPS)
+    assert hooks(student) == hooks(teacher) == 0
+    distiller(IMAGES, TARGET)
+    assert hooks(student) == hooks(teacher) == 0
+
+
+def test_the_teacher_sees_its_own_images(student, teacher):
+    distiller = Distiller(student, teacher, [KD()]).eval()
+    other = IMAGES.flip(3)
+    terms = distiller(IMAGES, TARGET, teacher_images=other)
+    expected = kd_loss(student(IMAGES), teacher(other))
+    torch.testing.assert_close(terms["loss_kd"], expected)
+
+
+def test_teacher_outputs_take_the_dtypes_of_the_student(student, teacher):
+    seen = []
+
+    class Spy(Loss):
+        taps = ("stage2",)
+
+        def forward(self, student: Outputs, teacher: Outputs | None, target):
+            seen.extend((teacher.logits.dtype, teacher.feature("stage2").dtype))
+            return {"loss_spy": student.logits.sum()}
+
+    distiller = Distiller(student, teacher, [Spy()], TAPS)
+    student.bfloat16()
+    distiller(IMAGES.bfloat16(), TARGET, teacher_images=IMAGES)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_losses_are_float32_under_autocast(student, teacher):
+    losses = [CE(), KD(), RCKA(stages=("stage2",))]
+    distiller = Distiller(student, teacher, losses, TAPS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = distiller(IMAGES, TARGET)
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+    sum(terms.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in student.parameters())
+
+
+def test_parameters_of_losses_are_trained_and_saved(student, teacher):
+    class Adapted(Loss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, student: Outputs, teacher: Outputs | None, target):
+            return {"loss_adapted": self.scale * student.logits.sum()}
+
+    distiller = Distiller(student, teacher, [Adapted()])
+    assert "losses.0.scale" in distiller.state_dict()
+
+
+def test_refusals_at_construction(student, teacher):
+    with pytest.raises(ValueError, match=r"FCKA needs the tap 'stage3', there are \['stage1'"):
+        Distiller(student, teacher, [CE(), FCKA()], TAPS)
+    with pytest.raises(ValueError, match="teacher: KD needs one, got None"):
+        Distiller(student, None, [CE(), KD()])
+    with pytest.raises(ValueError, match=r"tap 'stage2': .* no module 'bodi'; near.*body"):
+        Distiller(student, teacher, [FCKA(stages=("stage2",))], {"stage2": ("body", "bodi")})
+    with pytest.raises(ValueError, match="teacher shares parameters with student"):
+        Distiller(student, student, [KD()])
+
+
+def test_two_losses_do_not_share_a_name(student):
+    distiller = Distiller(student, None, [CE(), CE(weight=2.0)])
+    with pytest.raises(ValueError, match="CE gives loss_ce, which another loss gives already"):
+        distiller(IMAGES, TARGET)

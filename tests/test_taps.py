@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pcka.taps import FeatureTap
+
+
+class Net(nn.Module):
+    """Two stages, one activation shared by both, and a module that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.block = nn.Sequential(nn.Conv2d(5, 6, 1), nn.ReLU(inplace=True))
+        self.pair = nn.LSTM(6, 2)
+        self.idle = nn.Linear(1, 1)
+
+    def forward(self, x):
+        x = self.block(self.relu(self.conv2(self.relu(self.conv1(x)))))
+        self.pair(x.mean((2, 3)))
+        return x
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_gives_the_outputs_of_the_named_modules(net):
+    with FeatureTap(net, {"first": "conv1", "last": "block.1"}) as tap:
+        output = net(IMAGES)
+        features = tap.pop()
+    assert list(features) == ["first", "last"]
+    torch.testing.assert_close(features["first"], net.conv1(IMAGES))
+    assert features["last"] is output
+
+
+def test_features_keep_their_graph_and_no_grad_is_respected(net):
+    with FeatureTap(net, {"first": "conv1"}) as tap:
+        net(IMAGES)
+        tap.pop()["first"].sum().backward()
+        assert net.conv1.weight.grad is not None
+        with torch.no_grad():
+            net(IMAGES)
+        assert not tap.pop()["first"].requires_grad
+        with torch.inference_mode():
+            net(IMAGES)
+        assert tap.pop()["first"].is_inference()
+
+
+def test_memory_format_is_kept(net):
+    net = net.to(memory_format=torch.channels_last)
+    with FeatureTap(net, {"first": "conv1"}) as tap:
+        net(IMAGES.contiguous(memory_format=torch.channels_last))
+        feature = tap.pop()["first"]
+    assert feature.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(feature, net.conv1(IMAGES))
+
+
+@pytest.mark.parametrize("leave", ["remove", "with", "error"])
+def test_leaves_no_hooks_behind(net, leave):
+    tap = FeatureTap(net, {"first": "conv1", "last": "block"})
+    assert hooks(net) == 2
+    if leave == "remove":
+        tap.remove()
+        tap.remove()
+    elif leave == "with":
+        with tap:
+            pass
+    else:
+        with pytest.raises(ZeroDivisionError), tap:
+            raise ZeroDivisionError
+    assert hooks(net) == 0
+
+
+def test_pop_clears(net):
+    with FeatureTap(net, {"first": "conv1"}) as tap:
+        net(IMAGES)
+        tap.pop()
+        with pytest.raises(RuntimeError, match=r"tap 'first': module 'conv1' did not run since"):
+            tap.pop()
+
+
+def test_a_module_that_never_runs_is_named(net):
+    with FeatureTap(net, {"quiet": "idle"}) as tap:
+        net(IMAGES)
+        with pytest.raises(RuntimeError, match="tap 'quiet': module 'idle' did not run"):
+            tap.pop()
+
+
+def test_two_forward_passes_without_pop_are_refused(net):
+    with FeatureTap(net, {"first": "conv1"}):
+        net(IMAGES)
+        with pytest.raises(RuntimeError, match="tap 'first': module 'conv1' ran twice"):
+            net(IMAGES)
+
+
+def test_a_module_shared_within_the_model_is_refused(net):
+    with (
+        FeatureTap(net, {"act": "relu"}),
+        pytest.raises(RuntimeError, match="module 'relu' ran twice"),
+    ):
+        net(IMAGES)
+
+
+def test_an_output_changed_in_place_is_refused(net):
+    with FeatureTap(net, {"pre": "block.0"}) as tap:
+        net(IMAGES)
+        with pytest.raises(RuntimeError, match=r"module 'block\.0' was changed in place"):
+            tap.pop()
+
+
+def test_an_output_that_is_no_tensor_is_refused(net):
+    with (
+        FeatureTap(net, {"pair": "pair"}),
+        pytest.raises(ValueError, match="module 'pair' returned tuple, expected a tensor"),
+    ):
+        net(IMAGES)
+
+
+def test_an_unknown_path_lists_near_matches_and_hooks_nothing(net):
+    with pytest.raises(ValueError, match=r"tap 'a': Net has no module 'conv3'; near.*conv2"):
+        FeatureTap(net, {"first": "conv1", "a": "conv3"})
+    assert hooks(net) == 0
+
+
+def test_a_module_under_a_second_name_is_found(net):
+    net.alias = net.conv1
+    with FeatureTap(net, {"first": "alias"}) as tap:
+        net(IMAGES)
+        torch.testing.assert_close(tap.pop()["first"], net.conv1(IMAGES))
