@@ -91,8 +91,7 @@ struct Aligned {
 };
 
 Aligned align(
-    const Rows& x, const Rows& y, bool columns, bool center, bool needs_grad_x,
-    bool needs_grad_y) {
+    const Rows& x, const Rows& y, bool columns, bool center, bool needs_grad_x, bool needs_grad_y) {
   const int64_t n = x.values.size(1);
   const int64_t d = std::max(x.values.size(2), y.values.size(2));
   // Products of 2 m m k operations each: 3 (direct) against 5 (cross, forward and gradient).
@@ -189,8 +188,8 @@ std::tuple<Tensor, Tensor> patch_cka(
                                       : torch::stable::new_empty(student, {0})};
   }
 
-  Tensor alignment = torch::stable::new_empty(
-      student, {g.groups}, accumulation_dtype(student.scalar_type()));
+  Tensor alignment =
+      torch::stable::new_empty(student, {g.groups}, accumulation_dtype(student.scalar_type()));
   Tensor gradient = needs_grad ? torch::stable::new_empty(student, student.sizes())
                                : torch::stable::new_empty(student, {0});
   const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
@@ -203,8 +202,7 @@ std::tuple<Tensor, Tensor> patch_cka(
     torch::stable::copy_(part, aligned.alignment);
     if (needs_grad) {
       call_patchify_backward(
-          chunk(gradient), torch::stable::contiguous(*aligned.grad_x), patch_h, patch_w,
-          group_by);
+          chunk(gradient), torch::stable::contiguous(*aligned.grad_x), patch_h, patch_w, group_by);
     }
   }
   return {alignment, gradient};

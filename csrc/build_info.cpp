@@ -13,9 +13,9 @@ PYBIND11_MODULE(_build_info, m) {
 #else
       "unknown";
 #endif
-  m.attr("torch_version") = PCKA_TORCH_VERSION;      // that the headers came from
-  m.attr("minimum_torch") = PCKA_MINIMUM_TORCH;      // whose stable ABI was asked for
-  m.attr("cuda_version") = PCKA_CUDA_VERSION;        // of nvcc; empty without CUDA
-  m.attr("cuda_archs") = PCKA_CUDA_ARCHS;            // comma-separated, e.g. "sm_80,sm_90"
-  m.attr("note") = PCKA_NOTE;                        // why there is no CUDA code, if there is none
+  m.attr("torch_version") = PCKA_TORCH_VERSION;  // that the headers came from
+  m.attr("minimum_torch") = PCKA_MINIMUM_TORCH;  // whose stable ABI was asked for
+  m.attr("cuda_version") = PCKA_CUDA_VERSION;    // of nvcc; empty without CUDA
+  m.attr("cuda_archs") = PCKA_CUDA_ARCHS;        // comma-separated, e.g. "sm_80,sm_90"
+  m.attr("note") = PCKA_NOTE;                    // why there is no CUDA code, if there is none
 }

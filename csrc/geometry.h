@@ -14,9 +14,9 @@ enum Centering : int64_t { kNone = 0, kOverRows = 1, kOverColumns = 2 };
 struct PatchGeometry {
   int64_t batch, channels, height, width;  // of the map
   int64_t patch_h, patch_w;
-  int64_t n_h, n_w;                 // patches down and across
-  int64_t resized_h, resized_w;     // the next multiples of the patch
-  int64_t groups, rows, columns;    // G, N, D
+  int64_t n_h, n_w;               // patches down and across
+  int64_t resized_h, resized_w;   // the next multiples of the patch
+  int64_t groups, rows, columns;  // G, N, D
 
   // Offset in (G, N, D) of resized pixel (b, c, y, x), with y = ny * patch_h + py and the same
   // for x: linear in (b, c, ny, py, nx, px).
@@ -69,8 +69,7 @@ inline PatchGeometry make_geometry(
 inline PatchGeometry make_geometry(
     const torch::stable::Tensor& map, const char* name, int64_t patch_h, int64_t patch_w,
     int64_t group_by) {
-  STD_TORCH_CHECK(
-      map.dim() == 4, name, " must be (B, C, H, W), got ", map.dim(), " dimensions");
+  STD_TORCH_CHECK(map.dim() == 4, name, " must be (B, C, H, W), got ", map.dim(), " dimensions");
   return make_geometry(
       map.size(0), map.size(1), map.size(2), map.size(3), patch_h, patch_w, group_by);
 }

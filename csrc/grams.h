@@ -28,7 +28,7 @@ PCKA_HOST_DEVICE inline GroupAlignment align_group(
     double epsilon) {
   const double threshold = center ? 64 * epsilon * epsilon : 0;
   const bool degenerate = energy_x[1] <= threshold * energy_x[0] ||
-      energy_y[1] <= threshold * energy_y[0] || kk == 0 || ll == 0;
+                          energy_y[1] <= threshold * energy_y[0] || kk == 0 || ll == 0;
   if (degenerate) return {0, 0, 0, 0};
   const double scale_x = 1 / energy_x[1], scale_y = 1 / energy_y[1];
   const double alignment = kl / (sqrt(kk) * sqrt(ll));

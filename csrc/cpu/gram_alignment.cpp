@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor> gram_alignment(
         const acc_t* lg = l_data + g * n_l * n_l;
         const acc_t* mg = cross_data ? cross_data + g * n_k * n_l : nullptr;
         const double root = std::sqrt(sx) * std::sqrt(sy);
-        const double kl = mg ? scaled_dot(mg, mg, n_k * n_l, root, root)
-                             : scaled_dot(kg, lg, n_k * n_k, sx, sy);
+        const double kl =
+            mg ? scaled_dot(mg, mg, n_k * n_l, root, root) : scaled_dot(kg, lg, n_k * n_k, sx, sy);
         const GroupAlignment result = align_group(
             kl, scaled_dot(kg, kg, n_k * n_k, sx, sx), scaled_dot(lg, lg, n_l * n_l, sy, sy),
             ex + 2 * g, ey + 2 * g, center, std::numeric_limits<acc_t>::epsilon());

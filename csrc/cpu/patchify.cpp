@@ -143,8 +143,7 @@ std::tuple<Tensor, Tensor> patchify(
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
     acc_t* values = static_cast<acc_t*>(rows.mutable_data_ptr());
-    fill_rows(
-        static_cast<const scalar_t*>(input.const_data_ptr()), map_strides(input), g, values);
+    fill_rows(static_cast<const scalar_t*>(input.const_data_ptr()), map_strides(input), g, values);
     center_rows(values, g, center, static_cast<double*>(energy.mutable_data_ptr()));
   });
   return {rows, energy};

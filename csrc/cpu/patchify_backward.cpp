@@ -44,9 +44,8 @@ void gather_planes(
       const double value = rows[offset];
       if (center == kNone) return value;
       const int64_t group = offset / group_size;
-      return value -
-          (center == kOverRows ? means[group * g.columns + offset % g.columns]
-                               : means[offset / g.columns]);
+      return value - (center == kOverRows ? means[group * g.columns + offset % g.columns]
+                                          : means[offset / g.columns]);
     };
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / g.channels, c = plane % g.channels;
@@ -63,13 +62,13 @@ void gather_planes(
             for (int64_t ox = range_x.begin; ox < range_x.end; ++ox) {
               const double weight = weight_y * adjoint_weight<acc_t>(x, ox, g.width, g.resized_w);
               if (weight == 0) continue;
-              sum += weight *
-                  gradient(
-                         line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px);
+              sum +=
+                  weight *
+                  gradient(line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px);
             }
           }
-          grad_input[b * out.b + c * out.c + y * out.y + x * out.x] = static_cast<scalar_t>(
-              static_cast<acc_t>(sum));
+          grad_input[b * out.b + c * out.c + y * out.y + x * out.x] =
+              static_cast<scalar_t>(static_cast<acc_t>(sum));
         }
       }
     }

@@ -18,8 +18,8 @@ namespace {
 template <typename acc_t>
 __global__ void gram_alignment_kernel(
     const acc_t* k, const acc_t* l, const acc_t* cross, int64_t groups, int64_t n_k, int64_t n_l,
-    const double* energy_x, const double* energy_y, bool center, double epsilon,
-    acc_t* alignment, double* coefficients) {
+    const double* energy_x, const double* energy_y, bool center, double epsilon, acc_t* alignment,
+    double* coefficients) {
   for (int64_t g = blockIdx.x; g < groups; g += gridDim.x) {
     const double sx = 1 / energy_x[2 * g + 1], sy = 1 / energy_y[2 * g + 1];
     const double root = sqrt(sx) * sqrt(sy);

@@ -28,8 +28,7 @@ inline unsigned one_block_each(int64_t count) {
 // The tensor's device made current, and torch's stream on it.
 class LaunchScope {
  public:
-  explicit LaunchScope(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()) {
+  explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

@@ -36,10 +36,10 @@ __global__ void fill_rows_kernel(
           static_cast<acc_t>(source[ty.low * in.y + at_x * in.x]),
           static_cast<acc_t>(source[ty.high * in.y + at_x * in.x]), ty.weight);
     };
-    rows[b * g.stride_b + c * g.stride_c + (y / g.patch_h) * g.stride_ny +
+    rows
+        [b * g.stride_b + c * g.stride_c + (y / g.patch_h) * g.stride_ny +
          (y % g.patch_h) * g.stride_py + (x / g.patch_w) * g.stride_nx +
-         (x % g.patch_w) * g.stride_px] =
-        interpolate(read(tx.low), read(tx.high), tx.weight);
+         (x % g.patch_w) * g.stride_px] = interpolate(read(tx.low), read(tx.high), tx.weight);
   }
 }
 

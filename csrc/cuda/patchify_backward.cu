@@ -19,8 +19,8 @@ __global__ void line_means_kernel(
   const int64_t lines = over_rows ? g.columns : g.rows;
   const int64_t length = over_rows ? g.rows : g.columns;
   for (int64_t i = first_item(); i < g.groups * lines; i += item_stride()) {
-    const acc_t* line = rows + (i / lines) * g.rows * g.columns +
-        (i % lines) * (over_rows ? 1 : g.columns);
+    const acc_t* line =
+        rows + (i / lines) * g.rows * g.columns + (i % lines) * (over_rows ? 1 : g.columns);
     double sum = 0;
     for (int64_t j = 0; j < length; ++j) sum += line[j * (over_rows ? g.columns : 1)];
     means[i] = sum / static_cast<double>(length);
@@ -39,9 +39,8 @@ __global__ void gather_kernel(
     const double value = rows[offset];
     if (center == kNone) return value;
     const int64_t group = offset / group_size;
-    return value -
-        (center == kOverRows ? means[group * g.columns + offset % g.columns]
-                             : means[offset / g.columns]);
+    return value - (center == kOverRows ? means[group * g.columns + offset % g.columns]
+                                        : means[offset / g.columns]);
   };
   for (int64_t i = first_item(); i < count; i += item_stride()) {
     const int64_t x = i % g.width, y = i / g.width % g.height;
@@ -53,12 +52,12 @@ __global__ void gather_kernel(
     for (int64_t oy = range_y.begin; oy < range_y.end; ++oy) {
       const double weight_y = adjoint_weight<acc_t>(y, oy, g.height, g.resized_h);
       const int64_t line = b * g.stride_b + c * g.stride_c + (oy / g.patch_h) * g.stride_ny +
-          (oy % g.patch_h) * g.stride_py;
+                           (oy % g.patch_h) * g.stride_py;
       for (int64_t ox = range_x.begin; ox < range_x.end; ++ox) {
         const double weight = weight_y * adjoint_weight<acc_t>(x, ox, g.width, g.resized_w);
         if (weight == 0) continue;
         sum += weight *
-            gradient(line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px);
+               gradient(line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px);
       }
     }
     grad_input[b * out.b + c * out.c + y * out.y + x * out.x] =

@@ -1,0 +1,46 @@
+# make demo   from a fresh clone to distilled students, in one command
+# make test   every check: format, types, import contract, C++ tests, Python tests
+# Both make .venv and compile the operators first. PYTHON=... names another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet -c constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.PHONY: demo test install lint ctest pytest clean
+
+demo: install
+	$(BIN)/python classification/demo.py
+
+test: lint ctest pytest
+
+install: .venv/installed
+
+# torch first, so that pip need not fetch it a second time into an isolated build environment.
+.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	@echo "Setting up .venv: downloading torch and compiling the operators takes some minutes"
+	$(PYTHON) -m venv .venv
+	$(PIP) torch torchvision
+	$(PIP) "setuptools>=77" wheel "pybind11>=2.12" ninja
+	$(PIP) --no-build-isolation -e ".[dev]"
+	$(BIN)/python -c "import pcka, pprint; pprint.pprint(pcka.build_info())"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/csrc/*)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ctest: install
+	$(BIN)/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build
+	$(BIN)/ctest --test-dir build --output-on-failure
+
+pytest: install
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build dist output *.egg-info pcka/*.so
