@@ -1,0 +1,1 @@
+"""Image classification: models, data, configuration, and training by distillation."""

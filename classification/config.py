@@ -1,0 +1,213 @@
+"""Reading a run's configuration: safe YAML, known keys only, values of the default's type."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from classification.defaults import default_config
+from pcka import losses
+
+DATASETS = ("digits", "folder", "cifar10", "cifar100")
+
+# Keys that may differ between a run and its continuation: they change nothing that is computed.
+# (Another DATA.ROOT must hold the same images: the checkpoint knows their fingerprint.)
+HARMLESS_KEYS = (
+    "OUTPUT_DIR",
+    "LOG_EVERY",
+    "DATA.ROOT",
+    "DATA.DOWNLOAD",
+    "DATA.MEMORY_GB",
+    "TEACHER.CACHE_DIR",
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the way out."""
+
+
+def load_config(config_file: str | Path | None = None, overrides: Sequence[str] = ()) -> CfgNode:
+    """Return the frozen configuration: defaults, the file (and its ``_BASE_``), overrides.
+
+    Args:
+        config_file: YAML file of plain values; a tag that would run code is refused.
+        overrides: ``KEY VALUE`` pairs of the command line, e.g. ``["SOLVER.EPOCHS", "8"]``.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (near matches are named), a value of another
+            type than the default, or values that contradict each other.
+    """
+    cfg = default_config()
+    if config_file is not None:
+        _merge(cfg, flatten(_read_yaml(Path(config_file))).items(), source=str(config_file))
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"overrides: expected pairs of KEY VALUE, got {len(overrides)} words: "
+            f"{' '.join(overrides)!r}"
+        )
+    pairs = zip(overrides[::2], overrides[1::2], strict=True)
+    _merge(cfg, pairs, source="the command line")
+    _check(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def config_from_text(text: str) -> CfgNode:
+    """Return the configuration that ``cfg.dump()`` wrote; keys that it lacks take their default."""
+    cfg = default_config()
+    _merge(cfg, flatten(yaml.safe_load(text)).items(), source="the saved configuration")
+    return cfg
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return the leaves of a tree by their dotted keys."""
+    leaves: dict[str, object] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            leaves.update(flatten(value, f"{key}."))
+        else:
+            leaves[key] = value
+    return leaves
+
+
+def set_key(cfg: CfgNode, key: str, value: object) -> None:
+    """Set the leaf at a dotted key."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        cfg = cfg[section]
+    cfg[leaf] = value
+
+
+def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
+    """Return the keys in which a continuation would differ from the run that it continues.
+
+    More SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
+    under a cosine they would change the rate of every epoch already trained.
+    """
+    before, after = flatten(old), flatten(new)
+    harmless = set(HARMLESS_KEYS)
+    if new.SOLVER.SCHEDULE == "multistep":
+        harmless.add("SOLVER.EPOCHS")
+    return [key for key in after if key not in harmless and before[key] != after[key]]
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        return CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(
+            f"{path}: only plain YAML values are read, never tags that make objects or run code: "
+            f"{error.problem}{error.problem_mark}"
+        ) from error
+    except (yaml.YAMLError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    except (TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: expected a mapping of keys to values (and a _BASE_ without a circle), "
+            f"got something else: {error}"
+        ) from error
+
+
+def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, object]], source: str) -> None:
+    known = flatten(cfg)
+    for key, value in pairs:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {key!r}; {_near(key, known)}")
+        set_key(cfg, key, _coerce(key, value, known[key], source))
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    """Say which known names the word may have meant: by its last part, or by spelling."""
+    by_upper = {name.upper(): name for name in known}
+    matches = [name for name in by_upper if name.endswith(word.upper().rpartition(".")[2])]
+    matches += difflib.get_close_matches(word.upper(), by_upper, n=3)
+    names = [by_upper[match] for match in dict.fromkeys(matches)]
+    return f"{'near matches' if names else 'known'}: {', '.join(names or by_upper.values())}"
+
+
+def _parse(text: str) -> object:
+    """Read the value of a word: YAML first (``true``, ``[a, b]``), then Python (``1e-4``)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _coerce(key: str, value: object, default: object, source: str) -> object:
+    """Return the value in the default's type; int serves for float, a tuple for a list."""
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _parse(value)
+    if isinstance(default, list) and isinstance(value, list | tuple):
+        return [_coerce(key, v, default[0], source) if default else v for v in value]
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if default is None or type(value) is type(default):
+        return value
+    raise ConfigError(
+        f"{source}: {key} expects a {type(default).__name__} (default {default!r}), got {value!r}"
+    )
+
+
+def _check(cfg: CfgNode) -> None:
+    choices = {
+        "DEVICE": ("auto", "cpu", "cuda"),
+        "AUTOCAST": ("", "bfloat16"),
+        "DATA.NAME": DATASETS,
+        "SOLVER.SCHEDULE": ("multistep", "cosine"),
+    }
+    at_least = {
+        "LOG_EVERY": 1,
+        "DATA.IMAGE_SIZE": 1,
+        "DATA.NUM_CLASSES": 0,
+        "DATA.TRAIN_IMAGES": 0,
+        "DATA.HOLDOUT": 0,
+        "DATA.CROP_PADDING": 0,
+        "SEED": 0,
+        "DATA.SPLIT_SEED": 0,
+        "TEACHER.SEED": 0,
+        "TEACHER.EPOCHS": 1,
+        "SOLVER.EPOCHS": 1,
+        "SOLVER.BATCH_SIZE": 1,
+        "SOLVER.WARMUP_EPOCHS": 0,
+    }
+    values = flatten(cfg)
+    for key, allowed in choices.items():
+        if values[key] not in allowed:
+            raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
+    for key, least in at_least.items():
+        if values[key] < least:  # type: ignore[operator]
+            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+    for role in ("STUDENT", "TEACHER"):
+        mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(
+                f"{role}.PIXEL_MEAN and {role}.PIXEL_STD: expected three numbers each (R, G, B), "
+                f"deviations above 0, got {mean} and {std}"
+            )
+    if not cfg.STUDENT.NAME:
+        raise ConfigError("STUDENT.NAME: expected the name of a model, got an empty one")
+    _check_methods(cfg.DISTILL.METHODS)
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    if not methods or len(set(methods)) != len(methods):
+        raise ConfigError(
+            f"DISTILL.METHODS: expected one or more losses, each named once, got {methods}"
+        )
+    for name in methods:
+        if name not in losses.names():
+            raise ConfigError(
+                f"DISTILL.METHODS: no loss is called {name!r}; {_near(name, losses.names())}"
+            )

@@ -1,0 +1,95 @@
+"""From the DATA section to image sets in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+
+from classification.data.cifar import cifar_source
+from classification.data.digits import digits_source
+from classification.data.folder import folder_source
+from classification.data.image_set import ImageSet, Source, balanced_order
+
+
+def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
+    """Return the images to train on and the images to evaluate on.
+
+    With ``DATA.HOLDOUT`` the latter are held out of the training data and the test data is not
+    touched; ``DATA.TRAIN_IMAGES`` then chooses among the rest. Both choices are class-balanced and
+    depend on ``DATA.SPLIT_SEED`` alone.
+
+    Raises:
+        ValueError: missing or damaged data, train and test of different classes, too few images,
+            a set beyond ``DATA.MEMORY_GB``, or a contradicting ``DATA.NUM_CLASSES``.
+    """
+    train = _source(cfg, "train")
+    held_out, kept = _split(cfg, train)
+    if cfg.DATA.HOLDOUT:
+        test, tested = train, held_out
+    else:
+        test = _source(cfg, "test")
+        tested = np.arange(len(test.labels))
+        if test.classes != train.classes:
+            differing = sorted(set(train.classes) ^ set(test.classes))
+            raise ValueError(
+                "DATA.ROOT: expected the same classes for training and evaluation, "
+                f"got these in one of them only: {', '.join(differing)}"
+            )
+    _check_memory(cfg, len(kept) + len(tested))
+    return _read(train, kept), _read(test, tested)
+
+
+def load_evaluation_set(cfg: CfgNode) -> ImageSet:
+    """Return the images to evaluate on, as :func:`load_image_sets` does, and read no others."""
+    if cfg.DATA.HOLDOUT:
+        source = _source(cfg, "train")
+        chosen, _ = _split(cfg, source)
+    else:
+        source = _source(cfg, "test")
+        chosen = np.arange(len(source.labels))
+    _check_memory(cfg, len(chosen))
+    return _read(source, chosen)
+
+
+def _source(cfg: CfgNode, split: str) -> Source:
+    data = cfg.DATA
+    if data.NAME == "digits":
+        source = digits_source(split, data.IMAGE_SIZE)
+    elif data.NAME == "folder":
+        source = folder_source(data.ROOT, split, data.IMAGE_SIZE)
+    else:
+        source = cifar_source(data.NAME, data.ROOT, split, data.IMAGE_SIZE, data.DOWNLOAD)
+    if data.NUM_CLASSES not in (0, len(source.classes)):
+        raise ValueError(
+            f"DATA.NUM_CLASSES: {data.NUM_CLASSES} classes are configured, the data has "
+            f"{len(source.classes)}; set it to 0 to take the data's"
+        )
+    return source
+
+
+def _split(cfg: CfgNode, train: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices held out of the training data and those trained on."""
+    holdout, wanted, total = cfg.DATA.HOLDOUT, cfg.DATA.TRAIN_IMAGES, len(train.labels)
+    if holdout + max(wanted, 1) > total:
+        raise ValueError(
+            f"DATA.HOLDOUT and DATA.TRAIN_IMAGES: {holdout} + {wanted} images are asked for, "
+            f"the training data has {total}"
+        )
+    order = balanced_order(train.labels, cfg.DATA.SPLIT_SEED)
+    last = holdout + wanted if wanted else total
+    return np.sort(order[:holdout]), np.sort(order[holdout:last])
+
+
+def _check_memory(cfg: CfgNode, images: int) -> None:
+    gigabytes = images * 3 * cfg.DATA.IMAGE_SIZE**2 / 1e9
+    if gigabytes > cfg.DATA.MEMORY_GB:
+        raise ValueError(
+            f"DATA.MEMORY_GB: {images} images of {cfg.DATA.IMAGE_SIZE} pixels need "
+            f"{gigabytes:.3g} GB, allowed are {cfg.DATA.MEMORY_GB:.3g}; raise it if the memory is "
+            "there, or take a smaller DATA.IMAGE_SIZE or a subset by DATA.TRAIN_IMAGES"
+        )
+
+
+def _read(source: Source, chosen: np.ndarray) -> ImageSet:
+    return ImageSet(source.read(chosen), torch.from_numpy(source.labels[chosen]), source.classes)

@@ -1,0 +1,217 @@
+"""Residual networks for 32x32 images (He et al., CVPR 2016, section 4.2 and table 1).
+
+Three public implementations trained the checkpoints in circulation. They agree on the arithmetic
+and differ in the shortcut and in two module names; a `Layout` states the difference, so that each
+one's `state_dict` loads as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classification.models.initialization import initialize_convolutions
+from classification.models.registry import register
+
+
+def _conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False
+    )
+    return [conv, nn.BatchNorm2d(out_channels)]
+
+
+class ProjectionShortcut(nn.Sequential):
+    """Option B of He et al.: a strided 1x1 convolution and a batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(*_conv_bn(in_channels, out_channels, 1, stride))
+
+
+class PaddingShortcut(nn.Module):
+    """Option A of He et al.: strided pixels, zero channels on both sides, no parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        before = (out_channels - in_channels) // 2
+        self.channel_padding = (before, out_channels - in_channels - before)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_channels, H, W)` -> `(B, out_channels, ceil(H / stride), ceil(W / stride))`."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.channel_padding))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What tells one public implementation's `state_dict` from another's."""
+
+    shortcut: Callable[[int, int, int], nn.Module]
+    shortcut_name: str
+    classifier_name: str
+
+
+REPDISTILLER = Layout(ProjectionShortcut, "downsample", "fc")
+PYTORCH_CIFAR = Layout(ProjectionShortcut, "shortcut", "linear")
+OPTION_A = Layout(PaddingShortcut, "shortcut", "linear")
+
+
+class ResidualBlock(nn.Module):
+    """`relu(branch(x) + shortcut(x))`: what the basic block and the bottleneck share.
+
+    ReLUs are not in place, so that a tensor seen by a forward hook keeps its values.
+    """
+
+    expansion: int
+    """Output channels over `width`."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, layout: Layout) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self._add_branch(in_channels, width, stride)
+        changes_shape = stride != 1 or in_channels != out_channels
+        shortcut = (
+            layout.shortcut(in_channels, out_channels, stride) if changes_shape else nn.Identity()
+        )
+        self.shortcut_name = layout.shortcut_name
+        self.add_module(self.shortcut_name, shortcut)
+        self.relu = nn.ReLU()
+
+    def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
+        raise NotImplementedError
+
+    def _branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_channels, H, W)` -> `(B, width * expansion, H / stride, W / stride)`."""
+        return self.relu(self._branch(x) + getattr(self, self.shortcut_name)(x))
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions."""
+
+    expansion = 1
+
+    def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
+        self.conv1, self.bn1 = _conv_bn(in_channels, width, 3, stride)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = _conv_bn(width, width, 3)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(ResidualBlock):
+    """A 1x1, a (strided) 3x3 and a widening 1x1 convolution."""
+
+    expansion = 4
+
+    def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
+        self.conv1, self.bn1 = _conv_bn(in_channels, width, 1)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = _conv_bn(width, width, 3, stride)
+        self.relu2 = nn.ReLU()
+        self.conv3, self.bn3 = _conv_bn(width, width * self.expansion, 1)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+
+class CifarResNet(nn.Module):
+    """A 3x3 stem, stages of residual blocks (every one but the first halves the map), a classifier.
+
+    Args:
+        num_classes: number of logits.
+        block: `BasicBlock` or `Bottleneck`.
+        depths: blocks of each stage.
+        widths: width of each stage's blocks, before the block's expansion.
+        stem_width: channels of the stem.
+        layout: shortcut and names.
+
+    Attributes:
+        stage_names: paths of the modules whose outputs are the stage outputs, stem first.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        block: type[ResidualBlock],
+        depths: Sequence[int],
+        widths: Sequence[int],
+        stem_width: int,
+        layout: Layout,
+    ) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv_bn(3, stem_width, 3)
+        self.relu = nn.ReLU()
+        self.stage_names: tuple[str, ...] = ("relu",)
+        channels = stem_width
+        for index, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            out_channels = width * block.expansion
+            first = block(channels, width, 1 if index == 1 else 2, layout)
+            rest = (block(out_channels, width, 1, layout) for _ in range(depth - 1))
+            self.add_module(f"layer{index}", nn.Sequential(first, *rest))
+            self.stage_names += (f"layer{index}",)
+            channels = out_channels
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier_name = layout.classifier_name
+        self.add_module(self.classifier_name, nn.Linear(channels, num_classes))
+        initialize_convolutions(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` -> logits `(B, num_classes)`."""
+        x = self.relu(self.bn1(self.conv1(images)))
+        for name in self.stage_names[1:]:
+            x = getattr(self, name)(x)
+        return getattr(self, self.classifier_name)(self.avgpool(x))
+
+
+def _register_thin(
+    name: str, depth: int, layout: Layout = REPDISTILLER, stem: int = 16, widen: int = 1
+) -> None:
+    """Register three stages of 16, 32, 64 (times `widen`) channels, `depth` = 6n + 2 layers."""
+    register(
+        name,
+        partial(
+            CifarResNet,
+            block=BasicBlock,
+            depths=[(depth - 2) // 6] * 3,
+            widths=[16 * widen, 32 * widen, 64 * widen],
+            stem_width=stem,
+            layout=layout,
+        ),
+    )
+
+
+def _register_wide(name: str, block: type[ResidualBlock], depths: Sequence[int]) -> None:
+    """Register ImageNet's four stages behind a CIFAR stem."""
+    register(
+        name,
+        partial(
+            CifarResNet,
+            block=block,
+            depths=depths,
+            widths=[64, 128, 256, 512],
+            stem_width=64,
+            layout=PYTORCH_CIFAR,
+        ),
+    )
+
+
+for _depth in (8, 14, 20, 32, 44, 56, 110):
+    _register_thin(f"resnet{_depth}", _depth)
+for _depth in (8, 32):
+    _register_thin(f"resnet{_depth}x4", _depth, stem=32, widen=4)
+for _depth in (20, 56):
+    _register_thin(f"resnet{_depth}_option_a", _depth, layout=OPTION_A)
+_register_wide("ResNet18", BasicBlock, [2, 2, 2, 2])
+_register_wide("ResNet50", Bottleneck, [3, 4, 6, 3])

@@ -1,0 +1,129 @@
+"""What a run writes into its OUTPUT_DIR, and what it finds there when it is continued."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from classification.config import ConfigError
+from pcka.checkpoint import atomic_save, load_file, save_student
+
+logger = logging.getLogger("classification")
+
+
+class RunFiles:
+    """The files of one run; a context manager that holds the folder for this process alone.
+
+    A run's folder holds ``config.yaml``, ``environment.json``, ``log.txt``, ``metrics.jsonl``,
+    ``tensorboard/``, ``checkpoint.pth`` (to continue from), ``model_last.pth`` and
+    ``model_best.pth`` (the bare student) and, when finished, ``result.json`` and ``curves.png``.
+
+    Args:
+        directory: made where it is missing.
+        resume: continue what is there.
+
+    Raises:
+        ConfigError: a run is there and ``resume`` is false, or another process is at work there.
+    """
+
+    def __init__(self, directory: str | Path, *, resume: bool) -> None:
+        self.directory = Path(directory)
+        self.checkpoint = self.directory / "checkpoint.pth"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.result = self.directory / "result.json"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.directory)
+        traces = (self.checkpoint, self.metrics, self.result)
+        traces = [path.name for path in traces if path.exists()]
+        if traces and not resume:
+            os.close(self._lock)
+            raise ConfigError(
+                f"OUTPUT_DIR: {str(self.directory)!r} holds a run ({', '.join(traces)}); continue "
+                "it with --resume, or choose another OUTPUT_DIR"
+            )
+        self._log = logging.FileHandler(self.directory / "log.txt")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._tensorboard: SummaryWriter | None = None
+
+    def __enter__(self) -> RunFiles:
+        logger.addHandler(self._log)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        logger.removeHandler(self._log)
+        self._log.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        os.close(self._lock)
+
+    def load_checkpoint(self) -> dict | None:
+        """Return the state to continue from, or None where there is none yet."""
+        return load_file(self.checkpoint) if self.checkpoint.exists() else None
+
+    def start_metrics(self, epochs: int) -> None:
+        """Cut the metrics back to the first ``epochs`` epochs; the rest will be trained anew."""
+        kept = [record for record in read_metrics(self.metrics) if record["epoch"] <= epochs]
+        _write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        self._tensorboard = SummaryWriter(self.directory / "tensorboard", purge_step=epochs + 1)
+
+    def add_metrics(self, record: Mapping[str, float]) -> None:
+        """Append one epoch to ``metrics.jsonl`` and TensorBoard."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in record.items():
+            if name != "epoch":
+                self._tensorboard.add_scalar(name, value, record["epoch"])
+        self._tensorboard.flush()
+
+    def save_state(self, state: Mapping[str, object]) -> None:
+        """Replace the checkpoint to continue from."""
+        atomic_save(state, self.checkpoint)
+
+    def save_student(self, student: nn.Module, *, best: bool) -> None:
+        """Replace ``model_last.pth``, and ``model_best.pth`` too where the student is the best."""
+        save_student(student, self.directory / "model_last.pth")
+        if best:
+            save_student(student, self.directory / "model_best.pth")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, never half."""
+        _write(self.directory / name, text)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a JSON file, never half."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the records of a ``metrics.jsonl``; a line torn by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _lock(directory: Path) -> int:
+    """Return an open handle of the folder that is locked until it is closed or the process ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ConfigError(
+            f"OUTPUT_DIR: another process is at work in {str(directory)!r}; wait for it to end, or "
+            "choose another folder"
+        ) from error
+    return handle
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

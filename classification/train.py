@@ -1,0 +1,25 @@
+"""Train a classifier: ``python classification/train.py --config-file F [KEY VALUE ...]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from classification.command_line import config_arguments, console_log
+from classification.config import load_config
+from classification.experiment import run_experiment
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
+    """Train as the arguments say; return the content of ``result.json``."""
+    parser = config_arguments("Train a student, by itself or from a teacher.")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in OUTPUT_DIR, or start it"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    cfg = load_config(given.config_file, given.overrides)
+    with console_log():
+        return run_experiment(cfg, resume=given.resume)
+
+
+if __name__ == "__main__":
+    main()

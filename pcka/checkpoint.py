@@ -1,0 +1,267 @@
+"""Weights in files: written whole or not at all, read without running code, in any known layout."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+ROLES = ("student", "teacher")
+_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
+_COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
+_NAMES_SHOWN = 10
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit the model."""
+
+
+class ShapeMismatch(NamedTuple):
+    """An entry that file and model both have, in different shapes."""
+
+    name: str
+    in_file: tuple[int, ...]
+    in_model: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.in_file} for {self.in_model}"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How the entries of a file met a model's parameters and buffers.
+
+    Args:
+        loaded: names now filled from the file.
+        missing: names of the model that the file lacks.
+        unexpected: names of the file that the model lacks.
+        mismatched: names of both whose shapes differ.
+        layout: where in the file the weights lay, e.g. ``['state_dict'] module.*``.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[ShapeMismatch, ...]
+    layout: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether file and model match entry for entry."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        lines = [f"{len(self.loaded)} of {total} entries fit, layout: {self.layout}"]
+        for title in ("missing", "unexpected", "mismatched"):
+            if entries := getattr(self, title):
+                lines.append(f"  {len(entries)} {title}: {_abridge(entries)}")
+        return "\n".join(lines)
+
+
+def atomic_save(obj: object, path: str | Path) -> None:
+    """Write a file as ``torch.save`` does, so that ``path`` is the old file or the new, never half.
+
+    The bytes go to a hidden ``.<name>.<random>.tmp`` beside it, are forced to disk, and take the
+    name in one step. A killed process may leave that temporary file; nothing reads it.
+
+    Args:
+        obj: what ``torch.save`` takes.
+        path: file to write; its folder is made where it is missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_student(model: nn.Module, path: str | Path) -> None:
+    """Write a model's weights alone, on the CPU, under the names that its plain constructor has.
+
+    Args:
+        model: the student itself, wrapped by DataParallel or ``torch.compile``, or a
+            ``Distiller`` (whose student is taken).
+        path: file to write, atomically.
+    """
+    state = extract_state_dict(model.state_dict())
+    # Clones, because torch.save writes the whole storage that a view belongs to.
+    atomic_save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, path)
+
+
+def load_file(path: str | Path) -> object:
+    """Read a file of ``torch.save`` to the CPU, without running code that it may hold.
+
+    Raises:
+        CheckpointError: the file holds objects other than tensors and plain containers (they are
+            not made), is damaged, or is no checkpoint.
+        OSError: it cannot be opened.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # arbitrary bytes make torch.load raise nearly anything
+            raise CheckpointError(_explain(error, path)) from error
+
+
+def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
+    """Find the weights in what a checkpoint file holds, under the model's own names.
+
+    Known: a bare state dict; one under ``'model'``, ``'state_dict'`` or the role's name; names
+    behind ``module.`` or ``_orig_mod.``; student and teacher side by side behind ``student.`` and
+    ``teacher.`` (in front of which ``module.`` may stand).
+
+    Args:
+        obj: as :func:`load_file` returns it.
+        role: "student" or "teacher": which to take where there are both.
+
+    Returns:
+        Name -> tensor, in the order of the file.
+
+    Raises:
+        CheckpointError: there are no weights, or none of that role.
+        ValueError: another role.
+    """
+    return _unwrap(obj, role)[0]
+
+
+def load_weights(
+    model: nn.Module, path: str | Path, *, role: str = "student", allow_partial: bool = False
+) -> LoadReport:
+    """Fill a model from a checkpoint file, all of it or not at all.
+
+    Batch norm's ``num_batches_tracked`` may be absent, as it is in old files.
+
+    Args:
+        model: its parameters and buffers are written in place, on their device, in their dtype.
+        path: a file in a layout that :func:`extract_state_dict` knows.
+        role: "student" or "teacher": which to take where there are both.
+        allow_partial: load the entries that fit, and let the report tell of the others.
+
+    Returns:
+        What was loaded and what was not; ``str()`` of it is for reading.
+
+    Raises:
+        CheckpointError: an entry is missing, unexpected or of another shape (without
+            ``allow_partial``), or nothing fits at all. The model is left as it was.
+    """
+    obj = load_file(path)
+    try:
+        state, layout = _unwrap(obj, role)
+    except CheckpointError as error:
+        raise CheckpointError(f"path: {str(path)!r}: {error}") from error
+    report = _compare(state, model.state_dict(), layout)
+    if not report.loaded or not (report.complete or allow_partial):
+        way_out = "allow_partial=True loads what fits" if report.loaded else "another model's"
+        raise CheckpointError(
+            f"path: {str(path)!r} does not fit {type(model).__name__} ({way_out}): {report}\n"
+            "The model is as it was."
+        )
+    model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
+    return report
+
+
+def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: str) -> LoadReport:
+    shared = [name for name in own if name in state]
+    absent = (name for name in own if name not in state)
+    return LoadReport(
+        loaded=tuple(name for name in shared if state[name].shape == own[name].shape),
+        missing=tuple(name for name in absent if name.rpartition(".")[2] != _COUNTER),
+        unexpected=tuple(name for name in state if name not in own),
+        mismatched=tuple(
+            ShapeMismatch(name, tuple(state[name].shape), tuple(own[name].shape))
+            for name in shared
+            if state[name].shape != own[name].shape
+        ),
+        layout=layout,
+    )
+
+
+def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
+    """Return the weights and the layout that they were found in."""
+    if role not in ROLES:
+        raise ValueError(f"role: expected one of {', '.join(ROLES)}, got {role!r}")
+    state, container = _find_container(obj, role)
+    state, outer = _strip_wrappers(state)
+    roles = [known for known in ROLES if any(name.startswith(f"{known}.") for name in state)]
+    prefix = inner = ""
+    if roles:
+        prefix = f"{role}."
+        if role not in roles:
+            raise CheckpointError(
+                f"role: expected {' or '.join(roles)} for this file, got {role!r}"
+            )
+        chosen = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        state, inner = _strip_wrappers(chosen)
+    return state, f"{container} {outer}{prefix}{inner}*"
+
+
+def _find_container(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
+    if _is_state_dict(obj):
+        return obj, "bare"
+    keys = ("model", "state_dict", role)
+    if isinstance(obj, Mapping):
+        for key in keys:
+            if _is_state_dict(obj.get(key)):
+                return obj[key], f"[{key!r}]"
+        found = f"a dict of {_abridge([f'{k!r}: {type(v).__name__}' for k, v in obj.items()])}"
+    else:
+        found = type(obj).__name__
+    raise CheckpointError(
+        f"expected a dict of named tensors, itself or under {', '.join(map(repr, keys))}; "
+        f"got {found}"
+    )
+
+
+def _is_state_dict(obj: object) -> TypeGuard[dict[str, Tensor]]:
+    return (
+        isinstance(obj, Mapping)
+        and len(obj) > 0
+        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in obj.items())
+    )
+
+
+def _strip_wrappers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Return the state without the prefixes that wrappers add to every name, and the prefixes."""
+    stripped = ""
+    while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in state)), ""):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        stripped += prefix
+    return state, stripped
+
+
+def _explain(error: Exception, path: str | Path) -> str:
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused is None:
+        return (
+            f"path: expected a file of torch.save, {str(path)!r} is damaged or something else "
+            f"({type(error).__name__}); get it anew"
+        )
+    rewrite = (
+        f"import torch; c = torch.load({str(path)!r}, weights_only=False); "
+        "torch.save({k: c[k] for k in ('model', 'state_dict') if k in c}, 'weights.pth')"
+    )
+    return (
+        f"path: expected tensors and plain containers, {str(path)!r} also holds "
+        f"{refused[1]}, and to load that is to run code from the file. If, and only if, you trust "
+        f'who made it, rewrite it once without: python -c "{rewrite}"'
+    )
+
+
+def _abridge(entries: Sequence[object]) -> str:
+    more = len(entries) - _NAMES_SHOWN
+    shown = ", ".join(str(entry) for entry in entries[:_NAMES_SHOWN])
+    return f"{shown} and {more} more" if more > 0 else shown

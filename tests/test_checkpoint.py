@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pcka
+from pcka.checkpoint import (
+    CheckpointError,
+    ShapeMismatch,
+    atomic_save,
+    extract_state_dict,
+    load_file,
+    load_weights,
+    save_student,
+)
+from pcka.distiller import Distiller
+
+REPOSITORY = Path(pcka.__file__).parents[1]
+
+
+def _model(classes: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, classes))
+
+
+def _prefixed(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+STUDENT, TEACHER = _model(), _model()
+BOTH = {
+    **_prefixed("module.student.", STUDENT),
+    **_prefixed("module.teacher.", TEACHER),
+    "module.connector.weight": torch.ones(1),
+}
+LAYOUTS = {
+    "bare *": STUDENT.state_dict(),
+    "bare module.*": _prefixed("module.", STUDENT),
+    "bare module._orig_mod.*": _prefixed("module._orig_mod.", STUDENT),
+    "['model'] *": {"epoch": 240, "model": STUDENT.state_dict(), "optimizer": {"state": {}}},
+    "['model'] module.student.*": {"model": BOTH, "best_acc": 71.5},
+    "['state_dict'] module.*": {"state_dict": _prefixed("module.", STUDENT), "best_prec1": 93.6},
+    "['state_dict'] *": {"model": "resnet56", "state_dict": STUDENT.state_dict()},
+    "['student'] *": {"student": STUDENT.state_dict(), "epoch": 3},
+    "bare student._orig_mod.*": _prefixed("student._orig_mod.", STUDENT),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_known_layouts_load(layout, tmp_path):
+    assert _same(extract_state_dict(LAYOUTS[layout]), STUDENT.state_dict())
+    torch.save(LAYOUTS[layout], tmp_path / "file.pth")
+    model = _model()
+    report = load_weights(model, tmp_path / "file.pth")
+    assert report.complete
+    assert report.layout == layout
+    assert report.loaded == tuple(STUDENT.state_dict())
+    assert _same(model.state_dict(), STUDENT.state_dict())
+
+
+def test_role_picks_the_teacher(tmp_path):
+    torch.save({"model": BOTH}, tmp_path / "file.pth")
+    model = _model()
+    load_weights(model, tmp_path / "file.pth", role="teacher")
+    assert _same(model.state_dict(), TEACHER.state_dict())
+
+
+def test_a_file_of_one_model_serves_either_role():
+    assert _same(extract_state_dict(TEACHER.state_dict(), role="teacher"), TEACHER.state_dict())
+
+
+def test_a_role_that_the_file_lacks_is_refused():
+    with pytest.raises(CheckpointError, match="the file holds student alone, got 'teacher'"):
+        extract_state_dict(_prefixed("student.", STUDENT), role="teacher")
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(ValueError, match="role: expected one of student, teacher, got 'pupil'"):
+        extract_state_dict({}, role="pupil")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"epoch": 3, "model": {"lr": 0.1}}, "'epoch': int, 'model': dict"),
+        ([1, 2], "got list"),
+        ({}, "got a dict of"),
+    ],
+)
+def test_a_file_without_weights_says_what_it_holds(content, found, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=found) as caught:
+        load_weights(_model(), tmp_path / "file.pth")
+    assert "file.pth" in str(caught.value)
+
+
+def _misfit() -> dict[str, Tensor]:
+    """Weights for five classes instead of three, without conv bias, with an extra entry."""
+    state = {**_model(classes=5).state_dict(), "extra.weight": torch.ones(2)}
+    del state["0.bias"]
+    return state
+
+
+def test_a_misfit_is_refused_with_its_lists_and_changes_nothing(tmp_path):
+    torch.save(_misfit(), tmp_path / "file.pth")
+    model = _model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, tmp_path / "file.pth")
+    message = str(caught.value)
+    assert "1 missing: 0.bias" in message
+    assert "1 unexpected: extra.weight" in message
+    assert "2 mismatched: 3.weight (5, 4) for (3, 4), 3.bias (5,) for (3,)" in message
+    assert "allow_partial=True" in message
+    assert _same(model.state_dict(), before)
+
+
+def test_allow_partial_loads_what_fits_and_reports_the_rest(tmp_path):
+    torch.save(_misfit(), tmp_path / "file.pth")
+    model = _model()
+    head = model[3].weight.clone()
+    report = load_weights(model, tmp_path / "file.pth", allow_partial=True)
+    assert not report.complete
+    assert report.loaded == ("0.weight", *(name for name in model.state_dict() if name[0] == "1"))
+    assert report.missing == ("0.bias",)
+    assert report.unexpected == ("extra.weight",)
+    assert report.mismatched[0] == ShapeMismatch("3.weight", (5, 4), (3, 4))
+    assert str(report).startswith("6 of 9 entries")
+    assert torch.equal(model[0].weight, load_file(tmp_path / "file.pth")["0.weight"])
+    assert torch.equal(model[3].weight, head)
+
+
+def test_a_deeper_model_of_the_same_names_is_not_mistaken(tmp_path):
+    torch.save(nn.Sequential(*_model(), nn.Linear(3, 3)).state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(CheckpointError, match=r"9 of 9 entries fit(.|\n)*2 unexpected: 4\.weight"):
+        load_weights(_model(), tmp_path / "deep.pth")
+
+
+def test_partial_means_at_least_something(tmp_path):
+    torch.save({"other": torch.ones(1)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="another model's"):
+        load_weights(_model(), tmp_path / "file.pth", allow_partial=True)
+
+
+def test_old_files_lack_num_batches_tracked(tmp_path):
+    state = STUDENT.state_dict()
+    del state["1.num_batches_tracked"]
+    torch.save(state, tmp_path / "old.pth")
+    report = load_weights(_model(), tmp_path / "old.pth")
+    assert report.complete
+    assert str(report).startswith("8 of 8 entries")
+
+
+def test_weights_take_the_dtype_of_the_model(tmp_path):
+    torch.save(STUDENT.state_dict(), tmp_path / "file.pth")
+    model = _model().double()
+    load_weights(model, tmp_path / "file.pth")
+    assert torch.equal(model[0].weight, STUDENT[0].weight.double())
+
+
+class _Exploit:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_object_is_refused_with_the_way_out(zipped, tmp_path):
+    path = tmp_path / "resnet_last.pth"
+    content = {"opt": argparse.Namespace(lr=0.1), "model": STUDENT.state_dict()}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"argparse\.Namespace.*trust") as caught:
+        load_file(path)
+    way_out = re.search(r'python -c "(.*)"', str(caught.value))[1]
+    subprocess.run([sys.executable, "-c", way_out], cwd=tmp_path, check=True)
+    assert load_weights(_model(), tmp_path / "weights.pth").complete
+
+
+def test_a_malicious_pickle_is_not_executed(tmp_path):
+    path, marker = tmp_path / "file.pth", tmp_path / "executed"
+    torch.save({"model": STUDENT.state_dict(), "opt": _Exploit(marker)}, path)
+    with pytest.raises(CheckpointError, match="open"):
+        load_weights(_model(), path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)["opt"].close()
+    assert marker.exists(), "the file was harmless, so the test has shown nothing"
+
+
+def _truncated(path: Path) -> bytes:
+    torch.save(torch.ones(10_000), path)
+    return path.read_bytes()[:20_000]
+
+
+@pytest.mark.parametrize("make", [lambda _: b"", lambda _: b"Copyright", _truncated])
+def test_a_damaged_file_is_named(make, tmp_path):
+    path = tmp_path / "file.pth"
+    path.write_bytes(make(path))
+    with pytest.raises(CheckpointError, match=r"file\.pth' is damaged"):
+        load_file(path)
+
+
+def test_an_absent_file_is_an_ordinary_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        load_file(tmp_path / "none.pth")
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "folder" / "file.pth"
+    atomic_save({"generation": 1}, path)
+    with pytest.raises(AttributeError):
+        atomic_save(lambda: None, path)
+    assert load_file(path) == {"generation": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+GENERATION_BYTES = 2**24
+SAVE_FOR_EVER = f"""
+import itertools, sys, torch
+from pcka.checkpoint import atomic_save
+for generation in itertools.count(1):
+    atomic_save({{"w": torch.full(({GENERATION_BYTES // 4},), float(generation))}}, sys.argv[1])
+"""
+KILL_BEFORE_REPLACE = """
+import os, signal, sys, torch
+from pcka.checkpoint import atomic_save
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+atomic_save({"w": torch.ones(1000)}, sys.argv[1])
+"""
+
+
+def _start(script: str, path: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=REPOSITORY)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    return [other for other in path.parent.iterdir() if other != path]
+
+
+def _wait_until_written(path: Path, size: int) -> None:
+    """Return while a save is under way that has written `size` bytes."""
+    while True:
+        for temporary in _leftovers(path):
+            try:
+                if temporary.stat().st_size >= size:
+                    return
+            except FileNotFoundError:  # it has just become the checkpoint
+                continue
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_a_kill_during_a_save_leaves_a_whole_file(fraction, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    atomic_save({"w": torch.zeros(1)}, path)
+    process = _start(SAVE_FOR_EVER, path)
+    try:
+        _wait_until_written(path, int(fraction * GENERATION_BYTES))
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    weights = load_file(path)["w"]
+    assert weights.numel() in (1, GENERATION_BYTES // 4)
+    assert weights.min() == weights.max()
+
+
+def test_a_kill_before_the_last_step_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    atomic_save({"generation": 1}, path)
+    assert _start(KILL_BEFORE_REPLACE, path).wait() == -signal.SIGKILL
+    assert load_file(path) == {"generation": 1}
+
+    [leftover] = _leftovers(path)
+    assert leftover.name.startswith(".")
+    assert leftover.suffix == ".tmp"
+    assert list(tmp_path.glob("*.pth")) == [path]
+
+    atomic_save({"generation": 2}, path)
+    assert load_file(path) == {"generation": 2}
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, nn.DataParallel, torch.compile, lambda m: Distiller(m, TEACHER, [])]
+)
+def test_save_student_gives_what_a_plain_constructor_loads(wrap, tmp_path):
+    student = _model()
+    save_student(wrap(student), tmp_path / "student.pth")
+    fresh = _model()
+    fresh.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True))
+    assert _same(fresh.state_dict(), student.state_dict())
+
+
+def test_save_student_writes_no_more_than_the_weights(tmp_path):
+    student = nn.Linear(10, 10, bias=False)
+    student.weight = nn.Parameter(torch.randn(1_000_000)[:100].view(10, 10))
+    save_student(student, tmp_path / "student.pth")
+    assert (tmp_path / "student.pth").stat().st_size < 10_000
