@@ -40,7 +40,7 @@ ctest: install
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 clean:
 	rm -rf .venv build dist output *.egg-info pcka/*.so

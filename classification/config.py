@@ -99,7 +99,10 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        return CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
+        tree = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
+        if not isinstance(tree, Mapping):
+            raise TypeError(f"a {type(tree).__name__}")
+        return tree
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(
             f"{path}: only plain YAML values are read, never tags that make objects or run code: "

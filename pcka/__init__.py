@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pcka.distiller import Distiller
 from pcka.ops import build_info, cka, patch_cka, patch_gram
 
 try:
@@ -9,4 +10,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["build_info", "cka", "patch_cka", "patch_gram"]
+__all__ = ["Distiller", "build_info", "cka", "patch_cka", "patch_gram"]

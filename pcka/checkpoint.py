@@ -201,9 +201,7 @@ def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
     if roles:
         prefix = f"{role}."
         if role not in roles:
-            raise CheckpointError(
-                f"role: expected {' or '.join(roles)} for this file, got {role!r}"
-            )
+            raise CheckpointError(f"role: the file holds {', '.join(roles)} alone, got {role!r}")
         chosen = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         state, inner = _strip_wrappers(chosen)
     return state, f"{container} {outer}{prefix}{inner}*"
@@ -251,7 +249,7 @@ def _explain(error: Exception, path: str | Path) -> str:
             f"({type(error).__name__}); get it anew"
         )
     rewrite = (
-        f"import torch; c = torch.load({str(path)!r}, weights_only=False); "
+        f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
         "torch.save({k: c[k] for k in ('model', 'state_dict') if k in c}, 'weights.pth')"
     )
     return (

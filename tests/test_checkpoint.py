@@ -291,7 +291,13 @@ def test_a_kill_before_the_last_step_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda m: m, nn.DataParallel, torch.compile, lambda m: Distiller(m, TEACHER, [])]
+    "wrap",
+    [
+        lambda student: student,
+        nn.DataParallel,
+        lambda student: Distiller(student, TEACHER, []),
+        pytest.param(torch.compile, marks=pytest.mark.slow),
+    ],
 )
 def test_save_student_gives_what_a_plain_constructor_loads(wrap, tmp_path):
     student = _model()

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from classification.config import load_config
+from classification.data import load_image_sets
+from classification.data.folder import folder_source
+
+COLOURS = {"blue": (0, 0, 255), "amber": (255, 191, 0), "red": (255, 0, 0)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two images of each class to train on and one to test on; class names tell the colour."""
+    for split, images in (("train", 2), ("test", 1)):
+        for name, colour in COLOURS.items():
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(images):
+                Image.new("RGB", (20, 12), colour).save(folder / f"{number}.png")
+    return tmp_path
+
+
+def config(root, **keys):
+    values = {"DATA.NAME": "folder", "DATA.ROOT": root, "DATA.IMAGE_SIZE": 8, **keys}
+    words = [str(word) for pair in values.items() for word in pair]
+    return load_config(None, ["STUDENT.NAME", "resnet8", *words])
+
+
+def test_classes_are_alphabetical_and_images_keep_their_label(root):
+    train, test = load_image_sets(config(root))
+    assert train.classes == test.classes == ("amber", "blue", "red")
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for image, label in zip(train.images, train.labels):
+        assert image.shape == (3, 8, 8)
+        assert tuple(image[:, 4, 4].tolist()) == COLOURS[train.classes[label]]
+
+
+@pytest.mark.parametrize("portrait", [False, True])
+def test_the_middle_of_the_resized_image_is_cut_out(root, portrait):
+    pixels = np.zeros((8, 24, 3), dtype=np.uint8)
+    pixels[:, 8:16] = 255
+    image = Image.fromarray(pixels.transpose(1, 0, 2) if portrait else pixels)
+    image.save(root / "test" / "red" / "0.png")
+    _, test = load_image_sets(config(root))
+    assert (test.images[2] == 255).all()
+
+
+def test_val_serves_where_there_is_no_test(root):
+    (root / "test").rename(root / "val")
+    assert len(load_image_sets(config(root))[1]) == 3
+
+
+def test_a_broken_image_names_its_file(root):
+    broken = root / "train" / "blue" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"cannot decode the image '.*blue.1\.png'"):
+        load_image_sets(config(root))
+
+
+def test_other_classes_in_the_test_folder_are_refused(root):
+    (root / "test" / "red").rename(root / "test" / "green")
+    with pytest.raises(ValueError, match="expected the same classes .*: green, red"):
+        load_image_sets(config(root))
+
+
+def test_a_class_without_images_is_refused(root):
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"DATA.ROOT: .*train is not a class-per.* empty"):
+        load_image_sets(config(root))
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected the folder .*test or .*val .* found none"):
+        folder_source(str(tmp_path), "test", 8)
+
+
+def test_a_set_beyond_the_memory_limit_is_refused_before_an_image_is_read(root):
+    for image in root.rglob("*.png"):
+        image.write_bytes(b"")  # would fail if it were decoded
+    with pytest.raises(ValueError, match=r"MEMORY_GB: 9 images of 8 pixels need .*TRAIN_IMAGES"):
+        load_image_sets(config(root, **{"DATA.MEMORY_GB": 1e-7}))
+
+
+def test_a_subset_reads_its_own_images_only(root):
+    train, held_out = load_image_sets(config(root, **{"DATA.TRAIN_IMAGES": 3, "DATA.HOLDOUT": 3}))
+    assert train.labels.tolist() == held_out.labels.tolist() == [0, 1, 2]

@@ -1,0 +1,178 @@
+"""A whole training, small: its files, its operators, and what happens when it is broken off."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import pcka
+from classification.config import ConfigError, load_config
+from classification.experiment import run_experiment
+from classification.models import create_model
+from classification.train import main
+from classification.trainer import TrainingFailedError
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "classification" / "digits"
+SMALL = [
+    "DATA.TRAIN_IMAGES", "100", "DATA.HOLDOUT", "100", "DATA.IMAGE_SIZE", "16",
+    "SOLVER.EPOCHS", "2", "SOLVER.BATCH_SIZE", "20", "TEACHER.NAME", "resnet8",
+    "TEACHER.EPOCHS", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("teachers"))
+
+
+def small_config(method, output, cache, *words):
+    own = ["OUTPUT_DIR", str(output), "TEACHER.CACHE_DIR", cache]
+    return load_config(DIGITS / f"{method}.yaml", [*SMALL, *own, *words])
+
+
+def tensors(path):
+    return torch.load(path, weights_only=True)
+
+
+def metrics(folder):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "images_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def assert_same_tree(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds", "config"}:
+            assert_same_tree(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_tree(x, y)
+    else:
+        assert a == b
+
+
+def test_a_run_leaves_what_a_person_expects(tmp_path, cache):
+    words = [*SMALL, "OUTPUT_DIR", str(tmp_path), "TEACHER.CACHE_DIR", cache]
+    result = main(["--config-file", str(DIGITS / "kd_fcka.yaml"), *words])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "tensorboard",
+        "checkpoint.pth", "model_last.pth", "model_best.pth", "result.json", "curves.png",
+    }  # fmt: skip
+    assert not any(name.endswith(".tmp") for name in names)
+    first, last = metrics(tmp_path)
+    assert (first["epoch"], last["epoch"]) == (1, 2)
+    terms = {"loss_ce", "loss_kd", "loss_fcka_stage1", "loss_fcka_stage2", "loss_fcka_stage3"}
+    assert terms < first.keys() and {f"cka_stage{i}" for i in range(4)} < first.keys()
+    assert first["loss_total"] == pytest.approx(sum(first[term] for term in terms), rel=1e-5)
+    assert result["last_accuracy"] == last["accuracy"]
+    assert result["best_accuracy"] == max(m["accuracy"] for m in (first, last))
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["torch"]) and environment["seed"] == 0
+    assert environment["build_info"] == pcka.build_info()
+    student = tensors(tmp_path / "model_last.pth")
+    assert not any("teacher" in name for name in student)
+    with pytest.raises(ConfigError, match=r"holds a run .*--resume"):
+        main(["--config-file", str(DIGITS / "kd_fcka.yaml"), *words])
+
+
+@pytest.mark.skipif(not pcka.build_info()["extension"], reason="the operators are not loaded")
+def test_the_rcka_step_runs_on_the_compiled_operators(tmp_path, cache):
+    cfg = small_config("rcka", tmp_path, cache, "SOLVER.EPOCHS", "1")
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run_experiment(cfg)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert calls["pcka::cka"] == 3 * 5  # FCKA, intra and inter in each of five steps
+
+
+def test_the_teacher_is_trained_once_and_kept(tmp_path, cache):
+    run_experiment(small_config("kd", tmp_path / "a", cache))
+    files = {path: path.stat().st_mtime_ns for path in Path(cache).glob("*.pth")}
+    run_experiment(small_config("kd", tmp_path / "b", cache, "SEED", "1"))
+    assert {path: path.stat().st_mtime_ns for path in Path(cache).glob("*.pth")} == files
+    run_experiment(small_config("kd", tmp_path / "c", cache, "TEACHER.SEED", "1"))
+    assert len(list(Path(cache).glob("*.pth"))) == len(files) + 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_bit_for_bit(tmp_path, cache):
+    """SIGKILL in the middle of an epoch, then --resume: as if nothing had happened."""
+    run_experiment(small_config("kd_fcka", tmp_path / "whole", cache, "SOLVER.EPOCHS", "4"))
+    folder = tmp_path / "killed"
+    command = [
+        sys.executable, "classification/train.py", "--config-file", str(DIGITS / "kd_fcka.yaml"),
+        *SMALL, "OUTPUT_DIR", str(folder), "TEACHER.CACHE_DIR", cache, "SOLVER.EPOCHS", "4",
+        "--resume",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    epochs = tensors(folder / "checkpoint.pth")["epoch"]
+    assert 1 <= epochs < 4
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "accuracy": 1')  # torn by the kill
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    for name in ("model_last.pth", "model_best.pth", "checkpoint.pth"):
+        assert_same_tree(tensors(folder / name), tensors(tmp_path / "whole" / name))
+
+
+def test_resume_refuses_another_configuration(tmp_path, cache):
+    run_experiment(small_config("ce", tmp_path, cache))
+    finished = (tmp_path / "result.json").read_bytes()
+    run_experiment(small_config("ce", tmp_path, cache), resume=True)
+    assert (tmp_path / "result.json").read_bytes() == finished
+    with pytest.raises(ConfigError, match=r"other values of SOLVER\.BASE_LR"):
+        run_experiment(small_config("ce", tmp_path, cache, "SOLVER.BASE_LR", "1"), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(tmp_path, cache):
+    run_experiment(small_config("ce", tmp_path, cache, "SOLVER.SCHEDULE", "multistep"))
+    good = (tmp_path / "checkpoint.pth").read_bytes()
+    state = tensors(tmp_path / "checkpoint.pth")
+    state["student"]["conv1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "checkpoint.pth")
+    poisoned = (tmp_path / "checkpoint.pth").read_bytes()
+    assert poisoned != good
+    longer = ["SOLVER.SCHEDULE", "multistep", "SOLVER.EPOCHS", "3"]
+    expected = r"epoch 3 is not finite at step 1: loss_ce=nan.*checkpoint\.pth \(epoch 2\)"
+    with pytest.raises(TrainingFailedError, match=expected):
+        run_experiment(small_config("ce", tmp_path, cache, *longer), resume=True)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == poisoned
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_what_cannot_be_trained_is_refused_before_training(tmp_path, cache):
+    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: the teacher 'resnet8' has no"):
+        run_experiment(small_config("kd", tmp_path, cache, "TEACHER.TRAIN", "false"))
+    with pytest.raises(ValueError, match=r"KD needs a teacher and TEACHER\.NAME is empty"):
+        run_experiment(small_config("kd", tmp_path, cache, "TEACHER.NAME", ""))
+    with pytest.raises(ValueError, match="7 classes are configured, the data has 10"):
+        run_experiment(small_config("ce", tmp_path / "a", cache, "DATA.NUM_CLASSES", "7"))
+    torch.save(create_model("resnet8", 100).state_dict(), tmp_path / "hundred.pth")
+    words = ["TEACHER.WEIGHTS", str(tmp_path / "hundred.pth")]
+    with pytest.raises(ValueError, match="classifier of 100 classes, the data has 10"):
+        run_experiment(small_config("kd", tmp_path / "b", cache, *words))
+
+
+@pytest.mark.parametrize("option", [["CHANNELS_LAST", "true"], ["AUTOCAST", "bfloat16"]])
+def test_the_faster_options_train_too(tmp_path, cache, option):
+    result = run_experiment(small_config("rcka", tmp_path, cache, *option))
+    assert 0 < result["last_accuracy"] <= 100

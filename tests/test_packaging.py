@@ -1,0 +1,168 @@
+"""The build's decisions, what an installation says of itself, and what its archives carry."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import pcka
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_extension = pytest.mark.skipif(
+    not pcka.build_info()["extension"], reason="the compiled operators are not loaded"
+)
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """The functions of setup.py, run without compiling anything."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PCKA_SKIP_EXTENSION", "1")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    return runpy.run_path("setup.py")
+
+
+def fake_nvcc(folder: Path, release: str, top: Path) -> Path:
+    """An nvcc that answers --version and --dryrun, lying outside its toolkit as a wrapper does."""
+    nvcc = folder / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\ncase "$1" in --version) echo "Cuda compilation tools, release {release}, V1";;'
+        f' --dryrun) echo "#\\$ TOP={top}" >&2;; esac\n'
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_the_toolkits_root_is_what_nvcc_says_not_where_it_lies(setup_py, tmp_path):
+    (tmp_path / "bin").mkdir()
+    top = tmp_path / "cuda-13.0"
+    top.mkdir()
+    toolkit = setup_py["CudaToolkit"](str(fake_nvcc(tmp_path / "bin", "13.0", top)))
+    assert toolkit.version == (13, 0)
+    assert toolkit.root == str(top)
+
+
+def test_another_cuda_major_makes_a_cpu_build_that_names_both(setup_py, tmp_path, monkeypatch):
+    fake_nvcc(tmp_path, "12.4", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    toolkit, reason = setup_py["cuda_toolkit"]("13.0")
+    assert toolkit is None
+    assert "nvcc is CUDA 12.4 and torch is CUDA 13.0" in reason
+    toolkit, reason = setup_py["cuda_toolkit"]("12.8")
+    assert toolkit is not None and reason == ""
+    assert setup_py["cuda_toolkit"](None) == (None, "torch is a CPU build")
+
+
+def test_no_compiler_is_no_obstacle(setup_py, monkeypatch):
+    monkeypatch.delenv("PCKA_SKIP_EXTENSION")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert setup_py["skip_reason"]() == "no C++ compiler found"
+    assert setup_py["extensions"]() == ([], {})
+
+
+def test_one_minimum_torch_everywhere(setup_py):
+    minimum = setup_py["MINIMUM_TORCH"]
+    assert f'"torch>={minimum}"' in (ROOT / "pyproject.toml").read_text()
+    macro = dict([setup_py["stable_abi_macro"]()])["TORCH_TARGET_VERSION"]
+    assert f"TORCH_TARGET_VERSION={macro}" in (ROOT / "CMakeLists.txt").read_text()
+
+
+@needs_extension
+def test_build_info_says_what_was_compiled():
+    info = pcka.build_info()
+    assert info["torch_version"] and info["compiler"] and info["minimum_torch"] == "2.10"
+    assert info["cuda"] == bool(info["cuda_archs"])
+    assert all(arch.startswith(("sm_", "compute_")) for arch in info["cuda_archs"])
+    assert "cpu" not in info["fallback"]
+
+
+@pytest.mark.skipif(
+    not (shutil.which("nvcc") and torch.version.cuda and pcka.build_info()["extension"]),
+    reason="no nvcc, or torch is a CPU build",
+)
+def test_cuda_code_is_compiled_where_it_can_be():
+    info = pcka.build_info()
+    assert info["cuda"] or "majors differ" in info["note"]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+
+RESULT = """
+torch.manual_seed(0)
+x = torch.randn(2, 3, 9, 14, requires_grad=True)
+y = torch.randn(2, 3, 9, 14)
+for _ in range(2):
+    loss = pcka.patch_cka(x, y, patch_size=4).sum() + pcka.cka(x.flatten(1).T, y.flatten(1).T)
+    loss = loss + pcka.patch_gram(x, patch_size=4).sum()
+loss.backward()
+print(pcka.build_info()["extension"], loss.item(), x.grad.norm().item())
+"""
+
+
+def test_without_the_extension_the_reference_gives_the_same_and_says_so_once():
+    hidden = "import sys; sys.modules['pcka._build_info'] = None\n"
+    fallback = run_python(hidden + "import torch, pcka" + RESULT)
+    assert fallback.stderr.count("Falling back to the eager PyTorch reference") == 1
+    assert "they were not compiled" in fallback.stderr
+    loaded, loss, norm = fallback.stdout.split()
+    assert loaded == "False"
+    if pcka.build_info()["extension"]:
+        compiled = run_python("import torch, pcka" + RESULT)
+        assert compiled.stderr == ""
+        assert compiled.stdout.startswith("True")
+        for ours, theirs in zip(compiled.stdout.split()[1:], (loss, norm)):
+            assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+
+
+@pytest.mark.skipif(not pcka.build_info()["cuda"], reason="no CUDA code was compiled")
+@pytest.mark.parametrize(("runtime", "words"), [("'11.8'", "has CUDA 11.8"), (None, "CPU build")])
+def test_cuda_operators_stay_away_from_another_cuda_major(runtime, words):
+    code = f"import torch; torch.version.cuda = {runtime}\nimport pcka; print(pcka.build_info())"
+    info = eval(run_python(code).stdout)  # our own dict, printed above
+    assert info["extension"] and not info["cuda_loaded"]
+    assert words in info["fallback"]["cuda"]
+    assert info["cuda_version"] in info["fallback"]["cuda"]
+
+
+@pytest.mark.slow
+def test_archives_carry_the_sources_and_the_configs(tmp_path):
+    """An sdist, and a wheel without the extension, hold csrc/ and configs/."""
+    copy = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "output", "data", "*.so", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(copy)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PCKA_SKIP_EXTENSION": "1"},
+    )
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        sdist = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        wheel = archive.namelist()
+    tracked = [p for folder in ("csrc", "configs") for p in (ROOT / folder).rglob("*.*")]
+    carried = [str(p.relative_to(ROOT)) for p in tracked if p.is_file()]
+    assert len(carried) > 20
+    for name in carried:
+        assert name in sdist
+        assert any(entry.endswith(f"share/pcka/{name}") for entry in wheel), name
+    for name in ("pcka/ops/functional.py", "classification/train.py"):
+        assert name in wheel
+    assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"} <= sdist
