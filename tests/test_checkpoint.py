@@ -226,7 +226,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-GENERATION_BYTES = 2**24
+GENERATION_BYTES = 2**26  # takes long enough to write that the kill lands in the midst of it
 SAVE_FOR_EVER = f"""
 import itertools, sys, torch
 from pcka.checkpoint import atomic_save

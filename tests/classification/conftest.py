@@ -22,6 +22,12 @@ def one_thread():
 
 
 @pytest.fixture
+def digits_configs():
+    """The folder of the configurations for digits."""
+    return DIGITS
+
+
+@pytest.fixture
 def tiny_overrides(tmp_path):
     """KEY VALUE pairs of a run in ``tmp_path / name``; further keys by their dotted names."""
 

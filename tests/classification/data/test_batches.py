@@ -58,5 +58,5 @@ def test_flips_come_in_about_half_of_the_images(tiny_config):
 
 
 def test_a_set_smaller_than_a_batch_is_refused(numbered, tiny_config):
-    with pytest.raises(ValueError, match="SOLVER.BATCH_SIZE: 26 is more than the 25 training"):
+    with pytest.raises(ValueError, match=r"SOLVER.BATCH_SIZE: 26 is more than the 25 training"):
         steps_per_epoch(numbered, tiny_config(**{"SOLVER.BATCH_SIZE": 26}))

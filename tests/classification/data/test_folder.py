@@ -62,7 +62,7 @@ def test_a_broken_image_names_its_file(root):
 
 def test_other_classes_in_the_test_folder_are_refused(root):
     (root / "test" / "red").rename(root / "test" / "green")
-    with pytest.raises(ValueError, match="expected the same classes .*: green, red"):
+    with pytest.raises(ValueError, match=r"expected the same classes .*: green, red"):
         load_image_sets(config(root))
 
 

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from classification.data import ImageSet, PixelNormalize
+from classification.evaluation import accuracy, stage_alignment
+from classification.models import create_model
+
+
+class ByFirstPixel(nn.Module):
+    """Logits that rank the classes by their distance from the red value of the first pixel."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("classes", torch.arange(classes))
+
+    def forward(self, images):
+        assert not self.training
+        return -(self.classes - images[:, 0, 0, 0, None]).abs()
+
+
+def numbered(values, labels, classes):
+    images = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    return ImageSet(images, torch.tensor(labels), tuple(map(str, range(classes))))
+
+
+def test_top_1_and_top_5_are_percentages_of_all_images():
+    pixels = PixelNormalize([0.0] * 3, [1 / 255] * 3)  # back to 0..255
+    data = numbered([0, 9, 3, 4] * 100, [0, 9, 5, 9] * 100, 10)
+    model = ByFirstPixel(10).train()
+    assert accuracy(model, pixels, data) == {"top1": 50.0, "top5": 75.0}
+    assert model.training
+
+
+def test_five_classes_have_no_top_5():
+    pixels = PixelNormalize([0.0] * 3, [1 / 255] * 3)
+    assert accuracy(ByFirstPixel(5), pixels, numbered([1, 1], [1, 2], 5)) == {"top1": 50.0}
+
+
+def test_alignment_is_one_with_oneself_and_lower_under_other_pixel_statistics():
+    torch.manual_seed(0)
+    model = create_model("resnet8", 10)
+    images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8)
+    data = ImageSet(images, torch.zeros(30, dtype=torch.int64), ("a",))
+    own, other = PixelNormalize([0.5] * 3, [0.2] * 3), PixelNormalize([0.1] * 3, [0.9] * 3)
+    taps = {"stage1": ("layer1", "layer1"), "stage3": ("layer3", "layer3")}
+    twin = copy.deepcopy(model)
+    same = stage_alignment((own, model), (own, twin), taps, data)
+    assert same == pytest.approx({"stage1": 1.0, "stage3": 1.0}, abs=1e-5)
+    differing = stage_alignment((own, model), (other, twin), taps, data)
+    assert all(value < 0.999 for value in differing.values())

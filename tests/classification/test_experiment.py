@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from classification.config import ConfigError
+from classification.experiment import run_experiment
+from classification.run_files import RunFiles, read_metrics
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def state(folder):
+    """What a checkpoint holds of the training, in types that can be compared."""
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    kept = {key: checkpoint[key] for key in ("epoch", "best", "student", "losses", "optimizer")}
+    return {**kept, "random": checkpoint["random"]["torch"]}
+
+
+def figures(folder):
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in records]
+
+
+def assert_same_run(ours, theirs):
+    torch.testing.assert_close(state(ours), state(theirs), rtol=0, atol=0)
+    for name in ("model_last.pth", "model_best.pth"):
+        pair = [torch.load(folder / name, weights_only=True) for folder in (ours, theirs)]
+        torch.testing.assert_close(*pair, rtol=0, atol=0)
+    assert figures(ours) == figures(theirs)
+
+
+@pytest.mark.parametrize("method", ["add_metrics", "save_student", "save_state"])
+def test_a_run_that_stops_while_it_writes_an_epoch_loses_that_one_only(
+    tiny_config, tmp_path, monkeypatch, method
+):
+    run_experiment(tiny_config("ce", "straight", **{"TEACHER.NAME": ""}))
+    written = getattr(RunFiles, method)
+    calls = 0
+
+    def stop_in_epoch_2(self, *arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        written(self, *arguments, **keywords)
+
+    monkeypatch.setattr(RunFiles, method, stop_in_epoch_2)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(tiny_config("ce", "stopped", **{"TEACHER.NAME": ""}))
+    assert state(tmp_path / "stopped")["epoch"] == 1
+    monkeypatch.undo()
+    run_experiment(tiny_config("ce", "stopped", **{"TEACHER.NAME": ""}), resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_an_interrupted_teacher_is_trained_to_its_end(tiny_config, tmp_path, monkeypatch):
+    keys = {"TEACHER.EPOCHS": 2}
+    run_experiment(tiny_config("kd", "straight", **keys, **cache(tmp_path, "a")))
+    add_metrics = RunFiles.add_metrics
+
+    def stop_in_epoch_2(self, record):
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+        add_metrics(self, record)
+
+    monkeypatch.setattr(RunFiles, "add_metrics", stop_in_epoch_2)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(tiny_config("kd", "stopped", **keys, **cache(tmp_path, "b")))
+    assert not list((tmp_path / "b").glob("*.pth"))
+    monkeypatch.undo()
+    run_experiment(tiny_config("kd", "stopped", **keys, **cache(tmp_path, "b")), resume=True)
+    ours, theirs = (next((tmp_path / name).glob("*.pth")) for name in "ab")
+    torch.testing.assert_close(torch.load(ours), torch.load(theirs), rtol=0, atol=0)
+
+
+def cache(tmp_path, name):
+    return {"TEACHER.CACHE_DIR": tmp_path / name}
+
+
+def test_a_continuation_on_other_images_is_refused(tiny_config, monkeypatch):
+    keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}
+    run_experiment(tiny_config(**keys))
+    monkeypatch.setattr("classification.data.digits.HIGHEST_VALUE", 20)
+    with pytest.raises(ConfigError, match="the images are not those that the run was started"):
+        run_experiment(tiny_config(**keys, **{"SOLVER.EPOCHS": 3}), resume=True)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from classification.experiment import run_experiment
+from classification.trainer import Trainer, TrainingFailedError
+
+
+def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
+    tiny_config, tmp_path, monkeypatch
+):
+    step = Trainer._step
+
+    def breaking(self, images, labels, rate):
+        terms = step(self, images, labels, rate)  # of finite losses
+        if self.epoch == 1:
+            self.distiller.student.conv1.weight.data.fill_(float("inf"))
+        return terms
+
+    monkeypatch.setattr(Trainer, "_step", breaking)
+    cfg = tiny_config(**{"TEACHER.NAME": "", "SOLVER.BATCH_SIZE": 40})  # a single step an epoch
+    expected = (
+        r"epoch 2 is not finite at the last step \(student.conv1.weight\), .*loss_ce=\d.*epoch 1"
+    )
+    with pytest.raises(TrainingFailedError, match=expected):
+        run_experiment(cfg)
+    state = torch.load(tmp_path / "run" / "model_last.pth", weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeypatch):
+    seen = {}
+
+    def spy(self, images, target, teacher_images=None):
+        seen.setdefault("student", images)
+        seen.setdefault("teacher", teacher_images)
+        return {"loss": self.student(images).sum()}
+
+    cfg = tiny_config(
+        "kd",
+        **{"STUDENT.PIXEL_MEAN": "[0, 0, 0]", "STUDENT.PIXEL_STD": "[1, 1, 1]"}
+        | {"TEACHER.PIXEL_MEAN": "[0.5, 0.5, 0.5]", "TEACHER.PIXEL_STD": "[0.25, 0.25, 0.25]"}
+        | {"SOLVER.EPOCHS": 1, "SOLVER.BATCH_SIZE": 40, "CHANNELS_LAST": True},
+    )
+    run_experiment(cfg)  # trains the teacher
+    monkeypatch.setattr("pcka.distiller.Distiller.forward", spy)
+    run_experiment(cfg_in(cfg, "again"))
+    torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
+    assert 0.99 < seen["student"].max() <= 1
+    assert seen["student"].is_contiguous(memory_format=torch.channels_last)
+
+
+def cfg_in(cfg, name):
+    other = cfg.clone()
+    other.defrost()
+    other.OUTPUT_DIR += name
+    return other
+
+
+def test_the_best_epoch_is_kept_apart_from_the_last(tiny_config, tmp_path, monkeypatch):
+    top1 = iter([30.0, 50.0, 40.0])
+    monkeypatch.setattr("classification.trainer.accuracy", lambda *_: {"top1": next(top1)})
+    saved = []
+    monkeypatch.setattr(
+        "classification.run_files.save_student", lambda _, path: saved.append(path.name)
+    )
+    result = run_experiment(tiny_config(**{"TEACHER.NAME": "", "SOLVER.EPOCHS": 3}))
+    assert (result["last_accuracy"], result["best_accuracy"], result["best_epoch"]) == (40, 50, 2)
+    assert saved == ["model_last.pth", "model_best.pth"] * 2 + ["model_last.pth"]
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [record["best_accuracy"] for record in records] == [30, 50, 50]
