@@ -52,6 +52,6 @@ def test_community_checkpoints_on_cifar10_as_jpeg(model, file, expected):
             model,
             "DATA.ROOT",
             str(DATA / "cifar10"),
-        ]  # fmt: skip
+        ]
     )
     assert measured["top1"] == pytest.approx(expected, abs=0.005)
