@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from fvcore.common.config import CfgNode
-from pcka.checkpoint import atomic_save, load_file
 from torch import nn
 
 from classification.config import ConfigError, changed_keys, config_from_text
@@ -23,6 +22,7 @@ from classification.teacher import check_teacher, teacher_run
 from classification.trainer import Trainer
 from classification.weights import load_classifier
 from pcka.analysis.plots import plot_curves
+from pcka.checkpoint import atomic_save, load_file
 from pcka.distiller import Distiller
 from pcka.teacher import FrozenTeacher
 
