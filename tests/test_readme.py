@@ -1,0 +1,36 @@
+"""The README's Python runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from classification.models import create_model
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_examples_run():
+    loop, functions = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    names = {
+        "student": create_model("resnet8", 10),
+        "teacher": create_model("resnet14", 10),
+        "loader": [(torch.randn(8, 3, 16, 16), torch.arange(8))] * 2,
+        "student_features": torch.randn(8, 6, 4, 4),
+        "teacher_features": torch.randn(8, 9, 4, 4),
+        "student_logits": torch.randn(8, 10),
+        "teacher_logits": torch.randn(8, 10),
+        "student_map": torch.randn(2, 4, 64, 48),
+        "teacher_map": torch.randn(2, 4, 64, 48),
+    }
+    before = [parameter.clone() for parameter in names["student"].parameters()]
+    exec(loop, names)
+    assert names["terms"].keys() == {
+        "loss_ce", "loss_fcka_last", "loss_lcka_intra", "loss_lcka_inter",
+    }  # fmt: skip
+    moved = [not torch.equal(a, b) for a, b in zip(before, names["student"].parameters())]
+    assert all(moved)
+    exec(functions, names)
