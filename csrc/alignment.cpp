@@ -41,8 +41,9 @@ struct Rows {
 
 Rows call_patchify(
     const Tensor& input, int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
-  std::array<StableIValue, 5> stack{
-      from(input), from(patch_h), from(patch_w), from(group_by), from(center)};
+  std::array<StableIValue, 6> stack{from(input),   from(patch_h),
+                                    from(patch_w), from(group_by),
+                                    from(center),  from(accumulation_dtype(input.scalar_type()))};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("pcka::patchify", "", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
@@ -51,9 +52,8 @@ Rows call_patchify(
 void call_patchify_backward(
     const Tensor& grad_input, const Tensor& grad_rows, int64_t patch_h, int64_t patch_w,
     int64_t group_by) {
-  const int64_t center = kNone;
-  std::array<StableIValue, 6> stack{from(grad_input), from(grad_rows), from(patch_h),
-                                    from(patch_w),    from(group_by),  from(center)};
+  std::array<StableIValue, 5> stack{
+      from(grad_input), from(grad_rows), from(patch_h), from(patch_w), from(group_by)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("pcka::patchify_backward_", "", stack.data(), TORCH_ABI_VERSION));
 }

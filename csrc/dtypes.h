@@ -21,6 +21,12 @@ inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Rows are of the dtype that sums are formed in; those of a bfloat16 map may be bfloat16.
+inline void check_rows_dtype(ScalarType rows, const char* name, ScalarType map) {
+  STD_TORCH_CHECK(
+      rows == accumulation_dtype(map), name, " must be the dtype that sums are formed in");
+}
+
 // Calls f(scalar_t{}) for the type of a floating dtype; `name` is the argument named in the error.
 template <typename F>
 void dispatch_floating(ScalarType dtype, const char* name, F&& f) {

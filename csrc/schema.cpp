@@ -7,13 +7,14 @@
 
 STABLE_TORCH_LIBRARY(pcka, m) {
   // (B, C, H, W) -> rows (G, N, D), energy (G, 2): |X|^2 before and after centering, float64.
+  // dtype is that of the rows: what sums are formed in, or bfloat16 for a bfloat16 map.
   m.def(
-      "patchify(Tensor input, int patch_h, int patch_w, int group_by, int center) "
-      "-> (Tensor rows, Tensor energy)");
-  // The adjoint of patchify, written into grad_input (B, C, H, W).
+      "patchify(Tensor input, int patch_h, int patch_w, int group_by, int center, "
+      "ScalarType dtype) -> (Tensor rows, Tensor energy)");
+  // The adjoint of an uncentered patchify, written into grad_input (B, C, H, W).
   m.def(
       "patchify_backward_(Tensor(a!) grad_input, Tensor grad_rows, int patch_h, int patch_w, "
-      "int group_by, int center) -> ()");
+      "int group_by) -> ()");
   // Grams -> alignment (G), coefficients (G, 3) float64 of the gradient. cross (G, N_k, N_l) is
   // given when the aligned Grams are those of the columns (see csrc/alignment.cpp).
   m.def(

@@ -133,9 +133,10 @@ void center_rows(acc_t* rows, const PatchGeometry& g, int64_t center, double* en
 
 std::tuple<Tensor, Tensor> patchify(
     const Tensor& input,  // (B, C, H, W), any strides
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
   check_centering(center);
+  check_rows_dtype(dtype, "dtype", input.scalar_type());
   Tensor rows = torch::stable::new_empty(
       input, {g.groups, g.rows, g.columns}, accumulation_dtype(input.scalar_type()));
   Tensor energy = torch::stable::new_zeros(input, {g.groups, 2}, ScalarType::Double);

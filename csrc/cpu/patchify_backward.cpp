@@ -1,4 +1,4 @@
-// The adjoint of patchify on the CPU: un-center, put the patches back, adjoint of the resize.
+// The adjoint of patchify on the CPU: put the patches back, adjoint of the resize.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,41 +12,12 @@
 namespace pcka {
 namespace {
 
-// Means that centering subtracted: over the rows (G, D), over the columns (G, N), or none.
-template <typename acc_t>
-std::vector<double> centering_means(const acc_t* rows, const PatchGeometry& g, int64_t center) {
-  if (center == kNone) return {};
-  const bool over_rows = center == kOverRows;
-  const int64_t width = over_rows ? g.columns : g.rows;
-  std::vector<double> means(g.groups * width, 0);
-  torch::stable::parallel_for(0, g.groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * g.rows; i < end * g.rows; ++i) {
-      double* mean = means.data() + (i / g.rows) * width;
-      for (int64_t d = 0; d < g.columns; ++d) {
-        mean[over_rows ? d : i % g.rows] += rows[i * g.columns + d];
-      }
-    }
-  });
-  const double count = static_cast<double>(over_rows ? g.rows : g.columns);
-  for (double& mean : means) mean /= count;
-  return means;
-}
-
 // One source pixel: the sum, over the resized pixels that read it, of their gradients times
 // the weights they read it with. A gather, so pixels are independent of one another.
 template <typename scalar_t, typename acc_t>
 void gather_planes(
-    const acc_t* rows, const std::vector<double>& means, const PatchGeometry& g, int64_t center,
-    MapStrides out, scalar_t* grad_input) {
-  const int64_t group_size = g.rows * g.columns;
+    const acc_t* rows, const PatchGeometry& g, MapStrides out, scalar_t* grad_input) {
   torch::stable::parallel_for(0, g.batch * g.channels, 1, [&](int64_t begin, int64_t end) {
-    const auto gradient = [&](int64_t offset) {
-      const double value = rows[offset];
-      if (center == kNone) return value;
-      const int64_t group = offset / group_size;
-      return value - (center == kOverRows ? means[group * g.columns + offset % g.columns]
-                                          : means[offset / g.columns]);
-    };
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t b = plane / g.channels, c = plane % g.channels;
       const int64_t base = b * g.stride_b + c * g.stride_c;
@@ -62,9 +33,8 @@ void gather_planes(
             for (int64_t ox = range_x.begin; ox < range_x.end; ++ox) {
               const double weight = weight_y * adjoint_weight<acc_t>(x, ox, g.width, g.resized_w);
               if (weight == 0) continue;
-              sum +=
-                  weight *
-                  gradient(line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px);
+              sum += weight *
+                     rows[line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px];
             }
           }
           grad_input[b * out.b + c * out.c + y * out.y + x * out.x] =
@@ -78,20 +48,16 @@ void gather_planes(
 void patchify_backward(
     const Tensor& grad_input,  // (B, C, H, W), any strides; written
     const Tensor& grad_rows,   // (G, N, D), contiguous
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by) {
   const PatchGeometry g = make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by);
-  check_centering(center);
   check_rows(grad_rows, "grad_rows", g);
-  STD_TORCH_CHECK(
-      grad_rows.scalar_type() == accumulation_dtype(grad_input.scalar_type()),
-      "grad_rows must have the accumulation dtype of grad_input");
+  check_rows_dtype(grad_rows.scalar_type(), "grad_rows", grad_input.scalar_type());
   dispatch_floating(grad_input.scalar_type(), "grad_input", [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
     const acc_t* rows = static_cast<const acc_t*>(grad_rows.const_data_ptr());
     gather_planes(
-        rows, centering_means(rows, g, center), g, center, map_strides(grad_input),
-        static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
+        rows, g, map_strides(grad_input), static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
   });
 }
 

@@ -86,9 +86,10 @@ __global__ void center_kernel(acc_t* rows, PatchGeometry g, int64_t center, doub
 
 std::tuple<Tensor, Tensor> patchify(
     const Tensor& input,  // (B, C, H, W), any strides
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
   check_centering(center);
+  check_rows_dtype(dtype, "dtype", input.scalar_type());
   const LaunchScope scope(input);
   Tensor rows = torch::stable::new_empty(
       input, {g.groups, g.rows, g.columns}, accumulation_dtype(input.scalar_type()));

@@ -1,4 +1,4 @@
-// The adjoint of patchify on CUDA: un-center, put the patches back, adjoint of the resize.
+// The adjoint of patchify on CUDA: put the patches back, adjoint of the resize.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,37 +11,12 @@
 namespace pcka {
 namespace {
 
-// The mean that centering subtracted from every line: means (G, D) or (G, N). One thread a line.
-template <typename acc_t>
-__global__ void line_means_kernel(
-    const acc_t* rows, PatchGeometry g, int64_t center, double* means) {
-  const bool over_rows = center == kOverRows;
-  const int64_t lines = over_rows ? g.columns : g.rows;
-  const int64_t length = over_rows ? g.rows : g.columns;
-  for (int64_t i = first_item(); i < g.groups * lines; i += item_stride()) {
-    const acc_t* line =
-        rows + (i / lines) * g.rows * g.columns + (i % lines) * (over_rows ? 1 : g.columns);
-    double sum = 0;
-    for (int64_t j = 0; j < length; ++j) sum += line[j * (over_rows ? g.columns : 1)];
-    means[i] = sum / static_cast<double>(length);
-  }
-}
-
 // One thread a source pixel: the sum, over the resized pixels that read it, of their gradients
 // times the weights they read it with. A gather, so no atomics and one order of summation.
 template <typename scalar_t, typename acc_t>
 __global__ void gather_kernel(
-    const acc_t* rows, const double* means, PatchGeometry g, int64_t center, MapStrides out,
-    scalar_t* grad_input) {
+    const acc_t* rows, PatchGeometry g, MapStrides out, scalar_t* grad_input) {
   const int64_t count = g.batch * g.channels * g.height * g.width;
-  const int64_t group_size = g.rows * g.columns;
-  const auto gradient = [&](int64_t offset) {
-    const double value = rows[offset];
-    if (center == kNone) return value;
-    const int64_t group = offset / group_size;
-    return value - (center == kOverRows ? means[group * g.columns + offset % g.columns]
-                                        : means[offset / g.columns]);
-  };
   for (int64_t i = first_item(); i < count; i += item_stride()) {
     const int64_t x = i % g.width, y = i / g.width % g.height;
     const int64_t plane = i / (g.width * g.height);
@@ -56,8 +31,8 @@ __global__ void gather_kernel(
       for (int64_t ox = range_x.begin; ox < range_x.end; ++ox) {
         const double weight = weight_y * adjoint_weight<acc_t>(x, ox, g.width, g.resized_w);
         if (weight == 0) continue;
-        sum += weight *
-               gradient(line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px);
+        sum +=
+            weight * rows[line + (ox / g.patch_w) * g.stride_nx + (ox % g.patch_w) * g.stride_px];
       }
     }
     grad_input[b * out.b + c * out.c + y * out.y + x * out.x] =
@@ -68,29 +43,17 @@ __global__ void gather_kernel(
 void patchify_backward(
     const Tensor& grad_input,  // (B, C, H, W), any strides; written
     const Tensor& grad_rows,   // (G, N, D), contiguous
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by) {
   const PatchGeometry g = make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by);
-  check_centering(center);
   check_rows(grad_rows, "grad_rows", g);
-  STD_TORCH_CHECK(
-      grad_rows.scalar_type() == accumulation_dtype(grad_input.scalar_type()),
-      "grad_rows must have the accumulation dtype of grad_input");
+  check_rows_dtype(grad_rows.scalar_type(), "grad_rows", grad_input.scalar_type());
   const LaunchScope scope(grad_input);
-  const int64_t lines = center == kNone ? 0 : center == kOverRows ? g.columns : g.rows;
-  Tensor means = torch::stable::new_empty(grad_rows, {g.groups, lines}, ScalarType::Double);
   dispatch_floating(grad_input.scalar_type(), "grad_input", [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
     const acc_t* rows = static_cast<const acc_t*>(grad_rows.const_data_ptr());
-    double* mean_data = static_cast<double*>(means.mutable_data_ptr());
-    if (center != kNone) {
-      line_means_kernel<<<blocks_for(means.numel()), kThreads, 0, scope.stream()>>>(
-          rows, g, center, mean_data);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
     gather_kernel<<<blocks_for(grad_input.numel()), kThreads, 0, scope.stream()>>>(
-        rows, mean_data, g, center, map_strides(grad_input),
-        static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
+        rows, g, map_strides(grad_input), static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

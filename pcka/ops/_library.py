@@ -27,7 +27,8 @@ def cka(x: Tensor, y: Tensor, center: bool) -> Tensor:
 
 def patchify(x: Tensor, patch: tuple[int, int], group_by: int, center: bool) -> Tensor:
     """``(B, C, H, W)`` -> ``(G, N, D)``, resized and centered over the patches."""
-    rows, _ = torch.ops.pcka.patchify(x, *patch, group_by, _OVER_ROWS if center else _NONE)
+    centering = _OVER_ROWS if center else _NONE
+    rows, _ = torch.ops.pcka.patchify(x, *patch, group_by, centering, accumulation_dtype(x.dtype))
     return rows
 
 
@@ -72,17 +73,17 @@ def _cka_fake(
 
 
 def _patchify_fake(
-    x: Tensor, patch_h: int, patch_w: int, group_by: int, center: int
+    x: Tensor, patch_h: int, patch_w: int, group_by: int, center: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     shape = _rows_shape(x, patch_h, patch_w, group_by)
     return (
-        x.new_empty(shape, dtype=accumulation_dtype(x.dtype)),
+        x.new_empty(shape, dtype=dtype),
         x.new_empty((shape[0], 2), dtype=torch.float64),
     )
 
 
 def _patchify_backward_fake(
-    grad_input: Tensor, grad_rows: Tensor, patch_h: int, patch_w: int, group_by: int, center: int
+    grad_input: Tensor, grad_rows: Tensor, patch_h: int, patch_w: int, group_by: int
 ) -> None:
     return None
 
@@ -179,9 +180,7 @@ def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
     if ctx.group_by == _POSITION:
         rows = gradient * grad[:, None, None]
         result = rows.new_empty(ctx.shape, dtype=ctx.dtype)
-        torch.ops.pcka.patchify_backward_(
-            result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by, _NONE
-        )
+        torch.ops.pcka.patchify_backward_(result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by)
     else:
         shape = (-1, 1, 1, 1) if ctx.group_by == _BATCH else (1, -1, 1, 1)
         result = (gradient * grad.view(shape)).to(ctx.dtype)
@@ -189,7 +188,7 @@ def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
 
 
 def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *ctx.settings = inputs
+    x, *ctx.patch, ctx.group_by, ctx.center, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.shape, ctx.dtype = x.shape, x.dtype
 
@@ -197,8 +196,11 @@ def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 @_once
 def _patchify_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     result = grad.new_empty(ctx.shape, dtype=ctx.dtype)
-    torch.ops.pcka.patchify_backward_(result, grad.contiguous(), *ctx.settings)
-    return (result, *[None] * 4)
+    # Centering is its own adjoint; rows (G, N, D) are centered as a map of N one-pixel patches.
+    pixels = grad.transpose(1, 2).unsqueeze(3)
+    rows, _ = torch.ops.pcka.patchify(pixels, 1, 1, _BATCH, ctx.center, grad.dtype)
+    torch.ops.pcka.patchify_backward_(result, rows, *ctx.patch, ctx.group_by)
+    return (result, *[None] * 5)
 
 
 if available(torch.device("meta")):

@@ -35,8 +35,8 @@ double dot(const Tensor& a, const Tensor& b) {
 }
 
 Tensor patchify(const Tensor& x, int64_t patch, int64_t group_by, int64_t center) {
-  std::array<StableIValue, 5> stack{
-      from(x), from(patch), from(patch), from(group_by), from(center)};
+  std::array<StableIValue, 6> stack{from(x),        from(patch),  from(patch),
+                                    from(group_by), from(center), from(x.scalar_type())};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("pcka::patchify", "", stack.data(), TORCH_ABI_VERSION));
   to<Tensor>(stack[1]);
@@ -44,14 +44,13 @@ Tensor patchify(const Tensor& x, int64_t patch, int64_t group_by, int64_t center
 }
 
 // <P x, g> = <x, P' g>
-void check_adjoint(int64_t group_by, int64_t center) {
+void check_adjoint(int64_t group_by) {
   const Tensor x = random_tensor({2, 3, 9, 14});
-  const Tensor rows = patchify(x, 4, group_by, center);
+  const Tensor rows = patchify(x, 4, group_by, pcka::kNone);
   const Tensor g = random_tensor({rows.size(0), rows.size(1), rows.size(2)});
   const Tensor back = random_tensor({2, 3, 9, 14});
   const int64_t patch = 4;
-  std::array<StableIValue, 6> stack{from(back),  from(g),        from(patch),
-                                    from(patch), from(group_by), from(center)};
+  std::array<StableIValue, 5> stack{from(back), from(g), from(patch), from(patch), from(group_by)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("pcka::patchify_backward_", "", stack.data(), TORCH_ABI_VERSION));
   CHECK(std::abs(dot(rows, g) - dot(x, back)) < 1e-11);
@@ -85,9 +84,7 @@ void check_refusal() {
 }  // namespace
 
 int main() {
-  for (int64_t group_by = 0; group_by < 3; ++group_by) {
-    for (int64_t center = 0; center < 3; ++center) check_adjoint(group_by, center);
-  }
+  for (int64_t group_by = 0; group_by < 3; ++group_by) check_adjoint(group_by);
   check_self_alignment();
   check_refusal();
   return failures != 0;
