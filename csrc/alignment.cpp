@@ -12,9 +12,13 @@
 //
 // The gradient is formed here, in the forward pass, chunk of groups by chunk of groups: no Gram
 // outlives its chunk, and the backward pass only scales. Centering is a projection that the
-// factors of dZ already obey, so its adjoint needs no pass of its own.
+// factors of dZ already obey, so its adjoint needs no pass of its own. All chunks work in the same
+// buffers, which are small enough to stay in a cache.
+//
+// The products of bfloat16 maps are those of bfloat16 rows where the processor has instructions
+// for them, accumulated in float32. Rows are centered in float32 before they are rounded. `cka`,
+// whose inputs are small, computes in float32.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -22,8 +26,10 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/platform.h"
 #include "dtypes.h"
 #include "geometry.h"
+#include "library.h"
 
 namespace pcka {
 namespace {
@@ -31,22 +37,56 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-constexpr int64_t kChunkBytesCpu = int64_t{1} << 24;
+constexpr int64_t kChunkBytesThread = int64_t{1} << 21;  // on the CPU, for each thread
 constexpr int64_t kChunkBytesAccelerator = int64_t{1} << 28;
+
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Buffers that one chunk of groups leaves to the next, by what they hold.
+class Buffers {
+ public:
+  enum Slot { kX, kY, kGradX, kGradY, kGramX, kGramY, kCross, kTermsX, kTermsY, kSlots };
+
+  // (groups, rows, columns) on the device of `like`. A later request of a slot is of no more
+  // groups.
+  Tensor get(
+      Slot slot, const Tensor& like, int64_t groups, int64_t rows, int64_t columns,
+      ScalarType dtype) {
+    std::optional<Tensor>& buffer = slots_[slot];
+    if (!buffer) buffer = torch::stable::new_empty(like, {groups, rows, columns}, dtype);
+    return torch::stable::narrow(*buffer, 0, 0, groups);
+  }
+
+ private:
+  std::array<std::optional<Tensor>, kSlots> slots_;
+};
 
 struct Rows {
   Tensor values;  // (G, N, D)
   Tensor energy;  // (G, 2)
 };
 
-Rows call_patchify(
-    const Tensor& input, int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
-  std::array<StableIValue, 6> stack{from(input),   from(patch_h),
-                                    from(patch_w), from(group_by),
-                                    from(center),  from(accumulation_dtype(input.scalar_type()))};
+// bfloat16 rows for a bfloat16 map, where products of them are fast.
+ScalarType rows_dtype(const Tensor& map) {
+  const ScalarType dtype = map.scalar_type();
+  const bool rounded =
+      dtype == ScalarType::BFloat16 && (!map.is_cpu() || cpu_multiplies_bfloat16());
+  return rounded ? dtype : accumulation_dtype(dtype);
+}
+
+// Grams of bfloat16 rows are float32 where the product can write them so.
+ScalarType gram_dtype(const Tensor& rows) {
+  return rows.is_cpu() ? rows.scalar_type() : accumulation_dtype(rows.scalar_type());
+}
+
+void call_patchify(
+    const Rows& rows, const Tensor& input, int64_t patch_h, int64_t patch_w, int64_t group_by,
+    int64_t center) {
+  std::array<StableIValue, 7> stack{from(rows.values), from(rows.energy), from(input),
+                                    from(patch_h),     from(patch_w),     from(group_by),
+                                    from(center)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("pcka::patchify", "", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+      torch_call_dispatcher(PCKA_OPERATOR("patchify_"), "", stack.data(), TORCH_ABI_VERSION));
 }
 
 void call_patchify_backward(
@@ -54,83 +94,110 @@ void call_patchify_backward(
     int64_t group_by) {
   std::array<StableIValue, 5> stack{
       from(grad_input), from(grad_rows), from(patch_h), from(patch_w), from(group_by)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+      PCKA_OPERATOR("patchify_backward_"), "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// out = a b, batched. The out= variants on purpose: autocast leaves them alone, while under
+// autocast a plain bmm would silently round its operands to bfloat16.
+Tensor multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (out.scalar_type() == a.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
+  }
+  std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("pcka::patchify_backward_", "", stack.data(), TORCH_ABI_VERSION));
+      torch_call_dispatcher("aten::bmm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
 }
 
-// bmm into `out`. The out= variant on purpose: autocast leaves it alone, while under autocast a
-// plain bmm would silently round its operands to bfloat16.
-void bmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  to<Tensor>(stack[0]);  // takes back the handle that the call returned
-}
-
-Tensor product(const Tensor& a, const Tensor& b) {
-  Tensor out = torch::stable::new_empty(a, {a.size(0), a.size(1), b.size(2)});
-  bmm_out(out, a, b);
-  return out;
-}
-
-// a b + c d
-Tensor sum_of_products(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d) {
-  Tensor terms = torch::stable::new_empty(a, {2, a.size(0), a.size(1), b.size(2)});
-  bmm_out(torch::stable::select(terms, 0, 0), a, b);
-  bmm_out(torch::stable::select(terms, 0, 1), c, d);
-  const int64_t dim = 0;
-  return torch::stable::sum(terms, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
+// The same values in `dtype`.
+Tensor cast(const Tensor& x, ScalarType dtype) {
+  if (x.scalar_type() == dtype) return x;
+  Tensor result = torch::stable::new_empty(x, x.sizes(), dtype);
+  return torch::stable::copy_(result, x);
 }
 
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 1, 2); }
 
 struct Aligned {
-  Tensor alignment;  // (G)
-  // (G, N, D) of X and Y, where asked for; possibly a transposed view
-  std::optional<Tensor> grad_x, grad_y;
+  Tensor alignment;                      // (G)
+  std::optional<Tensor> grad_x, grad_y;  // (G, N, D) of X and Y, where asked for
 };
 
+// X (G, N, D_x), Y (G, N, D_y). The gradient by x may be written over Y where Y is done with.
 Aligned align(
-    const Rows& x, const Rows& y, bool columns, bool center, bool needs_grad_x, bool needs_grad_y) {
-  const int64_t n = x.values.size(1);
-  const int64_t d = std::max(x.values.size(2), y.values.size(2));
+    const Rows& rows_x, const Rows& rows_y, bool columns, bool center, bool needs_grad_x,
+    bool needs_grad_y, Buffers& buffers) {
+  const Tensor &x = rows_x.values, &y = rows_y.values;
+  const int64_t groups = x.size(0), n = x.size(1), d_x = x.size(2), d_y = y.size(2);
+  const int64_t d = std::max(d_x, d_y);
   // Products of 2 m m k operations each: 3 (direct) against 5 (cross, forward and gradient).
   const bool direct = columns ? 3 * d < 5 * n : 3 * n <= 5 * d;
-  const bool transpose = columns == direct;
-  const Tensor z = transpose ? transposed(x.values) : x.values;
-  const Tensor w = transpose ? transposed(y.values) : y.values;
+  const bool of_columns = columns == direct;  // the matrices formed: A' B (D x D), else A B'
 
-  const Tensor k = product(z, transposed(z)), l = product(w, transposed(w));
+  const auto gram = [&](Buffers::Slot slot, const Tensor& a, const Tensor& b) {
+    const auto out = [&](int64_t height, int64_t width) {
+      return buffers.get(slot, a, groups, height, width, gram_dtype(a));
+    };
+    return of_columns ? multiply(out(a.size(2), b.size(2)), transposed(a), b)
+                      : multiply(out(n, n), a, transposed(b));
+  };
+  const Tensor k = gram(Buffers::kGramX, x, x), l = gram(Buffers::kGramY, y, y);
   std::optional<Tensor> cross;
-  if (!direct) cross = product(z, transposed(w));
+  if (!direct) cross = gram(Buffers::kCross, x, y);
 
-  std::array<StableIValue, 6> stack{from(k),        from(l),        from(cross),
-                                    from(x.energy), from(y.energy), from(center)};
+  std::array<StableIValue, 6> stack{
+      from(k), from(l), from(cross), from(rows_x.energy), from(rows_y.energy), from(center)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("pcka::gram_alignment", "", stack.data(), TORCH_ABI_VERSION));
+      torch_call_dispatcher(PCKA_OPERATOR("gram_alignment"), "", stack.data(), TORCH_ABI_VERSION));
   Aligned result{to<Tensor>(stack[0]), std::nullopt, std::nullopt};
   const Tensor coefficients = to<Tensor>(stack[1]);
   if (!needs_grad_x && !needs_grad_y) return result;
 
   std::array<StableIValue, 4> factors{from(k), from(l), from(cross), from(coefficients)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("pcka::alignment_gradient_", "", factors.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+      PCKA_OPERATOR("alignment_gradient_"), "", factors.data(), TORCH_ABI_VERSION));
+  // dX = K X + M Y, or X K + Y M' by the columns, of the factors that now stand in K and M.
+  const auto apply = [&](const Tensor& out, const Tensor& factor, const Tensor& rows) {
+    const Tensor rounded = cast(factor, rows.scalar_type());
+    return of_columns ? multiply(out, rows, rounded) : multiply(out, rounded, rows);
+  };
+  const auto gradient = [&](Tensor out, Buffers::Slot slot, const Tensor& own, const Tensor& rows,
+                            const Tensor& mixed, const Tensor& other) {
+    if (direct) return apply(out, own, rows);
+    Tensor terms = buffers.get(slot, out, 2 * groups, n, out.size(2), out.scalar_type());
+    apply(torch::stable::narrow(terms, 0, 0, groups), own, rows);
+    apply(torch::stable::narrow(terms, 0, groups, groups), mixed, other);
+    const int64_t dim = 0;
+    return torch::stable::sum_out(
+        out, torch::stable::view(terms, {2, groups, n, out.size(2)}), Sizes(&dim, 1));
+  };
+  const Tensor mixed = direct ? k : *cross, mixed_back = transposed(mixed);
   if (needs_grad_x) {
-    const Tensor grad = direct ? product(k, z) : sum_of_products(*cross, w, k, z);
-    result.grad_x = transpose ? transposed(grad) : grad;
+    const Tensor out = !needs_grad_y && d_x == d_y
+                           ? y
+                           : buffers.get(Buffers::kGradX, x, groups, n, d_x, x.scalar_type());
+    result.grad_x = gradient(out, Buffers::kTermsX, k, x, of_columns ? mixed_back : mixed, y);
   }
   if (needs_grad_y) {
-    const Tensor grad = direct ? product(l, w) : sum_of_products(transposed(*cross), z, l, w);
-    result.grad_y = transpose ? transposed(grad) : grad;
+    const Tensor out = buffers.get(Buffers::kGradY, y, groups, n, d_y, y.scalar_type());
+    result.grad_y = gradient(out, Buffers::kTermsY, l, y, of_columns ? mixed : mixed_back, x);
   }
   return result;
 }
 
-// (G, N, D) in the accumulation dtype -> the dtype and values of an input of cka.
-Tensor cast_like(const Tensor& grad_rows, const Tensor& input) {
-  Tensor grad = torch::stable::new_empty(input, input.sizes());
-  torch::stable::copy_(grad, grad_rows);
-  return grad;
+std::tuple<Tensor, Tensor> patchify(
+    const Tensor& input,  // (B, C, H, W), any strides
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
+  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
+  const Rows rows{
+      torch::stable::new_empty(input, {g.groups, g.rows, g.columns}, dtype),
+      torch::stable::new_empty(input, {g.groups, 2}, ScalarType::Double)};
+  call_patchify(rows, input, patch_h, patch_w, group_by, center);
+  return {rows.values, rows.energy};
 }
 
 std::tuple<Tensor, Tensor, Tensor> cka(
@@ -141,24 +208,37 @@ std::tuple<Tensor, Tensor, Tensor> cka(
       x.dim() == 3 && y.dim() == 3 && x.size(0) == y.size(0) && x.size(1) == y.size(1),
       "x and y must be (G, N, D_x) and (G, N, D_y)");
   STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
-  // (G, N, D) as G maps of one channel, N x D pixels, in patches of one row.
+  // (G, N, D) as G maps of D channels and N pixels, in patches of one pixel.
   const auto rows = [&](const Tensor& t) {
-    return call_patchify(
-        torch::stable::unsqueeze(t, 1), 1, t.size(2), kBatch, center ? kOverRows : kNone);
+    const auto [values, energy] = patchify(
+        torch::stable::unsqueeze(transposed(t), 3), 1, 1, kBatch, center ? kOverRows : kNone,
+        accumulation_dtype(t.scalar_type()));
+    return Rows{values, energy};
   };
-  const Aligned aligned = align(rows(x), rows(y), false, center, needs_grad_x, needs_grad_y);
-  const Tensor none = torch::stable::new_empty(x, {0});
-  return {
-      aligned.alignment, aligned.grad_x ? cast_like(*aligned.grad_x, x) : none,
-      aligned.grad_y ? cast_like(*aligned.grad_y, y) : torch::stable::new_empty(y, {0})};
+  Buffers buffers;
+  const Aligned aligned =
+      align(rows(x), rows(y), false, center, needs_grad_x, needs_grad_y, buffers);
+  const auto output = [](const std::optional<Tensor>& grad, const Tensor& input) {
+    return grad ? cast(*grad, input.scalar_type()) : torch::stable::new_empty(input, {0});
+  };
+  return {aligned.alignment, output(aligned.grad_x, x), output(aligned.grad_y, y)};
 }
 
-// Groups that are worked on together, so that their scratch fits the cache or a bounded buffer.
-int64_t chunk_groups(const PatchGeometry& g, const Tensor& student) {
-  // By position every source pixel belongs to several groups, so the map cannot be cut.
-  const int64_t bytes = student.is_cpu() ? kChunkBytesCpu : kChunkBytesAccelerator;
-  const int64_t per_group = 4 * (3 * g.rows * g.columns + 2 * g.rows * g.rows);
+// Groups that are worked on together, so that their rows and Grams fit the cache or a bounded
+// buffer, and every thread has some.
+int64_t chunk_groups(const PatchGeometry& g, const Tensor& student, ScalarType dtype) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t bytes = student.is_cpu() ? kChunkBytesThread * threads : kChunkBytesAccelerator;
+  const int64_t per_group =
+      (dtype == ScalarType::BFloat16 ? 2 : 4) * 2 * (g.rows * g.columns + g.rows * g.rows);
   return std::clamp<int64_t>(bytes / per_group, 1, g.groups);
+}
+
+Tensor new_gradient(const Tensor& map) {
+  const Tensor gradient = torch::stable::new_empty(map, map.sizes());
+  const int64_t bytes = gradient.numel() * static_cast<int64_t>(gradient.element_size());
+  if (map.is_cpu()) advise_huge_pages(gradient.mutable_data_ptr(), bytes);
+  return gradient;
 }
 
 std::tuple<Tensor, Tensor> patch_cka(
@@ -175,34 +255,42 @@ std::tuple<Tensor, Tensor> patch_cka(
   STD_TORCH_CHECK(
       student.scalar_type() == teacher.scalar_type(), "student and teacher must have one dtype");
   const int64_t centering = !center ? kNone : columns ? kOverColumns : kOverRows;
-  const auto align_maps = [&](const Tensor& s, const Tensor& t) {
+  const bool by_position = group_by == kPosition;
+  const ScalarType dtype = by_position || centering == kOverColumns
+                               ? accumulation_dtype(student.scalar_type())
+                               : rows_dtype(student);
+  Buffers buffers;
+  const auto align_maps = [&](const Tensor& s, const Tensor& t, int64_t groups) {
+    const auto rows = [&](const Tensor& map, Buffers::Slot slot) {
+      const Rows result{
+          buffers.get(slot, map, groups, g.rows, g.columns, dtype),
+          torch::stable::new_empty(map, {groups, 2}, ScalarType::Double)};
+      call_patchify(result, map, patch_h, patch_w, group_by, centering);
+      return result;
+    };
     return align(
-        call_patchify(s, patch_h, patch_w, group_by, centering),
-        call_patchify(t, patch_h, patch_w, group_by, centering), columns, center, needs_grad,
-        false);
+        rows(s, Buffers::kX), rows(t, Buffers::kY), columns, center, needs_grad, false, buffers);
   };
-  if (group_by == kPosition) {
-    const Aligned aligned = align_maps(student, teacher);
-    return {
-        aligned.alignment, needs_grad ? torch::stable::contiguous(*aligned.grad_x)
-                                      : torch::stable::new_empty(student, {0})};
+  const Tensor none = torch::stable::new_empty(student, {0});
+  if (by_position) {
+    // Every source pixel belongs to several groups, so the map cannot be cut.
+    const Aligned aligned = align_maps(student, teacher, g.groups);
+    return {aligned.alignment, needs_grad ? *aligned.grad_x : none};
   }
 
   Tensor alignment =
       torch::stable::new_empty(student, {g.groups}, accumulation_dtype(student.scalar_type()));
-  Tensor gradient = needs_grad ? torch::stable::new_empty(student, student.sizes())
-                               : torch::stable::new_empty(student, {0});
+  const Tensor gradient = needs_grad ? new_gradient(student) : none;
   const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
-  const int64_t step = chunk_groups(g, student);
+  const int64_t step = chunk_groups(g, student, dtype);
   for (int64_t first = 0; first < g.groups; first += step) {
     const int64_t count = std::min(step, g.groups - first);
     const auto chunk = [&](Tensor map) { return torch::stable::narrow(map, dim, first, count); };
-    const Aligned aligned = align_maps(chunk(student), chunk(teacher));
+    const Aligned aligned = align_maps(chunk(student), chunk(teacher), count);
     Tensor part = torch::stable::narrow(alignment, 0, first, count);
     torch::stable::copy_(part, aligned.alignment);
     if (needs_grad) {
-      call_patchify_backward(
-          chunk(gradient), torch::stable::contiguous(*aligned.grad_x), patch_h, patch_w, group_by);
+      call_patchify_backward(chunk(gradient), *aligned.grad_x, patch_h, patch_w, group_by);
     }
   }
   return {alignment, gradient};
@@ -210,7 +298,8 @@ std::tuple<Tensor, Tensor> patch_cka(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pcka, CompositeExplicitAutograd, m) {
+PCKA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
+  m.impl("patchify", TORCH_BOX(&patchify));
   m.impl("cka", TORCH_BOX(&cka));
   m.impl("patch_cka", TORCH_BOX(&patch_cka));
 }

@@ -10,6 +10,8 @@
 
 namespace pcka {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -21,12 +23,6 @@ inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Rows are of the dtype that sums are formed in; those of a bfloat16 map may be bfloat16.
-inline void check_rows_dtype(ScalarType rows, const char* name, ScalarType map) {
-  STD_TORCH_CHECK(
-      rows == accumulation_dtype(map), name, " must be the dtype that sums are formed in");
-}
-
 // Calls f(scalar_t{}) for the type of a floating dtype; `name` is the argument named in the error.
 template <typename F>
 void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
@@ -36,9 +32,9 @@ void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
     case ScalarType::Double:
       return f(double{});
     case ScalarType::BFloat16:
-      return f(torch::headeronly::BFloat16{});
+      return f(BFloat16{});
     case ScalarType::Half:
-      return f(torch::headeronly::Half{});
+      return f(Half{});
     default:
       STD_TORCH_CHECK(
           false, name, " must be float16, bfloat16, float32 or float64, got dtype ",
@@ -46,13 +42,26 @@ void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
   }
 }
 
-// The same for the two types that sums are formed in.
+// Calls f(scalar_t{}, rows_t{}) for the types of a map and its rows.
 template <typename F>
-void dispatch_accumulation(ScalarType dtype, const char* name, F&& f) {
+void dispatch_map_and_rows(ScalarType map, ScalarType rows, const char* name, F&& f) {
+  dispatch_floating(map, name, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+      if (rows == ScalarType::BFloat16) return f(zero, zero);
+    }
+    f(zero, acc_type<scalar_t>{});
+  });
+}
+
+// Calls f(scalar_t{}) for the type of rows and Grams.
+template <typename F>
+void dispatch_rows(ScalarType dtype, const char* name, F&& f) {
   STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double, name,
-      " must be float32 or float64, got dtype ", static_cast<int>(dtype));
-  dtype == ScalarType::Double ? f(double{}) : f(float{});
+      dtype != ScalarType::Half, name, " must be bfloat16, float32 or float64, got float16");
+  dispatch_floating(dtype, name, [&](auto zero) {
+    if constexpr (!std::is_same_v<decltype(zero), Half>) f(zero);
+  });
 }
 
 }  // namespace pcka

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace pcka {
 
 enum GroupBy : int64_t { kChannel = 0, kBatch = 1, kPosition = 2 };
@@ -65,6 +67,15 @@ inline PatchGeometry make_geometry(
   return g;
 }
 
+// table must be a contiguous float64 (G, width).
+inline void check_table(
+    const torch::stable::Tensor& table, const char* name, int64_t groups, int64_t width) {
+  STD_TORCH_CHECK(
+      table.dim() == 2 && table.size(0) == groups && table.size(1) == width &&
+          table.is_contiguous() && table.scalar_type() == ScalarType::Double,
+      name, " must be a contiguous float64 (", groups, ", ", width, ")");
+}
+
 // The same from a map; `name` is the argument named in the error.
 inline PatchGeometry make_geometry(
     const torch::stable::Tensor& map, const char* name, int64_t patch_h, int64_t patch_w,
@@ -83,19 +94,33 @@ inline MapStrides map_strides(const torch::stable::Tensor& map) {
   return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
-inline void check_centering(int64_t center) {
-  STD_TORCH_CHECK(
-      center >= kNone && center <= kOverColumns,
-      "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
-}
-
-// rows must be a contiguous (G, N, D) of this geometry.
+// rows must be a contiguous (G, N, D) of this geometry, in a dtype for maps of `map`.
 inline void check_rows(
-    const torch::stable::Tensor& rows, const char* name, const PatchGeometry& g) {
+    const torch::stable::Tensor& rows, const char* name, const PatchGeometry& g, ScalarType map) {
   STD_TORCH_CHECK(
       rows.dim() == 3 && rows.size(0) == g.groups && rows.size(1) == g.rows &&
           rows.size(2) == g.columns && rows.is_contiguous(),
       name, " must be a contiguous (", g.groups, ", ", g.rows, ", ", g.columns, ")");
+  const ScalarType dtype = rows.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == accumulation_dtype(map) || (dtype == map && map == ScalarType::BFloat16), name,
+      " must be of the dtype that sums are formed in, or bfloat16 for a bfloat16 map");
+}
+
+// What patchify_ is called with.
+inline void check_patchify(
+    const torch::stable::Tensor& rows, const torch::stable::Tensor& energy,
+    const torch::stable::Tensor& input, const PatchGeometry& g, int64_t group_by, int64_t center) {
+  STD_TORCH_CHECK(
+      center >= kNone && center <= kOverColumns,
+      "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
+  check_rows(rows, "rows", g, input.scalar_type());
+  check_table(energy, "energy", g.groups, 2);
+  STD_TORCH_CHECK(
+      rows.scalar_type() != ScalarType::BFloat16 ||
+          (group_by != kPosition && center != kOverColumns),
+      "rows may be bfloat16 only where they are centered before they are rounded: not by "
+      "position, and not over the columns");
 }
 
 }  // namespace pcka

@@ -8,11 +8,10 @@
 #include <cstdint>
 #include <optional>
 
-#include "resize.h"  // PCKA_HOST_DEVICE
+#include "geometry.h"  // check_table
+#include "resize.h"    // PCKA_HOST_DEVICE
 
 namespace pcka {
-
-using torch::stable::Tensor;
 
 // coefficients (G, 3) of the gradient: dK = 2 (a L - b K) and dL = 2 (a K - c L).
 struct GroupAlignment {
@@ -58,14 +57,6 @@ inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Te
         k.size(1) == l.size(1), "without cross, k and l must have one size, got ", k.size(1),
         " and ", l.size(1));
   }
-}
-
-// table must be a contiguous float64 (G, width).
-inline void check_table(const Tensor& table, const char* name, int64_t groups, int64_t width) {
-  STD_TORCH_CHECK(
-      table.dim() == 2 && table.size(0) == groups && table.size(1) == width &&
-          table.is_contiguous() && table.scalar_type() == torch::headeronly::ScalarType::Double,
-      name, " must be a contiguous float64 (", groups, ", ", width, ")");
 }
 
 }  // namespace pcka

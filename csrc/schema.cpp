@@ -3,11 +3,14 @@
 // Symbols: G groups, N rows (samples or patches), D columns. group_by: 0 channel, 1 batch,
 // 2 position. center: 0 none, 1 over the rows (each column's mean), 2 over the columns.
 
-#include <torch/csrc/stable/library.h>
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(pcka, m) {
-  // (B, C, H, W) -> rows (G, N, D), energy (G, 2): |X|^2 before and after centering, float64.
-  // dtype is that of the rows: what sums are formed in, or bfloat16 for a bfloat16 map.
+PCKA_LIBRARY_DEFINE(m) {
+  // input (B, C, H, W) -> rows (G, N, D), energy (G, 2): |X|^2 before and after centering,
+  // float64. Rows are of the dtype that sums are formed in, or bfloat16 for a bfloat16 map.
+  m.def(
+      "patchify_(Tensor(a!) rows, Tensor(b!) energy, Tensor input, int patch_h, int patch_w, "
+      "int group_by, int center) -> ()");
   m.def(
       "patchify(Tensor input, int patch_h, int patch_w, int group_by, int center, "
       "ScalarType dtype) -> (Tensor rows, Tensor energy)");

@@ -1,25 +1,18 @@
 // Alignment statistics of pairs of Grams on the CPU.
 
 #include "../grams.h"
+#include "../library.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
 #include <tuple>
 
 #include "../dtypes.h"
+#include "lines.h"
 
 namespace pcka {
 namespace {
-
-// sum of (scale_a a_i) (scale_b b_i)
-template <typename acc_t>
-double scaled_dot(const acc_t* a, const acc_t* b, int64_t count, double scale_a, double scale_b) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += (scale_a * a[i]) * (scale_b * b[i]);
-  return sum;
-}
 
 std::tuple<Tensor, Tensor> gram_alignment(
     const Tensor& k,                     // (G, N_k, N_k)
@@ -32,14 +25,15 @@ std::tuple<Tensor, Tensor> gram_alignment(
   const int64_t groups = k.size(0), n_k = k.size(1), n_l = l.size(1);
   check_table(energy_x, "energy_x", groups, 2);
   check_table(energy_y, "energy_y", groups, 2);
-  Tensor alignment = torch::stable::new_empty(k, {groups});
+  Tensor alignment = torch::stable::new_empty(k, {groups}, accumulation_dtype(k.scalar_type()));
   Tensor coefficients = torch::stable::new_empty(k, {groups, 3}, ScalarType::Double);
-  dispatch_accumulation(k.scalar_type(), "k", [&](auto zero) {
-    using acc_t = decltype(zero);
-    const acc_t* k_data = static_cast<const acc_t*>(k.const_data_ptr());
-    const acc_t* l_data = static_cast<const acc_t*>(l.const_data_ptr());
-    const acc_t* cross_data =
-        cross.has_value() ? static_cast<const acc_t*>(cross->const_data_ptr()) : nullptr;
+  dispatch_rows(k.scalar_type(), "k", [&](auto zero) {
+    using gram_t = decltype(zero);
+    using acc_t = acc_type<gram_t>;
+    const gram_t* k_data = static_cast<const gram_t*>(k.const_data_ptr());
+    const gram_t* l_data = static_cast<const gram_t*>(l.const_data_ptr());
+    const gram_t* cross_data =
+        cross.has_value() ? static_cast<const gram_t*>(cross->const_data_ptr()) : nullptr;
     const double* ex = static_cast<const double*>(energy_x.const_data_ptr());
     const double* ey = static_cast<const double*>(energy_y.const_data_ptr());
     acc_t* alignments = static_cast<acc_t*>(alignment.mutable_data_ptr());
@@ -47,9 +41,9 @@ std::tuple<Tensor, Tensor> gram_alignment(
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         const double sx = 1 / ex[2 * g + 1], sy = 1 / ey[2 * g + 1];
-        const acc_t* kg = k_data + g * n_k * n_k;
-        const acc_t* lg = l_data + g * n_l * n_l;
-        const acc_t* mg = cross_data ? cross_data + g * n_k * n_l : nullptr;
+        const gram_t* kg = k_data + g * n_k * n_k;
+        const gram_t* lg = l_data + g * n_l * n_l;
+        const gram_t* mg = cross_data ? cross_data + g * n_k * n_l : nullptr;
         const double root = std::sqrt(sx) * std::sqrt(sy);
         const double kl =
             mg ? scaled_dot(mg, mg, n_k * n_l, root, root) : scaled_dot(kg, lg, n_k * n_k, sx, sy);
@@ -66,6 +60,6 @@ std::tuple<Tensor, Tensor> gram_alignment(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pcka, CPU, m) { m.impl("gram_alignment", TORCH_BOX(&gram_alignment)); }
+PCKA_LIBRARY_IMPL(CPU, m) { m.impl("gram_alignment", TORCH_BOX(&gram_alignment)); }
 
 }  // namespace pcka

@@ -1,157 +1,344 @@
 // patchify on the CPU: bilinear resize, cut into patches, center, and the energies.
+//
+// A thread takes a few channels of one image at a time. It resizes their lines horizontally into
+// scratch that stays in the cache, and from there blends every line of the resized map twice: once
+// for the means over the patches, once to write the centered rows. Nothing of the size of the map
+// is kept but the rows themselves.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "../dtypes.h"
 #include "../geometry.h"
-#include "../resize.h"
+#include "../library.h"
+#include "channel_blocks.h"
+#include "lines.h"
+#include "resample.h"
 
 namespace pcka {
 namespace {
 
-constexpr int64_t kColumnBlock = 64;  // columns centered together: one strip of cache lines
-
-template <typename acc_t>
-std::vector<Tap<acc_t>> make_taps(int64_t in, int64_t out) {
-  std::vector<Tap<acc_t>> taps(out);
-  for (int64_t o = 0; o < out; ++o) taps[o] = bilinear_tap<acc_t>(o, in, out);
-  return taps;
-}
-
-// A weight of 0 does not read its neighbour, so that an infinity there stays where it is.
-template <typename acc_t>
-acc_t interpolate(acc_t low, acc_t high, acc_t weight) {
-  return weight == 0 ? low : (1 - weight) * low + weight * high;
-}
-
-// Resized pixels of every plane (b, c) into rows (G, N, D), not centered.
-template <typename scalar_t, typename acc_t>
-void fill_rows(const scalar_t* input, MapStrides in, const PatchGeometry& g, acc_t* rows) {
-  const auto taps_y = make_taps<acc_t>(g.height, g.resized_h);
-  const auto taps_x = make_taps<acc_t>(g.width, g.resized_w);
-  torch::stable::parallel_for(0, g.batch * g.channels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t b = plane / g.channels, c = plane % g.channels;
-      const scalar_t* source = input + b * in.b + c * in.c;
-      acc_t* target = rows + b * g.stride_b + c * g.stride_c;
-      for (int64_t y = 0; y < g.resized_h; ++y) {
-        const Tap<acc_t> ty = taps_y[y];
-        const scalar_t* upper = source + ty.low * in.y;
-        const scalar_t* lower = source + ty.high * in.y;
-        acc_t* line = target + (y / g.patch_h) * g.stride_ny + (y % g.patch_h) * g.stride_py;
-        const auto read = [&](int64_t x) {
-          return interpolate(
-              static_cast<acc_t>(upper[x * in.x]), static_cast<acc_t>(lower[x * in.x]), ty.weight);
-        };
-        for (int64_t nx = 0, x = 0; nx < g.n_w; ++nx) {
-          for (int64_t px = 0; px < g.patch_w; ++px, ++x) {
-            const Tap<acc_t> tx = taps_x[x];
-            line[nx * g.stride_nx + px * g.stride_px] =
-                interpolate(read(tx.low), read(tx.high), tx.weight);
-          }
-        }
-      }
-    }
-  });
-}
+constexpr int64_t kLinesAhead = 16;    // that are fetched from memory while one is worked on
+constexpr int64_t kColumnBlock = 512;  // columns of a matrix centered together
 
 struct Energy {
   double before = 0, after = 0;
 };
 
-// Centers columns [begin, end) of one (N, D) group over its rows.
-template <typename acc_t>
-Energy center_columns(acc_t* group, int64_t rows, int64_t columns, int64_t begin, int64_t end) {
-  double mean[kColumnBlock] = {};
-  Energy energy;
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t d = begin; d < end; ++d) {
-      const double value = group[n * columns + d];
-      mean[d - begin] += value;
-      energy.before += value * value;
-    }
+// The energies of the groups: sums over their equally many parts, in order.
+void sum_energies(const std::vector<Energy>& parts, int64_t groups, double* energy) {
+  const int64_t units = static_cast<int64_t>(parts.size()) / groups;
+  std::fill_n(energy, 2 * groups, 0);
+  for (int64_t i = 0; i < groups * units; ++i) {
+    energy[2 * (i / units)] += parts[i].before;
+    energy[2 * (i / units) + 1] += parts[i].after;
   }
-  for (int64_t d = 0; d < end - begin; ++d) mean[d] /= static_cast<double>(rows);
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t d = begin; d < end; ++d) {
-      const acc_t value = static_cast<acc_t>(group[n * columns + d] - mean[d - begin]);
-      group[n * columns + d] = value;
-      energy.after += static_cast<double>(value) * value;
-    }
-  }
-  return energy;
 }
 
-// Centers one row over its columns; without `center` only measures it.
-template <typename acc_t>
-Energy center_row(acc_t* row, int64_t columns, bool center) {
-  double sum = 0;
-  Energy energy;
-  for (int64_t d = 0; d < columns; ++d) {
-    sum += row[d];
-    energy.before += static_cast<double>(row[d]) * row[d];
-  }
-  if (!center) return {energy.before, energy.before};
-  const double mean = sum / static_cast<double>(columns);
-  for (int64_t d = 0; d < columns; ++d) {
-    row[d] = static_cast<acc_t>(row[d] - mean);
-    energy.after += static_cast<double>(row[d]) * row[d];
-  }
-  return energy;
-}
+// What all threads share of one map.
+template <typename scalar_t, typename acc_t, typename rows_t>
+struct Job {
+  const scalar_t* input;
+  MapStrides in;
+  PatchGeometry g;
+  bool center;
+  rows_t* rows;
+  Resampling<acc_t> across;
+  std::vector<Tap<acc_t>> down;
+};
 
-// Centers all groups in place. Each group is cut into units (strips of columns, or single rows)
-// that are worked on in parallel; their energies are then summed in a fixed order.
-template <typename acc_t>
-void center_rows(acc_t* rows, const PatchGeometry& g, int64_t center, double* energy) {
-  const bool strips = center == kOverRows;
-  const int64_t units = strips ? (g.columns + kColumnBlock - 1) / kColumnBlock : g.rows;
-  std::vector<Energy> partial(g.groups * units);
-  torch::stable::parallel_for(0, g.groups * units, 1, [&](int64_t begin, int64_t end) {
+// One thread's work on a block of channels.
+template <typename scalar_t, typename acc_t, typename rows_t>
+class Worker {
+ public:
+  Worker(const Job<scalar_t, acc_t, rows_t>& job, int64_t together)
+      : job_(job),
+        g_(job.g),
+        width_(padded(g_.resized_w)),
+        source_(together * padded(g_.width)),
+        lines_(together * g_.height * width_),
+        blended_(std::max(together, g_.patch_h) * width_),
+        rounded_(kRounds ? g_.patch_h * width_ : 0),
+        sums_(g_.patch_h * width_),
+        means_high_(g_.patch_h * width_),
+        means_low_(g_.patch_h * width_) {}
+
+  void load(const ChannelBlock& block) {
+    const scalar_t* image = job_.input + block.b * job_.in.b + block.c * job_.in.c;
+    for (int64_t y = 0; y < g_.height; ++y) {
+      load_line(image + y * job_.in.y, block.count);
+      for (int64_t k = 0; k < block.count; ++k) {
+        acc_t* source = source_.data() + k * padded(g_.width);
+        acc_t* line = lines_.data() + (k * g_.height + y) * width_;
+        if (job_.across.identity()) {
+          std::copy_n(source, g_.width, line);
+        } else {
+          job_.across(source, line);
+        }
+      }
+    }
+  }
+
+  // Channel k of those loaded, where a patch is contiguous in the rows.
+  Energy store(const ChannelBlock& block, int64_t k) {
+    const acc_t* lines = lines_.data() + k * g_.height * width_;
+    Energy energy;
+    double squares[kLanes] = {};
+    if (job_.center) energy.before = find_means(lines);
+    rows_t* out = job_.rows + block.b * g_.stride_b + (block.c + k) * g_.stride_c;
+    for (int64_t ny = 0; ny < g_.n_h; ++ny) {
+      for (int64_t py = 0; py < g_.patch_h; ++py) blend_row(lines, ny, py, squares);
+      store_patches(out + ny * g_.stride_ny);
+    }
+    energy.after = add_lanes(squares);
+    energy.before += energy.after;
+    return energy;
+  }
+
+  // All channels loaded, where the channels of a pixel are neighbours in the rows; not centered.
+  void store_pixels(const ChannelBlock& block) {
+    rows_t* out = job_.rows + block.b * g_.stride_b + block.c * g_.stride_c;
+    for (int64_t y = 0; y < g_.resized_h; ++y) {
+      for (int64_t k = 0; k < block.count; ++k) {
+        blend_line(lines_.data() + k * g_.height * width_, y, blended_.data() + k * width_);
+      }
+      rows_t* line = out + y / g_.patch_h * g_.stride_ny + y % g_.patch_h * g_.stride_py;
+      for (int64_t x = 0; x < g_.resized_w; ++x) {
+        rows_t* pixel = line + x / g_.patch_w * g_.stride_nx + x % g_.patch_w * g_.stride_px;
+        for (int64_t k = 0; k < block.count; ++k) {
+          pixel[k * g_.stride_c] = static_cast<rows_t>(blended_[k * width_ + x]);
+        }
+      }
+    }
+  }
+
+ private:
+  void load_line(const scalar_t* line, int64_t count) {
+    const int64_t room = padded(g_.width);
+    if (job_.in.x == 1) {
+      for (int64_t k = 0; k < count; ++k) {
+        prefetch(line + k * job_.in.c + kLinesAhead * job_.in.y, g_.width);
+        convert(line + k * job_.in.c, g_.width, source_.data() + k * room);
+      }
+      return;
+    }
+    for (int64_t x = 0; x < g_.width; ++x) {
+      for (int64_t k = 0; k < count; ++k) {
+        source_[k * room + x] = static_cast<acc_t>(line[x * job_.in.x + k * job_.in.c]);
+      }
+    }
+  }
+
+  void blend_line(const acc_t* lines, int64_t y, acc_t* out) const {
+    const Tap<acc_t>& tap = job_.down[y];
+    blend(lines + tap.low * width_, lines + tap.high * width_, tap.weight, g_.resized_w, out);
+  }
+
+  // The mean of every pixel of a patch over the patches, laid out as lines of the map. Returns
+  // the energy that subtracting them takes away.
+  double find_means(const acc_t* lines) {
+    std::fill(sums_.begin(), sums_.end(), 0);
+    for (int64_t y = 0; y < g_.resized_h; ++y) {
+      const Tap<acc_t>& tap = job_.down[y];
+      add_blend(
+          lines + tap.low * width_, lines + tap.high * width_, tap.weight, g_.resized_w,
+          sums_.data() + y % g_.patch_h * width_);
+    }
+    double taken = 0;
+    for (int64_t py = 0; py < g_.patch_h; ++py) {
+      const int64_t at = py * width_;
+      taken += spread_means(
+          sums_.data() + at, g_.patch_w, g_.n_w, g_.rows, means_high_.data() + at,
+          means_low_.data() + at);
+    }
+    return taken;
+  }
+
+  // Line py of the patches in row ny, centered, into the row's scratch.
+  void blend_row(const acc_t* lines, int64_t ny, int64_t py, double (&squares)[kLanes]) {
+    const Tap<acc_t>& tap = job_.down[ny * g_.patch_h + py];
+    const acc_t *low = lines + tap.low * width_, *high = lines + tap.high * width_;
+    const int64_t at = py * width_;
+    acc_t* line = blended_.data() + (kRounds ? 0 : at);
+    blend_centered(
+        low, high, tap.weight, means_high_.data() + at, means_low_.data() + at, g_.resized_w, line,
+        squares);
+    if constexpr (kRounds) convert(line, g_.resized_w, rounded_.data() + at);
+  }
+
+  // One row of patches. Patch by patch, so that each is written from end to end.
+  void store_patches(rows_t* out) const {
+    const rows_t* lines;
+    if constexpr (kRounds) {
+      lines = rounded_.data();
+    } else {
+      lines = blended_.data();
+    }
+    with_fixed_length(g_.patch_w, [&](auto length) {
+      lines_to_patches(lines, width_, g_.patch_h, g_.n_w, length, g_.stride_nx, out);
+    });
+  }
+
+  static constexpr bool kRounds = !std::is_same_v<acc_t, rows_t>;
+
+  const Job<scalar_t, acc_t, rows_t>& job_;
+  const PatchGeometry& g_;
+  const int64_t width_;    // of a resized line in memory
+  Lines<acc_t> source_;    // (together, W): one line of the map
+  Lines<acc_t> lines_;     // (together, H, resized W)
+  Lines<acc_t> blended_;   // (patch_h, resized W): a row of patches, or (together, resized W)
+  Lines<rows_t> rounded_;  // (patch_h, resized W), where the rows are of another dtype
+  Lines<double> sums_;     // (patch_h, resized W)
+  Lines<acc_t> means_high_, means_low_;  // (patch_h, resized W)
+};
+
+template <typename scalar_t, typename acc_t, typename rows_t>
+void fill_rows(const Job<scalar_t, acc_t, rows_t>& job, int64_t group_by, double* energy) {
+  const PatchGeometry& g = job.g;
+  const ChannelBlocks blocks(g, job.in);
+  const bool by_channel = group_by == kChannel;
+  std::vector<Energy> parts(group_by == kPosition ? 0 : g.batch * g.channels);
+  torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    Worker<scalar_t, acc_t, rows_t> worker(job, blocks.together());
     for (int64_t i = begin; i < end; ++i) {
-      acc_t* group = rows + (i / units) * g.rows * g.columns;
-      const int64_t unit = i % units;
-      if (strips) {
-        const int64_t first = unit * kColumnBlock;
-        partial[i] = center_columns(
-            group, g.rows, g.columns, first, std::min(first + kColumnBlock, g.columns));
-      } else {
-        partial[i] = center_row(group + unit * g.columns, g.columns, center == kOverColumns);
+      const ChannelBlock block = blocks[i];
+      worker.load(block);
+      if (group_by == kPosition) {
+        worker.store_pixels(block);
+        continue;
+      }
+      for (int64_t k = 0; k < block.count; ++k) {
+        const int64_t c = block.c + k;
+        parts[by_channel ? c * g.batch + block.b : block.b * g.channels + c] =
+            worker.store(block, k);
       }
     }
   });
-  for (int64_t i = 0; i < g.groups * units; ++i) {
-    energy[2 * (i / units)] += partial[i].before;
-    energy[2 * (i / units) + 1] += partial[i].after;
+  if (group_by != kPosition) sum_energies(parts, g.groups, energy);
+}
+
+// Matrices (G, N, D) of any strides, a row's place being that of pixel (n / across, n % across).
+template <typename scalar_t>
+struct Matrices {
+  const scalar_t* data;
+  int64_t groups, rows, columns, across;
+  int64_t stride_group, stride_y, stride_x, stride_column;
+
+  const scalar_t* row(int64_t group, int64_t n) const {
+    return data + group * stride_group + n / across * stride_y + n % across * stride_x;
+  }
+};
+
+// Writes the matrices centered over their rows (or as they are) to `out` (G, N, D), which they
+// may themselves be.
+template <typename scalar_t, typename rows_t>
+void center_matrices(const Matrices<scalar_t>& m, bool center, rows_t* out, double* energy) {
+  using acc_t = acc_type<scalar_t>;
+  const int64_t blocks = (m.columns + kColumnBlock - 1) / kColumnBlock;
+  std::vector<Energy> parts(m.groups * blocks);
+  torch::stable::parallel_for(0, m.groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    acc_t line[kColumnBlock], means_high[kColumnBlock], means_low[kColumnBlock];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / blocks, first = i % blocks * kColumnBlock;
+      const int64_t count = std::min(kColumnBlock, m.columns - first);
+      const auto load = [&](int64_t n) {
+        const scalar_t* row = m.row(group, n) + first * m.stride_column;
+        if (m.stride_column == 1) return convert(row, count, line);
+        for (int64_t d = 0; d < count; ++d) line[d] = static_cast<acc_t>(row[d * m.stride_column]);
+      };
+      Energy& energy_of_block = parts[i];
+      if (center) {
+        double sums[kColumnBlock] = {};
+        for (int64_t n = 0; n < m.rows; ++n) load(n), add_line(line, count, sums);
+        for (int64_t d = 0; d < count; ++d) {
+          const double mean = sums[d] / static_cast<double>(m.rows);
+          const Mean<acc_t> parts(mean);
+          means_high[d] = parts.high, means_low[d] = parts.low;
+          energy_of_block.before += mean * mean * static_cast<double>(m.rows);
+        }
+      }
+      for (int64_t n = 0; n < m.rows; ++n) {
+        load(n);
+        if (center) subtract(line, means_high, means_low, count);
+        energy_of_block.after += sum_squares(line, count);
+        convert(line, count, out + (group * m.rows + n) * m.columns + first);
+      }
+      energy_of_block.before += energy_of_block.after;
+    }
+  });
+  sum_energies(parts, m.groups, energy);
+}
+
+// Centers every row of (G, N, D) over its columns, in place.
+template <typename acc_t>
+void center_over_columns(acc_t* rows, const PatchGeometry& g, double* energy) {
+  std::vector<Energy> parts(g.groups * g.rows);
+  torch::stable::parallel_for(0, g.groups * g.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      acc_t* row = rows + i * g.columns;
+      const double mean = sum(row, g.columns) / static_cast<double>(g.columns);
+      subtract(row, Mean<acc_t>(mean), g.columns);
+      parts[i].after = sum_squares(row, g.columns);
+      parts[i].before = parts[i].after + mean * mean * static_cast<double>(g.columns);
+    }
+  });
+  sum_energies(parts, g.groups, energy);
+}
+
+template <typename scalar_t, typename rows_t>
+void run(
+    const scalar_t* input, MapStrides in, const PatchGeometry& g, int64_t group_by, int64_t center,
+    rows_t* rows, double* energy) {
+  using acc_t = acc_type<scalar_t>;
+  const bool over_rows = center == kOverRows;
+  if (group_by == kBatch && g.patch_h * g.patch_w == 1 && center != kOverColumns) {
+    // Patches of one pixel: the map is a matrix as it stands.
+    const Matrices<scalar_t> matrices{input, g.groups, g.rows, g.columns, g.width,
+                                      in.b,  in.y,     in.x,   in.c};
+    return center_matrices(matrices, over_rows, rows, energy);
+  }
+  const bool fused = over_rows && group_by != kPosition;
+  fill_rows(
+      Job<scalar_t, acc_t, rows_t>{
+          input,
+          in,
+          g,
+          fused,
+          rows,
+          {g.width, g.resized_w},
+          make_taps<acc_t>(g.height, g.resized_h)},
+      group_by, energy);
+  if constexpr (std::is_same_v<acc_t, rows_t>) {
+    if (center == kOverColumns) {
+      center_over_columns(rows, g, energy);
+    } else if (group_by == kPosition) {
+      const Matrices<acc_t> matrices{rows, g.groups,  g.rows, g.columns, g.rows, g.rows * g.columns,
+                                     0,    g.columns, 1};
+      center_matrices(matrices, over_rows, rows, energy);
+    }
   }
 }
 
-std::tuple<Tensor, Tensor> patchify(
-    const Tensor& input,  // (B, C, H, W), any strides
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
+void patchify(
+    const Tensor& rows,    // (G, N, D), contiguous; written
+    const Tensor& energy,  // (G, 2); written
+    const Tensor& input,   // (B, C, H, W), any strides
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
-  check_centering(center);
-  check_rows_dtype(dtype, "dtype", input.scalar_type());
-  Tensor rows = torch::stable::new_empty(
-      input, {g.groups, g.rows, g.columns}, accumulation_dtype(input.scalar_type()));
-  Tensor energy = torch::stable::new_zeros(input, {g.groups, 2}, ScalarType::Double);
-  dispatch_floating(input.scalar_type(), "input", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc_t = acc_type<scalar_t>;
-    acc_t* values = static_cast<acc_t*>(rows.mutable_data_ptr());
-    fill_rows(static_cast<const scalar_t*>(input.const_data_ptr()), map_strides(input), g, values);
-    center_rows(values, g, center, static_cast<double*>(energy.mutable_data_ptr()));
+  check_patchify(rows, energy, input, g, group_by, center);
+  dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
+    using scalar_t = decltype(map);
+    using rows_t = decltype(row);
+    run(static_cast<const scalar_t*>(input.const_data_ptr()), map_strides(input), g, group_by,
+        center, static_cast<rows_t*>(rows.mutable_data_ptr()),
+        static_cast<double*>(energy.mutable_data_ptr()));
   });
-  return {rows, energy};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pcka, CPU, m) { m.impl("patchify", TORCH_BOX(&patchify)); }
+PCKA_LIBRARY_IMPL(CPU, m) { m.impl("patchify_", TORCH_BOX(&patchify)); }
 
 }  // namespace pcka

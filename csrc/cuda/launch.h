@@ -1,4 +1,7 @@
-// How kernels are launched: sizes, the current stream, and the check that follows a launch.
+// How kernels are launched: sizes, the current stream, the check that follows; and block-wide sums.
+//
+// The only file with launch syntax, so that the kernels also compile as plain C++ for the emulator
+// under tests/emulation.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,20 +17,17 @@ namespace pcka {
 
 constexpr int kThreads = 256;
 
-// Blocks for `count` items of a grid-stride loop; 64-bit, capped well under the grid's limit.
+// Blocks for `count` items; those beyond the cap are reached by the kernels' block-stride loops.
 inline unsigned blocks_for(int64_t count) {
-  return static_cast<unsigned>(
-      std::min<int64_t>((count + kThreads - 1) / kThreads, int64_t{1} << 20));
-}
-
-// One block an item, items beyond the cap by the kernel's own block-stride loop.
-inline unsigned one_block_each(int64_t count) {
   return static_cast<unsigned>(std::min<int64_t>(count, int64_t{1} << 20));
 }
 
 // The tensor's device made current, and torch's stream on it.
 class LaunchScope {
  public:
+#if defined(PCKA_EMULATION)
+  explicit LaunchScope(const torch::stable::Tensor&) {}
+#else
   explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -39,17 +39,27 @@ class LaunchScope {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
+#endif
 };
 
-#if defined(__CUDACC__)
-__device__ inline int64_t first_item() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+// kernel(args...) on `blocks` blocks of kThreads threads.
+#if defined(PCKA_EMULATION)
+template <typename Kernel, typename... Args>
+void launch(const LaunchScope&, Kernel kernel, unsigned blocks, const Args&... args) {
+  emulation::launch(kernel, blocks, kThreads, args...);
 }
+#elif defined(__CUDACC__)
+template <typename Kernel, typename... Args>
+void launch(const LaunchScope& scope, Kernel kernel, unsigned blocks, const Args&... args) {
+  // clang-format off
+  kernel<<<blocks, kThreads, 0, scope.stream()>>>(args...);
+  // clang-format on
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
 
-__device__ inline int64_t item_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
-
-// Sums of `count` values over a block of kThreads threads, in a fixed order; every thread gets
-// them. The tree keeps the result the same from run to run.
+#if defined(__CUDACC__) || defined(PCKA_EMULATION)
+// Sums of `count` values over the block, in a fixed order; every thread gets them.
 template <int count>
 __device__ inline void block_sum(double (&values)[count]) {
   __shared__ double shared[count][kThreads];
@@ -57,7 +67,7 @@ __device__ inline void block_sum(double (&values)[count]) {
   for (int i = 0; i < count; ++i) shared[i][threadIdx.x] = values[i];
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) {
+    if (static_cast<int>(threadIdx.x) < half) {
       for (int i = 0; i < count; ++i) shared[i][threadIdx.x] += shared[i][threadIdx.x + half];
     }
     __syncthreads();

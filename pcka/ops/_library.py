@@ -82,6 +82,18 @@ def _patchify_fake(
     )
 
 
+def _patchify_out_fake(
+    rows: Tensor,
+    energy: Tensor,
+    x: Tensor,
+    patch_h: int,
+    patch_w: int,
+    group_by: int,
+    center: int,
+) -> None:
+    return None
+
+
 def _patchify_backward_fake(
     grad_input: Tensor, grad_rows: Tensor, patch_h: int, patch_w: int, group_by: int
 ) -> None:
@@ -148,6 +160,19 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient * factor``, in the gradient's own memory where nobody will ask for it again."""
+    if type(gradient) is not Tensor or _graph_is_kept():  # traced, or to be used again
+        return (gradient * factor).to(gradient.dtype)
+    return gradient.mul_(factor)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was called with retain_graph=True, or that is unknown."""
+    asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asks is None or bool(asks())
+
+
 def _cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad_x, grad_y = output
     ctx.mark_non_differentiable(grad_x, grad_y)
@@ -158,7 +183,7 @@ def _cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 @_once
 def _cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = (
-        (saved * grad[:, None, None]).to(saved.dtype) if needed else None
+        _scaled(saved, grad[:, None, None]) if needed else None
         for saved, needed in zip(ctx.saved_tensors, ctx.needs)
     )
     return (*grads, None, None, None)
@@ -178,12 +203,12 @@ def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
     if not ctx.needs:
         return (None,) * 8
     if ctx.group_by == _POSITION:
-        rows = gradient * grad[:, None, None]
+        rows = _scaled(gradient, grad[:, None, None])
         result = rows.new_empty(ctx.shape, dtype=ctx.dtype)
         torch.ops.pcka.patchify_backward_(result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by)
     else:
         shape = (-1, 1, 1, 1) if ctx.group_by == _BATCH else (1, -1, 1, 1)
-        result = (gradient * grad.view(shape)).to(ctx.dtype)
+        result = _scaled(gradient, grad.view(shape))
     return (result, *[None] * 7)
 
 
@@ -207,6 +232,7 @@ if available(torch.device("meta")):
     _FAKES: dict[str, Callable[..., Any]] = {
         "cka": _cka_fake,
         "patchify": _patchify_fake,
+        "patchify_": _patchify_out_fake,
         "patchify_backward_": _patchify_backward_fake,
         "gram_alignment": _gram_alignment_fake,
         "alignment_gradient_": _alignment_gradient_fake,

@@ -36,7 +36,9 @@ MAPS = [
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 1e-2)
+    """Against the reference, which computes in float32: bfloat16 maps go through bfloat16 Grams."""
+    exact = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2}
+    return exact.get(dtype, 3e-2)
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -236,7 +238,9 @@ def test_opcheck(device, grad):
         torch.library.opcheck(
             ops.patch_cka.default, (student, teacher, 4, 5, group_by, columns, True, grad)
         )
-        torch.library.opcheck(ops.patchify.default, (student, 4, 5, group_by, 1 + columns, student.dtype))
+        torch.library.opcheck(
+            ops.patchify.default, (student, 4, 5, group_by, 1 + columns, student.dtype)
+        )
     x = make(2, 6, 5, dtype=torch.float32, device=device, grad=grad)
     y = make(2, 6, 9, dtype=torch.float32, device=device, grad=grad, seed=1)
     torch.library.opcheck(ops.cka.default, (x, y, True, grad, grad))

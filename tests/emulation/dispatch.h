@@ -1,0 +1,85 @@
+// The operators as these tests call them: by library, that of the kernels under the emulator or
+// that of the CPU.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+
+namespace {  // of every file its own, as are the types of torch's stable ABI
+namespace dispatch {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+template <std::size_t size>
+void call(const std::string& library, const char* name, std::array<StableIValue, size>& stack) {
+  const std::string full = library + "::" + name;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(full.c_str(), "", stack.data(), TORCH_ABI_VERSION));
+}
+
+struct Patches {
+  int64_t height, width, group_by;
+};
+
+inline void patchify(
+    const std::string& library, const Tensor& rows, const Tensor& energy, const Tensor& input,
+    const Patches& p, int64_t center) {
+  std::array<StableIValue, 7> stack{from(rows),    from(energy),     from(input), from(p.height),
+                                    from(p.width), from(p.group_by), from(center)};
+  call(library, "patchify_", stack);
+}
+
+inline void patchify_backward(
+    const std::string& library, const Tensor& grad_input, const Tensor& grad_rows,
+    const Patches& p) {
+  std::array<StableIValue, 5> stack{
+      from(grad_input), from(grad_rows), from(p.height), from(p.width), from(p.group_by)};
+  call(library, "patchify_backward_", stack);
+}
+
+struct Alignment {
+  Tensor alignment, coefficients;
+};
+
+inline Alignment gram_alignment(
+    const std::string& library, const Tensor& k, const Tensor& l,
+    const std::optional<Tensor>& cross, const Tensor& energy_x, const Tensor& energy_y,
+    bool center) {
+  std::array<StableIValue, 6> stack{from(k),        from(l),        from(cross),
+                                    from(energy_x), from(energy_y), from(center)};
+  call(library, "gram_alignment", stack);
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+inline void alignment_gradient(
+    const std::string& library, const Tensor& k, const Tensor& l,
+    const std::optional<Tensor>& cross, const Tensor& coefficients) {
+  std::array<StableIValue, 4> stack{from(k), from(l), from(cross), from(coefficients)};
+  call(library, "alignment_gradient_", stack);
+}
+
+struct PatchCka {
+  Tensor alignment, gradient;
+};
+
+inline PatchCka patch_cka(
+    const std::string& library, const Tensor& student, const Tensor& teacher, const Patches& p,
+    bool columns, bool center) {
+  const bool needs_grad = true;
+  std::array<StableIValue, 8> stack{from(student), from(teacher),    from(p.height),
+                                    from(p.width), from(p.group_by), from(columns),
+                                    from(center),  from(needs_grad)};
+  call(library, "patch_cka", stack);
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+}  // namespace dispatch
+}  // namespace

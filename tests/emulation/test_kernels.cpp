@@ -1,0 +1,188 @@
+// Every CUDA kernel, executed by the emulator, against the CPU operators.
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "dispatch.h"
+#include "geometry.h"
+
+namespace {
+
+using dispatch::Patches;
+using dispatch::ScalarType;
+using dispatch::Tensor;
+
+std::mt19937 generator(0);
+
+Tensor random_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const auto device = torch::stable::Device(torch::headeronly::DeviceType::CPU);
+  const Tensor wide = torch::stable::empty(sizes, ScalarType::Double, std::nullopt, device);
+  std::normal_distribution<double> normal;
+  double* values = static_cast<double*>(wide.mutable_data_ptr());
+  for (int64_t i = 0; i < wide.numel(); ++i) values[i] = normal(generator);
+  return torch::stable::to(wide, dtype);
+}
+
+// |a - b| / |b|; not a number where a value was never written.
+double difference(const Tensor& a, const Tensor& b) {
+  const Tensor x = torch::stable::contiguous(torch::stable::to(a, ScalarType::Double));
+  const Tensor y = torch::stable::contiguous(torch::stable::to(b, ScalarType::Double));
+  const double* p = static_cast<const double*>(x.const_data_ptr());
+  const double* q = static_cast<const double*>(y.const_data_ptr());
+  double apart = 0, size = 1e-30;
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    apart += (p[i] - q[i]) * (p[i] - q[i]);
+    size += q[i] * q[i];
+  }
+  return std::sqrt(apart / size);
+}
+
+// What two roundings to the dtype may differ by.
+double tolerance(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 1e-13;
+    case ScalarType::Float:
+      return 1e-6;
+    case ScalarType::Half:
+      return 2e-3;
+    default:
+      return 1e-2;
+  }
+}
+
+enum class Layout { kPlanar, kChannelsLast, kSliced, kTransposed };
+
+// (B, C, H, W) with the strides of a layout; sliced out of a larger map, so that neither lines nor
+// the first pixel are aligned; transposed, so that neither x nor c is contiguous.
+Tensor make_map(int64_t b, int64_t c, int64_t h, int64_t w, ScalarType dtype, Layout layout) {
+  using torch::stable::narrow;
+  using torch::stable::transpose;
+  if (layout == Layout::kChannelsLast) {
+    Tensor map = random_tensor({b, h, w, c}, dtype);
+    return transpose(transpose(map, 2, 3), 1, 2);
+  }
+  if (layout == Layout::kSliced) {
+    Tensor map = random_tensor({b, c, h + 1, w + 3}, dtype);
+    Tensor lines = narrow(map, 2, 1, h);
+    return narrow(lines, 3, 1, w);
+  }
+  if (layout == Layout::kTransposed) return transpose(random_tensor({b, c, w, h}, dtype), 2, 3);
+  return random_tensor({b, c, h, w}, dtype);
+}
+
+struct Case {
+  int64_t b, c, h, w, patch_h, patch_w;
+};
+
+// Enlarged by little, by much and not at all; one patch, one channel, one pixel; odd widths; more
+// channels, patches and taps than one block's share; a matrix as `cka` passes it.
+const std::vector<Case> kCases = {
+    {2, 3, 21, 30, 16, 16}, {1, 2, 33, 40, 8, 8},  {2, 5, 9, 14, 2, 5},  {1, 1, 5, 7, 8, 8},
+    {2, 20, 6, 9, 3, 3},    {1, 1, 1, 1, 1, 1},    {1, 3, 3, 2, 16, 16}, {2, 4, 8, 8, 4, 4},
+    {1, 1, 2, 700, 1, 4},   {1, 2, 300, 3, 2, 1},  {2, 70, 33, 1, 1, 1}, {1, 2, 1, 3, 2, 600},
+    {1, 18, 16, 24, 8, 12}, {1, 1, 140, 40, 1, 8},
+};
+
+void check_patches(const Case& s, ScalarType dtype, ScalarType rows_dtype, Layout layout) {
+  for (int64_t group_by = 0; group_by < 3; ++group_by) {
+    const Patches p{s.patch_h, s.patch_w, group_by};
+    const pcka::PatchGeometry g =
+        pcka::make_geometry(s.b, s.c, s.h, s.w, s.patch_h, s.patch_w, group_by);
+    const Tensor map = make_map(s.b, s.c, s.h, s.w, dtype, layout);
+    for (int64_t center = 0; center < 3; ++center) {
+      const bool rounded = rows_dtype == ScalarType::BFloat16;
+      if (rounded && (group_by == pcka::kPosition || center == pcka::kOverColumns)) continue;
+      const auto rows = [&] {
+        return torch::stable::new_empty(map, {g.groups, g.rows, g.columns}, rows_dtype);
+      };
+      const Tensor ours = rows(), theirs = rows();
+      const Tensor energy = torch::stable::new_empty(map, {g.groups, 2}, ScalarType::Double);
+      const Tensor energy_there = torch::stable::new_empty(energy, {g.groups, 2});
+      dispatch::patchify("pcka_emulated", ours, energy, map, p, center);
+      dispatch::patchify("pcka", theirs, energy_there, map, p, center);
+      CHECK(difference(ours, theirs) < tolerance(rows_dtype));
+      CHECK(difference(energy, energy_there) < std::max(tolerance(rows_dtype), 1e-6));
+    }
+    const Tensor grad_rows = random_tensor({g.groups, g.rows, g.columns}, rows_dtype);
+    const Tensor ours = make_map(s.b, s.c, s.h, s.w, dtype, layout);
+    const Tensor theirs = make_map(s.b, s.c, s.h, s.w, dtype, layout);
+    dispatch::patchify_backward("pcka_emulated", ours, grad_rows, p);
+    dispatch::patchify_backward("pcka", theirs, grad_rows, p);
+    CHECK(difference(ours, theirs) < tolerance(dtype));
+  }
+}
+
+void check_grams(int64_t groups, int64_t n_k, int64_t n_l, bool with_cross, ScalarType dtype) {
+  const auto pair = [&](int64_t height, int64_t width) {
+    const Tensor a = random_tensor({groups, height, width}, dtype);
+    Tensor b = torch::stable::new_empty(a, a.sizes());
+    torch::stable::copy_(b, a);
+    return std::array<Tensor, 2>{a, b};
+  };
+  const auto k = pair(n_k, n_k), l = pair(n_l, n_l), m = pair(n_k, n_l);
+  const auto cross = [&](int i) { return with_cross ? std::optional<Tensor>(m[i]) : std::nullopt; };
+  const Tensor energy_x = random_tensor({groups, 2}, ScalarType::Double);
+  const Tensor energy_y = random_tensor({groups, 2}, ScalarType::Double);
+  for (const Tensor& energy : {energy_x, energy_y}) {
+    double* values = static_cast<double*>(energy.mutable_data_ptr());
+    for (int64_t i = 0; i < 2 * groups; ++i) values[i] = 1 + std::abs(values[i]);
+  }
+  const auto align = [&](const char* library, int i) {
+    const auto result =
+        dispatch::gram_alignment(library, k[i], l[i], cross(i), energy_x, energy_y, true);
+    dispatch::alignment_gradient(library, k[i], l[i], cross(i), result.coefficients);
+    return result;
+  };
+  const auto ours = align("pcka_emulated", 0), theirs = align("pcka", 1);
+  CHECK(difference(ours.alignment, theirs.alignment) < std::min(tolerance(dtype), 1e-6));
+  CHECK(difference(ours.coefficients, theirs.coefficients) < 1e-9);
+  CHECK(difference(k[0], k[1]) < tolerance(dtype));
+  CHECK(difference(l[0], l[1]) < tolerance(dtype));
+  if (with_cross) CHECK(difference(m[0], m[1]) < tolerance(dtype));
+}
+
+// The whole operator, launched chunk by chunk.
+void check_patch_cka(int64_t group_by, bool columns) {
+  const Tensor student = random_tensor({2, 6, 18, 21}, ScalarType::Float);
+  const Tensor teacher = random_tensor({2, 6, 18, 21}, ScalarType::Float);
+  const Patches p{8, 8, group_by};
+  const auto ours = dispatch::patch_cka("pcka_emulated", student, teacher, p, columns, true);
+  const auto theirs = dispatch::patch_cka("pcka", student, teacher, p, columns, true);
+  CHECK(difference(ours.alignment, theirs.alignment) < 1e-5);
+  CHECK(difference(ours.gradient, theirs.gradient) < 1e-4);
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::array<ScalarType, 2>> dtypes = {
+      {ScalarType::Double, ScalarType::Double},
+      {ScalarType::BFloat16, ScalarType::Float},
+      {ScalarType::BFloat16, ScalarType::BFloat16},
+      {ScalarType::Half, ScalarType::Float}};
+  const Layout layouts[] = {
+      Layout::kPlanar, Layout::kChannelsLast, Layout::kSliced, Layout::kTransposed};
+  // Every layout in float32; every other dtype in a layout that changes from case to case.
+  for (std::size_t i = 0; i < kCases.size(); ++i) {
+    for (const Layout layout : layouts) {
+      check_patches(kCases[i], ScalarType::Float, ScalarType::Float, layout);
+    }
+    for (std::size_t j = 0; j < dtypes.size(); ++j) {
+      check_patches(kCases[i], dtypes[j][0], dtypes[j][1], layouts[(i + j) % 4]);
+    }
+  }
+  for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16}) {
+    check_grams(3, 7, 7, false, dtype);
+    check_grams(2, 101, 101, false, dtype);
+    check_grams(2, 9, 12, true, dtype);
+    check_grams(1, 2, 2, false, dtype);
+  }
+  for (int64_t group_by = 0; group_by < 3; ++group_by) {
+    for (const bool columns : {false, true}) check_patch_cka(group_by, columns);
+  }
+  return failures != 0;
+}
