@@ -318,14 +318,15 @@ __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
     };
     double total[1] = {0};
     for_each_vector([&](int64_t, int count, const Vector<acc_t>& vector) {
-      for (int v = 0; v < count; ++v) total[0] += vector.values[v];
+      for (int v = 0; v < kSize; ++v) total[0] += v < count ? vector.values[v] : 0;
     });
     block_sum(total);
     const double mean = total[0] / static_cast<double>(g.columns);
     const acc_t high = static_cast<acc_t>(mean), low = static_cast<acc_t>(mean - high);
     double energy[1] = {0};
     for_each_vector([&](int64_t d, int count, Vector<acc_t> vector) {
-      for (int v = 0; v < count; ++v) {
+      for (int v = 0; v < kSize; ++v) {
+        if (v >= count) continue;
         vector.values[v] = (vector.values[v] - high) - low;
         energy[0] += static_cast<double>(vector.values[v]) * vector.values[v];
       }

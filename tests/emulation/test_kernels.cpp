@@ -174,6 +174,7 @@ int main() {
     for (std::size_t j = 0; j < dtypes.size(); ++j) {
       check_patches(kCases[i], dtypes[j][0], dtypes[j][1], layouts[(i + j) % 4]);
     }
+    if (failures != 0) return 1;
   }
   for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16}) {
     check_grams(3, 7, 7, false, dtype);
