@@ -1,0 +1,114 @@
+"""What the operators are compared with, written plainly and without handicap.
+
+``loop`` and ``eager`` are differentiated by autograd and run in the dtype of their input;
+``Products`` is what no implementation by matrix products can do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case
+
+
+def eager_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Centered CKA, ``(N, D_x), (N, D_y)`` -> scalar, or ``(G, N, D)`` twice -> ``(G,)``.
+
+    The cosine of the two Grams (Zhou et al. 2024, Theorem 1). It divides by the norms before it
+    multiplies, without which float16 would overflow.
+    """
+    x, y = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
+    return F.cosine_similarity((x @ x.mT).flatten(-2), (y @ y.mT).flatten(-2), dim=-1)
+
+
+def eager_patch_cka(
+    student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
+) -> Tensor:
+    """All groups at once: ``(B, C, H, W)`` twice -> ``(G,)``."""
+    x, y = (_patches(t, patch_size, group_by) for t in (student, teacher))
+    return eager_cka(x.mT, y.mT) if relation == "columns" else eager_cka(x, y)
+
+
+def loop_patch_cka(
+    student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
+) -> Tensor:
+    """One group after the other, as public implementations do: ``(B, C, H, W)`` -> ``(G,)``."""
+    groups = (_each_group(t, patch_size, group_by) for t in (student, teacher))
+    return torch.stack(
+        [eager_cka(x.T, y.T) if relation == "columns" else eager_cka(x, y) for x, y in zip(*groups)]
+    )
+
+
+def _resize(x: Tensor, patch: int) -> Tensor:
+    """``(B, C, H, W)`` up to the next multiple of the patch."""
+    size = [-(-extent // patch) * patch for extent in x.shape[2:]]
+    if list(x.shape[2:]) == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _patches(x: Tensor, patch: int, group_by: str) -> Tensor:
+    """``(B, C, H, W)`` -> ``(G, N, D)``."""
+    cut = _resize(x, patch).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    order = {  # of (B, C, n_h, P, n_w, P)
+        "channel": (1, 2, 4, 0, 3, 5),
+        "batch": (0, 2, 4, 1, 3, 5),
+        "position": (3, 5, 2, 4, 0, 1),
+    }[group_by]
+    moved = cut.permute(order)
+    if group_by == "position":
+        moved = moved.flatten(0, 1)
+    return moved.flatten(1, 2).flatten(2)
+
+
+def _each_group(x: Tensor, patch: int, group_by: str) -> Iterator[Tensor]:
+    """``(B, C, H, W)`` -> ``(N, D)``, G times."""
+    if group_by == "position":
+        resized = _resize(x, patch)
+        for i in range(patch):
+            for j in range(patch):
+                yield resized[:, :, i::patch, j::patch].flatten(2).flatten(0, 1).T
+        return
+    for part in x.split(1, dim=1 if group_by == "channel" else 0):
+        windows = F.unfold(_resize(part, patch), patch, stride=patch)  # (b, c*P*P, N)
+        yield windows.permute(2, 0, 1).flatten(1)
+
+
+class Products:
+    """The bare products of an alignment and its gradient, into memory that is there already.
+
+    ``torch.bmm(out=)`` over all groups, on rows ``(G, N, D)`` that are cut, resized, centered and
+    contiguous. Of the two ways to form the alignment (``csrc/alignment.cpp``) it takes the one that
+    the operator takes:
+
+    - direct: two Grams, and one product for each gradient;
+    - cross: two Grams and a cross-Gram, and two products for each gradient.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+        _, n, d = case.rows
+        self.direct = 3 * d < 5 * n if case.columns else 3 * n <= 5 * d
+        rows = [torch.randn(case.rows, dtype=dtype, device=device) for _ in range(2)]
+        z, w = (x.mT if case.columns == self.direct else x for x in rows)
+        k, l, cross = (z.new_empty(z.shape[0], z.shape[1], z.shape[1]) for _ in range(3))
+        first, second = (z.new_empty(z.shape) for _ in range(2))
+        self.plan = [(z, z.mT, k), (w, w.mT, l)]
+        if self.direct:
+            gradients = [(k, z, first), (l, w, second)]
+            self.plan += gradients if case.both else gradients[:1]
+        else:
+            gradients = [(cross, w, first), (k, z, second), (cross.mT, z, first), (l, w, second)]
+            self.plan += [(z, w.mT, cross), *(gradients if case.both else gradients[:2])]
+
+    def __call__(self) -> None:
+        for left, right, out in self.plan:
+            torch.bmm(left, right, out=out)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of all products."""
+        return sum(2 * left.numel() * right.shape[2] for left, right, _ in self.plan)

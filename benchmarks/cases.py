@@ -1,0 +1,181 @@
+"""What is measured: named maps and matrices at the sizes of real training."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A student and a teacher of one shape.
+
+    Args:
+        name: what the command line and the tables call it.
+        shape: of either tensor.
+        dtype: of either tensor.
+        channels_last: the maps' memory layout.
+        both: gradients by the teacher's side too, as :func:`pcka.cka` gives them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    both: bool = False
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """``(G, N, D)``: groups, rows and columns of what is aligned."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> bool:
+        """Whether the ``D x D`` Grams are aligned instead of the ``N x N`` ones."""
+        return False
+
+    @property
+    def student_bytes(self) -> int:
+        """Bytes of the student; the teacher, and a gradient by either, have as many."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.student_bytes * (2 if self.both else 1)
+
+    def quick(self) -> Case:
+        """The same kind of work at a size that takes milliseconds."""
+        raise NotImplementedError
+
+    def inputs(self, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Normal student and teacher; those that a gradient is wanted for require it."""
+        generator = torch.Generator().manual_seed(seed)
+        student, teacher = (
+            torch.randn(self.shape, generator=generator).to(device, self.dtype) for _ in range(2)
+        )
+        if self.channels_last:
+            student, teacher = (t.to(memory_format=torch.channels_last) for t in (student, teacher))
+        return student.requires_grad_(), teacher.requires_grad_(self.both)
+
+    def describe(self) -> dict[str, object]:
+        """The settings, for JSON."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "rows": list(self.rows),
+            "dtype": dtype_name(self.dtype),
+            "channels_last": self.channels_last,
+            "both_gradients": self.both,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapCase(Case):
+    """``patch_cka`` of maps ``(B, C, H, W)``."""
+
+    patch: int = 16
+    group_by: str = "channel"
+    relation: str = "rows"
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        b, c, h, w = self.shape
+        n, area = -(-h // self.patch) * -(-w // self.patch), self.patch**2
+        return {
+            "channel": (c, n, b * area),
+            "batch": (b, n, c * area),
+            "position": (area, n, b * c),
+        }[self.group_by]
+
+    @property
+    def columns(self) -> bool:
+        return self.relation == "columns"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The keywords of :func:`pcka.patch_cka`."""
+        return {"patch_size": self.patch, "group_by": self.group_by, "relation": self.relation}
+
+    def quick(self) -> MapCase:
+        # Neither side a multiple of a patch, so that the resize is at work.
+        return replace(self, shape=(2, 3, 20, 30), patch=min(self.patch, 8))
+
+    def describe(self) -> dict[str, object]:
+        return {**super().describe(), **self.settings}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixCase(Case):
+    """``cka`` of matrices ``(N, D)``."""
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        n, d = self.shape
+        return 1, n, d
+
+    def quick(self) -> MatrixCase:
+        return replace(self, shape=(8, 12))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The neck's maps of an 800 x 1333 image, which is padded to a multiple of 32: strides 4 to 32.
+_LEVELS = {
+    "p2": (2, 256, 200, 336),
+    "p3": (2, 256, 100, 168),
+    "p4": (2, 256, 50, 84),
+    "p5": (2, 256, 25, 42),
+}
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        *(MapCase(name=name, shape=shape) for name, shape in _LEVELS.items()),
+        MapCase(name="p3_batch", shape=_LEVELS["p3"], group_by="batch"),
+        MapCase(name="p3_position", shape=_LEVELS["p3"], group_by="position"),
+        MapCase(name="p3_columns", shape=_LEVELS["p3"], relation="columns"),
+        MapCase(name="p3_patch8", shape=_LEVELS["p3"], patch=8),
+        MapCase(name="p4_patch4", shape=_LEVELS["p4"], patch=4),
+        MapCase(name="p2_bfloat16", shape=_LEVELS["p2"], dtype=torch.bfloat16),
+        MapCase(name="p3_bfloat16", shape=_LEVELS["p3"], dtype=torch.bfloat16),
+        MapCase(name="p3_channels_last", shape=_LEVELS["p3"], channels_last=True),
+        MapCase(
+            name="p3_bfloat16_channels_last",
+            shape=_LEVELS["p3"],
+            dtype=torch.bfloat16,
+            channels_last=True,
+        ),
+        *(
+            MatrixCase(name=name + suffix, shape=shape, both=both)
+            for name, shape in (
+                ("logits_64x100", (64, 100)),
+                ("logits_256x1000", (256, 1000)),
+                ("features_64x16384", (64, 16384)),
+            )
+            for suffix, both in (("", False), ("_both", True))
+        ),
+    )
+}
+
+
+def select(patterns: Sequence[str], *, quick: bool = False) -> list[Case]:
+    """The cases that match any of the shell patterns, in the order they are listed above.
+
+    Raises:
+        ValueError: a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter(CASES, pattern):
+            raise ValueError(f"--cases: nothing matches {pattern!r}; there are {', '.join(CASES)}")
+    chosen = [
+        case
+        for name, case in CASES.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    ]
+    return [case.quick() for case in chosen] if quick else chosen

@@ -1,0 +1,146 @@
+"""How much memory forward + backward takes beyond its inputs, on a CPU.
+
+Every variant and case has a process of its own, which warms up on a small case of the same kind.
+Then the kernel's high-water mark of resident memory (VmHWM) is set back by ``/proc/self/clear_refs``
+and read again after the one measured call; the growth over the resident memory before it is the
+peak. Inputs are excluded, the gradient that the call returns is included.
+
+The C library's settings make resident memory follow what is live: every block of 64 KiB or more is a
+mapping of its own that goes back to the kernel when freed (a fixed MALLOC_MMAP_THRESHOLD_ also stops
+the library from raising it), and one arena holds the rest. The matrix library's packing buffers
+count as far as they outgrow the warm-up's. The kernel counts pages in batches: take a MiB as noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import report
+from benchmarks.cases import Case, select
+from benchmarks.harness import markdown
+from benchmarks.variants import alignments, step
+
+_ROOT = Path(__file__).resolve().parents[1]
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+    "MALLOC_MMAP_MAX_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 16),
+    "MALLOC_ARENA_MAX": "1",
+}
+_MIB = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print the table and write the files; returns the records."""
+    parser = report.parser("Peak extra memory of forward + backward, each in a fresh process.")
+    report.add_cases(parser)
+    options = parser.parse_args(arguments)
+    cases = report.chosen_cases(parser, options)
+    if not sys.platform.startswith("linux"):
+        raise SystemExit("benchmarks.memory reads /proc/self/status: it runs on Linux only")
+    environment = report.start("cpu", options)
+    settings = {"quick": options.quick, "threads": options.threads, "seed": options.seed}
+    records = []
+    for case in cases:
+        peaks = {name: _in_fresh_process(case.name, name, settings) for name in alignments(case)}
+        sizes = {"student_bytes": case.student_bytes, "gradient_bytes": case.gradient_bytes}
+        records.append({"case": case.describe(), **sizes, "peak_bytes": peaks})
+    print(memory_table(records))
+    report.write(options.output, "memory", {**environment, "malloc": _MALLOC}, records)
+    if options.output is not None:
+        _plot(options.output / "memory.png", records)
+    return records
+
+
+def _in_fresh_process(case: str, variant: str, settings: Mapping[str, Any]) -> int:
+    task = json.dumps({"case": case, "variant": variant, **settings})
+    path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", f"from benchmarks import memory; memory.measure({task!r})"],
+        env={**os.environ, **_MALLOC, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if result.returncode != 0:
+        raise SystemExit(f"{case}, {variant}: the measuring process ended with {result.returncode}")
+    return int(result.stdout)
+
+
+def measure(task: str) -> None:
+    """Print the peak growth in bytes. Runs in a process of its own; ``task`` is JSON."""
+    settings = json.loads(task)
+    torch.set_num_threads(settings["threads"])
+    (case,) = select([settings["case"]], quick=settings["quick"])
+    name, seed = settings["variant"], settings["seed"]
+    _warm_up(case.quick(), name, seed)
+    alignment, (student, teacher) = alignments(case)[name], case.inputs(seed)
+    gc.collect()
+    _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
+    before = _status("VmRSS")
+    gradients = step(alignment, student, teacher)
+    print(_status("VmHWM") - before)
+    del gradients  # alive until here: they are part of the peak
+
+
+def _warm_up(case: Case, name: str, seed: int) -> None:
+    """Load the libraries, start their threads and touch the autograd engine."""
+    torch.randn(256, 256).mm(torch.randn(256, 256)).exp_()
+    step(alignments(case)[name], *case.inputs(seed))
+
+
+def _status(field: str) -> int:
+    """A size of this process in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+def memory_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """MiB: student, gradients, and of each variant the peak and its excess over the student."""
+    variants = ("loop", "eager", "pcka")
+    rows = []
+    for record in records:
+        row = [record["case"]["name"]]
+        row += [f"{record[key] / _MIB:.1f}" for key in ("student_bytes", "gradient_bytes")]
+        for name in variants:
+            peak = record["peak_bytes"].get(name)
+            excess = None if peak is None else peak - record["student_bytes"]
+            row += ["" if size is None else f"{size / _MIB:.1f}" for size in (peak, excess)]
+        rows.append(row)
+    columns = [text for name in variants for text in (f"{name} peak", f"{name} beyond student")]
+    return markdown(["case (MiB)", "student", "gradients", *columns], rows)
+
+
+def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    variants = ("loop", "eager", "pcka")
+    report.plot_bars(
+        path,
+        [record["case"]["name"] for record in records],
+        {
+            name: [
+                record["peak_bytes"][name] / record["student_bytes"]
+                if name in record["peak_bytes"]
+                else None
+                for record in records
+            ]
+            for name in variants
+        },
+        "peak extra memory / size of the student map",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""How fast the operators are on a CPU, beside a loop, eager PyTorch and the bare products.
+
+Forward and backward of the mean alignment by the student. All variants of a case take turns in one
+process: times are medians over the rounds, ratios medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.harness import compare, timing_table
+from benchmarks.variants import timed_calls
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print the table and write the files; returns the records."""
+    parser = report.parser("Time forward + backward of the operators and of their baselines.")
+    report.add_cases(parser)
+    report.add_rounds(parser, rounds=11, loop_rounds=3)
+    options = parser.parse_args(arguments)
+    cases = report.chosen_cases(parser, options)
+    environment = report.start("cpu", options)
+    records = []
+    for case in cases:
+        timings = compare(timed_calls(case, options.seed), **report.effort(options))
+        records.append({"case": case.describe(), **timings})
+    print(timing_table(records))
+    report.write(options.output, "operators", environment, records)
+    if options.output is not None:
+        plot_times(options.output / "operators.png", records)
+    return records
+
+
+def plot_times(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Time of each variant in multiples of the bare products."""
+    times = [record["median_ms"] for record in records]
+    report.plot_bars(
+        path,
+        [record["case"]["name"] for record in records],
+        {
+            name: [ms[name] / ms["products"] if name in ms else None for ms in times]
+            for name in ("loop", "eager", "pcka", "pcka graph")
+            if any(name in ms for ms in times)
+        },
+        "time / time of the bare products",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What the scripts share around their measurement: arguments, the machine, and files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+import pcka
+from benchmarks.cases import Case, select
+from classification.environment import describe_environment
+
+_VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "sve", "asimd", "bf16")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser of what every script takes."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument(
+        "--output", type=Path, metavar="DIR", help="write the figures (JSON) and a plot there"
+    )
+    return result
+
+
+def add_cases(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument(
+        "--cases", nargs="+", default=["*"], metavar="NAME", help="cases by name, or 'p3*'"
+    )
+
+
+def add_rounds(arguments: argparse.ArgumentParser, rounds: int, loop_rounds: int) -> None:
+    arguments.add_argument("--rounds", type=int, default=rounds, help="samples of each variant")
+    arguments.add_argument("--loop-rounds", type=int, default=loop_rounds, help="those of the loop")
+
+
+def effort(options: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of :func:`benchmarks.harness.compare` that say how long to measure."""
+    if options.quick:
+        return {"rounds": 2, "loop_rounds": 1, "sample_seconds": 0.0}
+    return {"rounds": options.rounds, "loop_rounds": options.loop_rounds}
+
+
+def chosen_cases(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    """The cases asked for; ends the script with a message where there are none of that name."""
+    try:
+        return select(options.cases, quick=options.quick)
+    except ValueError as error:
+        arguments.error(str(error))
+
+
+def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Set threads and seed, print what the figures will be made with, and return it.
+
+    Raises:
+        SystemExit: the operators are not compiled, so that there is nothing of theirs to measure.
+    """
+    if not pcka.build_info()["cuda_loaded" if device == "cuda" else "extension"]:
+        raise SystemExit(f"the compiled operators are not in use on {device}: see the README")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    environment = {
+        **describe_environment(options.seed, torch.device(device)),
+        "processor": _processor(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    print(_heading(environment), flush=True)
+    return environment
+
+
+def _heading(environment: Mapping[str, Any]) -> str:
+    processor = environment["processor"]
+    lines = {
+        "processor": processor["model"],
+        "vector flags": " ".join(processor["vector_flags"]),
+        "device": environment["device"],
+        "torch": f"{environment['torch']}, {environment['torch_cpu_capability']}",
+        "threads": environment["threads"],
+        "seed": environment["seed"],
+        "command": shlex.join(environment["command_line"]),
+    }
+    return "\n".join(f"{name}: {value}" for name, value in lines.items()) + "\n"
+
+
+def _processor() -> dict[str, object]:
+    """Model and vector instructions, from ``/proc/cpuinfo`` where there is one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    entries = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        entries.setdefault(name.strip(), value.strip())
+    flags = (entries.get("flags") or entries.get("Features") or "").split()
+    return {
+        "model": entries.get("model name") or platform.processor() or platform.machine(),
+        "vector_flags": sorted(flag for flag in flags if flag.startswith(_VECTOR_FLAGS)),
+    }
+
+
+def write(
+    output: Path | None, name: str, environment: Mapping[str, Any], records: Sequence[Any]
+) -> None:
+    """``name.json`` with ``environment`` and ``records``, where an output folder is given."""
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment, "records": records}
+        (output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def plot_bars(
+    path: Path,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    quantity: str,
+) -> None:
+    """Horizontal bars, a group for each label, on a logarithmic axis; None leaves a gap."""
+    figure = Figure(figsize=(8, 1.2 + 0.16 * len(labels) * (len(series) + 1)), layout="constrained")
+    axes = figure.subplots()
+    height = 1 / (len(series) + 1)
+    for index, (name, values) in enumerate(series.items()):
+        places = [place + index * height for place in range(len(labels))]
+        widths = [float("nan") if value is None else value for value in values]
+        axes.barh(places, widths, height, label=name)
+    middle = (len(series) - 1) / 2 * height
+    axes.set_yticks([place + middle for place in range(len(labels))], labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel(quantity)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,52 @@
+"""The implementations that are compared, bound to a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pcka
+from benchmarks.baselines import Products, eager_cka, eager_patch_cka, loop_patch_cka
+from benchmarks.cases import Case, MapCase, dtype_name
+from benchmarks.harness import Call
+
+Alignment = Callable[[Tensor, Tensor], Tensor]
+
+
+def alignments(case: Case) -> dict[str, Alignment]:
+    """Variant -> (student, teacher) -> alignments. Matrices are one group: nothing to loop over."""
+    if not isinstance(case, MapCase):
+        return {"eager": eager_cka, "pcka": pcka.cka}
+    functions: dict[str, Callable[..., Tensor]] = {
+        "loop": loop_patch_cka,
+        "eager": eager_patch_cka,
+        "pcka": pcka.patch_cka,
+    }
+    settings: dict[str, Any] = case.settings
+    return {name: partial(function, **settings) for name, function in functions.items()}
+
+
+def step(alignment: Alignment, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward of the mean alignment: the gradients of whatever requires one."""
+    wanted = [t for t in (student, teacher) if t.requires_grad]
+    return torch.autograd.grad(alignment(student, teacher).mean(), wanted)
+
+
+def timed_calls(case: Case, seed: int, device: str = "cpu") -> dict[str, Call]:
+    """Every variant as a call without arguments: the steps, and the bare products.
+
+    Half-precision maps get the bare products both in float32 and in their own dtype.
+    """
+    student, teacher = case.inputs(seed, device)
+    calls: dict[str, Call] = {
+        name: partial(step, alignment, student, teacher)
+        for name, alignment in alignments(case).items()
+    }
+    calls["products"] = Products(case, torch.float32, device)
+    if case.dtype != torch.float32:
+        calls[f"products {dtype_name(case.dtype)}"] = Products(case, case.dtype, device)
+    return calls
