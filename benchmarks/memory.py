@@ -1,14 +1,15 @@
 """How much memory forward + backward takes beyond its inputs, on a CPU.
 
 Every variant and case has a process of its own, which warms up on a small case of the same kind.
-Then the kernel's high-water mark of resident memory (VmHWM) is set back by ``/proc/self/clear_refs``
-and read again after the one measured call; the growth over the resident memory before it is the
-peak. Inputs are excluded, the gradient that the call returns is included.
+Then ``/proc/self/clear_refs`` sets the high-water mark of resident memory (VmHWM) back, and what it
+exceeds the resident memory before the one measured call (VmRSS) by is the peak. Inputs are
+excluded, the gradient that the call returns is included.
 
-The C library's settings make resident memory follow what is live: every block of 64 KiB or more is a
-mapping of its own that goes back to the kernel when freed (a fixed MALLOC_MMAP_THRESHOLD_ also stops
-the library from raising it), and one arena holds the rest. The matrix library's packing buffers
-count as far as they outgrow the warm-up's. The kernel counts pages in batches: take a MiB as noise.
+The C library's settings make resident memory follow what is live: every block of 64 KiB or more is
+a mapping of its own that goes back to the kernel when freed (a fixed MALLOC_MMAP_THRESHOLD_ also
+stops the library from raising it), and one arena holds the rest. The matrix library's packing
+buffers count as far as they outgrow the warm-up's. The kernel counts pages in batches: take a MiB
+as noise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,16 @@ def measure(task: str) -> None:
     (case,) = select([settings["case"]], quick=settings["quick"])
     name, seed = settings["variant"], settings["seed"]
     _warm_up(case.quick(), name, seed)
-    alignment, (student, teacher) = alignments(case)[name], case.inputs(seed)
+    print(peak_growth(partial(step, alignments(case)[name], *case.inputs(seed))))
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """By how many bytes this process's resident memory grows at most during the call."""
     gc.collect()
     _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
     before = _status("VmRSS")
-    gradients = step(alignment, student, teacher)
-    print(_status("VmHWM") - before)
-    del gradients  # alive until here: they are part of the peak
+    call()
+    return _status("VmHWM") - before
 
 
 def _warm_up(case: Case, name: str, seed: int) -> None:

@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _processor() -> dict[str, object]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    entries = {}
+    entries: dict[str, str] = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
         entries.setdefault(name.strip(), value.strip())
@@ -130,13 +131,13 @@ def plot_bars(
     height = 1 / (len(series) + 1)
     for index, (name, values) in enumerate(series.items()):
         places = [place + index * height for place in range(len(labels))]
-        widths = [float("nan") if value is None else value for value in values]
-        axes.barh(places, widths, height, label=name)
+        # A logarithm has no place for 0 either.
+        axes.barh(places, [value or nan for value in values], height, label=name)
     middle = (len(series) - 1) / 2 * height
     axes.set_yticks([place + middle for place in range(len(labels))], labels)
     axes.invert_yaxis()
-    axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
     axes.set_xlabel(quantity)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small")

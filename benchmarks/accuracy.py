@@ -1,0 +1,233 @@
+"""How accurate the operators are: errors against float64, beside those of eager PyTorch.
+
+The reference is ``pcka.ops.reference`` in float64 on the same rounded inputs. Eager runs wholly in
+the dtype of the input, and once more on inputs widened to float32. Errors are root mean squares
+over the seeds:
+
+- alignment: ``|a - a64| / |a64|`` over the groups;
+- gradient: ``|g - g64| / |g64|``, of the mean alignment by the student;
+- direction: ``1 - cosine`` of the two gradients, which grows with the square of their distance.
+
+A ratio above 2 against either eager is flagged; where eager has no finite figure (float16
+overflows) there is none. In float16 the loss is scaled, as mixed-precision training does it against
+underflow, and the scale divided out again in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.cases import Case, MapCase, MatrixCase, dtype_name
+from benchmarks.harness import markdown
+from benchmarks.variants import Alignment, alignments
+from pcka.ops import reference
+
+_MAP = (2, 8, 50, 84)
+CASES: tuple[Case, ...] = (
+    MapCase(name="channel", shape=_MAP),
+    MapCase(name="channel, 25 x 42", shape=(2, 8, 25, 42)),
+    MapCase(name="channel, patch 8", shape=_MAP, patch=8),
+    MapCase(name="channel, patch 4", shape=_MAP, patch=4),
+    MapCase(name="batch", shape=_MAP, group_by="batch"),
+    MapCase(name="position", shape=_MAP, group_by="position"),
+    MapCase(name="columns", shape=_MAP, relation="columns"),
+    MapCase(name="columns, patch 4", shape=_MAP, relation="columns", patch=4),
+    MatrixCase(name="cka 64 x 100", shape=(64, 100)),
+    MatrixCase(name="cka 100 x 64", shape=(100, 64)),
+    MatrixCase(name="cka 64 x 4096", shape=(64, 4096)),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Student and teacher of unit variance, from two independent normal tensors.
+INPUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "random": lambda a, b: (a, b),
+    "mean 100": lambda a, b: (a + 100, b + 100),
+    "mean 1000": lambda a, b: (a + 1000, b + 1000),
+    "teacher + 1e-2": lambda a, b: (a, a + 1e-2 * b),
+    "teacher + 1e-3": lambda a, b: (a, a + 1e-3 * b),
+}
+QUANTITIES = ("alignment", "gradient", "direction")
+LIMIT = 2.0
+_LOSS_SCALE = {torch.float16: 4096.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print the tables and write the files; returns the records."""
+    parser = report.parser("Errors of the operators and of eager PyTorch against float64.")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
+    options = parser.parse_args(arguments)
+    environment = report.start("cpu", options)
+    cases = [case.quick() for case in CASES] if options.quick else CASES
+    seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
+    records = [
+        record(case, dtype, inputs, seeds)
+        for dtype in DTYPES
+        for case in cases
+        for inputs in INPUTS
+    ]
+    print(accuracy_table(records))
+    print(summary(records))
+    report.write(options.output, "accuracy", environment, records)
+    if options.output is not None:
+        _plot(options.output / "accuracy.png", records)
+    return records
+
+
+def record(case: Case, dtype: torch.dtype, inputs: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """``errors``: variant -> quantity -> error; ``ratios``: of the operator's to eager's."""
+    each = [_errors(case, dtype, inputs, seed) for seed in seeds]
+    errors = {
+        variant: {
+            quantity: _root_mean_square([of_seed[variant][quantity] for of_seed in each])
+            for quantity in QUANTITIES
+        }
+        for variant in each[0]
+    }
+    own = errors["pcka"]
+    ratios = {
+        variant: {name: _ratio(own[name], errors[variant][name]) for name in QUANTITIES}
+        for variant in errors
+        if variant != "pcka"
+    }
+    flags = [
+        f"{quantity} of {variant}"
+        for variant, of_variant in ratios.items()
+        for quantity, value in of_variant.items()
+        if value is not None and value > LIMIT
+    ]
+    flags += [f"{quantity} not finite" for quantity in QUANTITIES if not isfinite(own[quantity])]
+    return {
+        "case": {**case.describe(), "dtype": dtype_name(dtype)},
+        "inputs": inputs,
+        "errors": errors,
+        "ratios": ratios,
+        "flags": flags,
+    }
+
+
+def _errors(case: Case, dtype: torch.dtype, inputs: str, seed: int) -> dict[str, dict[str, float]]:
+    generator = torch.Generator().manual_seed(seed)
+    pair = INPUTS[inputs](*(torch.randn(case.shape, generator=generator) for _ in range(2)))
+    student, teacher = (t.to(dtype) for t in pair)
+    functions, scale = alignments(case), _LOSS_SCALE.get(dtype, 1.0)
+    exact = _evaluate(reference_of(case), student, teacher, scale, torch.float64)
+    results = {
+        name: _evaluate(functions[name], student, teacher, scale) for name in ("pcka", "eager")
+    }
+    if dtype != torch.float32:
+        results["eager float32"] = _evaluate(
+            functions["eager"], student, teacher, scale, torch.float32
+        )
+    return {name: _compare(result, exact) for name, result in results.items()}
+
+
+def reference_of(case: Case) -> Alignment:
+    """The function of ``pcka.ops.reference`` for the case."""
+    if not isinstance(case, MapCase):
+        return reference.cka
+    patch, group_by, relation = (case.patch, case.patch), case.group_by, case.relation
+    return lambda student, teacher: reference.patch_cka(
+        student, teacher, patch_size=patch, group_by=group_by, relation=relation, center=True
+    )
+
+
+def _evaluate(
+    alignment: Alignment,
+    student: Tensor,
+    teacher: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Alignments, and the gradient of their mean by the student, in float64.
+
+    ``dtype`` widens the inputs first; the gradient is still rounded to the student's own dtype,
+    as the cast's backward does it, but for float64.
+    """
+    wide = [t if dtype is None else t.to(dtype) for t in (student, teacher)]
+    leaf = wide[0].detach().requires_grad_()
+    aligned = alignment(leaf, wide[1])
+    (gradient,) = torch.autograd.grad(
+        aligned.to(reference.accumulation_dtype(aligned.dtype)).mean() * scale, leaf
+    )
+    if dtype != torch.float64:
+        gradient = gradient.to(student.dtype)
+    return aligned.detach().double(), gradient.double() / scale
+
+
+def _compare(result: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> dict[str, float]:
+    (alignment, gradient), (alignment64, gradient64) = result, exact
+    return {
+        "alignment": _relative(alignment, alignment64),
+        "gradient": _relative(gradient, gradient64),
+        "direction": _angle(gradient, gradient64),
+    }
+
+
+def _relative(value: Tensor, exact: Tensor) -> float:
+    return float((value - exact).norm() / exact.norm())
+
+
+def _angle(value: Tensor, exact: Tensor) -> float:
+    """``1 - cosine``, without the cancellation; 1 where the value has underflowed to zero."""
+    if not value.any():
+        return 1.0
+    return 0.5 * float((value / value.norm() - exact / exact.norm()).square().sum())
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return sqrt(sum(value**2 for value in values) / len(values))
+
+
+def _ratio(own: float, other: float) -> float | None:
+    """None where the other has no finite error, or none at all."""
+    return own / other if isfinite(other) and other > 0 else None
+
+
+def accuracy_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The operator's errors, each with its ratios to eager's in the input's dtype / in float32."""
+    rows = []
+    for entry in records:
+        row = [entry["case"]["name"], entry["case"]["dtype"], entry["inputs"]]
+        for quantity in QUANTITIES:
+            ratios = [entry["ratios"][name][quantity] for name in entry["ratios"]]
+            row.append(f"{entry['errors']['pcka'][quantity]:.1e}")
+            row.append(" / ".join("-" if r is None else f"{r:.2g}" for r in ratios))
+        rows.append([*row, "; ".join(entry["flags"])])
+    header = [text for quantity in QUANTITIES for text in (quantity, "/eager, /float32")]
+    return markdown(["case", "dtype", "inputs", *header, f"above {LIMIT:g}"], rows)
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> str:
+    """The greatest ratio of each dtype and quantity, and how many rows are flagged."""
+    rows = []
+    for dtype in map(dtype_name, DTYPES):
+        for variant in ("eager", "eager float32"):
+            of_dtype = [r for r in records if r["case"]["dtype"] == dtype]
+            found = [r["ratios"][variant] for r in of_dtype if variant in r["ratios"]]
+            if found:
+                worst = [max((r[name] or 0.0 for r in found), default=0.0) for name in QUANTITIES]
+                rows.append([f"{dtype}, pcka/{variant}", *(f"{value:.2g}" for value in worst)])
+    flagged = sum(bool(entry["flags"]) for entry in records)
+    table = markdown(["greatest ratio", *QUANTITIES], rows)
+    return f"{table}\n{flagged} of {len(records)} rows have a ratio above {LIMIT:g}.\n"
+
+
+def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """The gradient's error ratio to eager in the same dtype, by case and inputs."""
+    labels = list(dict.fromkeys(f"{r['case']['name']}, {r['inputs']}" for r in records))
+    series = {
+        name: [r["ratios"]["eager"]["gradient"] for r in records if r["case"]["dtype"] == name]
+        for name in map(dtype_name, DTYPES)
+    }
+    report.plot_bars(path, labels, series, "gradient's error, pcka / eager in the same dtype")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+import pcka
+from benchmarks import accuracy, memory, operators, operators_gpu
+from benchmarks.baselines import Products
+from benchmarks.cases import CASES, MapCase, MatrixCase, select
+from benchmarks.harness import Spread, interleave, markdown, ratio
+from benchmarks.variants import alignments, step
+from pcka.ops.functional import GROUPINGS, RELATIONS
+
+needs_extension = pytest.mark.skipif(
+    not pcka.build_info()["extension"], reason="the compiled operators are not loaded"
+)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """The scripts set them for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+SMALL = [
+    MapCase(
+        name="map", shape=shape, patch=4, group_by=group_by, relation=relation, dtype=torch.float64
+    )
+    for shape in ((2, 3, 8, 12), (2, 3, 9, 14))
+    for group_by in GROUPINGS
+    for relation in RELATIONS
+]
+MATRICES = [
+    MatrixCase(name="matrix", shape=shape, dtype=torch.float64, both=both)
+    for shape in ((6, 20), (20, 6))
+    for both in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", [*SMALL, *MATRICES], ids=str)
+def test_the_variants_equal_the_reference(case):
+    inputs = case.inputs(seed=0)
+    oracle = accuracy.reference_of(case)
+    for name, alignment in alignments(case).items():
+        torch.testing.assert_close(alignment(*inputs).reshape(-1), oracle(*inputs).reshape(-1))
+        for found, expected in zip(step(alignment, *inputs), step(oracle, *inputs), strict=True):
+            torch.testing.assert_close(found, expected, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "both", "products"),
+    [((6, 20), False, 3), ((6, 20), True, 4), ((20, 6), False, 5), ((20, 6), True, 7)],
+)
+def test_bare_products_are_those_of_the_cheaper_form(shape, both, products):
+    case = MatrixCase(name="matrix", shape=shape, both=both)
+    bare = Products(case, torch.float32)
+    bare()
+    assert len(bare.plan) == products
+    assert Products.flops_of(case) == products * 2 * 6 * 6 * 20
+    z, _, gram = bare.plan[0]
+    torch.testing.assert_close(gram, z @ z.mT)
+
+
+def test_columns_are_aligned_by_grams_of_the_cheaper_side():
+    case = MapCase(name="map", shape=(2, 3, 8, 12), patch=4, relation="columns")
+    assert case.rows == (3, 6, 32)
+    bare = Products(case, torch.float32)
+    assert not bare.direct and bare.plan[0][2].shape == (3, 6, 6)
+
+
+def test_cases_are_found_by_pattern():
+    assert [case.name for case in select(["p2", "p3_b*"])] == [
+        name for name in CASES if name == "p2" or name.startswith("p3_b")
+    ]
+    with pytest.raises(ValueError, match=r"nothing matches 'p9'; there are p2, p3"):
+        select(["p9"])
+
+
+def test_median_and_quartiles():
+    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+
+
+def test_ratios_are_taken_within_a_round_and_over_shared_rounds():
+    # The medians' ratio would be 4 / 2; round by round it is 2, 4 and 1.
+    assert ratio([2.0, 8.0, 4.0], [1.0, 2.0, 4.0, 9.0]).median == 2.0
+    assert ratio([2.0, 8.0, 4.0], [1.0, 2.0, 4.0, 9.0]).rounds == 3
+
+
+def test_variants_take_turns():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    timer = lambda call, times: (call(), 2.0)[1]  # noqa: E731 - slow, so each is called once
+    seconds = interleave(calls, {"a": 1, "b": 3, "c": 3}, timer=timer)
+    assert "".join(order) == "abc" + "abc" + "bc" + "cb"
+    assert seconds == {"a": [2.0], "b": [2.0] * 3, "c": [2.0] * 3}
+
+
+def test_markdown():
+    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+@needs_extension
+def test_operators(tmp_path, capsys):
+    names = ["p5", "p3_columns", "p3_bfloat16", "logits_64x100_both"]
+    arguments = ["--quick", "--threads", "1", "--cases", *names, "--output", str(tmp_path)]
+    operators.main(arguments)
+    assert "| pcka/products |" in capsys.readouterr().out
+    records = read(tmp_path, "operators")
+    assert {record["case"]["name"] for record in records} == set(names)
+    for record in records:
+        assert {"eager", "pcka", "products"} <= record["seconds"].keys()
+        assert record["median_ms"].keys() == record["seconds"].keys()
+        assert record["ratios"]["pcka/products"].keys() == {"median", "low", "high", "rounds"}
+    (half,) = (record for record in records if record["case"]["dtype"] == "bfloat16")
+    assert "pcka/products bfloat16" in half["ratios"]
+
+
+@needs_extension
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory(tmp_path):
+    memory.main(["--quick", "--cases", "logits_64x100", "--output", str(tmp_path)])
+    (record,) = read(tmp_path, "memory")
+    assert record["student_bytes"] == 8 * 12 * 4
+    assert record["peak_bytes"].keys() == {"eager", "pcka"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_counts_what_is_freed_again():
+    mib = 1 << 20
+    growth = memory.peak_growth(lambda: torch.ones(16 * mib).sum())
+    assert 62 * mib < growth < 70 * mib
+    assert memory.peak_growth(lambda: None) < 2 * mib
+
+
+@needs_extension
+def test_accuracy(tmp_path):
+    accuracy.main(["--quick", "--threads", "1", "--output", str(tmp_path)])
+    records = read(tmp_path, "accuracy")
+    assert len(records) == len(accuracy.CASES) * len(accuracy.DTYPES) * len(accuracy.INPUTS)
+    for record in records:
+        assert record["errors"]["pcka"].keys() == {"alignment", "gradient", "direction"}
+        assert record["errors"]["pcka"]["alignment"] < 1e-4
+        assert isinstance(record["flags"], list)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_script_says_so_and_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        operators_gpu.main(["--quick"])
+    assert exit_info.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+@needs_extension
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_operators_on_a_gpu(tmp_path):
+    arguments = ["--quick", "--cases", "p5", "logits_64x100", "--output", str(tmp_path)]
+    operators_gpu.main([*arguments, "--peak-gbs", "1000", "--peak-tflops", "10"])
+    for record in read(tmp_path, "operators_gpu"):
+        assert {"pcka", "pcka graph", "products"} <= record["median_ms"].keys()
+        assert {"GB/s", "TFLOP/s", "% of peak GB/s", "pcka (MiB)"} <= record["figures"].keys()
+
+
+def read(folder, name):
+    """The records of a script, written beside a plot and what they were made with."""
+    assert (folder / f"{name}.png").stat().st_size > 0
+    content = json.loads((folder / f"{name}.json").read_text())
+    known = {"torch", "build_info", "git", "command_line", "seed", "threads", "processor"}
+    assert known <= content["environment"].keys()
+    return content["records"]
