@@ -145,7 +145,7 @@ def test_accuracy(tmp_path):
     assert len(records) == len(accuracy.CASES) * len(accuracy.DTYPES) * len(accuracy.INPUTS)
     for record in records:
         assert record["errors"]["pcka"].keys() == {"alignment", "gradient", "direction"}
-        assert record["errors"]["pcka"]["alignment"] < 1e-4
+        assert record["errors"]["pcka"]["alignment"] < 1e-3
         assert isinstance(record["flags"], list)
 
 
