@@ -6,6 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+CPP_TESTS := $(wildcard tests/csrc/* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 
 .PHONY: demo test install lint ctest pytest clean
 
@@ -29,7 +30,7 @@ install: .venv/installed
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/csrc/*)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(CPP_TESTS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

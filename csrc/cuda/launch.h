@@ -15,6 +15,8 @@
 
 namespace pcka {
 
+// Of every block. The larger kernels state one block as the least that a multiprocessor is to hold:
+// left to itself, the compiler saves registers for more by spilling some.
 constexpr int kThreads = 256;
 
 // Blocks for `count` items; those beyond the cap are reached by the kernels' block-stride loops.

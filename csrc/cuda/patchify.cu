@@ -221,7 +221,7 @@ __device__ inline void fill_stage(
 }
 
 template <typename scalar_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads) patchify_kernel(
+__global__ void __launch_bounds__(kThreads, 1) patchify_kernel(
     const scalar_t* __restrict__ input, MapStrides in, PatchGeometry g, Tiling t, bool center,
     rows_t* __restrict__ rows, double* __restrict__ column_energy) {
   using acc_t = acc_type<scalar_t>;

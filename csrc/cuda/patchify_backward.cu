@@ -196,7 +196,7 @@ __device__ inline void write_tile(
 }
 
 template <typename scalar_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads) patchify_backward_kernel(
+__global__ void __launch_bounds__(kThreads, 1) patchify_backward_kernel(
     const rows_t* __restrict__ rows, PatchGeometry g, Tiling t, MapStrides out,
     scalar_t* __restrict__ grad_input) {
   using acc_t = acc_type<scalar_t>;
