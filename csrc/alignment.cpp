@@ -219,7 +219,8 @@ std::tuple<Tensor, Tensor, Tensor> cka(
   const Aligned aligned =
       align(rows(x), rows(y), false, center, needs_grad_x, needs_grad_y, buffers);
   const auto output = [](const std::optional<Tensor>& grad, const Tensor& input) {
-    return grad ? cast(*grad, input.scalar_type()) : torch::stable::new_empty(input, {0});
+    return grad ? cast(*grad, gradient_dtype(input.scalar_type()))
+                : torch::stable::new_empty(input, {0});
   };
   return {aligned.alignment, output(aligned.grad_x, x), output(aligned.grad_y, y)};
 }
@@ -234,8 +235,12 @@ int64_t chunk_groups(const PatchGeometry& g, const Tensor& student, ScalarType d
   return std::clamp<int64_t>(bytes / per_group, 1, g.groups);
 }
 
+// Fresh memory for a map's gradient, in the map's own layout.
 Tensor new_gradient(const Tensor& map) {
-  const Tensor gradient = torch::stable::new_empty(map, map.sizes());
+  const ScalarType dtype = gradient_dtype(map.scalar_type());
+  const Tensor gradient = dtype == map.scalar_type()
+                              ? torch::stable::empty_like(map)
+                              : torch::stable::new_empty(map, map.sizes(), dtype);
   const int64_t bytes = gradient.numel() * static_cast<int64_t>(gradient.element_size());
   if (map.is_cpu()) advise_huge_pages(gradient.mutable_data_ptr(), bytes);
   return gradient;

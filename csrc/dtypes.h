@@ -23,6 +23,11 @@ inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A gradient that waits for the backward pass: float16 would lose what loss scaling is to save.
+inline ScalarType gradient_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Half ? ScalarType::Float : dtype;
+}
+
 // Calls f(scalar_t{}) for the type of a floating dtype; `name` is the argument named in the error.
 template <typename F>
 void dispatch_floating(ScalarType dtype, const char* name, F&& f) {

@@ -29,13 +29,13 @@ PCKA_LIBRARY_DEFINE(m) {
       "-> ()");
 
   // x (G, N, D_x), y (G, N, D_y) -> alignment (G) and its gradients by x and y (empty unless
-  // asked for).
+  // asked for; float32 for float16, which would lose what loss scaling is to save).
   m.def(
       "cka(Tensor x, Tensor y, bool center, bool needs_grad_x, bool needs_grad_y) "
       "-> (Tensor alignment, Tensor grad_x, Tensor grad_y)");
   // student, teacher (B, C, H, W) -> alignment (G) and its gradient by the student (empty unless
-  // asked for): (B, C, H, W), or (G, N, D) when grouped by position, where one source pixel
-  // belongs to several groups.
+  // asked for; float32 for float16): (B, C, H, W), or (G, N, D) when grouped by position, where one
+  // source pixel belongs to several groups.
   m.def(
       "patch_cka(Tensor student, Tensor teacher, int patch_h, int patch_w, int group_by, "
       "bool columns, bool center, bool needs_grad) -> (Tensor alignment, Tensor gradient)");

@@ -51,6 +51,11 @@ def _needs_grad(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient formed in the forward pass, before any loss scaling: see csrc/dtypes.h."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _rows_shape(x: Tensor, patch_h: int, patch_w: int, group_by: int) -> tuple[int, int, int]:
     b, c, h, w = x.shape
     n, area = -(-h // patch_h) * -(-w // patch_w), patch_h * patch_w
@@ -67,8 +72,8 @@ def _cka_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)),
-        x.new_empty(x.shape if needs_grad_x else 0),
-        y.new_empty(y.shape if needs_grad_y else 0),
+        x.new_empty(x.shape, dtype=_gradient_dtype(x.dtype)) if needs_grad_x else x.new_empty(0),
+        y.new_empty(y.shape, dtype=_gradient_dtype(y.dtype)) if needs_grad_y else y.new_empty(0),
     )
 
 
@@ -137,7 +142,10 @@ def _patch_cka_fake(
         return alignment, student.new_empty(0)
     if group_by == _POSITION:
         return alignment, student.new_empty(rows, dtype=wide)
-    return alignment, student.new_empty(student.shape)
+    dtype = _gradient_dtype(student.dtype)
+    if dtype == student.dtype:
+        return alignment, torch.empty_like(student)
+    return alignment, student.new_empty(student.shape, dtype=dtype)
 
 
 # --- autograd ------------------------------------------------------------------------------------
@@ -177,13 +185,13 @@ def _cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _, grad_x, grad_y = output
     ctx.mark_non_differentiable(grad_x, grad_y)
     ctx.save_for_backward(grad_x, grad_y)
-    ctx.needs = inputs[3], inputs[4]
+    ctx.needs, ctx.dtype = inputs[3:5], inputs[0].dtype
 
 
 @_once
 def _cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = (
-        _scaled(saved, grad[:, None, None]) if needed else None
+        _scaled(saved, grad[:, None, None]).to(ctx.dtype) if needed else None
         for saved, needed in zip(ctx.saved_tensors, ctx.needs)
     )
     return (*grads, None, None, None)
@@ -208,7 +216,7 @@ def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
         torch.ops.pcka.patchify_backward_(result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by)
     else:
         shape = (-1, 1, 1, 1) if ctx.group_by == _BATCH else (1, -1, 1, 1)
-        result = _scaled(gradient, grad.view(shape))
+        result = _scaled(gradient, grad.view(shape)).to(ctx.dtype)
     return (result, *[None] * 7)
 
 

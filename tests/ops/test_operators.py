@@ -241,6 +241,10 @@ def test_opcheck(device, grad):
         torch.library.opcheck(
             ops.patchify.default, (student, 4, 5, group_by, 1 + columns, student.dtype)
         )
+    strided = make(2, 3, 9, 14, dtype=torch.float16, device=device, grad=grad)
+    strided = strided.to(memory_format=torch.channels_last)
+    for s in (strided, strided.float()):
+        torch.library.opcheck(ops.patch_cka.default, (s, s.detach(), 4, 5, 0, False, True, grad))
     x = make(2, 6, 5, dtype=torch.float32, device=device, grad=grad)
     y = make(2, 6, 9, dtype=torch.float32, device=device, grad=grad, seed=1)
     torch.library.opcheck(ops.cka.default, (x, y, True, grad, grad))
@@ -263,6 +267,22 @@ def test_opcheck_of_the_parts(device):
     torch.library.opcheck(ops.patchify_backward_.default, (grad, rows, 1, 6, 1))
     energy = make(2, 2, device=device)
     torch.library.opcheck(ops.patchify_.default, (rows.clone(), energy, grad, 1, 6, 1, 1))
+
+
+def test_float16_gradients_survive_until_the_loss_is_scaled():
+    """They are formed before the loss is scaled, and would be 0 or coarse in float16 by then."""
+    x, y = (make(64, 1024, dtype=torch.float16, seed=seed) for seed in (0, 1))
+    student, teacher = (t.view(64, 4, 16, 16) for t in (x, y))
+    for ours, exact, inputs in (
+        (pcka.cka, reference.cka, (x, y)),
+        (lambda s, t: pcka.patch_cka(s, t, patch_size=4).mean(),) * 2 + ((student, teacher),),
+    ):
+        s = inputs[0].requires_grad_()
+        (scaled,) = torch.autograd.grad(ours(s, inputs[1]) * 2.0**15, s)
+        wide = s.detach().double().requires_grad_()
+        (truth,) = torch.autograd.grad(exact(wide, inputs[1].double()) * 2.0**15, wide)
+        assert scaled.dtype == torch.float16
+        assert error(scaled, truth) < 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
