@@ -220,13 +220,19 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """The gradient's error ratio to eager in the same dtype, by case and inputs."""
-    labels = list(dict.fromkeys(f"{r['case']['name']}, {r['inputs']}" for r in records))
+    """The greatest ratio of the gradient's error over the kinds of input, by case."""
+    worst: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in records:
+        for variant, ratios in entry["ratios"].items():
+            of_cases = worst.setdefault((entry["case"]["dtype"], variant), {})
+            name = entry["case"]["name"]
+            of_cases[name] = max(of_cases.get(name, 0.0), ratios["gradient"] or 0.0)
+    labels = list(dict.fromkeys(entry["case"]["name"] for entry in records))
     series = {
-        name: [r["ratios"]["eager"]["gradient"] for r in records if r["case"]["dtype"] == name]
-        for name in map(dtype_name, DTYPES)
+        f"{dtype} / {variant}": [of_cases[label] for label in labels]
+        for (dtype, variant), of_cases in worst.items()
     }
-    report.plot_bars(path, labels, series, "gradient's error, pcka / eager in the same dtype")
+    report.plot_points(path, labels, series, "greatest ratio of the gradient's error")
 
 
 if __name__ == "__main__":

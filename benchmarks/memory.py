@@ -41,6 +41,7 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 16),
     "MALLOC_ARENA_MAX": "1",
 }
+_VARIANTS = ("loop", "eager", "pcka")
 _MIB = 1 << 20
 
 
@@ -115,36 +116,27 @@ def _status(field: str) -> int:
 
 def memory_table(records: Sequence[Mapping[str, Any]]) -> str:
     """MiB: student, gradients, and of each variant the peak and its excess over the student."""
-    variants = ("loop", "eager", "pcka")
     rows = []
     for record in records:
         row = [record["case"]["name"]]
         row += [f"{record[key] / _MIB:.1f}" for key in ("student_bytes", "gradient_bytes")]
-        for name in variants:
+        for name in _VARIANTS:
             peak = record["peak_bytes"].get(name)
             excess = None if peak is None else peak - record["student_bytes"]
             row += ["" if size is None else f"{size / _MIB:.1f}" for size in (peak, excess)]
         rows.append(row)
-    columns = [text for name in variants for text in (f"{name} peak", f"{name} beyond student")]
+    columns = [text for name in _VARIANTS for text in (f"{name} peak", f"{name} beyond student")]
     return markdown(["case (MiB)", "student", "gradients", *columns], rows)
 
 
 def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    variants = ("loop", "eager", "pcka")
-    report.plot_bars(
-        path,
-        [record["case"]["name"] for record in records],
-        {
-            name: [
-                record["peak_bytes"][name] / record["student_bytes"]
-                if name in record["peak_bytes"]
-                else None
-                for record in records
-            ]
-            for name in variants
-        },
-        "peak extra memory / size of the student map",
-    )
+    def relative(record: Mapping[str, Any], name: str) -> float | None:
+        peak = record["peak_bytes"].get(name)
+        return None if peak is None else peak / record["student_bytes"]
+
+    labels = [record["case"]["name"] for record in records]
+    series = {name: [relative(record, name) for record in records] for name in _VARIANTS}
+    report.plot_points(path, labels, series, "peak extra memory / size of the student")
 
 
 if __name__ == "__main__":

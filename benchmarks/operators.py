@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def plot_times(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Time of each variant in multiples of the bare products."""
     times = [record["median_ms"] for record in records]
-    report.plot_bars(
+    report.plot_points(
         path,
         [record["case"]["name"] for record in records],
         {

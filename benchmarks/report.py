@@ -119,26 +119,22 @@ def write(
         (output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def plot_bars(
+def plot_points(
     path: Path,
     labels: Sequence[str],
     series: Mapping[str, Sequence[float | None]],
     quantity: str,
 ) -> None:
-    """Horizontal bars, a group for each label, on a logarithmic axis; None leaves a gap."""
-    figure = Figure(figsize=(8, 1.2 + 0.16 * len(labels) * (len(series) + 1)), layout="constrained")
+    """A row of points for each label, on a logarithmic axis; None, and 0, leave a gap."""
+    figure = Figure(figsize=(8, 1.5 + 0.28 * len(labels)), layout="constrained")
     axes = figure.subplots()
-    height = 1 / (len(series) + 1)
-    for index, (name, values) in enumerate(series.items()):
-        places = [place + index * height for place in range(len(labels))]
-        # A logarithm has no place for 0 either.
-        axes.barh(places, [value or nan for value in values], height, label=name)
-    middle = (len(series) - 1) / 2 * height
-    axes.set_yticks([place + middle for place in range(len(labels))], labels)
-    axes.invert_yaxis()
+    for (name, values), marker in zip(series.items(), "osD^v"):
+        axes.plot([value or nan for value in values], range(len(labels)), marker, label=name)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(quantity)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(series), fontsize="small")
     figure.savefig(path, dpi=120)
