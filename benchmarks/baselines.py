@@ -1,12 +1,11 @@
 """What the operators are compared with, written plainly and without handicap.
 
-``loop`` and ``eager`` are differentiated by autograd and run in the dtype of their input;
-``Products`` is what no implementation by matrix products can do without.
+The functions are differentiated by autograd and run in the dtype of their input; ``Products`` is what no implementation by matrix products can do without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +35,26 @@ def eager_patch_cka(
 def loop_patch_cka(
     student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
 ) -> Tensor:
-    """One group after the other, as public implementations do: ``(B, C, H, W)`` -> ``(G,)``."""
-    groups = (_each_group(t, patch_size, group_by) for t in (student, teacher))
-    return torch.stack(
-        [eager_cka(x.T, y.T) if relation == "columns" else eager_cka(x, y) for x, y in zip(*groups)]
-    )
+    """As public implementations do: all patches at once, then one group after the other.
+
+    What costs most is that each group is indexed, ``x[g]``: the backward of every index writes a
+    gradient of the size of all groups.
+    """
+    x, y = (_patches(t, patch_size, group_by) for t in (student, teacher))
+    return _one_by_one((x[g] for g in range(len(x))), y, relation)
+
+
+def split_loop_patch_cka(
+    student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
+) -> Tensor:
+    """A loop that knows autograd: the map is split once, and a group worked on from end to end."""
+    x, y = (_each_group(t, patch_size, group_by) for t in (student, teacher))
+    return _one_by_one(x, y, relation)
+
+
+def _one_by_one(xs: Iterable[Tensor], ys: Iterable[Tensor], relation: str) -> Tensor:
+    pairs = ((x.T, y.T) if relation == "columns" else (x, y) for x, y in zip(xs, ys))
+    return torch.stack([eager_cka(x, y) for x, y in pairs])
 
 
 def _resize(x: Tensor, patch: int) -> Tensor:
@@ -67,11 +81,8 @@ def _patches(x: Tensor, patch: int, group_by: str) -> Tensor:
 
 def _each_group(x: Tensor, patch: int, group_by: str) -> Iterator[Tensor]:
     """``(B, C, H, W)`` -> ``(N, D)``, G times."""
-    if group_by == "position":
-        resized = _resize(x, patch)
-        for i in range(patch):
-            for j in range(patch):
-                yield resized[:, :, i::patch, j::patch].flatten(2).flatten(0, 1).T
+    if group_by == "position":  # every pixel belongs to several groups: nothing to split
+        yield from _patches(x, patch, group_by).unbind()
         return
     for part in x.split(1, dim=1 if group_by == "channel" else 0):
         windows = F.unfold(_resize(part, patch), patch, stride=patch)  # (b, c*P*P, N)

@@ -89,6 +89,7 @@ _RATIOS = (
     ("pcka", "products bfloat16"),
     ("pcka graph", "products"),
     ("loop", "pcka"),
+    ("split loop", "pcka"),
     ("eager", "pcka"),
 )
 
@@ -102,7 +103,7 @@ def compare(
     timer: Timer = wall_clock,
 ) -> dict[str, Any]:
     """Time all variants of one case: ``seconds``, ``median_ms`` and ``ratios``, for JSON."""
-    turns = {name: min(loop_rounds, rounds) if name == "loop" else rounds for name in calls}
+    turns = {name: min(loop_rounds, rounds) if "loop" in name else rounds for name in calls}
     seconds = interleave(calls, turns, sample_seconds=sample_seconds, timer=timer)
     return {
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""How fast the operators are on a CPU, beside a loop, eager PyTorch and the bare products.
+"""How fast the operators are on a CPU, beside loops, eager PyTorch and the bare products.
 
 Forward and backward of the mean alignment by the student. All variants of a case take turns in one
 process: times are medians over the rounds, ratios medians of the ratios within a round.
@@ -42,7 +42,7 @@ def plot_times(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         [record["case"]["name"] for record in records],
         {
             name: [ms[name] / ms["products"] if name in ms else None for ms in times]
-            for name in ("loop", "eager", "pcka", "pcka graph")
+            for name in ("loop", "split loop", "eager", "pcka", "pcka graph")
             if any(name in ms for ms in times)
         },
         "time / time of the bare products",

@@ -1,4 +1,4 @@
-"""How fast the operators are on a GPU, beside a loop, eager PyTorch and the bare products.
+"""How fast the operators are on a GPU, beside loops, eager PyTorch and the bare products.
 
 As ``operators.py``, and: CUDA events time each call, after a write that empties the L2 cache and
 keeps the GPU busy while the call is queued; ``pcka graph`` is the same step replayed as a CUDA

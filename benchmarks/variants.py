@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 import pcka
-from benchmarks.baselines import Products, eager_cka, eager_patch_cka, loop_patch_cka
+from benchmarks.baselines import (
+    Products,
+    eager_cka,
+    eager_patch_cka,
+    loop_patch_cka,
+    split_loop_patch_cka,
+)
 from benchmarks.cases import Case, MapCase, dtype_name
 from benchmarks.harness import Call
 
@@ -23,6 +29,7 @@ def alignments(case: Case) -> dict[str, Alignment]:
         return {"eager": eager_cka, "pcka": pcka.cka}
     functions: dict[str, Callable[..., Tensor]] = {
         "loop": loop_patch_cka,
+        "split loop": split_loop_patch_cka,
         "eager": eager_patch_cka,
         "pcka": pcka.patch_cka,
     }
