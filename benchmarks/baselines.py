@@ -1,6 +1,7 @@
 """What the operators are compared with, written plainly and without handicap.
 
-The functions are differentiated by autograd and run in the dtype of their input; ``Products`` is what no implementation by matrix products can do without.
+The functions are differentiated by autograd and run in the dtype of their input; ``Products`` is
+what no implementation by matrix products can do without.
 """
 
 from __future__ import annotations

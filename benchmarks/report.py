@@ -41,9 +41,7 @@ def add_cases(arguments: argparse.ArgumentParser) -> None:
 
 def add_rounds(arguments: argparse.ArgumentParser, rounds: int, loop_rounds: int) -> None:
     arguments.add_argument("--rounds", type=int, default=rounds, help="samples of each variant")
-    arguments.add_argument(
-        "--loop-rounds", type=int, default=loop_rounds, help="those of the loops"
-    )
+    arguments.add_argument("--loop-rounds", type=int, default=loop_rounds, help="of the loops")
 
 
 def effort(options: argparse.Namespace) -> dict[str, Any]:
