@@ -238,12 +238,8 @@ int64_t chunk_groups(const PatchGeometry& g, const Tensor& student, ScalarType d
 // Fresh memory for a map's gradient, in the map's own layout.
 Tensor new_gradient(const Tensor& map) {
   const ScalarType dtype = gradient_dtype(map.scalar_type());
-  const Tensor gradient = dtype == map.scalar_type()
-                              ? torch::stable::empty_like(map)
-                              : torch::stable::new_empty(map, map.sizes(), dtype);
-  const int64_t bytes = gradient.numel() * static_cast<int64_t>(gradient.element_size());
-  if (map.is_cpu()) advise_huge_pages(gradient.mutable_data_ptr(), bytes);
-  return gradient;
+  return dtype == map.scalar_type() ? torch::stable::empty_like(map)
+                                    : torch::stable::new_empty(map, map.sizes(), dtype);
 }
 
 std::tuple<Tensor, Tensor> patch_cka(

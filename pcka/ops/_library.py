@@ -181,9 +181,15 @@ def _graph_is_kept() -> bool:
     return asks is None or bool(asks())
 
 
+def _mark_rest(ctx: Any, *outputs: Tensor) -> None:
+    """Outputs without a gradient. Else autograd would make them one of zeros, as large as a map."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
+
+
 def _cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad_x, grad_y = output
-    ctx.mark_non_differentiable(grad_x, grad_y)
+    _mark_rest(ctx, grad_x, grad_y)
     ctx.save_for_backward(grad_x, grad_y)
     ctx.needs, ctx.dtype = inputs[3:5], inputs[0].dtype
 
@@ -200,7 +206,7 @@ def _cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 def _patch_cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     student, _, ctx.patch_h, ctx.patch_w, ctx.group_by = inputs[:5]
     ctx.needs = inputs[7]
-    ctx.mark_non_differentiable(output[1])
+    _mark_rest(ctx, output[1])
     ctx.save_for_backward(output[1])
     ctx.shape, ctx.dtype = student.shape, student.dtype
 
@@ -222,7 +228,7 @@ def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
 
 def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *ctx.patch, ctx.group_by, ctx.center, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    _mark_rest(ctx, output[1])
     ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
