@@ -195,7 +195,9 @@ def _cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 @_once
-def _cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _cka_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     grads = (
         _scaled(saved, grad[:, None, None]).to(ctx.dtype) if needed else None
         for saved, needed in zip(ctx.saved_tensors, ctx.needs)
@@ -212,9 +214,9 @@ def _patch_cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 @_once
-def _patch_cka_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _patch_cka_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    if not ctx.needs:
+    if grad is None or not ctx.needs:
         return (None,) * 8
     if ctx.group_by == _POSITION:
         rows = _scaled(gradient, grad[:, None, None])
@@ -233,7 +235,9 @@ def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 @_once
-def _patchify_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _patchify_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     result = grad.new_empty(ctx.shape, dtype=ctx.dtype)
     # Centering is its own adjoint; rows (G, N, D) are centered as a map of N one-pixel patches.
     pixels = grad.transpose(1, 2).unsqueeze(3)
