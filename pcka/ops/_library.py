@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pcka.ops._loader import available
 from pcka.ops.reference import accumulation_dtype
@@ -21,12 +22,14 @@ _NONE, _OVER_ROWS = 0, 1  # codes of center
 
 def cka(x: Tensor, y: Tensor, center: bool) -> Tensor:
     """``(G, N, D_x), (G, N, D_y)`` -> ``(G,)``."""
+    _refuse_tangents(x, y)
     alignment, _, _ = torch.ops.pcka.cka(x, y, center, _needs_grad(x), _needs_grad(y))
     return alignment
 
 
 def patchify(x: Tensor, patch: tuple[int, int], group_by: int, center: bool) -> Tensor:
     """``(B, C, H, W)`` -> ``(G, N, D)``, resized and centered over the patches."""
+    _refuse_tangents(x)
     centering = _OVER_ROWS if center else _NONE
     rows, _ = torch.ops.pcka.patchify(x, *patch, group_by, centering, accumulation_dtype(x.dtype))
     return rows
@@ -41,10 +44,20 @@ def patch_cka(
     center: bool,
 ) -> Tensor:
     """``(B, C, H, W)`` twice -> ``(G,)``."""
+    _refuse_tangents(student, teacher)
     alignment, _ = torch.ops.pcka.patch_cka(
         student, teacher, *patch, group_by, columns, center, _needs_grad(student)
     )
     return alignment
+
+
+def _refuse_tangents(*inputs: Tensor) -> None:
+    """Forward-mode derivatives (torch.func.jvp): without this they would silently be 0."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "pcka: this operator has no forward-mode derivative. Differentiate backward, or use "
+            "the functions of pcka.ops.reference"
+        )
 
 
 def _needs_grad(x: Tensor) -> bool:

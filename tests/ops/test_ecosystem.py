@@ -105,7 +105,7 @@ def test_without_gradients_the_loss_is_the_same(mode):
 @pytest.mark.parametrize("group_by", ["channel", "batch", "position"])
 def test_a_graph_that_is_kept_gives_its_gradient_again(group_by):
     """The backward scales in the saved gradient's own memory unless the graph is kept."""
-    student, teacher = make(2, 3, 9, 14, grad=True), make(2, 3, 9, 14, seed=1)
+    student, teacher = make(5, 3, 9, 14, grad=True), make(5, 3, 9, 14, seed=1)
     loss = pcka_loss(student, teacher, patch_size=4, group_by=group_by) * 3
     loss = loss + fcka_loss(student, teacher) * 5
     first = torch.autograd.grad(loss, student, retain_graph=True)[0].clone()
@@ -146,6 +146,17 @@ def test_a_second_derivative_is_refused():
     ):
         with pytest.raises(RuntimeError, match=r"differentiable once.*pcka\.ops\.reference"):
             torch.autograd.grad(result, x, create_graph=True)
+
+
+def test_forward_mode_is_refused():
+    x, y = make(4, 3, 8, 8), make(4, 3, 8, 8, seed=1)
+    for function in (
+        lambda s: pcka.cka(s.flatten(1), y.flatten(1)),
+        lambda s: pcka.patch_cka(s, y, patch_size=4),
+        lambda s: pcka.patch_gram(s, patch_size=4),
+    ):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
 @pytest.mark.parametrize("loss", [pcka_loss, fcka_loss])
