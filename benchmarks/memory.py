@@ -1,136 +1,143 @@
-"""How much memory forward and backward take on top of the inputs, on a CPU.
+"""How much memory forward + backward takes beyond its inputs, on a CPU.
 
-``python -m benchmarks.memory [--cases P3 'cka-*'] [--output DIR]``
+Every variant and case has a process of its own, which warms up on a small case of the same kind.
+Then ``/proc/self/clear_refs`` sets the high-water mark of resident memory (VmHWM) back, and what it
+exceeds the resident memory before the one measured call (VmRSS) by is the peak. Inputs are
+excluded, the gradient that the call returns is included.
 
-Every variant of every case runs in a process of its own. After a small step of the same kind has
-loaded libraries and started threads, and after ``malloc_trim(0)`` has returned freed memory, the
-high-water mark of resident memory is reset (5 into /proc/self/clear_refs). The figure is that mark
-(VmHWM) after one step less the resident memory (VmRSS) before it: the inputs are not in it, the
-student's gradient is. ``products`` counts rows, Grams and gradients of all groups at once.
+The C library's settings make resident memory follow what is live: every block of 64 KiB or more is
+a mapping of its own that goes back to the kernel when freed (a fixed MALLOC_MMAP_THRESHOLD_ also
+stops the library from raising it), and one arena holds the rest. The matrix library's packing
+buffers count as far as they outgrow the warm-up's. The kernel counts pages in batches: take a MiB
+as noise.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import gc
-import multiprocessing
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, Case, select
-from benchmarks.command_line import parser
-from benchmarks.report import environment, heading, markdown_table, plot_bars, write
-from benchmarks.variants import VARIANTS, alignments, products_step, training_step
+from benchmarks import report
+from benchmarks.cases import Case, select
+from benchmarks.harness import markdown
+from benchmarks.variants import alignments, step
 
-MIB = 2**20
+_ROOT = Path(__file__).resolve().parents[1]
+_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+    "MALLOC_MMAP_MAX_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 16),
+    "MALLOC_ARENA_MAX": "1",
+}
+_VARIANTS = ("loop", "split loop", "eager", "pcka")
+_MIB = 1 << 20
 
 
-def peak_bytes(case: Case, variant: str, seed: int, threads: int) -> int:
-    """Peak of extra resident memory of one step, in bytes; to be called in a fresh process."""
-    torch.set_num_threads(threads)
-    _step(case.tiny(), variant, seed)
-    inputs = None if variant == "products" else case.inputs(seed)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    _CLEAR_REFS.write_text("5")
-    _step(case, variant, seed, inputs)
-    return _resident("VmHWM") - before
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print the table and write the files; returns the records."""
+    parser = report.parser("Peak extra memory of forward + backward, each in a fresh process.")
+    report.add_cases(parser)
+    options = parser.parse_args(arguments)
+    cases = report.chosen_cases(parser, options)
+    if not sys.platform.startswith("linux"):
+        raise SystemExit("benchmarks.memory reads /proc/self/status: it runs on Linux only")
+    environment = report.start("cpu", options)
+    settings = {"quick": options.quick, "threads": options.threads, "seed": options.seed}
+    records = []
+    for case in cases:
+        peaks = {name: _in_fresh_process(case.name, name, settings) for name in alignments(case)}
+        sizes = {"student_bytes": case.student_bytes, "gradient_bytes": case.gradient_bytes}
+        records.append({"case": case.describe(), **sizes, "peak_bytes": peaks})
+    print(memory_table(records))
+    report.write(options.output, "memory", {**environment, "malloc": _MALLOC}, records)
+    if options.output is not None:
+        _plot(options.output / "memory.png", records)
+    return records
 
 
-def _step(
-    case: Case, variant: str, seed: int, inputs: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> None:
-    if variant == "products":
-        products_step(case)()
-    else:
-        training_step(alignments(case)[variant], *(inputs or case.inputs(seed)))()
-
-
-def _resident(key: str) -> int:
-    """Bytes of a line of /proc/self/status, which counts in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def _in_fresh_process(*arguments: Any) -> int:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-        return process.submit(peak_bytes, *arguments).result()
-
-
-def measure_case(case: Case, given: argparse.Namespace) -> dict[str, Any]:
-    """Return the peaks of all variants of a case, in MiB."""
-    peaks = {
-        name: _in_fresh_process(case, name, given.seed, given.threads) / MIB
-        for name in VARIANTS
-        if name in (*alignments(case), "products")
-    }
-    map_mib = case.input_bytes / MIB
-    return {
-        **case.as_json(),
-        "map_mib": map_mib,
-        "peak_mib": peaks,
-        "excess_mib": {name: peak - map_mib for name, peak in peaks.items()},
-    }
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Return a row a case: size of the student's map, peaks, and what they exceed the map by."""
-    header = [
-        "case",
-        "student (MiB)",
-        *VARIANTS,
-        *(f"{v} \N{MINUS SIGN} student" for v in VARIANTS),
-    ]
-    rows = [
-        [
-            result["name"],
-            f"{result['map_mib']:.1f}",
-            *(
-                f"{result[kind][v]:.1f}" if v in result[kind] else ""
-                for kind in ("peak_mib", "excess_mib")
-                for v in VARIANTS
-            ),
-        ]
-        for result in results
-    ]
-    return markdown_table(header, rows)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the chosen cases as the arguments say; 2 where this cannot be measured."""
-    given = parser(__doc__).parse_args(arguments)
-    if not _CLEAR_REFS.exists():
-        print("benchmarks.memory needs Linux: there is no /proc/self/clear_refs", file=sys.stderr)
-        return 2
-    torch.set_num_threads(given.threads)
-    cases = select(CASES, given.cases, tiny=given.quick)
-    results = [measure_case(case, given) for case in cases]
-    facts = environment(given.seed)
-    print(heading(facts))
-    print(
-        "Peak memory of forward and backward, inputs excluded, the student's gradient included.\n"
+def _in_fresh_process(case: str, variant: str, settings: Mapping[str, Any]) -> int:
+    task = json.dumps({"case": case, "variant": variant, **settings})
+    path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", f"from benchmarks import memory; memory.measure({task!r})"],
+        env={**os.environ, **_MALLOC, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    print(table(results))
-    if given.output is not None:
-        write(given.output, "memory", {"environment": facts, "results": results})
-        plot_bars(
-            given.output / "memory.png",
-            [case.name for case in cases],
-            {v: [r["peak_mib"].get(v, float("nan")) for r in results] for v in VARIANTS},
-            title="Peak memory of forward and backward, inputs excluded",
-            unit="MiB",
-        )
-    return 0
+    if result.returncode != 0:
+        raise SystemExit(f"{case}, {variant}: the measuring process ended with {result.returncode}")
+    return int(result.stdout)
+
+
+def measure(task: str) -> None:
+    """Print the peak growth in bytes. Runs in a process of its own; ``task`` is JSON."""
+    settings = json.loads(task)
+    torch.set_num_threads(settings["threads"])
+    (case,) = select([settings["case"]], quick=settings["quick"])
+    name, seed = settings["variant"], settings["seed"]
+    _warm_up(case.quick(), name, seed)
+    print(peak_growth(partial(step, alignments(case)[name], *case.inputs(seed))))
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """By how many bytes this process's resident memory grows at most during the call."""
+    gc.collect()
+    _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _warm_up(case: Case, name: str, seed: int) -> None:
+    """Load the libraries, start their threads and touch the autograd engine."""
+    torch.randn(256, 256).mm(torch.randn(256, 256)).exp_()
+    step(alignments(case)[name], *case.inputs(seed))
+
+
+def _status(field: str) -> int:
+    """A size of this process in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+def memory_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """MiB: student, gradients, and of each variant the peak and its excess over the student."""
+    rows = []
+    for record in records:
+        row = [record["case"]["name"]]
+        row += [f"{record[key] / _MIB:.1f}" for key in ("student_bytes", "gradient_bytes")]
+        for name in _VARIANTS:
+            peak = record["peak_bytes"].get(name)
+            excess = None if peak is None else peak - record["student_bytes"]
+            row += ["" if size is None else f"{size / _MIB:.1f}" for size in (peak, excess)]
+        rows.append(row)
+    columns = [text for name in _VARIANTS for text in (f"{name} peak", f"{name} beyond student")]
+    return markdown(["case (MiB)", "student", "gradients", *columns], rows)
+
+
+def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    def relative(record: Mapping[str, Any], name: str) -> float | None:
+        peak = record["peak_bytes"].get(name)
+        return None if peak is None else peak / record["student_bytes"]
+
+    labels = [record["case"]["name"] for record in records]
+    series = {name: [relative(record, name) for record in records] for name in _VARIANTS}
+    report.plot_points(path, labels, series, "peak extra memory / size of the student")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
