@@ -81,5 +81,17 @@ inline PatchCka patch_cka(
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
+struct Cka {
+  Tensor alignment, grad_x, grad_y;
+};
+
+inline Cka cka(const std::string& library, const Tensor& x, const Tensor& y, bool center) {
+  const bool needs_grad = true;
+  std::array<StableIValue, 5> stack{
+      from(x), from(y), from(center), from(needs_grad), from(needs_grad)};
+  call(library, "cka", stack);
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+}
+
 }  // namespace dispatch
 }  // namespace

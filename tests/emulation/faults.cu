@@ -56,6 +56,12 @@ __global__ void misaligned_vector(const float* in, float* out) {
 
 __global__ void blocks_collide(float* out) { out[threadIdx.x] = 1; }
 
+// Every block reads the first value, and one writes it.
+__global__ void block_writes_what_others_read(float* values, float* out) {
+  out[blockIdx.x] = values[0];
+  if (blockIdx.x == 0) values[0] = 1;
+}
+
 }  // namespace
 
 void run_correct(const float* in, float* out, int64_t count) {
@@ -79,3 +85,6 @@ void run_misaligned_vector(const float* in, float* out) {
   emulation::launch(misaligned_vector, 1, 2u, in, out);
 }
 void run_blocks_collide(float* out) { emulation::launch(blocks_collide, 2, kCount, out); }
+void run_block_writes_what_others_read(float* values, float* out) {
+  emulation::launch(block_writes_what_others_read, 2, 1u, values, out);
+}

@@ -13,3 +13,4 @@ void run_unwritten_shared(float* out);
 void run_divergent_barrier(float* out);
 void run_misaligned_vector(const float* in, float* out);
 void run_blocks_collide(float* out);
+void run_block_writes_what_others_read(float* values, float* out);

@@ -41,24 +41,29 @@ F next_definition(const char* name) {
 
 }  // namespace
 
-// Who touched a granule last. Several readers of one interval are kept as one, with `others` set.
+// Who touched a granule last. That is enough: of several writers, all but the last came before a
+// barrier, or were a fault; of several readers, the last is kept, and whether there were others.
 struct Shadow {
   Access write, read;
-  bool others = false;
+  bool several_threads = false;  // have read in the interval of `read`
+  bool several_blocks = false;   // have read in the launch of `read`
 
   const char* record_read(const Access& access) {
     if (write.unordered_with(access)) return "race with a write of another thread";
-    const bool same_interval = read.launch == access.launch && read.block == access.block &&
-                               read.interval == access.interval;
-    others = same_interval && (others || !read.same_thread(access));
+    const bool same_launch = read.launch == access.launch;
+    const bool same_interval =
+        same_launch && read.block == access.block && read.interval == access.interval;
+    several_threads = same_interval && (several_threads || read.thread != access.thread);
+    several_blocks = same_launch && (several_blocks || read.block != access.block);
     read = access;
     return nullptr;
   }
 
   const char* record_write(const Access& access) {
     if (write.unordered_with(access)) return "race with a write of another thread";
+    if (read.launch == access.launch && several_blocks) return "race with a read of another block";
     Access reader = read;
-    if (others && reader.same_thread(access)) ++reader.thread;  // stands for any other one
+    if (several_threads && reader.same_thread(access)) ++reader.thread;  // stands for the others
     if (reader.unordered_with(access)) return "race with a read of another thread";
     write = access;
     return nullptr;
@@ -120,7 +125,7 @@ const char* record_shared(const void* address, std::size_t size, bool write, con
   const std::size_t offset = static_cast<const char*>(address) - &__data_start;
   for (std::size_t i = offset / kGranule; i * kGranule < offset + size; ++i) {
     Shadow& shadow = shadows[i];
-    if (shadow.read.block != access.block) shadow.read = {}, shadow.others = false;
+    if (shadow.read.block != access.block) shadow.read = {};
     if (shadow.write.block != access.block) {
       shadow.write = {};
       if (!write) return "the block has not written it";

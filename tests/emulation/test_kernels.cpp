@@ -26,18 +26,22 @@ Tensor random_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::to(wide, dtype);
 }
 
-// |a - b| / |b|; not a number where a value was never written.
+// |a - b| / |b|, or max |a - b| / max |b| if that is more, as for a single wrong value; infinite
+// where a value was never written.
 double difference(const Tensor& a, const Tensor& b) {
   const Tensor x = torch::stable::contiguous(torch::stable::to(a, ScalarType::Double));
   const Tensor y = torch::stable::contiguous(torch::stable::to(b, ScalarType::Double));
   const double* p = static_cast<const double*>(x.const_data_ptr());
   const double* q = static_cast<const double*>(y.const_data_ptr());
-  double apart = 0, size = 1e-30;
+  double apart = 0, size = 1e-30, farthest = 0, largest = 1e-30;
   for (int64_t i = 0; i < x.numel(); ++i) {
+    if (std::isnan(p[i]) || std::isnan(q[i])) return INFINITY;
     apart += (p[i] - q[i]) * (p[i] - q[i]);
     size += q[i] * q[i];
+    farthest = std::max(farthest, std::abs(p[i] - q[i]));
+    largest = std::max(largest, std::abs(q[i]));
   }
-  return std::sqrt(apart / size);
+  return std::max(std::sqrt(apart / size), farthest / largest);
 }
 
 // What two roundings to the dtype may differ by.
@@ -116,7 +120,8 @@ void check_patches(const Case& s, ScalarType dtype, ScalarType rows_dtype, Layou
   }
 }
 
-void check_grams(int64_t groups, int64_t n_k, int64_t n_l, bool with_cross, ScalarType dtype) {
+void check_grams(
+    int64_t groups, int64_t n_k, int64_t n_l, bool with_cross, bool center, ScalarType dtype) {
   const auto pair = [&](int64_t height, int64_t width) {
     const Tensor a = random_tensor({groups, height, width}, dtype);
     Tensor b = torch::stable::new_empty(a, a.sizes());
@@ -133,7 +138,7 @@ void check_grams(int64_t groups, int64_t n_k, int64_t n_l, bool with_cross, Scal
   }
   const auto align = [&](const char* library, int i) {
     const auto result =
-        dispatch::gram_alignment(library, k[i], l[i], cross(i), energy_x, energy_y, true);
+        dispatch::gram_alignment(library, k[i], l[i], cross(i), energy_x, energy_y, center);
     dispatch::alignment_gradient(library, k[i], l[i], cross(i), result.coefficients);
     return result;
   };
@@ -145,15 +150,29 @@ void check_grams(int64_t groups, int64_t n_k, int64_t n_l, bool with_cross, Scal
   if (with_cross) CHECK(difference(m[0], m[1]) < tolerance(dtype));
 }
 
-// The whole operator, launched chunk by chunk.
-void check_patch_cka(int64_t group_by, bool columns) {
-  const Tensor student = random_tensor({2, 6, 18, 21}, ScalarType::Float);
-  const Tensor teacher = random_tensor({2, 6, 18, 21}, ScalarType::Float);
+// Of a whole operator: float32 products, or bfloat16 ones with a rounded result.
+double whole_tolerance(ScalarType dtype) {
+  return dtype == ScalarType::Float ? 1e-4 : 5 * tolerance(dtype);
+}
+
+// Several kernels and products, chunk by chunk.
+void check_patch_cka(int64_t group_by, bool columns, bool center, ScalarType dtype, Layout layout) {
+  const Tensor student = make_map(2, 6, 18, 21, dtype, layout);
+  const Tensor teacher = make_map(2, 6, 18, 21, dtype, layout);
   const Patches p{8, 8, group_by};
-  const auto ours = dispatch::patch_cka("pcka_emulated", student, teacher, p, columns, true);
-  const auto theirs = dispatch::patch_cka("pcka", student, teacher, p, columns, true);
-  CHECK(difference(ours.alignment, theirs.alignment) < 1e-5);
-  CHECK(difference(ours.gradient, theirs.gradient) < 1e-4);
+  const auto ours = dispatch::patch_cka("pcka_emulated", student, teacher, p, columns, center);
+  const auto theirs = dispatch::patch_cka("pcka", student, teacher, p, columns, center);
+  CHECK(difference(ours.alignment, theirs.alignment) < whole_tolerance(dtype));
+  CHECK(difference(ours.gradient, theirs.gradient) < whole_tolerance(dtype));
+}
+
+void check_cka(int64_t n, int64_t d_x, int64_t d_y, bool center, ScalarType dtype) {
+  const Tensor x = random_tensor({2, n, d_x}, dtype), y = random_tensor({2, n, d_y}, dtype);
+  const auto ours = dispatch::cka("pcka_emulated", x, y, center);
+  const auto theirs = dispatch::cka("pcka", x, y, center);
+  CHECK(difference(ours.alignment, theirs.alignment) < whole_tolerance(dtype));
+  CHECK(difference(ours.grad_x, theirs.grad_x) < whole_tolerance(dtype));
+  CHECK(difference(ours.grad_y, theirs.grad_y) < whole_tolerance(dtype));
 }
 
 }  // namespace
@@ -167,13 +186,22 @@ int main() {
   const Layout layouts[] = {
       Layout::kPlanar, Layout::kChannelsLast, Layout::kSliced, Layout::kTransposed};
   for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16}) {
-    check_grams(3, 7, 7, false, dtype);
-    check_grams(2, 101, 101, false, dtype);
-    check_grams(2, 9, 12, true, dtype);
-    check_grams(1, 2, 2, false, dtype);
+    for (const bool center : {true, false}) {
+      check_grams(3, 7, 7, false, center, dtype);
+      check_grams(2, 101, 101, false, center, dtype);
+      check_grams(2, 9, 12, true, center, dtype);
+      check_grams(1, 2, 2, false, center, dtype);
+    }
   }
-  for (int64_t group_by = 0; group_by < 3; ++group_by) {
-    for (const bool columns : {false, true}) check_patch_cka(group_by, columns);
+  for (const ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}) {
+    for (const bool center : {true, false}) {
+      for (int64_t group_by = 0; group_by < 3; ++group_by) {
+        check_patch_cka(group_by, false, center, dtype, layouts[group_by]);
+        check_patch_cka(group_by, true, center, dtype, layouts[group_by + 1]);
+      }
+      check_cka(20, 7, 7, center, dtype);   // by the columns, which are fewer
+      check_cka(6, 30, 11, center, dtype);  // by the rows
+    }
   }
   // Every layout in float32; every other dtype in a layout that changes from case to case.
   for (std::size_t i = 0; i < kCases.size() && failures == 0; ++i) {
