@@ -54,7 +54,7 @@ class Buffers {
       ScalarType dtype) {
     std::optional<Tensor>& buffer = slots_[slot];
     if (!buffer) buffer = torch::stable::new_empty(like, {groups, rows, columns}, dtype);
-    return torch::stable::narrow(*buffer, 0, 0, groups);
+    return buffer->size(0) == groups ? *buffer : torch::stable::narrow(*buffer, 0, 0, groups);
   }
 
  private:
@@ -138,16 +138,14 @@ Aligned align(
   const bool direct = columns ? 3 * d < 5 * n : 3 * n <= 5 * d;
   const bool of_columns = columns == direct;  // the matrices formed: A' B (D x D), else A B'
 
+  const Tensor z = of_columns ? transposed(x) : x, w = of_columns ? transposed(y) : y;
   const auto gram = [&](Buffers::Slot slot, const Tensor& a, const Tensor& b) {
-    const auto out = [&](int64_t height, int64_t width) {
-      return buffers.get(slot, a, groups, height, width, gram_dtype(a));
-    };
-    return of_columns ? multiply(out(a.size(2), b.size(2)), transposed(a), b)
-                      : multiply(out(n, n), a, transposed(b));
+    const Tensor out = buffers.get(slot, x, groups, a.size(1), b.size(1), gram_dtype(x));
+    return multiply(out, a, transposed(b));
   };
-  const Tensor k = gram(Buffers::kGramX, x, x), l = gram(Buffers::kGramY, y, y);
+  const Tensor k = gram(Buffers::kGramX, z, z), l = gram(Buffers::kGramY, w, w);
   std::optional<Tensor> cross;
-  if (!direct) cross = gram(Buffers::kCross, x, y);
+  if (!direct) cross = gram(Buffers::kCross, z, w);
 
   std::array<StableIValue, 6> stack{
       from(k), from(l), from(cross), from(rows_x.energy), from(rows_y.energy), from(center)};

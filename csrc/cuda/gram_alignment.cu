@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(
         begin, min(begin + kPart, (group + 1) * size), [&](int64_t first, int count) {
           const Vector<gram_t> x = load(a + first, count, 1, true);
           const Vector<gram_t> y = load(b + first, count, 1, true);
-          for (int v = 0; v < kSize; ++v) {
-            if (v >= count) continue;
+          for (int v = 0; v < kSize; ++v) {  // beyond the count, zeros
             const double x_v = of_a * static_cast<acc_t>(x.values[v]);
             const double y_v = of_b * static_cast<acc_t>(y.values[v]);
             total[0] += x_v * y_v, total[1] += x_v * x_v, total[2] += y_v * y_v;

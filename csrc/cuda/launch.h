@@ -20,8 +20,13 @@ namespace pcka {
 constexpr int kThreads = 256;
 
 // Blocks for `count` items; those beyond the cap are reached by the kernels' block-stride loops.
+#if defined(PCKA_EMULATION)
+constexpr int64_t kMaxBlocks = 7;  // few, so that tests reach those loops
+#else
+constexpr int64_t kMaxBlocks = int64_t{1} << 20;
+#endif
 inline unsigned blocks_for(int64_t count) {
-  return static_cast<unsigned>(std::min<int64_t>(count, int64_t{1} << 20));
+  return static_cast<unsigned>(std::min(count, kMaxBlocks));
 }
 
 // The tensor's device made current, and torch's stream on it.

@@ -299,7 +299,6 @@ __global__ void __launch_bounds__(kThreads, 1) patchify_kernel(
       pair[0] = energy[v] + mean * mean * static_cast<double>(g.rows);
       pair[1] = energy[v];
     }
-    __syncthreads();  // the sums are read
   }
 }
 
@@ -317,8 +316,8 @@ __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
       }
     };
     double total[1] = {0};
-    for_each_vector([&](int64_t, int count, const Vector<acc_t>& vector) {
-      for (int v = 0; v < kSize; ++v) total[0] += v < count ? vector.values[v] : 0;
+    for_each_vector([&](int64_t, int, const Vector<acc_t>& vector) {  // beyond its count, zeros
+      for (int v = 0; v < kSize; ++v) total[0] += vector.values[v];
     });
     block_sum(total);
     const double mean = total[0] / static_cast<double>(g.columns);

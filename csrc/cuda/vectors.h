@@ -23,7 +23,8 @@ bool vectors_aligned(const T* data, Strides... strides) {
 
 #if defined(__CUDACC__) || defined(PCKA_EMULATION)
 
-// Neighbours, `stride` apart: a whole vector in one access where `wide`, else `count` of them.
+// Neighbours, `stride` apart: a whole vector in one access where `wide`, else `count` of them and
+// zeros.
 template <typename T>
 __device__ inline Vector<T> load(const T* data, int count, int64_t stride, bool wide) {
   if (wide && count >= Vector<T>::kSize) return *reinterpret_cast<const Vector<T>*>(data);

@@ -17,8 +17,21 @@ def require(value: T | None, argument: str, loss: str) -> T:
     return value
 
 
+def _check_comparable(student: Tensor, teacher: Tensor) -> None:
+    """Refuse integers, and models on two devices."""
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+    if student.device != teacher.device:
+        raise ValueError(
+            "student and teacher must be on one device; got student on "
+            f"{student.device} and teacher on {teacher.device}. Move one with .to(device)"
+        )
+
+
 def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse logits that are not ``(B, P)`` in both models."""
+    """Refuse logits that are not ``(B, P)`` in both models, floating and on one device."""
+    _check_comparable(student, teacher)
     if student.dim() != 2 or student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must be logits of one shape (B, P); got student "
@@ -28,7 +41,13 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
 
 
 def check_samples(student: Tensor, teacher: Tensor) -> None:
-    """Refuse features that do not hold the same samples in their first dimension."""
+    """Refuse features that do not hold the same samples, in one dtype and on one device."""
+    _check_comparable(student, teacher)
+    if student.dtype != teacher.dtype:
+        raise ValueError(
+            "student and teacher must be features of one dtype; got student "
+            f"{student.dtype} and teacher {teacher.dtype}. Convert one, or run both under autocast"
+        )
     if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
         raise ValueError(
             "student and teacher must be features of the same samples, (B, ...) each; got student "

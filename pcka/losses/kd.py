@@ -27,7 +27,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes, or a temperature that is not positive.
+        ValueError: logits of different shapes or devices, or of no floating dtype, or a
+            temperature that is not positive.
     """
     check_logits(student, teacher)
     check_temperature(temperature)

@@ -62,7 +62,8 @@ def lcka_loss(
         (two when centered) is constant, and is 0 with gradient 0.
 
     Raises:
-        ValueError: logits of different shapes, or a temperature that is not positive.
+        ValueError: logits of different shapes or devices, or of no floating dtype, or a
+            temperature that is not positive.
     """
     intra, inter = lcka_terms(
         student, teacher, temperature=temperature, center=center, row_normalize=row_normalize

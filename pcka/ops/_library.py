@@ -18,6 +18,7 @@ from pcka.ops.reference import accumulation_dtype
 
 _BATCH, _POSITION = 1, 2  # codes of group_by
 _NONE, _OVER_ROWS = 0, 1  # codes of center
+_SCALED_TOGETHER = 1 << 19  # values of a half-precision gradient
 
 
 def cka(x: Tensor, y: Tensor, center: bool) -> Tensor:
@@ -183,9 +184,19 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """``gradient * factor``, in the gradient's own memory where nobody will ask for it again."""
-    if type(gradient) is not Tensor or _graph_is_kept():  # traced, or to be used again
+    if type(gradient) is not Tensor:  # traced
         return (gradient * factor).to(gradient.dtype)
-    return gradient.mul_(factor)
+    if _graph_is_kept():
+        gradient = gradient.clone()
+    if gradient.dtype == factor.dtype or gradient.device.type != "cpu":
+        return gradient.mul_(factor)
+    # On a CPU torch multiplies two dtypes by way of copies in the wider one. A few lines of pixels
+    # (or rows) at a time those stay in the cache, in either layout of a map.
+    lines = max(1, _SCALED_TOGETHER * gradient.shape[-2] // gradient.numel())
+    factors = factor.expand_as(gradient).split(lines, -2)
+    for part, part_factor in zip(gradient.split(lines, -2), factors):
+        part.mul_(part_factor)
+    return gradient
 
 
 def _graph_is_kept() -> bool:

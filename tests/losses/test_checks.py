@@ -27,6 +27,21 @@ def test_features_need_the_same_samples(shapes):
         checks.check_samples(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
+@pytest.mark.parametrize("check", [checks.check_logits, checks.check_samples])
+def test_models_must_be_comparable(check):
+    x = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"teacher must be of a floating dtype, got torch\.int64"):
+        check(x, x.long())
+    with pytest.raises(ValueError, match="one device; got student on cpu and teacher on meta"):
+        check(x, x.to("meta"))
+
+
+def test_features_need_one_dtype():
+    x = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"one dtype; got student torch\.float32 and teacher"):
+        checks.check_samples(x, x.half())
+
+
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
 def test_a_temperature_is_positive(temperature):
     with pytest.raises(ValueError, match="temperature must be positive"):

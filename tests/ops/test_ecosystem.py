@@ -148,6 +148,22 @@ def test_a_second_derivative_is_refused():
             torch.autograd.grad(result, x, create_graph=True)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_scaling_line_by_line_changes_nothing(monkeypatch, layout):
+    student = make(2, 5, 18, 20).bfloat16().to(memory_format=layout).requires_grad_()
+    teacher, weight = make(2, 5, 18, 20, seed=1).bfloat16(), make(5, seed=2)
+
+    def gradients() -> list[Tensor]:
+        loss = (weight * pcka.patch_cka(student, teacher, patch_size=4)).sum()
+        return [torch.autograd.grad(loss, student, retain_graph=keep)[0] for keep in (True, False)]
+
+    whole = gradients()
+    monkeypatch.setattr("pcka.ops._library._SCALED_TOGETHER", 1)
+    for result in gradients():
+        torch.testing.assert_close(result, whole[0], rtol=0, atol=0)
+        assert result.is_contiguous(memory_format=layout)
+
+
 def test_forward_mode_is_refused():
     x, y = make(4, 3, 8, 8), make(4, 3, 8, 8, seed=1)
     for function in (
@@ -163,8 +179,8 @@ def test_forward_mode_is_refused():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda x: x.to("meta"), "one device, got cpu and meta"),
-        (lambda x: x.double(), r"one dtype, got torch.float32 and torch.float64; convert"),
+        (lambda x: x.to("meta"), "student and teacher must be .*one device.*cpu and .*meta"),
+        (lambda x: x.double(), r"student and teacher .*one dtype.*float32 and .*float64.*[Cc]onv"),
     ],
     ids=["device", "dtype"],
 )
