@@ -120,11 +120,6 @@ class Products:
         for left, right, out in self.plan:
             torch.bmm(left, right, out=out)
 
-    def into_new_memory(self) -> None:
-        """The same products as most code calls them; on a CPU, large results are page faults."""
-        for left, right, _ in self.plan:
-            torch.bmm(left, right)
-
     @classmethod
     def flops_of(cls, case: Case) -> int:
         """Multiplications and additions of all products."""

@@ -86,7 +86,6 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
 
 _RATIOS = (
     ("pcka", "products"),
-    ("pcka", "new products"),
     ("pcka", "products bfloat16"),
     ("pcka graph", "products"),
     ("loop", "pcka"),

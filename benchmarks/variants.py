@@ -46,16 +46,14 @@ def step(alignment: Alignment, student: Tensor, teacher: Tensor) -> tuple[Tensor
 def timed_calls(case: Case, seed: int, device: str = "cpu") -> dict[str, Call]:
     """Every variant as a call without arguments: the steps, and the bare products.
 
-    The products are formed once into memory that is there and once into new memory; those of
-    half-precision maps also in their own dtype.
+    Half-precision maps get the bare products both in float32 and in their own dtype.
     """
     student, teacher = case.inputs(seed, device)
     calls: dict[str, Call] = {
         name: partial(step, alignment, student, teacher)
         for name, alignment in alignments(case).items()
     }
-    products = Products(case, torch.float32, device)
-    calls |= {"products": products, "new products": products.into_new_memory}
+    calls["products"] = Products(case, torch.float32, device)
     if case.dtype != torch.float32:
         calls[f"products {dtype_name(case.dtype)}"] = Products(case, case.dtype, device)
     return calls

@@ -64,7 +64,8 @@ int main() {
       [&] { run_misaligned_vector(in.values, out.values); }, "misaligned read of 16 bytes");
   check_caught([&] { run_blocks_collide(out.values); }, "race with a write of another thread");
   for (int i = 0; i < 20; ++i) {  // the blocks run in a random order, and in either it is a race
-    check_caught([&] { run_block_writes_what_others_read(short_in.values, out.values); }, "race with a ");
+    check_caught(
+        [&] { run_block_writes_what_others_read(short_in.values, out.values); }, "race with a ");
   }
 
   const Floats fresh(kCount);
