@@ -87,6 +87,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
 _RATIOS = (
     ("pcka", "products"),
     ("pcka", "products bfloat16"),
+    ("pcka float32", "pcka"),
     ("pcka graph", "products"),
     ("loop", "pcka"),
     ("split loop", "pcka"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,8 @@ def step(alignment: Alignment, student: Tensor, teacher: Tensor) -> tuple[Tensor
 def timed_calls(case: Case, seed: int, device: str = "cpu") -> dict[str, Call]:
     """Every variant as a call without arguments: the steps, and the bare products.
 
-    Half-precision maps get the bare products both in float32 and in their own dtype.
+    Half-precision maps get the bare products in their own dtype as well, and the operator on
+    float32 maps.
     """
     student, teacher = case.inputs(seed, device)
     calls: dict[str, Call] = {
@@ -56,4 +58,6 @@ def timed_calls(case: Case, seed: int, device: str = "cpu") -> dict[str, Call]:
     calls["products"] = Products(case, torch.float32, device)
     if case.dtype != torch.float32:
         calls[f"products {dtype_name(case.dtype)}"] = Products(case, case.dtype, device)
+        wide = replace(case, dtype=torch.float32)
+        calls["pcka float32"] = partial(step, alignments(wide)["pcka"], *wide.inputs(seed, device))
     return calls
