@@ -23,6 +23,17 @@ class Loss(nn.Module):
     needs_teacher: bool = True
     needs_target: bool = False
 
+    def prepare(self, student: Outputs, teacher: Outputs | None) -> None:
+        """Make the parts whose size depends on the models (adapters), from one dry run of both.
+
+        Called once, before the optimizer is made; most losses have nothing to prepare.
+
+        Args:
+            student: outputs of the student on any batch; only their shapes, dtypes and device
+                count.
+            teacher: outputs of the teacher on the same batch, or None without a teacher.
+        """
+
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Tensor]:
