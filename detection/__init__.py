@@ -1,0 +1,1 @@
+"""Object detection: PCKA distillation of detectron2 detectors."""

@@ -1,0 +1,113 @@
+"""detectron2's checkpointer, unable to run code from the files it reads."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from pcka.checkpoint import atomic_save, load_file
+
+# What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
+_ALLOWED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+}
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used; the message names the file and the way out."""
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, numbers, strings and plain containers, and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise WeightsError(
+                f"the pickle asks for {module}.{name}; only arrays and plain containers are read "
+                "from a .pkl file. If you trust it, convert it to a .pth file of tensors"
+            )
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """A ``DetectionCheckpointer`` that reads safely and replaces files in one step.
+
+    The saved ``"model"`` is the model's own ``state_dict``, so that plain detectron2 loads it.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` aside, then move it into place."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = f"{self.save_dir}/{name}.pth"
+        atomic_save({"model": self.model.state_dict(), **parts, **kwargs}, path)
+        self.tag_last_checkpoint(f"{name}.pth")
+        self.logger.info("Saved %s", path)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            return _read_zoo_pickle(filename)
+        loaded = load_file(filename)
+        if not isinstance(loaded, dict):
+            raise WeightsError(f"{filename}: expected a mapping of weights, got {type(loaded)}")
+        return loaded if "model" in loaded else {"model": loaded}
+
+
+def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)) -> None:
+    """Load a detector's weights; all those under ``prefixes`` have to be in the file.
+
+    Args:
+        model: takes the weights; its names are detectron2's.
+        path: file or URL that detectron2's checkpointer understands.
+        prefixes: of the names that must be filled.
+
+    Raises:
+        WeightsError: no such file, or weights that the file lacks or holds in another shape.
+    """
+    wanted = [name for name in model.state_dict() if name.startswith(tuple(prefixes))]
+    checkpointer = SafeCheckpointer(model)
+    try:
+        local = checkpointer.path_manager.get_local_path(path)
+        checkpoint = checkpointer._load_file(local)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from error
+    result = checkpointer._load_model(checkpoint)
+    shapes = {name: (got, own) for name, got, own in result.incorrect_shapes}
+    missing = [name for name in wanted if name in set(result.missing_keys) | shapes.keys()]
+    if missing:
+        listed = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        differing = f"; other shapes (file, model): {dict(list(shapes.items())[:3])}"
+        raise WeightsError(
+            f"{path}: {len(missing)} of {len(wanted)} weights are missing: {listed}"
+            f"{differing if shapes else ''}. Does the configuration describe this model?"
+        )
+
+
+def _read_zoo_pickle(filename: str) -> dict[str, Any]:
+    """A ``.pkl`` of detectron2's model zoo, or of Caffe2's with its own names."""
+    with open(filename, "rb") as file:
+        data = ArrayUnpickler(file, encoding="latin1").load()
+    if not isinstance(data, dict):
+        raise WeightsError(f"{filename}: expected a mapping of weights, got {type(data)}")
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)
+    arrays = {
+        name: value
+        for name, value in blobs.items()
+        if isinstance(value, np.ndarray) and not name.endswith("_momentum")
+    }
+    return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}

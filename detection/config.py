@@ -1,0 +1,154 @@
+"""The configuration keys that distillation adds to detectron2's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from pcka import losses
+
+MODEL_ZOO = "model_zoo"
+PROJECT = Path(__file__).parents[1]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the way out."""
+
+
+def detection_config() -> CfgNode:
+    """Return detectron2's defaults with the keys of this project.
+
+    ``DISTILL.<METHOD>`` holds the keywords of each loss that compares features. ``STAGES`` () means
+    all of ``DISTILL.LEVELS``; a setting with one value for each stage may hold a single one, which
+    then serves all.
+    """
+    cfg = get_cfg()
+    cfg.DATASETS.COCO_TRAIN = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
+    cfg.DATASETS.COCO_TEST = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
+    cfg.DATASETS.DIGITS = CfgNode(
+        {"ROOT": "output/digits_scenes", "SIDE": 256, "TRAIN_IMAGES": 600, "TEST_IMAGES": 150}
+    )
+    cfg.MODEL.FCOS = CfgNode(
+        {
+            "NUM_CLASSES": 80,
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+            "NUM_CONVS": 4,
+            "NORM": "GN",
+            "PRIOR_PROB": 0.01,
+            "CENTER_SAMPLING_RADIUS": 1.5,
+            "FOCAL_LOSS_ALPHA": 0.25,
+            "FOCAL_LOSS_GAMMA": 2.0,
+            "SCORE_THRESH_TEST": 0.2,
+            "NMS_THRESH_TEST": 0.6,
+            "TOPK_CANDIDATES_TEST": 1000,
+        }
+    )
+    cfg.DISTILL = CfgNode(
+        {
+            "STUDENT": "",  # meta-architecture of the student; MODEL.* describes it
+            "METHODS": ["PCKA"],
+            "LEVELS": [],  # "p3" or "p3:p2" (student:teacher); [] means the first four
+            "INHERIT": [],  # prefixes of the teacher's weights that the student starts from
+            "LOG_PERIOD": 20,  # steps between logged alignments and gradients of the levels
+            "TEACHER": {
+                "CONFIG_FILE": "",  # a file, or a name of detectron2's model zoo
+                "OPTS": [],
+                "WEIGHTS": "",  # a file or URL; "model_zoo": what the zoo trained with that file
+                "RANDOM_WEIGHTS": False,  # allow an untrained teacher (tests, timings)
+                "AUTOCAST": "",  # "bfloat16": the teacher's forward pass in it
+                "CHANNELS_LAST": False,
+            },
+        }
+    )
+    for name in feature_methods():
+        keywords = {key.upper(): _editable(value) for key, value in losses.defaults(name).items()}
+        keywords["STAGES"] = []
+        cfg.DISTILL[name] = CfgNode(keywords)
+    return cfg
+
+
+def load_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """Return the configuration: defaults, the file (and its ``_BASE_``), overrides.
+
+    Args:
+        config_file: YAML of plain values; a tag that would run code is refused.
+        overrides: ``KEY VALUE ...`` of the command line.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, or a value of another type.
+    """
+    cfg = detection_config()
+    merge(cfg, config_file, overrides)
+    return cfg
+
+
+def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
+    """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
+    try:
+        cfg.merge_from_file(config_file, allow_unsafe=trusted)
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ConfigError(f"{config_file}: {reason}") from error
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """Return the teacher's own configuration, from ``DISTILL.TEACHER``.
+
+    Raises:
+        ConfigError: no such file, or weights that nobody named.
+    """
+    wanted = cfg.DISTILL.TEACHER
+    # Names of this project's own files hold wherever the command is run.
+    paths = [Path(wanted.CONFIG_FILE), PROJECT / wanted.CONFIG_FILE]
+    path = next((path for path in paths if path.is_file()), None)
+    teacher = detection_config()
+    if path is not None:
+        merge(teacher, str(path), wanted.OPTS)
+    else:
+        try:
+            zoo_file = model_zoo.get_config_file(wanted.CONFIG_FILE)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"DISTILL.TEACHER.CONFIG_FILE: {wanted.CONFIG_FILE!r} is neither a file nor a name "
+                "of detectron2's model zoo, as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml' is"
+            ) from error
+        merge(teacher, zoo_file, wanted.OPTS, trusted=True)
+    teacher.MODEL.WEIGHTS = _teacher_weights(wanted)
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return teacher
+
+
+def feature_methods() -> list[str]:
+    """Names of the losses that compare named feature maps, which is what detectors have."""
+    return [name for name in losses.names() if _compares_features(name)]
+
+
+def _compares_features(name: str) -> bool:
+    built = losses.build(name)
+    return "stages" in losses.defaults(name) and built.needs_teacher and not built.needs_target
+
+
+def _editable(value: object) -> object:
+    """Settings of each stage start as one value, which serves all stages."""
+    return list(value[:1]) if isinstance(value, tuple) else value
+
+
+def _teacher_weights(wanted: CfgNode) -> str:
+    if wanted.WEIGHTS == MODEL_ZOO:
+        try:
+            return model_zoo.get_checkpoint_url(wanted.CONFIG_FILE)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"DISTILL.TEACHER.WEIGHTS: the model zoo holds none for {wanted.CONFIG_FILE!r}; "
+                "name a file or URL"
+            ) from error
+    if wanted.WEIGHTS == "" and not wanted.RANDOM_WEIGHTS:
+        raise ConfigError(
+            "DISTILL.TEACHER.WEIGHTS: expected a file, a URL or 'model_zoo', got ''; an untrained "
+            "teacher has to be asked for: DISTILL.TEACHER.RANDOM_WEIGHTS True"
+        )
+    return wanted.WEIGHTS

@@ -1,0 +1,86 @@
+"""Write a student that plain detectron2 loads: ``python detection/export.py --config-file F ...``.
+
+The folder then holds ``model.pth``, the student's weights alone, and its configuration:
+``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS a LazyConfig, ``lazy_config.yaml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import OmegaConf
+
+import detection.meta_arch  # noqa: F401  (registers itself)
+from detection.checkpoint import load_weights
+from detection.config import load_config
+from detection.fcos import lazy_fcos
+from pcka.checkpoint import atomic_save
+
+logger = logging.getLogger("detectron2.pcka")
+WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
+
+
+def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
+    """Write the student's weights and configuration; return the configuration's path.
+
+    Args:
+        cfg: the run's configuration.
+        weights: a checkpoint of the run.
+        folder: made where it is missing.
+
+    Raises:
+        ValueError: weights that do not fill the student.
+    """
+    architecture = cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.DEVICE = "cpu"
+    student = META_ARCH_REGISTRY.get(architecture)(plain)
+    load_weights(student, weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
+    if architecture == "FCOS":
+        LazyConfig.save(OmegaConf.create({"model": lazy_fcos(plain)}), str(folder / LAZY))
+        return folder / LAZY
+    (folder / YAML).write_text(_plain_config(plain, architecture).dump())
+    return folder / YAML
+
+
+def _plain_config(cfg: CfgNode, architecture: str) -> CfgNode:
+    """The keys that detectron2 itself knows."""
+    known = get_cfg()
+    _copy_known(cfg, known)
+    known.MODEL.META_ARCHITECTURE = architecture
+    known.MODEL.WEIGHTS = WEIGHTS
+    return known
+
+
+def _copy_known(source: CfgNode, target: CfgNode) -> None:
+    for key, value in target.items():
+        if isinstance(value, CfgNode):
+            _copy_known(source[key], value)
+        else:
+            target[key] = source[key]
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Export as the arguments say; return the configuration's path."""
+    parser = argparse.ArgumentParser(description="Export a student for plain detectron2.")
+    parser.add_argument("--config-file", metavar="F", required=True)
+    parser.add_argument("--weights", metavar="W", required=True, help="a checkpoint of the run")
+    parser.add_argument("--output", metavar="DIR", required=True)
+    parser.add_argument("overrides", metavar="KEY VALUE", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    cfg = load_config(given.config_file, given.overrides)
+    path = export_student(cfg, given.weights, Path(given.output))
+    print(f"{path.parent / WEIGHTS} and {path}: plain detectron2 loads both")
+    return path
+
+
+if __name__ == "__main__":
+    main()

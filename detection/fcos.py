@@ -1,0 +1,89 @@
+"""FCOS from YAML: detectron2 has the model, but describes it by a LazyConfig alone."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling.backbone import FPN, Backbone, BasicStem, ResNet
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.meta_arch.fcos import FCOS as FCOSModel
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from omegaconf import DictConfig
+from torch import nn
+
+from detection.config import ConfigError
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """ResNet and FPN with P6 and P7 made from P5, not from C5 (Tian et al. 2020, section 2.2)."""
+    return instantiate(_lazy_backbone(cfg))
+
+
+@META_ARCH_REGISTRY.register()
+def FCOS(cfg: CfgNode) -> nn.Module:
+    """Build FCOS (Tian et al., ICCV 2019) from ``MODEL.FCOS``."""
+    return instantiate(lazy_fcos(cfg))
+
+
+def lazy_fcos(cfg: CfgNode) -> DictConfig:
+    """Return the LazyConfig of the model that the YAML keys describe.
+
+    Raises:
+        ConfigError: a backbone that a LazyConfig of detectron2's stages cannot describe.
+    """
+    keys = cfg.MODEL.FCOS
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    head = LazyCall(FCOSHead)(
+        input_shape=[LazyCall(ShapeSpec)(channels=channels) for _ in keys.IN_FEATURES],
+        conv_dims=[channels] * keys.NUM_CONVS,
+        num_classes=keys.NUM_CLASSES,
+        norm=keys.NORM,
+        prior_prob=keys.PRIOR_PROB,
+    )
+    return LazyCall(FCOSModel)(
+        backbone=_lazy_backbone(cfg),
+        head=head,
+        head_in_features=list(keys.IN_FEATURES),
+        num_classes=keys.NUM_CLASSES,
+        center_sampling_radius=keys.CENTER_SAMPLING_RADIUS,
+        focal_loss_alpha=keys.FOCAL_LOSS_ALPHA,
+        focal_loss_gamma=keys.FOCAL_LOSS_GAMMA,
+        test_score_thresh=keys.SCORE_THRESH_TEST,
+        test_topk_candidates=keys.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=keys.NMS_THRESH_TEST,
+        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD),
+    )
+
+
+def _lazy_backbone(cfg: CfgNode) -> DictConfig:
+    resnet, channels = cfg.MODEL.RESNETS, cfg.MODEL.FPN.OUT_CHANNELS
+    basic = resnet.DEPTH in (18, 34)
+    if resnet.NUM_GROUPS != 1 or resnet.RES2_OUT_CHANNELS != (64 if basic else 256):
+        raise ConfigError(
+            "MODEL.RESNETS: FCOS takes ResNets of the usual widths (NUM_GROUPS 1, "
+            "RES2_OUT_CHANNELS 64 for depth 18 and 34, else 256), got NUM_GROUPS "
+            f"{resnet.NUM_GROUPS} and RES2_OUT_CHANNELS {resnet.RES2_OUT_CHANNELS}"
+        )
+    stages = LazyCall(ResNet.make_default_stages)(depth=resnet.DEPTH, norm=resnet.NORM)
+    if not basic:
+        stages.stride_in_1x1 = resnet.STRIDE_IN_1X1
+    bottom_up = LazyCall(ResNet)(
+        stem=LazyCall(BasicStem)(in_channels=3, out_channels=64, norm=resnet.NORM),
+        stages=stages,
+        out_features=list(cfg.MODEL.FPN.IN_FEATURES),
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+    return LazyCall(FPN)(
+        bottom_up=bottom_up,
+        in_features=list(cfg.MODEL.FPN.IN_FEATURES),
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LazyCall(LastLevelP6P7)(
+            in_channels=channels, out_channels=channels, in_feature="p5"
+        ),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,54 @@
+"""Starting one process or many: detectron2's own launcher, torchrun or SLURM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch
+
+from detection.compat import create_local_process_group
+
+
+def run(main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> Any:
+    """Call ``main(arguments)`` in every process that the environment or the arguments ask for.
+
+    Under torchrun each process is there already and joins the others: by NCCL with a GPU each, by
+    gloo on CPUs. Else detectron2's launcher starts one process for each of ``--num-gpus``.
+
+    Raises:
+        ValueError: more GPUs than the machine has.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _join()
+        try:
+            return main(arguments)
+        finally:
+            dist.destroy_process_group()
+    if arguments.num_gpus > max(torch.cuda.device_count(), 1):
+        raise ValueError(
+            f"--num-gpus: {arguments.num_gpus} are asked for, this machine has "
+            f"{torch.cuda.device_count()}; for several processes on CPUs start them by torchrun"
+        )
+    if arguments.num_gpus * arguments.num_machines == 1:
+        return main(arguments)
+    return launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
+
+
+def _join() -> None:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))

@@ -1,0 +1,82 @@
+"""From ``DISTILL`` to the losses of a detector."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+
+from detection.config import ConfigError, feature_methods
+from detection.levels import patch_for, patches
+from pcka import losses
+
+logger = logging.getLogger("detectron2.pcka")
+
+CONSTANT_UP_TO = 2  # centered patches whose alignment is constantly 1
+
+
+def build_losses(
+    cfg: CfgNode, levels: Mapping[str, str], shapes: Mapping[str, ShapeSpec]
+) -> list[losses.Loss]:
+    """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
+
+    Args:
+        cfg: ``DISTILL`` and ``INPUT.MIN_SIZE_TRAIN`` are read.
+        levels: student level -> teacher level.
+        shapes: channels and stride of the student's levels.
+
+    Raises:
+        ConfigError: an unknown loss, a level that is not matched, or values that a loss refuses.
+    """
+    built = []
+    for name in cfg.DISTILL.METHODS:
+        if name not in feature_methods():
+            raise ConfigError(
+                f"DISTILL.METHODS: no loss of feature maps is called {name!r}; there are "
+                f"{', '.join(feature_methods())}"
+            )
+        keywords = _keywords(name, cfg.DISTILL[name], list(levels))
+        if "patch_sizes" in keywords:
+            _check_patches(name, keywords, shapes, min(cfg.INPUT.MIN_SIZE_TRAIN))
+        try:
+            built.append(losses.build(name, **keywords))
+        except ValueError as error:
+            raise ConfigError(f"DISTILL.{name}: {error}") from error
+    return built
+
+
+def _keywords(name: str, section: CfgNode, levels: list[str]) -> dict[str, object]:
+    stages = list(section.STAGES) or levels
+    if unmatched := set(stages) - set(levels):
+        raise ConfigError(
+            f"DISTILL.{name}.STAGES: {', '.join(sorted(unmatched))} is not among DISTILL.LEVELS "
+            f"{levels}; add it there"
+        )
+    keywords: dict[str, object] = {}
+    for key, value in section.items():
+        if isinstance(value, list | tuple):
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        keywords[key.lower()] = value
+    keywords["stages"] = tuple(stages)
+    for key in ("weights", "patch_sizes"):
+        if key in keywords and len(keywords[key]) == 1:
+            keywords[key] *= len(stages)
+    return keywords
+
+
+def _check_patches(
+    name: str, keywords: Mapping[str, object], shapes: Mapping[str, ShapeSpec], side: int
+) -> None:
+    """Say which level has too few patches for a signal, at the smallest training size."""
+    for level, patch in zip(keywords["stages"], keywords["patch_sizes"]):
+        stride = shapes[level].stride
+        number = patches(side, stride, patch if isinstance(patch, int) else max(patch))
+        if number <= CONSTANT_UP_TO:
+            logger.warning(
+                "DISTILL.%s.PATCH_SIZES: at %d pixels the level %s (stride %d) has %d patch(es) of "
+                "size %s, too few to carry a signal; a patch of %d would leave %d",
+                name, side, level, stride, number, patch, patch_for(side, stride),
+                patches(side, stride, patch_for(side, stride)),
+            )  # fmt: skip

@@ -1,0 +1,100 @@
+"""The teacher of a detector: its backbone and neck, and nothing behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from torch import Tensor, nn
+
+from detection.checkpoint import load_weights
+from detection.config import teacher_config
+from pcka.teacher import FrozenTeacher
+
+
+class TeacherBackbone(nn.Module):
+    """Images as the student's data loader gives them -> the teacher's feature maps.
+
+    The images are brought into the teacher's channel order first and normalised by the teacher's
+    own pixel statistics then: one decoded image serves both models.
+
+    Args:
+        backbone: detectron2 backbone; frozen here.
+        pixel_mean, pixel_std: of the teacher, in its channel order.
+        swap_channels: the student's images are BGR and the teacher's RGB, or the other way round.
+        autocast: dtype of the forward pass, or None for the weights' own.
+        channels_last: keep weights and images in this memory format.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        *,
+        swap_channels: bool = False,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = FrozenTeacher(backbone, channels_last=channels_last)
+        self.size_divisibility = max(backbone.size_divisibility, 1)
+        self.swap_channels = swap_channels
+        self.autocast = autocast
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> TeacherBackbone:
+        """Stay in eval mode, whatever ``mode`` asks for."""
+        return super().train(False)
+
+    def output_shape(self) -> Mapping[str, ShapeSpec]:
+        """Channels and stride of each level."""
+        return self.model.model.output_shape()
+
+    @torch.no_grad()
+    def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
+        """Level -> ``(B, C, H, W)``, without a graph.
+
+        Args:
+            images: ``(3, H_i, W_i)`` each, as the student's data loader gives them, 0 to 255.
+            canvas: height and width that the student padded the batch to; the teacher pads to the
+                next size that its own backbone can halve.
+        """
+        device = self.pixel_mean.device
+        step = self.size_divisibility
+        height, width = (math.ceil(side / step) * step for side in canvas)
+        batch = torch.zeros(len(images), 3, height, width, device=device)
+        for slot, image in zip(batch, images):
+            image = image.to(device).flip(0) if self.swap_channels else image.to(device)
+            slot[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
+        enabled = self.autocast is not None
+        with torch.autocast(device.type, dtype=self.autocast, enabled=enabled):
+            return self.model(batch)
+
+
+def build_teacher(cfg: CfgNode) -> TeacherBackbone:
+    """Build the teacher of ``DISTILL.TEACHER`` with its weights.
+
+    Raises:
+        ValueError: a configuration that cannot be read, or weights that do not fill the backbone.
+    """
+    own = teacher_config(cfg)
+    holder = nn.Module()
+    holder.backbone = build_backbone(own)
+    if own.MODEL.WEIGHTS:
+        load_weights(holder, own.MODEL.WEIGHTS)
+    wanted = cfg.DISTILL.TEACHER
+    return TeacherBackbone(
+        holder.backbone,
+        own.MODEL.PIXEL_MEAN,
+        own.MODEL.PIXEL_STD,
+        swap_channels=own.INPUT.FORMAT != cfg.INPUT.FORMAT,
+        autocast=getattr(torch, wanted.AUTOCAST) if wanted.AUTOCAST else None,
+        channels_last=wanted.CHANNELS_LAST,
+    )

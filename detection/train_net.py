@@ -1,0 +1,70 @@
+"""Train a detector: ``python detection/train_net.py --config-file F [KEY VALUE ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: F401  (registers its paths)
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+
+import detection.fcos
+import detection.meta_arch  # noqa: F401  (both register themselves)
+from detection.checkpoint import load_weights
+from detection.config import ConfigError, load_config
+from detection.data import register_datasets
+from detection.launch import run
+from detection.trainer import DetectionTrainer, evaluate
+
+logger = logging.getLogger("detectron2.pcka")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train or evaluate as the arguments say; return COCO's metrics by task."""
+    return run(_work, default_argument_parser().parse_args(arguments))
+
+
+def setup(arguments: argparse.Namespace) -> CfgNode:
+    """Return the frozen configuration of a run, with its data sets registered."""
+    cfg = load_config(arguments.config_file, arguments.opts)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if arguments.eval_only and cfg.DISTILL.STUDENT:
+        cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT
+    register_datasets(cfg)
+    cfg.freeze()
+    default_setup(cfg, arguments)
+    return cfg
+
+
+def _work(arguments: argparse.Namespace) -> dict[str, Any]:
+    if not arguments.config_file:
+        raise ConfigError("--config-file: expected a YAML file, got none")
+    cfg = setup(arguments)
+    if arguments.eval_only:
+        results = _evaluate_only(cfg)
+    else:
+        results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
+    if comm.is_main_process():
+        Path(cfg.OUTPUT_DIR, "result.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
+    student = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).to(cfg.MODEL.DEVICE)
+    load_weights(student, cfg.MODEL.WEIGHTS)
+    return evaluate(cfg, student)
+
+
+if __name__ == "__main__":
+    main()

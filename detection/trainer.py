@@ -1,0 +1,120 @@
+"""detectron2's training loop around a distilled detector."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detection.checkpoint import SafeCheckpointer
+from detection.config import teacher_config
+from detection.curves import plot_run
+from detection.data.loader import training_loader
+from detection.inherit import inherit_weights
+from detection.meta_arch import DistilledDetector
+from detection.run_state import RunState
+
+logger = logging.getLogger("detectron2.pcka")
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The plain detectron2 detector in a model, wrapped or not."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model.student if isinstance(model, DistilledDetector) else model
+
+
+class DetectionTrainer(SimpleTrainer):
+    """Trains what ``MODEL.META_ARCHITECTURE`` names, and can go on where it stopped.
+
+    A checkpoint holds under ``"model"`` the bare student, which plain detectron2 loads, and beside
+    it the optimizer, the schedule, the losses' own weights and the random states. It never holds
+    the teacher.
+
+    Args:
+        cfg: the run's configuration.
+        resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
+    """
+
+    def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
+        model = build_model(cfg)
+        student = student_of(model)
+        optimizer = build_optimizer(cfg, model)
+        self.scheduler = build_lr_scheduler(cfg, optimizer)
+        self.run_state = RunState(student)
+        parts = {"optimizer": optimizer, "scheduler": self.scheduler, "run": self.run_state}
+        if isinstance(model, DistilledDetector):
+            parts["adapters"], parts["losses"] = model.adapters, model.losses
+        self.checkpointer = SafeCheckpointer(student, cfg.OUTPUT_DIR, **parts)
+        found = self.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if not resumed and cfg.DISTILL.INHERIT:
+            inherit_weights(student, teacher_config(cfg).MODEL.WEIGHTS, cfg.DISTILL.INHERIT)
+        start = found["iteration"] + 1 if resumed else 0
+        super().__init__(_distributed(model, cfg), training_loader(cfg, start), optimizer)
+        self.cfg = cfg
+        self.start, self.last = start, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self._hooks_of_run())
+
+    def train_all(self) -> dict[str, Any]:
+        """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
+        self.run_state.restore_random()
+        super().train(self.start, self.last)
+        return self.results
+
+    def _hooks_of_run(self) -> list[HookBase]:
+        """Schedule, then checkpoint, then evaluation, then writing: each sees the ones before."""
+        cfg, self.results = self.cfg, {}
+        found: list[HookBase] = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(self.optimizer, self.scheduler),
+        ]
+        if comm.is_main_process():
+            period = cfg.SOLVER.CHECKPOINT_PERIOD
+            found.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
+        found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        if comm.is_main_process():
+            writers = default_writers(cfg.OUTPUT_DIR, self.last)
+            found.append(hooks.PeriodicWriter(writers, period=cfg.DISTILL.LOG_PERIOD or 20))
+            found.append(hooks.CallbackHook(after_train=lambda _: plot_run(cfg.OUTPUT_DIR)))
+        return found
+
+    def _evaluate(self) -> dict[str, Any]:
+        self.results = evaluate(self.cfg, student_of(self.model))
+        return self.results
+
+
+def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
+    """Return COCO's metrics of the student on ``DATASETS.TEST``; empty in processes but the first.
+
+    Args:
+        cfg: ``DATASETS.TEST`` and the loader's keys are read.
+        student: a detectron2 detector.
+    """
+    results: dict[str, Any] = {}
+    for name in cfg.DATASETS.TEST:
+        evaluator = COCOEvaluator(name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
+        loader = build_detection_test_loader(cfg, name)
+        found = inference_on_dataset(student, loader, evaluator) or {}
+        if comm.is_main_process():
+            print_csv_format(found)
+        results.update(found if len(cfg.DATASETS.TEST) == 1 else {name: found})
+    return results
+
+
+def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Average gradients over the processes; gloo's processes have no device of their own."""
+    if comm.get_world_size() == 1:
+        return model
+    devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE != "cpu" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
