@@ -56,6 +56,17 @@ def check_samples(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def check_maps(student: Tensor, teacher: Tensor) -> None:
+    """Refuse feature maps that are not ``(B, C, H, W)`` of one shape, floating, on one device."""
+    _check_comparable(student, teacher)
+    if student.dim() != 4 or student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must be feature maps of one shape (B, C, H, W); got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Adapt the width by a 1x1 "
+            "convolution and the size by resizing"
+        )
+
+
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature that is not positive."""
     if not temperature > 0:

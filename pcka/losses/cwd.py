@@ -1,0 +1,77 @@
+"""CWD: match where each channel is active (Shu et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_levels, check_maps, check_temperature, require
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Divergence of each channel's distribution over the positions from the teacher's.
+
+    ``T^2 / (B C) * sum KL(softmax(t / T) || softmax(s / T))``, the softmax over ``H * W`` (Shu et
+    al. 2021, equations 3 and 4).
+
+    Args:
+        student: ``(B, C, H, W)``, any floating dtype.
+        teacher: same shape and device; no gradient reaches it.
+        temperature: ``T > 0``, divides the activations.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: maps of different shapes or devices, or a temperature that is not positive.
+    """
+    check_maps(student, teacher)
+    check_temperature(temperature)
+    dtype = accumulation_dtype(student.dtype)
+    log_student = F.log_softmax(student.to(dtype).flatten(2) / temperature, dim=2)
+    log_teacher = F.log_softmax(teacher.detach().to(dtype).flatten(2) / temperature, dim=2)
+    divergence = F.kl_div(
+        log_student.flatten(0, 1), log_teacher.flatten(0, 1), reduction="batchmean", log_target=True
+    )
+    return temperature**2 * divergence
+
+
+@register("CWD")
+class CWD(Loss):
+    """:func:`cwd_loss` of several maps: ``{"loss_cwd_<stage>"}``.
+
+    Args:
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's term.
+        temperature: ``T > 0``, divides the activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage3",),
+        weights: Sequence[float] = (10.0,),
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_levels(stages, weights=weights)
+        check_temperature(temperature)
+        self.taps = tuple(stages)
+        self.weights = tuple(weights)
+        self.temperature = temperature
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "CWD")
+        terms = {}
+        for stage, weight in zip(self.taps, self.weights, strict=True):
+            features = student.feature(stage), teacher.feature(stage)
+            terms[f"loss_cwd_{stage}"] = weight * cwd_loss(*features, self.temperature)
+        return terms

@@ -1,0 +1,68 @@
+"""PKD: imitate the feature maps' pattern, channel by channel (Cao et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_levels, check_maps, require
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+EPSILON = 1e-6
+
+
+def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Half the mean squared difference of channel-normalised maps: ``1 - Pearson``, nearly.
+
+    ``1/2 mean((n(X_s) - n(X_t))^2)``, ``n(x) = (x - mean) / (std + 1e-6)`` of each channel over
+    batch and positions, ``std`` with ``N - 1`` (Cao et al. 2022, equation 2).
+
+    Args:
+        student: ``(B, C, H, W)``, any floating dtype.
+        teacher: same shape and device; no gradient reaches it.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: maps of different shapes or devices.
+    """
+    check_maps(student, teacher)
+    difference = _normalize(student) - _normalize(teacher.detach())
+    return difference.square().mean() / 2
+
+
+def _normalize(x: Tensor) -> Tensor:
+    rows = x.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1)
+    return (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + EPSILON)
+
+
+@register("PKD")
+class PKD(Loss):
+    """:func:`pkd_loss` of several maps: ``{"loss_pkd_<stage>"}``.
+
+    Args:
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's term; 6 for Faster R-CNN and 10 for RetinaNet there.
+    """
+
+    def __init__(
+        self, *, stages: Sequence[str] = ("stage3",), weights: Sequence[float] = (10.0,)
+    ) -> None:
+        super().__init__()
+        check_levels(stages, weights=weights)
+        self.taps = tuple(stages)
+        self.weights = tuple(weights)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "PKD")
+        return {
+            f"loss_pkd_{stage}": weight * pkd_loss(student.feature(stage), teacher.feature(stage))
+            for stage, weight in zip(self.taps, self.weights, strict=True)
+        }

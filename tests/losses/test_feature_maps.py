@@ -1,0 +1,65 @@
+"""PKD and CWD: losses of whole feature maps, position by position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pcka import losses
+from pcka.losses import Outputs, cwd_loss, pkd_loss
+
+LOSSES = {"pkd": pkd_loss, "cwd": cwd_loss}
+MODULES = {"pkd": losses.PKD, "cwd": losses.CWD}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_record_of_the_original_implementation(meets_record, name):
+    meets_record(name, LOSSES[name])
+
+
+def test_pkd_does_not_see_scale_and_shift_of_a_channel(draw):
+    teacher = draw(0, 2, 3, 5, 4)
+    scale, shift = torch.rand(3, 1, 1).double() + 0.5, draw(1, 3, 1, 1)
+    assert pkd_loss(scale * teacher + shift, teacher).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_cwd_does_not_see_the_shift_of_a_channel(draw):
+    teacher = draw(0, 2, 3, 5, 4)
+    assert cwd_loss(teacher + draw(1, 2, 3, 1, 1), teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_reaches_only_the_student(draw, name):
+    student, teacher = draw(0, 2, 3, 5, 4).requires_grad_(), draw(1, 2, 3, 5, 4).requires_grad_()
+    LOSSES[name](student, teacher).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_maps_are_widened_first(draw, name, dtype):
+    student, teacher = (draw(seed, 2, 3, 5, 4, scale=50).to(dtype) for seed in (0, 1))
+    loss = LOSSES[name](student, teacher)
+    assert loss.dtype == torch.float32
+    exact = LOSSES[name](student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_module_weighs_each_stage(draw, name):
+    student, teacher = (
+        {level: draw(seed + i, 2, 3, 5, 4) for i, level in enumerate(("p3", "p4"))}
+        for seed in (0, 10)
+    )
+    module = MODULES[name](stages=("p3", "p4"), weights=(2.0, 0.5))
+    terms = module(Outputs(features=student), Outputs(features=teacher), None)
+    for level, weight in (("p3", 2.0), ("p4", 0.5)):
+        expected = weight * LOSSES[name](student[level], teacher[level])
+        torch.testing.assert_close(terms[f"loss_{name}_{level}"], expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_maps_of_other_shapes_are_refused(draw, name):
+    with pytest.raises(ValueError, match=r"one shape \(B, C, H, W\).*\(2, 4, 5, 4\)"):
+        LOSSES[name](draw(0, 2, 3, 5, 4), draw(1, 2, 4, 5, 4))
