@@ -12,18 +12,20 @@ CPP_TESTS := $(wildcard tests/csrc/* tests/emulation/*.h tests/emulation/*.cpp t
 
 demo: install
 	$(BIN)/python classification/demo.py
+	$(BIN)/python detection/demo.py
 
 test: lint ctest pytest
 
 install: .venv/installed
 
 # torch first, so that pip need not fetch it a second time into an isolated build environment.
-.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+.venv/installed: pyproject.toml setup.py constraints.txt detection/install_detectron2.py $(SOURCES)
 	@echo "Setting up .venv: downloading torch and compiling the operators takes some minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch torchvision
 	$(PIP) "setuptools>=77" wheel "pybind11>=2.12" ninja
 	$(PIP) --no-build-isolation -e ".[dev]"
+	$(BIN)/python detection/install_detectron2.py
 	$(BIN)/python -c "import pcka, pprint; pprint.pprint(pcka.build_info())"
 	touch $@
 

@@ -129,7 +129,8 @@ def feature_methods() -> list[str]:
 
 def _compares_features(name: str) -> bool:
     built = losses.build(name)
-    return "stages" in losses.defaults(name) and built.needs_teacher and not built.needs_target
+    needs_more = built.needs_target or built.needs_logits
+    return "stages" in losses.defaults(name) and built.needs_teacher and not needs_more
 
 
 def _editable(value: object) -> object:

@@ -62,7 +62,7 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
 def _lazy_backbone(cfg: CfgNode) -> DictConfig:
     resnet, channels = cfg.MODEL.RESNETS, cfg.MODEL.FPN.OUT_CHANNELS
     basic = resnet.DEPTH in (18, 34)
-    if resnet.NUM_GROUPS != 1 or resnet.RES2_OUT_CHANNELS != (64 if basic else 256):
+    if resnet.NUM_GROUPS != 1 or (64 if basic else 256) != resnet.RES2_OUT_CHANNELS:
         raise ConfigError(
             "MODEL.RESNETS: FCOS takes ResNets of the usual widths (NUM_GROUPS 1, "
             "RES2_OUT_CHANNELS 64 for depth 18 and 34, else 256), got NUM_GROUPS "

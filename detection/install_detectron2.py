@@ -95,7 +95,7 @@ REPAIRS = (
 )
 
 # The C++ extension's place: detectron2.layers import it and use it for a few operators only.
-EXTENSION_STUB = '''"""The C++ extension is not part of this build; its operators say so when used."""
+EXTENSION_STUB = '''"""This build has no C++ extension; its operators say so when used."""
 
 
 def __getattr__(name):

@@ -48,7 +48,9 @@ def match_levels(
     return pairs
 
 
-def match_map(teacher: Tensor, canvas: tuple[int, int], stride: int, size: tuple[int, int]) -> Tensor:
+def match_map(
+    teacher: Tensor, canvas: tuple[int, int], stride: int, size: tuple[int, int]
+) -> Tensor:
     """Return the teacher's map of the student's image area, at the student's size.
 
     The models may pad a batch to different sizes, always on the right and below: what lies beyond

@@ -17,11 +17,13 @@ class Loss(nn.Module):
         taps: names of the features read from ``Outputs.features``.
         needs_teacher: ``forward`` needs the teacher's outputs.
         needs_target: ``forward`` needs the target.
+        needs_logits: ``forward`` needs both models' logits.
     """
 
     taps: tuple[str, ...] = ()
     needs_teacher: bool = True
     needs_target: bool = False
+    needs_logits: bool = False
 
     def prepare(self, student: Outputs, teacher: Outputs | None) -> None:
         """Make the parts whose size depends on the models (adapters), from one dry run of both.

@@ -48,6 +48,8 @@ class KD(Loss):
         temperature: ``T > 0``, divides the logits.
     """
 
+    needs_logits = True
+
     def __init__(self, *, weight: float = 1.0, temperature: float = 4.0) -> None:
         super().__init__()
         check_temperature(temperature)

@@ -96,6 +96,8 @@ class LCKA(Loss):
         row_normalize: divide row ``i`` of each Gram matrix by ``sqrt(K_ii)``.
     """
 
+    needs_logits = True
+
     def __init__(
         self,
         *,

@@ -76,6 +76,8 @@ class RCKA(Loss):
         row_normalize: divide row ``i`` of each logit Gram matrix by ``sqrt(K_ii)``.
     """
 
+    needs_logits = True
+
     def __init__(
         self,
         *,

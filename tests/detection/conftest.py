@@ -1,0 +1,97 @@
+"""A detector small enough to train in seconds, and the data it trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import detection.fcos
+import detection.meta_arch  # noqa: F401  (both register themselves)
+from detection.config import PROJECT, load_config
+
+DIGITS = PROJECT / "configs" / "detection" / "digits"
+SMALL = [
+    "MODEL.DEVICE", "cpu",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
+    "MODEL.RESNETS.WIDTH_PER_GROUP", "4",
+    "MODEL.FPN.OUT_CHANNELS", "32",
+    "MODEL.RETINANET.NUM_CONVS", "1",
+    "MODEL.RETINANET.NORM", "",
+    "DATASETS.DIGITS.SIDE", "128",
+    "DATASETS.DIGITS.TRAIN_IMAGES", "8",
+    "DATASETS.DIGITS.TEST_IMAGES", "4",
+    "INPUT.MIN_SIZE_TRAIN", "[128]",
+    "INPUT.MAX_SIZE_TRAIN", "128",
+    "INPUT.MIN_SIZE_TEST", "128",
+    "INPUT.MAX_SIZE_TEST", "128",
+    "SOLVER.IMS_PER_BATCH", "2",
+    "SOLVER.CHECKPOINT_PERIOD", "2",
+]  # fmt: skip
+UNTRAINED_TEACHER = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True"]
+SMALL_TEACHER = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32])
+
+
+def small_overrides(scenes: Path, *more: str) -> list[str]:
+    """Overrides for the digits configurations: small models, few scenes, an untrained teacher."""
+    own = ["DATASETS.DIGITS.ROOT", str(scenes), "DISTILL.TEACHER.OPTS", SMALL_TEACHER]
+    return [*SMALL, *UNTRAINED_TEACHER, *own, *more]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Where the session's digits scenes are."""
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture
+def small_arguments(scenes):
+    """``small_arguments(*overrides)``: overrides that make a digits configuration small."""
+    return lambda *more: small_overrides(scenes, *more)
+
+
+@pytest.fixture
+def small_config(scenes):
+    """``small_config(name, *overrides)``: a configuration of the digits folder, made small."""
+    return lambda name, *more: load_config(
+        str(DIGITS / f"{name}.yaml"), small_overrides(scenes, *more)
+    )
+
+
+@pytest.fixture
+def build(small_config):
+    """``build(*overrides)``: a distilled detector, freshly seeded."""
+
+    def make(*more: str, config: str = "pcka"):
+        torch.manual_seed(0)
+        return build_model(small_config(config, *more))
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """Two images of unlike sizes, the second without any object."""
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for height, width, boxes in ((128, 96, [[8.0, 8, 40, 50]]), (100, 128, [])):
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
+        instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        entries.append({"image": image, "height": height, "width": width, "instances": instances})
+    return entries
+
+
+@pytest.fixture
+def storage():
+    """What detectron2's models write their counts to."""
+    with EventStorage() as events:
+        yield events

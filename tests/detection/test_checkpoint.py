@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detection.checkpoint import SafeCheckpointer, load_weights
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.system, ("echo this must not run",)
+
+
+def _dump(path, value):
+    path.write_bytes(pickle.dumps(value))
+    return str(path)
+
+
+def test_zoo_pickles_load(tmp_path):
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    stored = {"model": {"weight": weight, "bias": np.zeros(2)}, "__author__": "model zoo"}
+    model = nn.Linear(3, 2)
+    load_weights(model, _dump(tmp_path / "zoo.pkl", stored))
+    assert torch.equal(model.weight, torch.from_numpy(weight))
+
+
+def test_caffe2_pickles_load_by_detectron2s_heuristics(tmp_path):
+    # Caffe2 calls it conv1_w, detectron2 stem.conv1.weight; momenta are no weights.
+    model = nn.ModuleDict({"stem": nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 1, bias=False)})})
+    weight = np.random.RandomState(0).randn(4, 3, 1, 1).astype(np.float32)
+    stored = {"conv1_w": weight, "conv1_w_momentum": weight}
+    load_weights(model, _dump(tmp_path / "R-50.pkl", stored))
+    assert torch.equal(model["stem"]["conv1"].weight, torch.from_numpy(weight))
+
+
+def test_a_pickle_that_asks_for_code_is_refused(tmp_path, capfd):
+    path = _dump(tmp_path / "bad.pkl", {"model": _RunsCode(), "__author__": "x"})
+    with pytest.raises(ValueError, match=r"asks for .*system; only arrays"):
+        load_weights(nn.Linear(1, 1), path)
+    assert "must not run" not in capfd.readouterr().out
+
+
+def test_a_pth_that_asks_for_code_is_refused(tmp_path, capfd):
+    path = tmp_path / "bad.pth"
+    torch.save({"model": _RunsCode()}, path)
+    with pytest.raises(ValueError, match=r"bad\.pth"):
+        load_weights(nn.Linear(1, 1), str(path))
+    assert "must not run" not in capfd.readouterr().out
+
+
+def test_other_shapes_are_named(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(nn.Linear(4, 2).state_dict(), path)
+    with pytest.raises(ValueError, match=r"1 of 2 weights are missing: weight.*\(2, 4\).*\(2, 3\)"):
+        load_weights(nn.Linear(3, 2), str(path))
+
+
+def test_only_the_wanted_weights_have_to_be_there(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"weight": torch.ones(2, 3)}, path)
+    model = nn.Linear(3, 2)
+    load_weights(model, str(path), prefixes=["weight"])
+    assert torch.equal(model.weight, torch.ones(2, 3))
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpointer = SafeCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model_0000001", iteration=1)
+    monkeypatch.undo()
+    assert checkpointer.load(checkpointer.get_checkpoint_file())["iteration"] == 1

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+from detectron2.modeling import META_ARCH_REGISTRY
+
+import detection.fcos
+import detection.meta_arch  # noqa: F401
+from detection.config import PROJECT, ConfigError, load_config, teacher_config
+
+FILES = sorted((PROJECT / "configs" / "detection").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_file_loads_and_names_a_model(path):
+    cfg = load_config(str(path), [])
+    assert cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY
+    if cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
+        assert cfg.DISTILL.STUDENT in META_ARCH_REGISTRY
+        assert teacher_config(cfg).MODEL.WEIGHTS
+
+
+def test_the_schedule_of_the_paper():
+    cfg = load_config(str(PROJECT / "configs/detection/coco/retinanet_r50/student.yaml"), [])
+    solver = cfg.SOLVER
+    assert (solver.MAX_ITER, solver.STEPS, solver.BASE_LR) == (180000, (120000, 165000), 0.01)
+
+
+def test_code_in_a_file_is_refused(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("SEED: !!python/object/apply:eval ['1 + 1']\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(str(path), [])
+
+
+def test_unknown_keys_are_named(tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_text("DISTILL: {METHOD: [PCKA]}\n")
+    with pytest.raises(ConfigError, match=r"DISTILL\.METHOD"):
+        load_config(str(path), [])
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere.yaml"):
+        load_config("nowhere.yaml", [])

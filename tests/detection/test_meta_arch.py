@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from detectron2.solver import build_optimizer
+from detectron2.structures import ImageList
+
+from detection.config import ConfigError
+from detection.teacher import TeacherBackbone
+
+LEVELS = ("p3", "p4", "p5")
+
+
+def _total(terms):
+    return sum(terms.values())
+
+
+def test_terms_of_the_student_and_of_every_level(build, batch, storage):
+    model = build().train()
+    terms = model(batch)
+    distilled = {f"loss_pcka_{level}_rows" for level in LEVELS}
+    assert set(terms) == {"loss_cls", "loss_box_reg"} | distilled
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert all(0 < terms[name] <= 1 for name in distilled)
+
+
+def test_every_level_sends_a_gradient_and_logs_it(build, batch, storage):
+    model = build("DISTILL.LOG_PERIOD", "1").train()
+    terms = model(batch)
+    _total({name: term for name, term in terms.items() if "pcka" in name}).backward()
+    logged = storage.latest()
+    for level in LEVELS:
+        assert logged[f"distill_grad/{level}"][0] > 0
+        assert 0 <= logged[f"cka/{level}"][0] <= 1
+    lateral = model.student.backbone.fpn_lateral3.weight.grad
+    assert lateral.norm() > 0
+
+
+def test_inference_is_exactly_the_student(build, batch):
+    model = build().eval()
+    with torch.no_grad():
+        whole, alone = model(batch), model.student(batch)
+    for one, other in zip(whole, alone, strict=True):
+        assert torch.equal(one["instances"].scores, other["instances"].scores)
+        assert torch.equal(one["instances"].pred_boxes.tensor, other["instances"].pred_boxes.tensor)
+
+
+def test_the_teacher_is_in_neither_state_nor_parameters(build):
+    model = build()
+    own = {id(parameter) for parameter in model.teacher.parameters()}
+    assert own
+    assert not own & {id(parameter) for parameter in model.parameters()}
+    assert all(name.startswith("student.") for name in model.state_dict())
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+
+
+def test_the_teacher_stays_as_it_is_while_the_student_learns(build, small_config, batch, storage):
+    model = build().train()
+    before = copy.deepcopy(model.teacher.state_dict())
+    student = copy.deepcopy(model.student.state_dict())
+    optimizer = build_optimizer(small_config("pcka"), model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    for _ in range(2):
+        optimizer.zero_grad()
+        _total(model(batch)).backward()
+        optimizer.step()
+    assert not model.teacher.training
+    after = model.teacher.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(
+        student["head.cls_score.bias"], model.student.state_dict()["head.cls_score.bias"]
+    )
+
+
+def test_the_distillation_loss_falls_on_one_batch(build, batch, storage):
+    model = build().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    history = []
+    for _ in range(12):
+        terms = model(batch)
+        loss = sum(term for name, term in terms.items() if "pcka" in name)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.8 * history[0]
+
+
+def test_features_are_the_same_alone_and_inside(build, batch):
+    model = build()
+    alone = copy.deepcopy(model.teacher.model.model).eval()
+    pixels = [(x["image"] - model.teacher.pixel_mean) / model.teacher.pixel_std for x in batch]
+    images = ImageList.from_tensors(pixels, alone.size_divisibility).tensor
+    inside = model.teacher([x["image"] for x in batch], tuple(images.shape[-2:]))
+    with torch.no_grad():
+        expected = alone(images)
+    assert expected.keys() == inside.keys()
+    assert all(torch.equal(expected[level], inside[level]) for level in expected)
+
+
+def test_an_rgb_teacher_sees_rgb_whatever_the_student_sees(build, batch):
+    rgb = str(["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [10.0, 20.0, 30.0]])
+    model = build("DISTILL.TEACHER.OPTS", rgb)
+    assert model.teacher.swap_channels  # the student's loader gives BGR
+    seen = []
+    model.teacher.model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = batch[0]["image"]
+    model.teacher([image], (128, 96))
+    mean = torch.tensor([10.0, 20.0, 30.0]).view(-1, 1, 1)
+    expected = (image.float()[[2, 1, 0]] - mean) / model.teacher.pixel_std
+    torch.testing.assert_close(seen[0][0, :, :128, :96], expected)
+
+
+def test_a_wider_teacher_gets_an_adapter_that_learns(build, batch, storage):
+    model = build("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64])).train()
+    assert {level: tuple(conv.weight.shape) for level, conv in model.adapters.items()} == {
+        level: (64, 32, 1, 1) for level in LEVELS
+    }
+    _total(model(batch)).backward()
+    assert all(conv.weight.grad.norm() > 0 for conv in model.adapters.values())
+
+
+def test_a_teacher_of_another_stride_is_resized(build, batch, storage):
+    levels = ("DISTILL.LEVELS", "['p3:p4', 'p4:p3']", "DISTILL.PCKA.PATCH_SIZES", "[4]")
+    terms = build(*levels).train()(batch)
+    assert {name for name in terms if "pcka" in name} == {
+        "loss_pcka_p3_rows", "loss_pcka_p4_rows"
+    }  # fmt: skip
+
+
+def test_two_methods_add_up(build, batch, storage):
+    terms = build("DISTILL.METHODS", "['PCKA', 'PKD', 'CWD']").train()(batch)
+    assert {name.split("_")[1] for name in terms} == {"cls", "box", "pcka", "pkd", "cwd"}
+
+
+def test_bfloat16_teacher_serves_a_float32_student(build, batch, storage):
+    exact = build().train()(batch)
+    rounded = build("DISTILL.TEACHER.AUTOCAST", "bfloat16").train()(batch)
+    for level in LEVELS:
+        name = f"loss_pcka_{level}_rows"
+        assert rounded[name].dtype == torch.float32
+        torch.testing.assert_close(rounded[name], exact[name], rtol=0.05, atol=0.02)
+
+
+def test_moves_take_the_teacher_along(build):
+    assert build().double().teacher.pixel_mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("DISTILL.LEVELS", "['p2']"), r"'p2', which the student's backbone does not have.*p3"),
+        (("DISTILL.LEVELS", "['p3:p9']"), r"'p9', which the teacher's backbone does not have"),
+        (("DISTILL.LEVELS", "['p3', 'p3:p4']"), r"'p3' stands twice"),
+        (("DISTILL.METHODS", "['NOPE']"), r"no loss of feature maps is called 'NOPE'.*PCKA"),
+        (("DISTILL.PCKA.STAGES", "['p6']"), r"STAGES: p6 is not among DISTILL.LEVELS"),
+        (("DISTILL.PCKA.WEIGHTS", "[1.0, 2.0]"), r"DISTILL.PCKA: weights must hold one value"),
+        (("DISTILL.STUDENT", ""), r"DISTILL.STUDENT: expected the student's meta-architecture"),
+        (
+            ("DISTILL.TEACHER.RANDOM_WEIGHTS", "False"),
+            r"DISTILL.TEACHER.WEIGHTS: expected a file",
+        ),
+        (("DISTILL.TEACHER.CONFIG_FILE", "x.yaml"), r"'x.yaml' is neither a file nor a name"),
+        (("DISTILL.TEACHER.WEIGHTS", "/nowhere.pth"), r"/nowhere.pth: cannot be read"),
+        (
+            ("DISTILL.TEACHER.WEIGHTS", "model_zoo"),
+            r"DISTILL.TEACHER.WEIGHTS: the model zoo holds none",
+        ),
+    ],
+)
+def test_refusals(build, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(*overrides)
+
+
+def test_levels_without_a_signal_are_named_with_the_patch_that_has_one(build, caplog):
+    with caplog.at_level("WARNING", logger="detectron2.pcka"):
+        build("DISTILL.PCKA.PATCH_SIZES", "[16]")
+    assert "level p3 (stride 8) has 1 patch(es) of size 16" in caplog.text
+    assert "a patch of 4 would leave 16" in caplog.text
+
+
+def test_weights_of_another_model_are_refused(build, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"model": {"backbone.something": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match=r"other.pth: \d+ of \d+ weights are missing.*describe"):
+        build("DISTILL.TEACHER.WEIGHTS", str(path))
+
+
+def test_two_losses_of_one_name_are_refused(build, batch, storage):
+    model = build().train()
+    model.losses.append(model.losses[0])
+    with pytest.raises(ConfigError, match="two losses give loss_pcka_p3_rows"):
+        model(batch)
+
+
+def test_the_teacher_never_goes_to_training_mode(build):
+    teacher = build().teacher
+    assert isinstance(teacher.train(), TeacherBackbone)
+    assert not any(module.training for module in teacher.modules())

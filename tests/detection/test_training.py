@@ -1,0 +1,186 @@
+"""Whole runs by the command line: train, resume, evaluate, export, several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from detection import export, train_net
+from detection.config import PROJECT, load_config
+
+pytestmark = pytest.mark.slow
+
+DIGITS = PROJECT / "configs" / "detection" / "digits"
+PLAIN_DETECTRON2 = """
+import json, sys, torch
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+folder, image = sys.argv[1], torch.load(sys.argv[2])
+if sys.argv[3] == "yaml":
+    cfg = get_cfg()
+    cfg.merge_from_file(f"{folder}/config.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+else:
+    model = instantiate(LazyConfig.load(f"{folder}/lazy_config.yaml").model)
+model.load_state_dict(torch.load(f"{folder}/model.pth")["model"])
+found = model.eval()([{"image": image}])[0]["instances"]
+assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
+print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))
+"""
+
+
+@pytest.fixture
+def arguments(small_arguments):
+    """``arguments(folder, steps, *overrides, config=, flags=)``: of the training command."""
+
+    def make(folder, steps, *more, config="pcka", flags=()):
+        keys = ["OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", str(steps), *more]
+        file = str(DIGITS / f"{config}.yaml")
+        return ["--config-file", file, *flags, *small_arguments(*keys)]
+
+    return make
+
+
+def _checkpoint(folder, name="model_final"):
+    return torch.load(Path(folder, f"{name}.pth"), weights_only=True)
+
+
+def _assert_equal(one, other, path=""):
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            _assert_equal(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            _assert_equal(*pair, f"{path}[{index}]")
+    else:
+        assert one == other, path
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments):
+    wider = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
+    train_net.main(arguments(tmp_path / "whole", 4, *wider))
+    train_net.main(arguments(tmp_path / "cut", 4, *wider))
+    # As if killed after step 3: what came after the checkpoint of step 2 is gone.
+    (tmp_path / "cut" / "model_final.pth").unlink()
+    (tmp_path / "cut" / "last_checkpoint").write_text("model_0000001.pth")
+    train_net.main(arguments(tmp_path / "cut", 4, *wider, flags=["--resume"]))
+    whole, cut = (_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert {"model", "optimizer", "scheduler", "adapters", "losses", "run"} <= whole.keys()
+    assert whole["optimizer"]["state"]
+    assert whole["adapters"]
+    _assert_equal(whole, cut)
+
+
+def test_the_checkpoint_is_the_bare_student(tmp_path, arguments, build):
+    train_net.main(arguments(tmp_path, 2))
+    student = build(config="student")
+    assert _checkpoint(tmp_path)["model"].keys() == student.state_dict().keys()
+
+
+def test_a_run_leaves_figures_and_pictures(tmp_path, arguments):
+    results = train_net.main(arguments(tmp_path, 2, "DISTILL.LOG_PERIOD", "1"))
+    assert "AP" in results["bbox"]
+    assert json.loads((tmp_path / "result.json").read_text())["bbox"].keys() == (
+        results["bbox"].keys()
+    )
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    for level in ("p3", "p4", "p5"):
+        assert any(entry.get(f"distill_grad/{level}", 0) > 0 for entry in logged)
+        assert any(f"cka/{level}" in entry for entry in logged)
+
+
+def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
+    trained = train_net.main(arguments(tmp_path / "run", 2))
+    weights = str(tmp_path / "run" / "model_final.pth")
+    command = arguments(tmp_path / "eval", 2, "MODEL.WEIGHTS", weights, flags=["--eval-only"])
+    # An absent class has AP nan, which is not equal to itself.
+    assert str(train_net.main(command)) == str(trained)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("RetinaNet", "yaml"), ("FCOS", "lazy")])
+def test_plain_detectron2_gives_the_exported_students_boxes(
+    tmp_path, small_arguments, architecture, kind
+):
+    overrides = small_arguments("DISTILL.STUDENT", architecture)
+    if architecture == "FCOS":
+        overrides += [
+            "MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone",
+            "MODEL.RESNETS.DEPTH", "18",
+            "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
+            "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
+            "MODEL.FPN.OUT_CHANNELS", "64",
+            "MODEL.FCOS.NUM_CLASSES", "10",
+            "MODEL.FCOS.SCORE_THRESH_TEST", "0.0",
+        ]  # fmt: skip
+    else:
+        overrides += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+    cfg = load_config(str(DIGITS / "pcka.yaml"), overrides)
+    torch.manual_seed(0)
+    student = train_net.META_ARCH_REGISTRY.get(architecture)(cfg).eval()
+    torch.save({"model": student.state_dict()}, tmp_path / "trained.pth")
+    export.main(
+        ["--config-file", str(DIGITS / "pcka.yaml"), "--weights", str(tmp_path / "trained.pth"),
+         "--output", str(tmp_path / "out"), *overrides]
+    )  # fmt: skip
+    image = torch.randint(256, (3, 128, 96), dtype=torch.uint8)
+    torch.save(image, tmp_path / "image.pt")
+    command = [sys.executable, "-W", "ignore", "-c", PLAIN_DETECTRON2]
+    words = [str(tmp_path / "out"), str(tmp_path / "image.pt"), kind]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    boxes, scores = json.loads(done.stdout.splitlines()[-1])
+    with torch.no_grad(), EventStorage():
+        expected = student([{"image": image}])[0]["instances"]
+    assert len(scores) > 10
+    torch.testing.assert_close(torch.tensor(boxes), expected.pred_boxes.tensor)
+    torch.testing.assert_close(torch.tensor(scores), expected.scores)
+
+
+def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
+    teacher = build(config="student")
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    keys = ("DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth"), "DISTILL.TEACHER.OPTS")
+    same = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4,
+                "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.STEM_OUT_CHANNELS", 16])  # fmt: skip
+    given = arguments(
+        tmp_path / "run", 1, *keys, same, "DISTILL.INHERIT", "['head.']", "SOLVER.BASE_LR", "0.0"
+    )
+    train_net.main(given)
+    head = {n: t for n, t in teacher.state_dict().items() if n.startswith("head.")}
+    learned = _checkpoint(tmp_path / "run")["model"]
+    assert all(torch.equal(learned[name], tensor) for name, tensor in head.items())
+    with pytest.raises(ValueError, match=r"DISTILL.INHERIT: under 'nothing.'"):
+        train_net.main(
+            arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", "['nothing.']")
+        )
+
+
+def test_two_processes_train_resume_and_evaluate(tmp_path, arguments):
+    def torchrun(steps, *flags):
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+        script = str(PROJECT / "detection" / "train_net.py")
+        words = arguments(tmp_path, steps, flags=flags)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *command, script, *words],
+            capture_output=True, text=True, cwd=PROJECT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    torchrun(2)
+    assert _checkpoint(tmp_path)["iteration"] == 1
+    torchrun(4, "--resume")
+    assert _checkpoint(tmp_path)["iteration"] == 3
+    assert "AP" in json.loads((tmp_path / "result.json").read_text())["bbox"]
