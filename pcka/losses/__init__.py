@@ -7,6 +7,7 @@ from pcka.losses.cross_entropy import CE
 from pcka.losses.cwd import CWD, cwd_loss
 from pcka.losses.degenerate import DegenerateLevelWarning
 from pcka.losses.fcka import FCKA, fcka_loss
+from pcka.losses.fitnet import FITNET, fitnet_loss
 from pcka.losses.kd import KD, kd_loss
 from pcka.losses.lcka import LCKA, lcka_loss
 from pcka.losses.outputs import Outputs
@@ -19,6 +20,7 @@ __all__ = [
     "CE",
     "CWD",
     "FCKA",
+    "FITNET",
     "KD",
     "LCKA",
     "PCKA",
@@ -31,6 +33,7 @@ __all__ = [
     "cwd_loss",
     "defaults",
     "fcka_loss",
+    "fitnet_loss",
     "kd_loss",
     "lcka_loss",
     "names",

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.modeling import build_model
+
+from detection.config import PROJECT, ConfigError, load_config
+from detection.fcos import lazy_fcos
+
+STUDENT = str(PROJECT / "configs/detection/coco/fcos_r50/student.yaml")
+R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+
+
+def _config(*overrides):
+    return load_config(STUDENT, ["MODEL.DEVICE", "cpu", *R18, *overrides])
+
+
+def test_p6_is_made_from_p5():
+    model = build_model(_config())
+    assert model.backbone.top_block.in_feature == "p5"
+    assert model.backbone.top_block.p6.weight.shape[1] == 256
+    assert model.head_in_features == ["p3", "p4", "p5", "p6", "p7"]
+
+
+def test_the_lazy_config_describes_the_same_model():
+    cfg = _config("MODEL.FCOS.NUM_CLASSES", "7")
+    one, other = build_model(cfg).eval(), instantiate(lazy_fcos(cfg)).eval()
+    other.load_state_dict(one.state_dict())
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        pairs = zip(one.backbone(image).values(), other.backbone(image).values(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    assert one.num_classes == other.num_classes == 7
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("MODEL.RESNETS.NUM_GROUPS", "32"), ("MODEL.RESNETS.RES2_OUT_CHANNELS", "128")],
+)
+def test_widths_that_a_lazy_config_cannot_describe_are_refused(overrides):
+    with pytest.raises(ConfigError, match="FCOS takes ResNets of the usual widths"):
+        build_model(_config(*overrides))
