@@ -8,6 +8,9 @@ from torch import nn
 from classification.data import PixelNormalize
 from pcka import losses
 
+# The pooled features of every model of the zoo.
+POOLED = {"pooled": ("avgpool", "avgpool")}
+
 
 def build_losses(cfg: CfgNode) -> list[losses.Loss]:
     """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.

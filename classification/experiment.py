@@ -12,7 +12,7 @@ from torch import nn
 
 from classification.config import ConfigError, changed_keys, config_from_text
 from classification.data import ImageSet, load_image_sets
-from classification.distillation import build_losses, pixel_statistics, stage_taps
+from classification.distillation import POOLED, build_losses, pixel_statistics, stage_taps
 from classification.environment import choose_device, describe_environment
 from classification.evaluation import accuracy
 from classification.models import create_model
@@ -67,7 +67,7 @@ def run_experiment(
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         taps = stage_taps(student, teacher.model) if teacher is not None else {}
-        distiller = Distiller(student, teacher, losses, taps).to(device)
+        distiller = Distiller(student, teacher, losses, {**taps, **POOLED}).to(device)
         train_set, evaluation_set = train_set.to(device), evaluation_set.to(device)
         teacher_accuracy = _measure_teacher(cfg, distiller, evaluation_set)
         trainer = Trainer(cfg, distiller, taps, train_set, evaluation_set, files)

@@ -40,6 +40,15 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """Refuse targets that are not one class index for each row of the logits."""
+    if target.dim() != 1 or len(target) != len(logits) or target.is_floating_point():
+        raise ValueError(
+            f"target must hold a class index for each of the {len(logits)} samples, (B,) int64; "
+            f"got {tuple(target.shape)} {target.dtype}"
+        )
+
+
 def check_samples(student: Tensor, teacher: Tensor) -> None:
     """Refuse features that do not hold the same samples, in one dtype and on one device."""
     _check_comparable(student, teacher)

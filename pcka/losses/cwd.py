@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_levels, check_maps, check_temperature, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.checks import check_maps, check_temperature
 from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
 
 
@@ -43,7 +42,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
 
 
 @register("CWD")
-class CWD(Loss):
+class CWD(StagewiseLoss):
     """:func:`cwd_loss` of several maps: ``{"loss_cwd_<stage>"}``.
 
     Args:
@@ -59,19 +58,10 @@ class CWD(Loss):
         weights: Sequence[float] = (10.0,),
         temperature: float = 1.0,
     ) -> None:
-        super().__init__()
-        check_levels(stages, weights=weights)
+        super().__init__(stages, weights)
         check_temperature(temperature)
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
         self.temperature = temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "CWD")
-        terms = {}
-        for stage, weight in zip(self.taps, self.weights, strict=True):
-            features = student.feature(stage), teacher.feature(stage)
-            terms[f"loss_cwd_{stage}"] = weight * cwd_loss(*features, self.temperature)
-        return terms
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`cwd_loss`."""
+        return cwd_loss(student, teacher, self.temperature)

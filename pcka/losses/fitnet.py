@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_levels, check_maps, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.checks import check_maps
 from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
 
 
@@ -34,7 +33,7 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @register("FITNET")
-class FITNET(Loss):
+class FITNET(StagewiseLoss):
     """:func:`fitnet_loss` of several maps: ``{"loss_fitnet_<stage>"}``.
 
     Args:
@@ -45,17 +44,8 @@ class FITNET(Loss):
     def __init__(
         self, *, stages: Sequence[str] = ("stage3",), weights: Sequence[float] = (100.0,)
     ) -> None:
-        super().__init__()
-        check_levels(stages, weights=weights)
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
+        super().__init__(stages, weights)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "FITNET")
-        terms = {}
-        for stage, weight in zip(self.taps, self.weights, strict=True):
-            features = student.feature(stage), teacher.feature(stage)
-            terms[f"loss_fitnet_{stage}"] = weight * fitnet_loss(*features)
-        return terms
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`fitnet_loss`."""
+        return fitnet_loss(student, teacher)

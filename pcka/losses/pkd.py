@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_levels, check_maps, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.checks import check_maps
 from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
 
 EPSILON = 1e-6
@@ -42,7 +41,7 @@ def _normalize(x: Tensor) -> Tensor:
 
 
 @register("PKD")
-class PKD(Loss):
+class PKD(StagewiseLoss):
     """:func:`pkd_loss` of several maps: ``{"loss_pkd_<stage>"}``.
 
     Args:
@@ -53,16 +52,8 @@ class PKD(Loss):
     def __init__(
         self, *, stages: Sequence[str] = ("stage3",), weights: Sequence[float] = (10.0,)
     ) -> None:
-        super().__init__()
-        check_levels(stages, weights=weights)
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
+        super().__init__(stages, weights)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "PKD")
-        return {
-            f"loss_pkd_{stage}": weight * pkd_loss(student.feature(stage), teacher.feature(stage))
-            for stage, weight in zip(self.taps, self.weights, strict=True)
-        }
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`pkd_loss`."""
+        return pkd_loss(student, teacher)

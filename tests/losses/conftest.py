@@ -34,7 +34,7 @@ def records() -> dict[str, dict]:
 
 @pytest.fixture
 def meets_record(draw, records):
-    """Assert that ``loss(student, teacher)`` has a record's value and gradient, to 1e-9."""
+    """Assert that ``loss(student, teacher[, target])`` has a record's figures, to 1e-9."""
 
     def check(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         record = records[name]
@@ -42,7 +42,8 @@ def meets_record(draw, records):
             draw(record[side]["seed"], *record[side]["shape"], scale=record["scale"])
             for side in ("student", "teacher")
         )
-        value = loss(student.requires_grad_(), teacher)
+        target = [torch.tensor(record["target"])] if "target" in record else []
+        value = loss(student.requires_grad_(), teacher, *target)
         (grad,) = torch.autograd.grad(value, student)
         norm = record["grad_norm"]
         assert value.item() == pytest.approx(record["loss"], rel=1e-9)

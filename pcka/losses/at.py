@@ -1,0 +1,66 @@
+"""AT: attend to the places that the teacher attends to (Zagoruyko and Komodakis, ICLR 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.checks import check_samples
+from pcka.losses.map_size import at_one_size
+from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
+
+
+def at_loss(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
+    r"""Mean squared difference of normalised attention maps.
+
+    ``mean((Q_s - Q_t)^2)``, ``Q = F / ||F||_2`` of each sample with ``F = mean over channels of
+    |x|^p``, flattened (Zagoruyko and Komodakis 2017, equation 2). The larger map is pooled
+    (adaptive average) to the size of the smaller one.
+
+    Args:
+        student: ``(B, C_s, H_s, W_s)``, any floating dtype.
+        teacher: ``(B, C_t, H_t, W_t)``, same dtype and device; no gradient reaches it.
+        p: power of the activations, above 0.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: features that are no maps, or do not hold the same samples.
+    """
+    check_samples(student, teacher)
+    student, teacher = at_one_size(student, teacher.detach())
+    difference = _attention(student, p) - _attention(teacher, p)
+    return difference.square().mean()
+
+
+def _attention(x: Tensor, p: float) -> Tensor:
+    return F.normalize(x.abs().pow(p).mean(1).flatten(1), dim=1)
+
+
+@register("AT")
+class AT(StagewiseLoss):
+    """:func:`at_loss` of several stages: ``{"loss_at_<stage>"}``.
+
+    Args:
+        stages: names of the tapped features.
+        weights: factor of each stage's term.
+        p: power of the activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage1", "stage2", "stage3"),
+        weights: Sequence[float] = (1000.0, 1000.0, 1000.0),
+        p: float = 2.0,
+    ) -> None:
+        super().__init__(stages, weights)
+        self.p = p
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`at_loss`."""
+        return at_loss(student, teacher, self.p)

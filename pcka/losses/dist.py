@@ -1,0 +1,97 @@
+"""DIST: correlate with the teacher's predictions (Huang et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_logits, check_temperature, require
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+EPSILON = 1e-8
+
+
+def dist_loss(
+    student: Tensor,
+    teacher: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    r"""``T^2 * (beta * (1 - mean r(rows)) + gamma * (1 - mean r(columns)))``.
+
+    ``r`` is Pearson's correlation, between classes (rows: the inter-class relation) and between
+    samples (columns: the intra-class one) of ``softmax(logits / T)`` (Huang et al. 2022, equations
+    8 to 10).
+
+    Args:
+        student: ``(B, P)`` logits, any floating dtype.
+        teacher: ``(B, P)`` logits; no gradient reaches it.
+        beta: factor of the relation within a sample.
+        gamma: factor of the relation within a class.
+        temperature: ``T > 0``, divides the logits.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits of different shapes or devices, or a temperature that is not positive.
+    """
+    check_logits(student, teacher)
+    check_temperature(temperature)
+    dtype = accumulation_dtype(student.dtype)
+    p_s, p_t = (F.softmax(x.to(dtype) / temperature, dim=1) for x in (student, teacher.detach()))
+    inter = 1 - _correlation(p_s, p_t).mean()
+    intra = 1 - _correlation(p_s.T, p_t.T).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of each pair of rows; 0 where a row is constant."""
+    x, y = (rows - rows.mean(1, keepdim=True) for rows in (x, y))
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + EPSILON)
+
+
+@register("DIST")
+class DIST(Loss):
+    """:func:`dist_loss` as a module: ``{"loss_dist"}``.
+
+    Args:
+        weight: factor of the term.
+        beta: factor of the relation within a sample.
+        gamma: factor of the relation within a class.
+        temperature: ``T > 0``, divides the logits.
+    """
+
+    needs_logits = True
+
+    def __init__(
+        self,
+        *,
+        weight: float = 2.0,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        self.weight = weight
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = temperature
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "DIST")
+        loss = dist_loss(
+            require(student.logits, "student.logits", "DIST"),
+            require(teacher.logits, "teacher.logits", "DIST"),
+            self.beta,
+            self.gamma,
+            self.temperature,
+        )
+        return {"loss_dist": self.weight * loss}

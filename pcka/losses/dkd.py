@@ -1,0 +1,116 @@
+"""DKD: target and non-target knowledge weighed apart (Zhao et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_logits, check_target, check_temperature, require
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+
+def dkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    r"""``alpha * TCKD + beta * NCKD``.
+
+    ``TCKD = T^2 * mean KL(b_t || b_s)`` of the two probabilities (target, all others), ``NCKD =
+    T^2 * mean KL(q_t || q_s)`` of the softmax over the non-target classes (Zhao et al. 2022,
+    equations 6 and 7).
+
+    Args:
+        student: ``(B, P)`` logits, any floating dtype.
+        teacher: ``(B, P)`` logits; no gradient reaches it.
+        target: ``(B,)`` class indices.
+        alpha: factor of the target part.
+        beta: factor of the non-target part.
+        temperature: ``T > 0``, divides the logits.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits of different shapes or devices, targets that are no class indices of the
+            batch, or a temperature that is not positive.
+    """
+    check_logits(student, teacher)
+    check_target(student, target)
+    check_temperature(temperature)
+    dtype = accumulation_dtype(student.dtype)
+    logits = [x.to(dtype) / temperature for x in (student, teacher.detach())]
+    binary = _divergence(*(_target_or_not(x, target) for x in logits))
+    others = _divergence(*(_log_softmax_of_others(x, target) for x in logits))
+    return temperature**2 * (alpha * binary + beta * others)
+
+
+def _divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def _target_or_not(logits: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities ``(B, 2)`` of the target and of everything else."""
+    others = _without_target(logits, target).logsumexp(1, keepdim=True)
+    return F.log_softmax(torch.cat([logits.gather(1, target[:, None]), others], dim=1), dim=1)
+
+
+def _log_softmax_of_others(logits: Tensor, target: Tensor) -> Tensor:
+    return F.log_softmax(_without_target(logits, target), dim=1)
+
+
+def _without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """``(B, P - 1)``: the logits of the classes that are not the sample's own."""
+    own = F.one_hot(target, logits.shape[1]).bool()
+    return logits[~own].view(len(logits), -1)
+
+
+@register("DKD")
+class DKD(Loss):
+    """:func:`dkd_loss` as a module: ``{"loss_dkd"}``.
+
+    Args:
+        weight: factor of the term.
+        alpha: factor of the target part.
+        beta: factor of the non-target part.
+        temperature: ``T > 0``, divides the logits.
+    """
+
+    needs_target = True
+    needs_logits = True
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        self.weight = weight
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "DKD")
+        loss = dkd_loss(
+            require(student.logits, "student.logits", "DKD"),
+            require(teacher.logits, "teacher.logits", "DKD"),
+            require(target, "target", "DKD"),
+            self.alpha,
+            self.beta,
+            self.temperature,
+        )
+        return {"loss_dkd": self.weight * loss}

@@ -1,0 +1,86 @@
+"""NKD: normalised knowledge of the non-target classes (Yang et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_logits, check_target, check_temperature, require
+from pcka.losses.outputs import Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+
+def nkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Cross-entropies of the target and of the normalised other classes, without the task's own.
+
+    ``-mean(p_t[target] log p_s[target]) - gamma T^2 mean_i sum_j q_t log q_s``, ``p`` the softmax
+    of all classes and ``q`` that of the others at temperature ``T`` (Yang et al. 2023, equation 9).
+
+    Args:
+        student: ``(B, P)`` logits, any floating dtype.
+        teacher: ``(B, P)`` logits; no gradient reaches it.
+        target: ``(B,)`` class indices.
+        gamma: factor of the non-target part.
+        temperature: ``T > 0``, divides the logits of the other classes.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits of different shapes or devices, targets that are no class indices of the
+            batch, or a temperature that is not positive.
+    """
+    check_logits(student, teacher)
+    check_target(student, target)
+    check_temperature(temperature)
+    dtype = accumulation_dtype(student.dtype)
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
+    own = F.one_hot(target, student.shape[1]).bool()
+    of_target = F.softmax(teacher, dim=1)[own] * F.log_softmax(student, dim=1)[own]
+    q_s, q_t = (x[~own].view(len(x), -1) / temperature for x in (student, teacher))
+    of_others = (F.softmax(q_t, dim=1) * F.log_softmax(q_s, dim=1)).sum(1)
+    return -of_target.mean() - gamma * temperature**2 * of_others.mean()
+
+
+@register("NKD")
+class NKD(Loss):
+    """:func:`nkd_loss` as a module: ``{"loss_nkd"}``.
+
+    Args:
+        weight: factor of the term.
+        gamma: factor of the non-target part.
+        temperature: ``T > 0``, divides the logits of the other classes.
+    """
+
+    needs_target = True
+    needs_logits = True
+
+    def __init__(
+        self, *, weight: float = 1.0, gamma: float = 1.5, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        self.weight = weight
+        self.gamma = gamma
+        self.temperature = temperature
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "NKD")
+        loss = nkd_loss(
+            require(student.logits, "student.logits", "NKD"),
+            require(teacher.logits, "teacher.logits", "NKD"),
+            require(target, "target", "NKD"),
+            self.gamma,
+            self.temperature,
+        )
+        return {"loss_nkd": self.weight * loss}

@@ -1,0 +1,65 @@
+"""PKT: match the probability that two samples are neighbours (Passalis and Tefas, ECCV 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pcka.losses.checks import check_samples
+from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
+from pcka.ops.reference import accumulation_dtype
+
+EPSILON = 1e-7
+
+
+def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Divergence of the neighbour probabilities of a batch.
+
+    ``mean over all entries of P_t log(P_t / P_s)`` (1e-7 added to both in the logarithm), ``P`` the
+    cosine similarities ``(c + 1) / 2`` with rows scaled to sum 1 (Passalis and Tefas 2018,
+    equations 3, 4 and 6).
+
+    Args:
+        student: ``(B, ...)``, flattened to ``(B, D)``, any floating dtype.
+        teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: features that do not hold the same samples.
+    """
+    check_samples(student, teacher)
+    p_s, p_t = _probabilities(student), _probabilities(teacher.detach())
+    return (p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()).mean()
+
+
+def _probabilities(x: Tensor) -> Tensor:
+    rows = x.to(accumulation_dtype(x.dtype)).flatten(1)
+    rows = rows / (rows.norm(dim=1, keepdim=True) + EPSILON)
+    similarities = (rows @ rows.T + 1) / 2
+    return similarities / similarities.sum(1, keepdim=True)
+
+
+@register("PKT")
+class PKT(StagewiseLoss):
+    """:func:`pkt_loss` of several stages: ``{"loss_pkt_<stage>"}``.
+
+    Args:
+        stages: names of the tapped features.
+        weights: factor of each stage's term.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("pooled",),
+        weights: Sequence[float] = (30000.0,),
+    ) -> None:
+        super().__init__(stages, weights)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`pkt_loss`."""
+        return pkt_loss(student, teacher)

@@ -1,0 +1,61 @@
+"""SP: keep the similarities between samples (Tung and Mori, ICCV 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.checks import check_samples
+from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
+from pcka.ops.reference import accumulation_dtype
+
+
+def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""``||G_t - G_s||_F^2 / B^2``, ``G`` the row-normalised Gram matrix of a batch.
+
+    ``G = X X^T`` of the flattened features ``X (B, D)``, each row divided by its L2 norm (Tung and
+    Mori 2019, equations 1 to 4).
+
+    Args:
+        student: ``(B, ...)``, any floating dtype.
+        teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: features that do not hold the same samples.
+    """
+    check_samples(student, teacher)
+    difference = _similarities(teacher.detach()) - _similarities(student)
+    return difference.square().sum() / student.shape[0] ** 2
+
+
+def _similarities(x: Tensor) -> Tensor:
+    rows = x.to(accumulation_dtype(x.dtype)).flatten(1)
+    return F.normalize(rows @ rows.T, dim=1)
+
+
+@register("SP")
+class SP(StagewiseLoss):
+    """:func:`sp_loss` of several stages: ``{"loss_sp_<stage>"}``.
+
+    Args:
+        stages: names of the tapped features.
+        weights: factor of each stage's term.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage3",),
+        weights: Sequence[float] = (3000.0,),
+    ) -> None:
+        super().__init__(stages, weights)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`sp_loss`."""
+        return sp_loss(student, teacher)
