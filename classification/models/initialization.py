@@ -17,3 +17,9 @@ def initialize_convolutions(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def initialize_classifier(linear: nn.Linear) -> None:
+    """Draw the weights from N(0, 0.01^2) and zero the bias, as the VGGs and MobileNetV2 do."""
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)

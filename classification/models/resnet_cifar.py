@@ -15,21 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.models.initialization import initialize_convolutions
+from classification.models.layers import conv_bn, global_pool
 from classification.models.registry import register
-
-
-def _conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False
-    )
-    return [conv, nn.BatchNorm2d(out_channels)]
 
 
 class ProjectionShortcut(nn.Sequential):
     """Option B of He et al.: a strided 1x1 convolution and a batch norm."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__(*_conv_bn(in_channels, out_channels, 1, stride))
+        super().__init__(*conv_bn(in_channels, out_channels, 1, stride))
 
 
 class PaddingShortcut(nn.Module):
@@ -98,9 +92,9 @@ class BasicBlock(ResidualBlock):
     expansion = 1
 
     def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
-        self.conv1, self.bn1 = _conv_bn(in_channels, width, 3, stride)
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 3, stride)
         self.relu1 = nn.ReLU()
-        self.conv2, self.bn2 = _conv_bn(width, width, 3)
+        self.conv2, self.bn2 = conv_bn(width, width, 3)
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x)))
@@ -113,11 +107,11 @@ class Bottleneck(ResidualBlock):
     expansion = 4
 
     def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
-        self.conv1, self.bn1 = _conv_bn(in_channels, width, 1)
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
         self.relu1 = nn.ReLU()
-        self.conv2, self.bn2 = _conv_bn(width, width, 3, stride)
+        self.conv2, self.bn2 = conv_bn(width, width, 3, stride)
         self.relu2 = nn.ReLU()
-        self.conv3, self.bn3 = _conv_bn(width, width * self.expansion, 1)
+        self.conv3, self.bn3 = conv_bn(width, width * self.expansion, 1)
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x)))
@@ -151,7 +145,7 @@ class CifarResNet(nn.Module):
         layout: Layout,
     ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv_bn(3, stem_width, 3)
+        self.conv1, self.bn1 = conv_bn(3, stem_width, 3)
         self.relu = nn.ReLU()
         self.stage_names: tuple[str, ...] = ("relu",)
         channels = stem_width
@@ -162,7 +156,7 @@ class CifarResNet(nn.Module):
             self.add_module(f"layer{index}", nn.Sequential(first, *rest))
             self.stage_names += (f"layer{index}",)
             channels = out_channels
-        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.avgpool = global_pool()
         self.classifier_name = layout.classifier_name
         self.add_module(self.classifier_name, nn.Linear(channels, num_classes))
         initialize_convolutions(self)

@@ -1,4 +1,4 @@
-"""The ResNets against figures of the community's implementations (see the fixture's recipe)."""
+"""The zoo against figures of the community's implementations (see the fixture's recipe)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from classification.models import create_model
+from classification.models.layers import ChannelShuffle
 from pcka.checkpoint import load_weights
 
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "cifar_zoo_resnets.json"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "cifar_zoo.json"
 ZOO = json.loads(FIXTURE.read_text())
+IMAGENET = "MobileNetV1_imagenet"
 OPTION_A = ("resnet20_option_a", "resnet56_option_a")
 
 
@@ -41,11 +43,18 @@ def _fill(model: nn.Module) -> None:
         tensor.copy_(torch.as_tensor(values))
 
 
-def _images() -> Tensor:
-    return torch.as_tensor(np.random.RandomState(0).randn(2, 3, 32, 32))
+def _create(name: str) -> nn.Module:
+    """The model of a record: for CIFAR-100, or for ImageNet where the name says so."""
+    return create_model("MobileNetV1", 1000) if name == IMAGENET else create_model(name, 100)
 
 
-def _run_tapped(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def _images(side: int) -> Tensor:
+    return torch.as_tensor(np.random.RandomState(0).randn(2, 3, side, side))
+
+
+def _run_tapped(
+    model: nn.Module, side: int = 32
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Return the logits, and the tapped tensors as they are afterwards and were when tapped."""
     tapped, copies = {}, {}
 
@@ -56,12 +65,12 @@ def _run_tapped(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], dict[str, 
     for name in (*model.stage_names, "avgpool"):
         model.get_submodule(name).register_forward_hook(partial(record, name))
     with torch.no_grad():
-        return model(_images()), tapped, copies
+        return model(_images(side)), tapped, copies
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_state_dict_has_the_community_names_in_order(name):
-    model = create_model(name, 100)
+    model = _create(name)
     assert [[key, list(t.shape)] for key, t in model.state_dict().items()] == ZOO[name]["keys"]
     assert sum(p.numel() for p in model.parameters()) == ZOO[name]["params"]
 
@@ -69,9 +78,9 @@ def test_state_dict_has_the_community_names_in_order(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_forward_gives_the_community_figures(name):
     expected = ZOO[name]
-    model = create_model(name, 100).double().eval()
+    model = _create(name).double().eval()
     _fill(model)
-    logits, tapped, copies = _run_tapped(model)
+    logits, tapped, copies = _run_tapped(model, 224 if name == IMAGENET else 32)
 
     # The fixture has 7 significant digits of a logit and 9 of a norm.
     np.testing.assert_allclose(logits[:, :10], expected["logits_first10"], rtol=1e-6)
@@ -133,3 +142,15 @@ def test_a_published_checkpoint_loads_whole():
     assert list(report.loaded) == learned
     file = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     assert torch.equal(model.linear.weight, file["module.linear.weight"])
+
+
+@pytest.mark.parametrize("name", ["vgg8", "wrn_16_1", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_larger_images_and_single_ones(name):
+    model = create_model(name, 7).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_shuffling_interleaves_the_groups():
+    channels = torch.arange(6.0).view(1, 6, 1, 1)
+    assert ChannelShuffle(2)(channels).flatten().tolist() == [0, 3, 1, 4, 2, 5]

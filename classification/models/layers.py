@@ -1,0 +1,46 @@
+"""Parts that several model families are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def conv_bn(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> list[nn.Module]:
+    """A convolution that keeps the size (but for its stride), and a batch norm."""
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        stride=stride,
+        padding=kernel // 2,
+        groups=groups,
+        bias=bias,
+    )
+    return [conv, nn.BatchNorm2d(out_channels)]
+
+
+def global_pool() -> nn.Sequential:
+    """`(B, C, H, W)` -> `(B, C)`, the mean over positions."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class ChannelShuffle(nn.Module):
+    """Interleave the channels of `groups` groups (Zhang et al., CVPR 2018, figure 1)."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, C, H, W)`, channel `g * C / groups + c` to `c * groups + g`."""
+        batch, channels, height, width = x.shape
+        grouped = x.view(batch, self.groups, channels // self.groups, height, width)
+        return torch.transpose(grouped, 1, 2).reshape(batch, channels, height, width)

@@ -1,0 +1,72 @@
+"""VGG with batch normalisation for small images (Simonyan and Zisserman, ICLR 2015).
+
+Names as in RepDistiller and mdistiller, whose checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from classification.models.initialization import initialize_classifier, initialize_convolutions
+from classification.models.layers import conv_bn, global_pool
+from classification.models.registry import register
+
+WIDTHS = (64, 128, 256, 512, 512)
+SMALL_SIDE = 32  # the fourth pooling is for larger images
+
+
+class VGG(nn.Module):
+    """Five blocks of 3x3 convolutions with pooling between them, and a linear classifier.
+
+    Images of 32 pixels are pooled three times, larger ones four times, before the mean.
+
+    Args:
+        num_classes: number of logits.
+        depths: convolutions of each block.
+
+    Attributes:
+        stage_names: the activations at the ends of the blocks; what goes into each is its block.
+    """
+
+    stage_names = ("relu0", "relu1", "relu2", "relu3", "relu4")
+    classifier_name = "classifier"
+
+    def __init__(self, num_classes: int, *, depths: Sequence[int]) -> None:
+        super().__init__()
+        channels = 3
+        for index, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True)):
+            layers: list[nn.Module] = []
+            for _ in range(depth):
+                layers += [*conv_bn(channels, width, 3, bias=True), nn.ReLU()]
+                channels = width
+            # The block's last activation is a module of its own, to be tapped.
+            self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
+            self.add_module(f"relu{index}", nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.avgpool = global_pool()
+        self.classifier = nn.Linear(channels, num_classes)
+        initialize_convolutions(self)
+        initialize_classifier(self.classifier)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` -> logits `(B, num_classes)`."""
+        poolings = 3 if images.shape[2] <= SMALL_SIDE else 4
+        x = images
+        for index in range(len(WIDTHS)):
+            x = getattr(self, f"relu{index}")(getattr(self, f"block{index}")(x))
+            if index < poolings:
+                x = self.pool(x)
+        return self.classifier(self.avgpool(x))
+
+
+for _name, _depths in {
+    "vgg8": (1, 1, 1, 1, 1),
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}.items():
+    register(_name, partial(VGG, depths=_depths))
