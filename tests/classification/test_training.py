@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -182,3 +183,12 @@ def test_what_cannot_be_trained_is_refused_before_training(tmp_path, cache):
 def test_the_faster_options_train_too(tmp_path, cache, option):
     result = run_experiment(small_config("rcka", tmp_path, cache, *option))
     assert 0 < result["last_accuracy"] <= 100
+
+
+@pytest.mark.parametrize("method", ["dkd", "dist", "nkd", "at", "sp", "nst", "pkt", "rkd"])
+def test_every_method_trains_under_autocast(tmp_path, cache, method):
+    run_experiment(small_config(method, tmp_path, cache, "AUTOCAST", "bfloat16"))
+    *_, last = metrics(tmp_path)
+    (term,) = {key.split("_")[1] for key in last if key.startswith("loss_")} - {"ce", "total"}
+    assert term == method
+    assert all(math.isfinite(last[key]) for key in last if key.startswith("loss_"))
