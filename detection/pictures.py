@@ -50,6 +50,7 @@ def draw_detections(
         for axes, model in zip(row[1:], models.values()):
             found = model.eval()([entry])[0]["instances"].to("cpu")
             found = found[found.scores >= LEAST_SCORE]
+            found = found[found.scores.argsort()]  # the surest label is drawn last, on top
             labels = [f"{c} {s:.2f}" for c, s in zip(found.pred_classes.tolist(), found.scores)]
             _draw(axes, picture, found.pred_boxes, labels)
     for axes, title in zip(grid[0], ("truth", *models)):
