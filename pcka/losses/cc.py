@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from pcka.losses.checks import check_samples
+from pcka.losses.adapters import PooledLinear, adapted, fit
+from pcka.losses.base import NO_CONTEXT
+from pcka.losses.checks import check_samples, require
+from pcka.losses.outputs import Context, Outputs
+from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
 
 
+@without_autocast
 def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""``||T T^T - S S^T||_F / B^2``: the bilinear form of the correlations.
 
@@ -33,23 +38,91 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (t @ t.T - s @ s.T).norm() / student.shape[0] ** 2
 
 
+def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""``1/(B - 1) sum_i sum_d |D_i,d| |D_i+1,d|``, ``D = S - T``: the form of the field's recipes.
+
+    The differences of neighbouring samples of a batch, multiplied: what the authors of Peng et al.
+    2019 gave to those of Tian et al. 2020, in whose public code it stands.
+
+    Args:
+        student: ``(B, D)`` embeddings, any floating dtype.
+        teacher: same shape, dtype and device. Gradient reaches it: both embeddings are trained.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input; 0 for a single sample.
+
+    Raises:
+        ValueError: embeddings that do not hold the same samples in one width.
+    """
+    check_samples(student, teacher)
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must be embeddings of one shape (B, D); got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Embed both in one width"
+        )
+    dtype = accumulation_dtype(student.dtype)
+    distance = (student.to(dtype) - teacher.to(dtype)).abs()
+    return (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)
+
+
+FORMS = {"neighbours": cc_neighbours_loss, "bilinear": cc_loss}
+
+
 @register("CC")
 class CC(StagewiseLoss):
-    """:func:`cc_loss` of several stages: ``{"loss_cc_<stage>"}``.
+    """Correlations of the samples' features at several stages: ``{"loss_cc_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
         weights: factor of each stage's term.
+        form: ``"neighbours"`` (:func:`cc_neighbours_loss`), of both models' features embedded by a
+            trained linear layer each, maps averaged over their positions; or ``"bilinear"``
+            (:func:`cc_loss`), of the features themselves.
+        embedding: width of the embeddings.
     """
+
+    relational = True
 
     def __init__(
         self,
         *,
         stages: Sequence[str] = ("pooled",),
         weights: Sequence[float] = (0.02,),
+        form: str = "neighbours",
+        embedding: int = 128,
     ) -> None:
         super().__init__(stages, weights)
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+        self.form = form
+        self.embedding = embedding
+        self.student_embeddings = nn.ModuleDict()
+        self.teacher_embeddings = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make both models' embeddings of each stage."""
+        if self.form != "neighbours":
+            return
+        teacher = require(teacher, "teacher", "CC")
+        for stage in self.taps:
+            self.student_embeddings[stage] = self._embedding_of(student.feature(stage))
+            self.teacher_embeddings[stage] = self._embedding_of(teacher.feature(stage))
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        if self.form == "neighbours":
+            teacher = require(teacher, "teacher", "CC")
+            detached = {stage: teacher.feature(stage).detach() for stage in self.taps}
+            student = adapted(student, self.student_embeddings, "CC")
+            teacher = adapted(Outputs(features=detached), self.teacher_embeddings, "CC")
+        return super().forward(student, teacher, target)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """:func:`cc_loss`."""
-        return cc_loss(student, teacher)
+        """The loss of the chosen form."""
+        return FORMS[self.form](student, teacher)
+
+    def _embedding_of(self, feature: Tensor) -> PooledLinear:
+        return fit(PooledLinear(feature.shape[1], self.embedding), feature)

@@ -54,7 +54,7 @@ class CWD(StagewiseLoss):
     def __init__(
         self,
         *,
-        stages: Sequence[str] = ("stage3",),
+        stages: Sequence[str] = ("last",),
         weights: Sequence[float] = (10.0,),
         temperature: float = 1.0,
     ) -> None:

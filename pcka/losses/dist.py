@@ -67,6 +67,7 @@ class DIST(Loss):
     """
 
     needs_logits = True
+    relational = True
 
     def __init__(
         self,

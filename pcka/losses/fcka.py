@@ -50,10 +50,12 @@ class FCKA(Loss):
         center: center the Gram matrices.
     """
 
+    relational = True
+
     def __init__(
         self,
         *,
-        stages: Sequence[str] = ("stage3",),
+        stages: Sequence[str] = ("last",),
         weights: Sequence[float] = (10.0,),
         center: bool = True,
     ) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from pcka.losses.checks import check_maps
+from pcka.losses.adapters import adapted, fit, regressor
+from pcka.losses.base import NO_CONTEXT
+from pcka.losses.checks import check_maps, require
+from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
@@ -15,7 +18,8 @@ from pcka.ops.reference import accumulation_dtype
 def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Mean squared difference of two feature maps, ``mean((X_s - X_t)^2)``.
 
-    Romero et al. 2015, equation 3; a regressor between unlike widths is the caller's.
+    Romero et al. 2015, equation 3, without its factor 1/2 and after its regressor, as in Tian et
+    al. 2020.
 
     Args:
         student: ``(B, C, H, W)``, any floating dtype.
@@ -39,12 +43,37 @@ class FITNET(StagewiseLoss):
     Args:
         stages: names of the tapped feature maps.
         weights: factor of each stage's term.
+        regressor: send the student's maps through a trained one first, which :meth:`prepare` makes
+            (:func:`pcka.losses.adapters.regressor`); False for maps of the teacher's shape.
     """
 
     def __init__(
-        self, *, stages: Sequence[str] = ("stage3",), weights: Sequence[float] = (100.0,)
+        self,
+        *,
+        stages: Sequence[str] = ("last",),
+        weights: Sequence[float] = (100.0,),
+        regressor: bool = True,
     ) -> None:
         super().__init__(stages, weights)
+        self.uses_regressor = regressor
+        self.regressors = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the regressor of each stage."""
+        teacher = require(teacher, "teacher", "FITNET")
+        for stage in self.taps if self.uses_regressor else ():
+            feature = student.feature(stage)
+            shapes = feature.shape, teacher.feature(stage).shape
+            self.regressors[stage] = fit(regressor(*shapes), feature)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        if self.uses_regressor:
+            student = adapted(student, self.regressors, "FITNET")
+        return super().forward(student, teacher, target)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """:func:`fitnet_loss`."""

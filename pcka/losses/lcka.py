@@ -97,6 +97,7 @@ class LCKA(Loss):
     """
 
     needs_logits = True
+    relational = True
 
     def __init__(
         self,

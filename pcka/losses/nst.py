@@ -10,10 +10,12 @@ from torch import Tensor
 
 from pcka.losses.checks import check_samples
 from pcka.losses.map_size import at_one_size
+from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 
 
+@without_autocast
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Squared maximum mean discrepancy of the channels, with a polynomial kernel.
 

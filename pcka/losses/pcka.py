@@ -82,10 +82,12 @@ class PCKA(Loss):
         center: center the Gram matrices.
     """
 
+    relational = True
+
     def __init__(
         self,
         *,
-        stages: Sequence[str] = ("stage3",),
+        stages: Sequence[str] = ("last",),
         weights: Sequence[float] = (10.0,),
         patch_sizes: Sequence[PatchSize] = (16,),
         group_by: str = "channel",

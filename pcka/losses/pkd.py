@@ -49,8 +49,10 @@ class PKD(StagewiseLoss):
         weights: factor of each stage's term; 6 for Faster R-CNN and 10 for RetinaNet there.
     """
 
+    relational = True
+
     def __init__(
-        self, *, stages: Sequence[str] = ("stage3",), weights: Sequence[float] = (10.0,)
+        self, *, stages: Sequence[str] = ("last",), weights: Sequence[float] = (10.0,)
     ) -> None:
         super().__init__(stages, weights)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcka.losses.checks import check_samples
+from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
@@ -14,6 +15,7 @@ from pcka.ops.reference import accumulation_dtype
 EPSILON = 1e-7
 
 
+@without_autocast
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Divergence of the neighbour probabilities of a batch.
 
@@ -51,6 +53,8 @@ class PKT(StagewiseLoss):
         stages: names of the tapped features.
         weights: factor of each stage's term.
     """
+
+    relational = True
 
     def __init__(
         self,

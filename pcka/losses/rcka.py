@@ -77,11 +77,12 @@ class RCKA(Loss):
     """
 
     needs_logits = True
+    relational = True
 
     def __init__(
         self,
         *,
-        stages: Sequence[str] = ("stage3",),
+        stages: Sequence[str] = ("last",),
         feature_weights: Sequence[float] = (10.0,),
         intra_weight: float = 15.0,
         inter_weight: float = 15.0,

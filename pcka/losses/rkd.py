@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_samples
+from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
@@ -16,6 +17,7 @@ from pcka.ops.reference import accumulation_dtype
 LEAST_SQUARE = 1e-12
 
 
+@without_autocast
 def rkd_loss(
     student: Tensor, teacher: Tensor, distance_weight: float = 25, angle_weight: float = 50
 ) -> Tensor:
@@ -72,6 +74,8 @@ class RKD(StagewiseLoss):
         distance_weight: factor of the distances.
         angle_weight: factor of the angles.
     """
+
+    relational = True
 
     def __init__(
         self,

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_samples
+from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
 
 
+@without_autocast
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""``||G_t - G_s||_F^2 / B^2``, ``G`` the row-normalised Gram matrix of a batch.
 
@@ -48,10 +50,12 @@ class SP(StagewiseLoss):
         weights: factor of each stage's term.
     """
 
+    relational = True
+
     def __init__(
         self,
         *,
-        stages: Sequence[str] = ("stage3",),
+        stages: Sequence[str] = ("last",),
         weights: Sequence[float] = (3000.0,),
     ) -> None:
         super().__init__(stages, weights)

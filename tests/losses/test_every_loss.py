@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from pcka import losses
-from pcka.losses import Outputs
+from pcka.losses import Context, Outputs
 
-SAMPLES, CLASSES = 8, 5
+SAMPLES, CLASSES, TRAINING_SET = 8, 5, 40
 STAGES = ("stage1", "stage2", "stage3")
-SHAPES = dict.fromkeys(STAGES, (SAMPLES, 4, 16, 16)) | {"pooled": (SAMPLES, 6)}
+MAPS = ("stage0", *STAGES, "last", *(f"{stage}_preact" for stage in STAGES), "last_preact")
+SHAPES = dict.fromkeys(MAPS, (SAMPLES, 4, 16, 16)) | {"pooled": (SAMPLES, 6)}
+TRAIN_LABELS = torch.arange(TRAINING_SET) % CLASSES
+TARGET = TRAIN_LABELS[:SAMPLES]
+NAMES = losses.names()
+TEACHER_ONLY = {"SRRL": {"pooled"}}  # taps that a loss reads of the teacher alone
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Adapters start from random weights, and some losses draw samples or masks."""
+    torch.manual_seed(0)
 
 
 def _outputs(draw, seed, dtype=torch.float64, scale=1.0):
@@ -18,42 +32,69 @@ def _outputs(draw, seed, dtype=torch.float64, scale=1.0):
         name: draw(seed + i, *shape, scale=scale).to(dtype)
         for i, (name, shape) in enumerate(SHAPES.items())
     }
-    return Outputs(draw(seed + 9, SAMPLES, CLASSES, scale=scale).to(dtype), features)
+    logits = draw(seed + 19, SAMPLES, CLASSES, scale=scale).to(dtype)
+    return Outputs(logits, features, indices=torch.arange(SAMPLES))
 
 
-def _build(name):
-    """The loss with its defaults; a patch that leaves several to PCKA."""
-    return losses.build(name, **({"patch_sizes": (4,)} if name == "PCKA" else {}))
+def _pair(draw, *args):
+    return _outputs(draw, 0, *args), _outputs(draw, 40, *args)
+
+
+def _unprepared(name):
+    """The loss with its defaults; a patch that leaves several on these maps."""
+    patched = "patch_sizes" in losses.defaults(name)
+    return losses.build(name, **({"patch_sizes": (4,)} if patched else {}))
+
+
+def _build(name, student, teacher):
+    loss = _unprepared(name)
+    dtype = student.logits.dtype
+    classifier = nn.Linear(6, CLASSES, dtype=dtype)
+    nn.init.normal_(classifier.weight, generator=torch.Generator().manual_seed(1))
+    nn.init.zeros_(classifier.bias)
+    norm = torch.linspace(0.5, 1.5, 4, dtype=dtype), torch.linspace(-0.5, 0.5, 4, dtype=dtype)
+    context = Context(
+        train_labels=TRAIN_LABELS,
+        teacher_classifier=classifier,
+        teacher_norms={tap: norm for tap in MAPS if tap.endswith("_preact")},
+    )
+    with torch.no_grad():
+        loss.prepare(student, teacher, context)
+    return loss
 
 
 def _leaves(outputs):
     return [outputs.logits, *outputs.features.values()]
 
 
-TARGET = torch.arange(SAMPLES) % CLASSES
-
-
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_what_the_loss_reads_of_the_student_alone(draw, name):
-    student, teacher = _outputs(draw, 0), _outputs(draw, 20)
+    student, teacher = _pair(draw)
+    loss = _build(name, student, teacher)
     for leaf in _leaves(student):
         leaf.requires_grad_()
-    loss = _build(name)
-    terms = loss(student, teacher, TARGET)
-    sum(terms.values()).backward()
-    for stage in loss.taps:
-        assert student.features[stage].grad.norm() > 0
-    if loss.needs_logits or name == "CE":
+    for leaf in _leaves(teacher):
+        leaf.requires_grad_(name != "PCKA")  # which refuses such a teacher
+    sum(loss(student, teacher, TARGET).values()).backward()
+    for tap in set(loss.taps) - TEACHER_ONLY.get(name, set()):
+        assert student.features[tap].grad.norm() > 0
+    if not loss.taps:
         assert student.logits.grad.norm() > 0
     assert all(leaf.grad is None for leaf in _leaves(teacher))
+    norms = [parameter.grad.norm() for parameter in loss.parameters()]
+    assert all(norm.isfinite() for norm in norms)
+    assert not norms or max(norms) > 0
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_falls_on_one_batch(draw, name):
-    student, teacher = _outputs(draw, 0), _outputs(draw, 20)
+    student, teacher = _pair(draw)
+    loss = _build(name, student, teacher)
     leaves = [leaf.requires_grad_() for leaf in _leaves(student)]
-    loss = _build(name)
-    optimizer = torch.optim.Adam(leaves, lr=0.02)
+    groups = [{"params": leaves, "lr": 0.02}]
+    if adapters := list(loss.parameters()):
+        groups.append({"params": adapters, "lr": 0.05})
+    optimizer = torch.optim.Adam(groups)
     history = []
     for _ in range(40):
         total = sum(loss(student, teacher, TARGET).values())
@@ -65,16 +106,68 @@ def test_loss_falls_on_one_batch(draw, name):
     assert history[-1] < 0.9 * history[0]
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_half_precision_outputs_stay_finite_and_exact(draw, name, dtype):
-    student, teacher = (_outputs(draw, seed, dtype, scale=30) for seed in (0, 20))
-    exact = [
-        Outputs(o.logits.double(), {k: v.double() for k, v in o.features.items()})
-        for o in (student, teacher)
-    ]
-    loss = _build(name)
-    for term, value in loss(student, teacher, TARGET).items():
+    student, teacher = _pair(draw, dtype, 30)
+    loss = _build(name, student, teacher)
+    in_double = copy.deepcopy(loss).double()
+    terms = _seeded(loss, student, teacher)
+    exact = _seeded(in_double, *(_cast(outputs, torch.float64) for outputs in (student, teacher)))
+    for term, value in terms.items():
         assert value.dtype == torch.float32
-        expected = loss(*exact, TARGET)[term]
-        torch.testing.assert_close(value.double(), expected, rtol=2e-3, atol=1e-3 * expected.item())
+        atol = 1e-3 * exact[term].abs().item()
+        torch.testing.assert_close(value.double(), exact[term], rtol=2e-3, atol=atol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_losses_in_float32(draw, name, dtype):
+    """Adapters may round to bfloat16 as the models do, the losses themselves may not."""
+    student, teacher = _pair(draw, dtype)
+    loss = _build(name, student, teacher)
+    for leaf in _leaves(student):
+        leaf.requires_grad_()
+    outside = _seeded(copy.deepcopy(loss), student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = _seeded(loss, student, teacher)
+    sum(terms.values()).backward()
+    rtol, atol = (0.05, 1e-3) if list(loss.parameters()) else (1e-4, 1e-5)
+    for term, value in terms.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, outside[term], rtol=rtol, atol=atol)
+    for leaf in (*_leaves(student), *loss.parameters()):
+        assert leaf.grad is None or leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_saved_and_resumed(draw, name):
+    student, teacher = _pair(draw)
+    loss = _build(name, student, teacher)
+    loss(student, teacher, TARGET)  # changes what has a memory
+    torch.manual_seed(1)
+    resumed = _build(name, student, teacher)
+    resumed.load_state_dict(loss.state_dict())
+    expected = _seeded(loss, student, teacher)
+    for term, value in _seeded(resumed, student, teacher).items():
+        torch.testing.assert_close(value, expected[term], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_that_was_not_prepared_says_so(draw, name):
+    student, teacher = _pair(draw)
+    loss = _unprepared(name)
+    if loss.state_dict().keys() != _build(name, student, teacher).state_dict().keys():
+        with pytest.raises((RuntimeError, ValueError), match=r"Distiller\.prepare"):
+            loss(student, teacher, TARGET)
+
+
+def _seeded(loss, student, teacher):
+    """The terms, with the samples and masks that any other such call draws."""
+    torch.manual_seed(2)
+    return loss(student, teacher, TARGET)
+
+
+def _cast(outputs, dtype):
+    features = {name: feature.to(dtype) for name, feature in outputs.features.items()}
+    return Outputs(outputs.logits.to(dtype), features, outputs.indices)

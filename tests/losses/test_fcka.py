@@ -107,7 +107,7 @@ def test_refusals(draw):
         fcka_loss(x, draw(1, 5, 5))
     with pytest.raises(ValueError, match="weights must hold one value for each of the 2 stages"):
         FCKA(stages=("a", "b"))
-    with pytest.raises(ValueError, match=r"feature 'stage3'.*\['a'\]"):
+    with pytest.raises(ValueError, match=r"feature 'last'.*\['a'\]"):
         FCKA()(Outputs(features={"a": x}), Outputs(features={"a": x}), None)
     with pytest.raises(ValueError, match="teacher: FCKA needs it"):
-        FCKA()(Outputs(features={"stage3": x}), None, None)
+        FCKA()(Outputs(features={"last": x}), None, None)

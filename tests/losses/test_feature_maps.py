@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from pcka import losses
 from pcka.losses import Outputs, cwd_loss, fitnet_loss, pkd_loss
 
 LOSSES = {"pkd": pkd_loss, "cwd": cwd_loss, "fitnet": fitnet_loss}
-MODULES = {"pkd": losses.PKD, "cwd": losses.CWD, "fitnet": losses.FITNET}
+FITNET = partial(losses.FITNET, regressor=False)
+MODULES = {"pkd": losses.PKD, "cwd": losses.CWD, "fitnet": FITNET}
 
 
 @pytest.mark.parametrize("name", ["pkd", "cwd"])

@@ -122,4 +122,4 @@ def test_settings_of_each_level_are_complete():
 
 def test_needs_a_teacher(draw):
     with pytest.raises(ValueError, match="teacher: PCKA needs it"):
-        PCKA()(Outputs(features={"stage3": draw(0, 2, 3, 8, 12)}), None, None)
+        PCKA()(Outputs(features={"last": draw(0, 2, 3, 8, 12)}), None, None)

@@ -1,0 +1,138 @@
+"""Adapters: small trained layers that bring features to another width or size.
+
+A loss makes them in ``prepare`` from the shapes of a dry run, :func:`fit` them to its features, and
+sends features through them by :func:`adapted`, or one at a time by :func:`adapt`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from pcka.losses.outputs import Outputs
+from pcka.ops.reference import accumulation_dtype
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
+    """FitNet's regressor: one convolution that also matches the size, batch norm and ReLU.
+
+    The convolution is 3x3 with stride 2 where the student's map has twice the sides of the
+    teacher's, a transposed 4x4 with stride 2 where it has half of them, and has a kernel of ``1 +
+    s - t`` otherwise (Romero et al. 2015, equation 3, sized as in Tian et al. 2020).
+
+    Args:
+        student_shape: ``(B, C_s, H_s, W_s)``.
+        teacher_shape: ``(B, C_t, H_t, W_t)``, of features after their activation.
+
+    Returns:
+        A module, ``(B, C_s, H_s, W_s)`` -> ``(B, C_t, H_t, W_t)``.
+
+    Raises:
+        ValueError: shapes of no maps, or a student's map that is smaller, but not by half.
+    """
+    c_s, h_s, w_s = _map_shape(student_shape, "student")
+    c_t, h_t, w_t = _map_shape(teacher_shape, "teacher")
+    conv: nn.Module
+    if (h_s, w_s) == (2 * h_t, 2 * w_t):
+        conv = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
+    elif (2 * h_s, 2 * w_s) == (h_t, w_t):
+        conv = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
+    elif h_s >= h_t and w_s >= w_t:
+        conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
+    else:
+        raise ValueError(
+            "student must have a map no smaller than the teacher's, or half as large; got student "
+            f"{tuple(student_shape)} and teacher {tuple(teacher_shape)}. Name a stage whose sizes "
+            "are closer"
+        )
+    return nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU())
+
+
+def pointwise(
+    c_in: int, c_out: int, *, norm: bool = False, relu: bool = False, bias: bool = True
+) -> nn.Sequential:
+    """A 1x1 convolution, ``(B, c_in, H, W)`` -> ``(B, c_out, H, W)``.
+
+    Args:
+        c_in: channels that come.
+        c_out: channels that go.
+        norm: a batch norm follows; the convolution then has no bias.
+        relu: a ReLU ends it.
+        bias: give the convolution a bias.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, 1, bias=bias and not norm)]
+    if norm:
+        layers.append(nn.BatchNorm2d(c_out))
+    if relu:
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class PooledLinear(nn.Linear):
+    """A linear layer of features, maps averaged over their positions first.
+
+    ``(B, C)`` or ``(B, C, H, W)`` -> ``(B, D)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.dim() == 2 else x.flatten(2).mean(2))
+
+
+def fit(module: M, feature: Tensor) -> M:
+    """``module`` on the device of ``feature``, in float32, or in float64 for a float64 feature."""
+    return module.to(device=feature.device, dtype=accumulation_dtype(feature.dtype))
+
+
+def prepared(module: M | None, loss: str) -> M:
+    """``module``, or an error that says what makes it.
+
+    Args:
+        module: what ``prepare`` makes; before that None, or an empty ``ModuleDict``.
+        loss: what the error calls the loss.
+
+    Raises:
+        RuntimeError: ``prepare`` was not called.
+    """
+    if module is None or (isinstance(module, nn.ModuleDict) and not module):
+        raise RuntimeError(
+            f"{loss} is not prepared: its adapters take their sizes from a dry run. Call "
+            "Distiller.prepare once, before the optimizer is made"
+        )
+    return module
+
+
+def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
+    """``adapter(feature)``, the feature cast to the dtype of the adapter's parameters.
+
+    Under autocast the adapter's layers choose their dtype, as in any other model.
+    """
+    return adapter(feature.to(next(adapter.parameters()).dtype))
+
+
+def adapted(outputs: Outputs, adapters: nn.ModuleDict, loss: str) -> Outputs:
+    """``outputs``, each feature that ``adapters`` names having gone through its adapter.
+
+    Raises:
+        RuntimeError: ``adapters`` is empty: ``prepare`` was not called.
+    """
+    features = {
+        name: adapt(adapter, outputs.feature(name))
+        for name, adapter in prepared(adapters, loss).items()
+    }
+    return dataclasses.replace(outputs, features={**outputs.features, **features})
+
+
+def _map_shape(shape: Sequence[int], model: str) -> tuple[int, int, int]:
+    """``C, H, W`` of a feature map's shape."""
+    if len(shape) != 4:
+        raise ValueError(
+            f"{model} must be a feature map (B, C, H, W), got {tuple(shape)}. Tap a module before "
+            "the pooling"
+        )
+    _, channels, height, width = shape
+    return channels, height, width

@@ -1,0 +1,94 @@
+"""ICKD-C: keep the correlations between channels (Liu et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcka.losses.adapters import adapted, fit, pointwise
+from pcka.losses.base import NO_CONTEXT
+from pcka.losses.checks import check_samples, require
+from pcka.losses.map_size import at_one_size
+from pcka.losses.outputs import Context, Outputs
+from pcka.losses.precision import without_autocast
+from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
+from pcka.ops.reference import accumulation_dtype
+
+
+@without_autocast
+def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared differences of the channels' correlations, of each sample by itself.
+
+    ``sum((G_s - G_t)^2) / (B C)`` with ``G`` the inner products ``X X^T (C, C)`` of a sample's
+    channels ``X (C, H*W)``, each row scaled to unit length (Liu et al. 2021, section 3.2; the
+    scaling and the factor as in the authors' public code for CIFAR, the paper divides by ``C^2``).
+
+    Args:
+        student: ``(B, C, H_s, W_s)``, any floating dtype.
+        teacher: ``(B, C, H_t, W_t)``, same dtype and device; no gradient reaches it.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: features that are no maps of the same samples with as many channels.
+    """
+    check_samples(student, teacher)
+    if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            "student and teacher must be feature maps (B, C, H, W) with as many channels; got "
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. Tap a module "
+            "before the pooling, and adapt the width by a 1x1 convolution"
+        )
+    difference = _correlations(student) - _correlations(teacher.detach())
+    return difference.square().sum() / (student.shape[0] * student.shape[1])
+
+
+def _correlations(x: Tensor) -> Tensor:
+    """``(B, C, C)``, rows of unit length."""
+    channels = x.to(accumulation_dtype(x.dtype)).flatten(2)
+    return F.normalize(torch.bmm(channels, channels.mT), dim=2)
+
+
+@register("ICKD")
+class ICKD(StagewiseLoss):
+    """:func:`ickd_loss` of several stages: ``{"loss_ickd_<stage>"}``.
+
+    A trained 1x1 convolution with batch norm brings the student's map to the teacher's width.
+
+    Args:
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's term.
+    """
+
+    def __init__(
+        self, *, stages: Sequence[str] = ("last",), weights: Sequence[float] = (2.5,)
+    ) -> None:
+        super().__init__(stages, weights)
+        self.adapters = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the convolution of each stage."""
+        teacher = require(teacher, "teacher", "ICKD")
+        for stage in self.taps:
+            feature, other = student.feature(stage), teacher.feature(stage)
+            at_one_size(feature, other)  # refuses what is no map
+            widths = feature.shape[1], other.shape[1]
+            self.adapters[stage] = fit(pointwise(*widths, norm=True), feature)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`ickd_loss`."""
+        # The adapter may have changed the student's dtype.
+        dtype = accumulation_dtype(teacher.dtype)
+        return ickd_loss(student.to(dtype), teacher.to(dtype))
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        return super().forward(adapted(student, self.adapters, "ICKD"), teacher, target)

@@ -1,0 +1,171 @@
+"""KDSVD: keep how the main directions of neighbouring stages relate (Lee et al., ECCV 2018)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcka.losses.adapters import adapted, fit, pointwise
+from pcka.losses.base import NO_CONTEXT, Loss
+from pcka.losses.checks import check_levels, check_samples, require
+from pcka.losses.outputs import Context, Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+CANDIDATES = 3  # of the student's directions, beyond as many as the teacher has
+BANDWIDTH = 8.0
+DAMPING = 1e-3  # gaps between eigenvalues below this share of their sum count as ties
+
+
+def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], k: int = 1) -> Tensor:
+    r"""Squared difference of the correlations between the singular vectors of neighbouring stages.
+
+    ``1/B sum over stages i > 1 of ||R_s - R_t||^2``, ``R[c, c', j] = exp(-(V_i[c, j] - V_i-1[c',
+    j])^2 / 8)``, ``V (C, k)`` the first right singular vectors of a sample's map ``(H * W, C)``,
+    times the teacher's singular values scaled to unit length. Each of the teacher's vectors is
+    compared with that of the student's first ``k + 3`` which is closest to it, turned to its side
+    (Lee et al. 2018, section 3; in the form of Tian et al. 2020). A singular vector has no sign:
+    those of the teacher are turned to have a sum of 0 or more, so that the loss does not depend on
+    how they are computed.
+
+    The gradient is that of the singular vectors, damped where their singular values nearly
+    coincide and it would be unbounded.
+
+    Args:
+        students: ``(B, C, H_s, W_s)`` of each stage in order, two at least, any floating dtype.
+        teachers: ``(B, C, H_t, W_t)`` of the same stages, widths, samples, dtypes and device; no
+            gradient reaches them.
+        k: vectors of each stage.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: fewer than two stages, features that are no maps of equal widths, or that do
+            not hold the same samples.
+    """
+    if len(students) < 2 or len(students) != len(teachers):
+        raise ValueError(
+            "students and teachers must hold the maps of the same two or more stages; got "
+            f"{len(students)} and {len(teachers)}"
+        )
+    for student, teacher in zip(students, teachers):
+        _check_widths(student, teacher)
+    with torch.autocast(students[0].device.type, enabled=False):
+        vectors = [_matched_vectors(s, t.detach(), k) for s, t in zip(students, teachers)]
+        differences = [
+            (_correlations(s, s_before) - _correlations(t, t_before)).square().sum()
+            for (s_before, t_before), (s, t) in itertools.pairwise(vectors)
+        ]
+        return torch.stack(differences).sum() / len(students[0])
+
+
+def _check_widths(student: Tensor, teacher: Tensor) -> None:
+    check_samples(student, teacher)
+    if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            "students and teachers must be feature maps (B, C, H, W) of the same C at each stage; "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}. Adapt the width by a 1x1 "
+            "convolution: KDSVD makes it when Distiller.prepare is called"
+        )
+
+
+def _matched_vectors(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scaled vectors ``(B, C, k)`` of both models; the student's are those like the teacher's."""
+    values, v_t = _singular_vectors(teacher, k)
+    v_t = torch.where(v_t.sum(1, keepdim=True) < 0, -v_t, v_t)
+    _, v_s = _singular_vectors(student, k + CANDIDATES)
+    cosines = v_s.detach().mT @ v_t
+    closest = cosines.abs().argmax(1, keepdim=True)
+    side = cosines.gather(1, closest).sign()
+    v_s = v_s.gather(2, closest.expand(-1, v_s.shape[1], -1)) * side
+    scale = F.normalize(values, dim=1)[:, None]
+    return v_s * scale, v_t * scale
+
+
+def _correlations(v: Tensor, before: Tensor) -> Tensor:
+    """``(B, C, C', k)``."""
+    return (-(v[:, :, None] - before[:, None]).square() / BANDWIDTH).exp()
+
+
+def _singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first singular values ``(B, count)`` and right vectors ``(B, C, count)`` of each map.
+
+    From the smaller of the two Gram matrices. The map is scaled to norm 1 first, which changes no
+    vector; one that is 0 throughout stays so, and gets no gradient.
+    """
+    rows = x.to(accumulation_dtype(x.dtype)).flatten(2).mT
+    norm = torch.linalg.matrix_norm(rows.detach(), keepdim=True)
+    rows = rows * norm.reciprocal().masked_fill(norm == 0, 0)
+    tall = rows.shape[1] >= rows.shape[2]
+    values, vectors = _eigenvectors(rows.mT @ rows if tall else rows @ rows.mT, count)
+    if not tall:
+        vectors = F.normalize(rows.mT @ vectors, dim=1, eps=DAMPING)
+    return values.clamp(min=0).sqrt(), vectors
+
+
+def _eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first eigenvalues and vectors of symmetric ``(B, n, n)``; the vectors have a gradient.
+
+    ``dv_j = sum_i v_i (v_i^T dG v_j) / (l_j - l_i)``, the quotient ``1 / gap`` replaced by
+    ``gap / (gap^2 + damping^2)``, which is bounded and 0 at ``i = j``.
+    """
+    with torch.no_grad():
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
+        first = vectors[..., :count]
+        gaps = values[:, None, :count] - values[..., None]
+        inverse = gaps / (gaps.square() + DAMPING**2)
+    change = gram - gram.detach()  # 0, with the gradient of the Gram matrix
+    return values[:, :count], first + vectors @ (inverse * (vectors.mT @ change @ first))
+
+
+@register("KDSVD")
+class KDSVD(Loss):
+    """:func:`kdsvd_loss` of several stages: ``{"loss_kdsvd"}``.
+
+    Where the widths of a stage differ, the student's map goes through a 1x1 convolution that
+    :meth:`prepare` makes, trained with the student.
+
+    Args:
+        stages: names of the tapped feature maps, in the models' order.
+        weight: factor of the term.
+        k: vectors of each stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage1", "stage2", "stage3"),
+        weight: float = 1.0,
+        k: int = 1,
+    ) -> None:
+        super().__init__()
+        check_levels(stages)
+        self.taps = tuple(stages)
+        self.weight = weight
+        self.k = k
+        self.adapters = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make a 1x1 convolution for each stage whose widths differ."""
+        teacher = require(teacher, "teacher", "KDSVD")
+        for stage in self.taps:
+            feature = student.feature(stage)
+            widths = feature.shape[1], teacher.feature(stage).shape[1]
+            if widths[0] != widths[1]:
+                self.adapters[stage] = fit(pointwise(*widths, bias=False), feature)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "KDSVD")
+        if self.adapters:
+            student = adapted(student, self.adapters, "KDSVD")
+        students, teachers = ([o.feature(stage) for stage in self.taps] for o in (student, teacher))
+        return {"loss_kdsvd": self.weight * kdsvd_loss(students, teachers, self.k)}

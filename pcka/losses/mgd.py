@@ -1,0 +1,123 @@
+"""MGD: generate the teacher's features from masked ones of the student (Yang et al., ECCV 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pcka.losses.adapters import adapted, fit, pointwise
+from pcka.losses.base import NO_CONTEXT
+from pcka.losses.checks import check_maps, require
+from pcka.losses.map_size import at_one_size
+from pcka.losses.outputs import Context, Outputs
+from pcka.losses.registry import register
+from pcka.losses.stagewise import StagewiseLoss
+
+MASKS = ("channels", "positions")
+
+
+def mgd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared differences to what was generated, ``sum((X_s - X_t)^2) / B``.
+
+    The generation loss of Yang et al. 2022, section 3, with the mean over samples of the authors'
+    public code. The larger map is pooled (adaptive average) to the size of the smaller one; the
+    original takes maps of one size only.
+
+    Args:
+        student: ``(B, C, H_s, W_s)``, generated from the student's features, any floating dtype.
+        teacher: ``(B, C, H_t, W_t)``, same device; no gradient reaches it.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: features that are no maps of the same samples with as many channels.
+    """
+    student, teacher = at_one_size(student, teacher.detach())
+    check_maps(student, teacher)
+    return (student - teacher).square().sum() / len(student)
+
+
+def random_mask(x: Tensor, ratio: float, over: str) -> Tensor:
+    """Whole channels, or positions of all channels, of ``x (B, C, H, W)``: 0 with ``ratio``, or 1.
+
+    Drawn for each sample by torch's generator of the device of ``x``: ``(B, C, 1, 1)`` for
+    ``over="channels"``, ``(B, 1, H, W)`` for ``"positions"``, bool.
+    """
+    b, c, h, w = x.shape
+    shape = (b, c, 1, 1) if over == "channels" else (b, 1, h, w)
+    return torch.rand(shape, device=x.device) >= ratio
+
+
+class _Generation(nn.Module):
+    """Align the width where it differs, mask, and generate: ``(B, C_s, H, W)`` -> ``C_t``."""
+
+    def __init__(self, c_s: int, c_t: int, mask_ratio: float, mask: str) -> None:
+        super().__init__()
+        self.mask_ratio = mask_ratio
+        self.mask = mask
+        self.align = nn.Identity() if c_s == c_t else pointwise(c_s, c_t)
+        self.generate = nn.Sequential(
+            nn.Conv2d(c_t, c_t, 3, padding=1), nn.ReLU(), nn.Conv2d(c_t, c_t, 3, padding=1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        aligned = self.align(features)
+        return self.generate(aligned * random_mask(aligned, self.mask_ratio, self.mask))
+
+
+@register("MGD")
+class MGD(StagewiseLoss):
+    """:func:`mgd_loss` of several stages: ``{"loss_mgd_<stage>"}``.
+
+    ``X_s = G(M * A(student))``: ``A`` a 1x1 convolution where the widths differ, ``M`` a random
+    mask, ``G`` a 3x3 convolution, ReLU and another 3x3 convolution (Yang et al. 2022, section 3).
+    The defaults are those of the authors' public code for classification, which masks whole
+    channels; for detection it has ``mask="positions"``, ``mask_ratio=0.65`` and weights of 2e-5.
+
+    Args:
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's term.
+        mask_ratio: part of the channels or positions that is masked, in [0, 1).
+        mask: ``"channels"`` or ``"positions"``.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("last",),
+        weights: Sequence[float] = (7e-5,),
+        mask_ratio: float = 0.15,
+        mask: str = "channels",
+    ) -> None:
+        super().__init__(stages, weights)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+        if mask not in MASKS:
+            raise ValueError(f"mask must be one of {', '.join(MASKS)}; got {mask!r}")
+        self.mask_ratio = mask_ratio
+        self.mask = mask
+        self.adapters = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the generating convolutions of each stage."""
+        teacher = require(teacher, "teacher", "MGD")
+        for stage in self.taps:
+            feature, other = student.feature(stage), teacher.feature(stage)
+            at_one_size(feature, other)  # refuses what is no map
+            widths = feature.shape[1], other.shape[1]
+            generation = _Generation(*widths, self.mask_ratio, self.mask)
+            self.adapters[stage] = fit(generation, feature)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`mgd_loss`."""
+        return mgd_loss(student, teacher)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        return super().forward(adapted(student, self.adapters, "MGD"), teacher, target)

@@ -1,0 +1,171 @@
+"""OFD: imitate what the teacher's activations let through (Heo et al., ICCV 2019)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pcka.losses.adapters import adapt, fit, pointwise, prepared
+from pcka.losses.base import NO_CONTEXT, Loss
+from pcka.losses.checks import check_levels, check_maps, check_samples, require
+from pcka.losses.map_size import at_one_size
+from pcka.losses.outputs import Context, Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+RARELY = 1e-3
+"""A channel that is negative less often than this has no useful mean of its negative values."""
+
+
+def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    r"""The mean of each channel's negative values, from the batch norm that gives the channel.
+
+    With ``x ~ N(bias, weight^2)``: ``E[x | x < 0] = mu - s phi(mu / s) / Phi(-mu / s)``, ``mu =
+    bias``, ``s = |weight|``, ``phi`` and ``Phi`` the density and distribution of the standard
+    normal; ``-3 s`` where ``Phi(-mu / s) <= 0.001``, as in the authors' public code (Heo et al.
+    2019, section 3).
+
+    Args:
+        weight: of the batch norm, ``(C,)``.
+        bias: of the batch norm, ``(C,)``.
+
+    Returns:
+        ``(C,)`` of their dtype, never positive.
+    """
+    mean, std = bias.double(), weight.double().abs()
+    # A weight of zero is the limit of small ones: a constant, negative or never.
+    ratio = mean / std.clamp_min(torch.finfo(std.dtype).tiny)
+    negative = torch.special.ndtr(-ratio)
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    margin = torch.where(negative > RARELY, mean - std * density / negative, -3 * std)
+    return margin.to(weight.dtype)
+
+
+def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+    r"""Partial squared distance to the teacher's margin ReLU, summed over all but the samples.
+
+    ``1/B sum d``, ``d = (X_s - T)^2`` where ``T > 0`` or ``X_s > T``, else 0; ``T = max(X_t,
+    margin)``: a student need not meet a negative target that it is below already (Heo et al. 2019,
+    section 3).
+
+    Args:
+        student: ``(B, C, H, W)`` before the activation, any floating dtype.
+        teacher: same shape and device, before the activation; no gradient reaches it.
+        margin: ``(C,)``, as :func:`ofd_margin` gives it.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: maps of different shapes or devices, or a margin that is not one a channel.
+    """
+    check_maps(student, teacher)
+    if margin.shape != student.shape[1:2]:
+        raise ValueError(
+            f"margin must hold one value for each of the {student.shape[1]} channels, got "
+            f"{tuple(margin.shape)}"
+        )
+    dtype = accumulation_dtype(student.dtype)
+    student = student.to(dtype)
+    target = torch.maximum(teacher.detach().to(dtype), margin.to(dtype)[:, None, None])
+    counts = (target > 0) | (student > target)
+    return ((student - target).square() * counts).sum() / len(student)
+
+
+class Connector(nn.Module):
+    """From the student's map to the teacher's width, by a 1x1 convolution and a batch norm.
+
+    Args:
+        c_s: channels of the student.
+        margin: of the teacher's channels, ``(C_t,)``.
+    """
+
+    margin: Tensor
+
+    def __init__(self, c_s: int, margin: Tensor) -> None:
+        super().__init__()
+        self.layers = pointwise(c_s, len(margin), norm=True)
+        nn.init.kaiming_normal_(
+            cast(nn.Conv2d, self.layers[0]).weight, mode="fan_out", nonlinearity="relu"
+        )
+        self.register_buffer("margin", margin)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`ofd_loss` of two maps, the larger one pooled to the size of the smaller."""
+        student, teacher = at_one_size(student, teacher)
+        return ofd_loss(adapt(self.layers, student), teacher, self.margin)
+
+
+@register("OFD")
+class OFD(Loss):
+    """:func:`ofd_loss` of several stages: ``{"loss_ofd_<stage>"}``.
+
+    Stage ``i`` of ``L`` counts ``1 / 2^(L - i)``: the last one whole, each before it half as much
+    as the next. A :class:`Connector` of each stage, made by :meth:`prepare`, is trained with the
+    student.
+
+    Args:
+        stages: names of the tapped feature maps before their activation, from shallow to deep.
+        weight: factor of all terms; 1e-3 for CIFAR and 1e-4 for ImageNet there.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage1_preact", "stage2_preact", "stage3_preact"),
+        weight: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        check_levels(stages)
+        self.taps = tuple(stages)
+        self.weight = weight
+        self.connectors = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the connector of each stage, with the margin of the teacher's batch norm.
+
+        Raises:
+            ValueError: a stage whose batch norm ``context.teacher_norms`` lacks.
+        """
+        teacher = require(teacher, "teacher", "OFD")
+        for stage in self.taps:
+            feature, other = student.feature(stage), teacher.feature(stage)
+            at_one_size(feature, other)  # refuses what is no map
+            margin = _margin(context, stage, channels=other.shape[1])
+            self.connectors[stage] = fit(Connector(feature.shape[1], margin), feature)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "OFD")
+        connectors = prepared(self.connectors, "OFD")
+        terms = {}
+        for halvings, stage in enumerate(reversed(self.taps)):
+            pair = student.feature(stage), teacher.feature(stage)
+            check_samples(*pair)
+            terms[f"loss_ofd_{stage}"] = self.weight / 2**halvings * connectors[stage](*pair)
+        return dict(reversed(terms.items()))
+
+
+def _margin(context: Context, stage: str, channels: int) -> Tensor:
+    """The margin of the teacher's channels at a stage."""
+    norms = context.teacher_norms
+    if stage not in norms:
+        raise ValueError(
+            f"context.teacher_norms: OFD takes the margin of {stage!r} from the batch norm before "
+            f"the teacher's activation; there are norms of {sorted(norms)}. Name such stages, or "
+            "choose a teacher that has them"
+        )
+    weight, bias = (value.detach() for value in norms[stage])
+    if not weight.shape == bias.shape == (channels,):
+        raise ValueError(
+            f"context.teacher_norms: the norm of {stage!r} must have weight and bias for the "
+            f"teacher's {channels} channels, got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    return ofd_margin(weight, bias)

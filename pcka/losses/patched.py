@@ -1,0 +1,161 @@
+"""Other methods on PCKA's patches: what is left of its gain when CKA is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.base import Loss
+from pcka.losses.checks import check_levels, check_maps, check_temperature, require
+from pcka.losses.dist import dist_loss
+from pcka.losses.kd import kd_loss
+from pcka.losses.outputs import Outputs
+from pcka.losses.pcka import PatchSize
+from pcka.losses.pkd import pkd_loss
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype, patchify, resize_to_patches
+
+
+def patched_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    method: str = "at",
+    patch_size: PatchSize = 16,
+    temperature: float = 4.0,
+) -> Tensor:
+    r"""Compare the patches of two feature maps as another method compares its inputs.
+
+    Both maps are tiled as PCKA does it: resized up to a multiple of the patch, ``X (C, N, D)`` with
+    ``N`` patches and ``D = B * P_H * P_W`` (Zhou et al. 2024, section 4.2, and its ablation).
+
+    - ``"at"``: ``1/C mean((A_s - A_t)^2)``, ``A (N, D) = sum over channels of X``, each row divided
+      by its norm (the authors' public code; unlike AT it does not square the activations).
+    - ``"kl"``: ``T^2 mean over channels and patches of KL(softmax(x_t / T) || softmax(x_s / T))``,
+      the softmax over ``D`` (the authors' public code).
+    - ``"pkd"``: ``1/2 mean((n(x_s) - n(x_t))^2)``, ``n(x) = (x - mean) / (std + 1e-6)`` of each
+      patch (Cao et al. 2022, equation 2, with a patch in the place of a channel; the authors'
+      public class of that name does not cut patches).
+    - ``"dist"``: mean over channels of :func:`dist_loss`, patches in the place of samples and the
+      ``D`` entries in that of classes (the authors' public code).
+
+    Args:
+        student: ``(B, C, H, W)``, any floating dtype.
+        teacher: same shape and device; no gradient reaches it.
+        method: ``"at"``, ``"kl"``, ``"pkd"`` or ``"dist"``.
+        patch_size: ``P`` or ``(P_H, P_W)``, in pixels of the map.
+        temperature: ``T > 0``, divides the activations of ``"kl"`` and ``"dist"``.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: maps of different shapes or devices, an unknown method, a patch size or a
+            temperature that is not positive, or ``"pkd"`` on patches of a single entry.
+    """
+    check_maps(student, teacher)
+    check_method(method)
+    check_temperature(temperature)
+    rows = _rows(student, patch_size), _rows(teacher.detach(), patch_size)
+    return _METHODS[method](*rows, temperature)
+
+
+def _rows(x: Tensor, patch_size: PatchSize) -> Tensor:
+    """``(B, C, H, W)`` -> ``(C, N, B*P_H*P_W)``, in float32 or better."""
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if min(height, width) < 1:
+        raise ValueError(f"patch_size must be positive, got {patch_size!r}")
+    resized = resize_to_patches(x.to(accumulation_dtype(x.dtype)), (height, width))
+    return patchify(resized, (height, width), "channel")
+
+
+def _at(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    difference = F.normalize(student.sum(0), dim=1) - F.normalize(teacher.sum(0), dim=1)
+    return difference.square().mean() / len(student)
+
+
+def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return kd_loss(student.flatten(0, 1), teacher.flatten(0, 1), temperature)
+
+
+def _pkd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if student.shape[2] < 2:
+        raise ValueError(
+            "patch_size: 'pkd' normalises each patch, which takes two entries (B * P_H * P_W) or "
+            "more, got 1; take a larger patch"
+        )
+    # Each patch of each channel as a channel of its own, the entries as its positions.
+    as_maps = (rows.flatten(0, 1)[None, :, :, None] for rows in (student, teacher))
+    return pkd_loss(*as_maps)
+
+
+def _dist(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return torch.vmap(partial(dist_loss, temperature=temperature))(student, teacher).mean()
+
+
+_METHODS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "at": _at,
+    "kl": _kl,
+    "pkd": _pkd,
+    "dist": _dist,
+}
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that no patched variant is known of."""
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
+
+
+@register("PATCHED")
+class PATCHED(Loss):
+    """:func:`patched_loss` of several levels: ``{"loss_patched_<method>_<stage>"}``.
+
+    Args:
+        method: ``"at"``, ``"kl"``, ``"pkd"`` or ``"dist"``.
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's term.
+        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map.
+        temperature: ``T > 0``, of ``"kl"`` and ``"dist"``.
+    """
+
+    relational = True
+
+    def __init__(
+        self,
+        *,
+        method: str = "at",
+        stages: Sequence[str] = ("last",),
+        weights: Sequence[float] = (1.0,),
+        patch_sizes: Sequence[PatchSize] = (16,),
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__()
+        check_levels(stages, weights=weights, patch_sizes=patch_sizes)
+        check_method(method)
+        check_temperature(temperature)
+        self.method = method
+        self.taps = tuple(stages)
+        self.weights = tuple(weights)
+        self.patch_sizes = tuple(patch_sizes)
+        self.temperature = temperature
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "PATCHED")
+        return {
+            f"loss_patched_{self.method}_{stage}": weight
+            * patched_loss(
+                student.feature(stage),
+                teacher.feature(stage),
+                method=self.method,
+                patch_size=patch,
+                temperature=self.temperature,
+            )
+            for stage, weight, patch in zip(self.taps, self.weights, self.patch_sizes, strict=True)
+        }

@@ -1,0 +1,24 @@
+"""Losses in full precision, whatever the models run in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+LossFunction = Callable[Concatenate[Tensor, Tensor, P], Tensor]
+
+
+def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
+    """Decorator of a loss of student and teacher: autocast does not round its matrix products."""
+
+    @functools.wraps(loss)
+    def exact(student: Tensor, teacher: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.autocast(student.device.type, enabled=False):
+            return loss(student, teacher, *args, **kwargs)
+
+    return exact

@@ -1,0 +1,138 @@
+"""VID: keep the information that features share (Ahn et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcka.losses.adapters import adapt, fit, pointwise, prepared
+from pcka.losses.base import NO_CONTEXT, Loss
+from pcka.losses.checks import check_levels, check_maps, check_samples, require
+from pcka.losses.map_size import at_one_size
+from pcka.losses.outputs import Context, Outputs
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+
+def vid_loss(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
+    r"""Negative log-likelihood of the teacher's map under a Gaussian, without its constant.
+
+    ``mean(1/2 ((X_t - mu)^2 / sigma^2 + log sigma^2))``, ``mu`` predicted from the student and
+    ``sigma^2`` one for each channel (Ahn et al. 2019, section 2; a mean in place of the sum, as in
+    the authors' public code).
+
+    Args:
+        student: ``mu (B, C, H, W)``, any floating dtype.
+        teacher: same shape and device; no gradient reaches it.
+        variance: ``sigma^2 (C,)``, positive.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: maps of different shapes or devices, or a variance that is not one a channel.
+    """
+    check_maps(student, teacher)
+    if variance.shape != student.shape[1:2]:
+        raise ValueError(
+            f"variance must hold one value for each of the {student.shape[1]} channels, got "
+            f"{tuple(variance.shape)}"
+        )
+    dtype = accumulation_dtype(student.dtype)
+    variance = variance.to(dtype)[:, None, None]
+    square = (teacher.detach().to(dtype) - student.to(dtype)).square()
+    return (square / variance + variance.log()).mean() / 2
+
+
+class Predictor(nn.Module):
+    """A Gaussian of the teacher's map, given the student's: mean and variance are trained.
+
+    Three 1x1 convolutions without bias, ReLU between them, give the mean; ``softplus(a_c) + eps``
+    the variance of each channel, whatever the position (Ahn et al. 2019, section 2, and the
+    authors' public code).
+
+    Args:
+        c_s: channels of the student.
+        c_t: channels of the teacher, and of the hidden layers.
+        variance: the initial one, above ``epsilon``.
+        epsilon: what the variance never falls below.
+    """
+
+    def __init__(self, c_s: int, c_t: int, *, variance: float, epsilon: float) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(
+            *pointwise(c_s, c_t, bias=False, relu=True),
+            *pointwise(c_t, c_t, bias=False, relu=True),
+            *pointwise(c_t, c_t, bias=False),
+        )
+        inverse_softplus = math.log(math.expm1(variance - epsilon))
+        self.raw_variance = nn.Parameter(torch.full((c_t,), inverse_softplus))
+        self.epsilon = epsilon
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:func:`vid_loss` of two maps, the larger one pooled to the size of the smaller."""
+        student, teacher = at_one_size(student, teacher)
+        variance = F.softplus(self.raw_variance) + self.epsilon
+        return vid_loss(adapt(self.mean, student), teacher, variance)
+
+
+@register("VID")
+class VID(Loss):
+    """:func:`vid_loss` of several stages: ``{"loss_vid_<stage>"}``.
+
+    A :class:`Predictor` of each stage, made by :meth:`prepare`, is trained with the student.
+
+    Args:
+        stages: names of the tapped feature maps.
+        weights: factor of each stage's term.
+        variance: the initial one, above ``epsilon``.
+        epsilon: what the variance never falls below.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[str] = ("stage1", "stage2", "stage3"),
+        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        variance: float = 5.0,
+        epsilon: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        check_levels(stages, weights=weights)
+        if not variance > epsilon > 0:
+            raise ValueError(
+                f"variance must be above epsilon, and both positive; got {variance} and {epsilon}"
+            )
+        self.taps = tuple(stages)
+        self.weights = tuple(weights)
+        self.variance = variance
+        self.epsilon = epsilon
+        self.predictors = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the predictor of each stage."""
+        teacher = require(teacher, "teacher", "VID")
+        for stage in self.taps:
+            feature, other = student.feature(stage), teacher.feature(stage)
+            at_one_size(feature, other)  # refuses what is no map
+            widths = feature.shape[1], other.shape[1]
+            predictor = Predictor(*widths, variance=self.variance, epsilon=self.epsilon)
+            self.predictors[stage] = fit(predictor, feature)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        teacher = require(teacher, "teacher", "VID")
+        predictors = prepared(self.predictors, "VID")
+        terms = {}
+        for stage, weight in zip(self.taps, self.weights, strict=True):
+            pair = student.feature(stage), teacher.feature(stage)
+            check_samples(*pair)
+            terms[f"loss_vid_{stage}"] = weight * predictors[stage](*pair)
+        return terms
