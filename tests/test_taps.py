@@ -35,7 +35,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_gives_the_outputs_of_the_named_modules(net):
@@ -45,6 +45,25 @@ def test_gives_the_outputs_of_the_named_modules(net):
     assert list(features) == ["first", "last"]
     torch.testing.assert_close(features["first"], net.conv1(IMAGES))
     assert features["last"] is output
+
+
+def test_gives_the_input_of_a_module(net):
+    with FeatureTap(net, {"images": "conv1:input", "middle": "block:input"}) as tap:
+        net(IMAGES)
+        features = tap.pop()
+    assert features["images"] is IMAGES
+    torch.testing.assert_close(features["middle"], net.conv2(net.conv1(IMAGES).relu()).relu())
+
+
+def test_input_and_output_of_one_module_are_two_taps(net):
+    net.block[1].inplace = False
+    with FeatureTap(net, {"before": "block.1:input", "after": "block.1"}) as tap:
+        net(IMAGES)
+        features = tap.pop()
+    assert features["before"].min() < 0
+    assert torch.equal(features["before"].relu(), features["after"])
+    features["before"].sum().backward()
+    assert net.conv1.weight.grad.norm() > 0
 
 
 def test_features_keep_their_graph_and_no_grad_is_respected(net):
@@ -71,8 +90,8 @@ def test_memory_format_is_kept(net):
 
 @pytest.mark.parametrize("leave", ["remove", "with", "error"])
 def test_leaves_no_hooks_behind(net, leave):
-    tap = FeatureTap(net, {"first": "conv1", "last": "block"})
-    assert hooks(net) == 2
+    tap = FeatureTap(net, {"first": "conv1", "before": "block:input", "last": "block"})
+    assert hooks(net) == 3
     if leave == "remove":
         tap.remove()
         tap.remove()
@@ -93,8 +112,9 @@ def test_pop_clears(net):
             tap.pop()
 
 
-def test_a_module_that_never_runs_is_named(net):
-    with FeatureTap(net, {"quiet": "idle"}) as tap:
+@pytest.mark.parametrize("path", ["idle", "idle:input"])
+def test_a_module_that_never_runs_is_named(net, path):
+    with FeatureTap(net, {"quiet": path}) as tap:
         net(IMAGES)
         with pytest.raises(RuntimeError, match="tap 'quiet': module 'idle' did not run"):
             tap.pop()
@@ -107,9 +127,10 @@ def test_two_forward_passes_without_pop_are_refused(net):
             net(IMAGES)
 
 
-def test_a_module_shared_within_the_model_is_refused(net):
+@pytest.mark.parametrize("path", ["relu", "relu:input"])
+def test_a_module_shared_within_the_model_is_refused(net, path):
     with (
-        FeatureTap(net, {"act": "relu"}),
+        FeatureTap(net, {"act": path}),
         pytest.raises(RuntimeError, match="module 'relu' ran twice"),
     ):
         net(IMAGES)
@@ -120,6 +141,22 @@ def test_an_output_changed_in_place_is_refused(net):
         net(IMAGES)
         with pytest.raises(RuntimeError, match=r"module 'block\.0' was changed in place"):
             tap.pop()
+
+
+def test_an_input_changed_in_place_is_refused(net):
+    with FeatureTap(net, {"pre": "block.1:input"}) as tap:
+        net(IMAGES)
+        with pytest.raises(RuntimeError, match=r"input of module 'block\.1' was .*inplace=False"):
+            tap.pop()
+
+
+def test_an_input_that_is_no_tensor_is_refused(net):
+    message = "module 'idle' got as first positional argument {}, expected a tensor"
+    with FeatureTap(net, {"in": "idle:input"}):
+        with pytest.raises(ValueError, match=message.format("list")):
+            net.idle([IMAGES])
+        with pytest.raises(ValueError, match=message.format("NoneType")):
+            net.idle(input=IMAGES)
 
 
 def test_an_output_that_is_no_tensor_is_refused(net):
@@ -133,6 +170,8 @@ def test_an_output_that_is_no_tensor_is_refused(net):
 def test_an_unknown_path_lists_near_matches_and_hooks_nothing(net):
     with pytest.raises(ValueError, match=r"tap 'a': Net has no module 'conv3'; near.*conv2"):
         FeatureTap(net, {"first": "conv1", "a": "conv3"})
+    with pytest.raises(ValueError, match=r"no module 'conv3'; near.*conv2"):
+        FeatureTap(net, {"a": "conv3:input"})
     assert hooks(net) == 0
 
 

@@ -1,8 +1,18 @@
-"""The community's model zoo by name; each family registers itself when imported here."""
+"""The community's model zoo, and torchvision's, by name.
+
+Each family registers itself when imported here.
+"""
 
 from __future__ import annotations
 
-from classification.models import mobilenet, resnet_cifar, shufflenet, vgg, wrn  # noqa: F401
+from classification.models import (  # noqa: F401
+    mobilenet,
+    resnet_cifar,
+    shufflenet,
+    torchvision_zoo,
+    vgg,
+    wrn,
+)
 from classification.models.registry import create_model, model_names
 
 __all__ = ["create_model", "model_names"]

@@ -58,10 +58,18 @@ class MobileNetV2(nn.Module):
 
     Attributes:
         stage_names: the stem and the last row of each resolution; rows end without an activation.
+        preactivation_names: the stem before its activation, and the rows as they are.
+        preactivation_norms: of the rows, those that end the last block, as in mdistiller.
     """
 
     stage_names = ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
-    classifier_name = "classifier"
+    preactivation_names = ("conv1.2:input", *stage_names[1:])
+    preactivation_norms = (
+        "conv1.1", "blocks.1.1.conv.7", "blocks.2.2.conv.7", "blocks.4.2.conv.7",
+        "blocks.6.0.conv.7",
+    )  # fmt: skip
+    pooled_name = "avgpool"
+    classifier_name = "classifier.0"
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -93,10 +101,14 @@ class MobileNetV1(nn.Module):
         num_classes: number of logits.
 
     Attributes:
-        stage_names: the last convolution of each resolution, after its activation.
+        stage_names: the stem and the last convolution of each resolution, after its activation.
+        preactivation_names: the norms before these activations.
     """
 
-    stage_names = ("model.3", "model.5", "model.11", "model.13")
+    stage_names = ("model.0", "model.3", "model.5", "model.11", "model.13")
+    preactivation_names = ("model.0.1", "model.3.4", "model.5.4", "model.11.4", "model.13.4")
+    preactivation_norms = preactivation_names
+    pooled_name = "avgpool"
     classifier_name = "fc"
 
     def __init__(self, num_classes: int) -> None:

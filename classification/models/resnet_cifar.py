@@ -62,6 +62,8 @@ class ResidualBlock(nn.Module):
 
     expansion: int
     """Output channels over `width`."""
+    last_norm: str
+    """Name of the batch norm that ends the branch."""
 
     def __init__(self, in_channels: int, width: int, stride: int, layout: Layout) -> None:
         super().__init__()
@@ -90,6 +92,7 @@ class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions."""
 
     expansion = 1
+    last_norm = "bn2"
 
     def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
         self.conv1, self.bn1 = conv_bn(in_channels, width, 3, stride)
@@ -105,6 +108,7 @@ class Bottleneck(ResidualBlock):
     """A 1x1, a (strided) 3x3 and a widening 1x1 convolution."""
 
     expansion = 4
+    last_norm = "bn3"
 
     def _add_branch(self, in_channels: int, width: int, stride: int) -> None:
         self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
@@ -132,6 +136,9 @@ class CifarResNet(nn.Module):
 
     Attributes:
         stage_names: paths of the modules whose outputs are the stage outputs, stem first.
+        preactivation_names: the inputs of the stages' last activations, the sums of branch and
+            shortcut.
+        preactivation_norms: the norms that end the branches of these sums.
     """
 
     def __init__(
@@ -148,15 +155,21 @@ class CifarResNet(nn.Module):
         self.conv1, self.bn1 = conv_bn(3, stem_width, 3)
         self.relu = nn.ReLU()
         self.stage_names: tuple[str, ...] = ("relu",)
+        self.preactivation_names: tuple[str, ...] = ("relu:input",)
+        self.preactivation_norms: tuple[str, ...] = ("bn1",)
         channels = stem_width
         for index, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             out_channels = width * block.expansion
             first = block(channels, width, 1 if index == 1 else 2, layout)
             rest = (block(out_channels, width, 1, layout) for _ in range(depth - 1))
             self.add_module(f"layer{index}", nn.Sequential(first, *rest))
+            last = f"layer{index}.{depth - 1}"
             self.stage_names += (f"layer{index}",)
+            self.preactivation_names += (f"{last}.relu:input",)
+            self.preactivation_norms += (f"{last}.{block.last_norm}",)
             channels = out_channels
         self.avgpool = global_pool()
+        self.pooled_name = "avgpool"
         self.classifier_name = layout.classifier_name
         self.add_module(self.classifier_name, nn.Linear(channels, num_classes))
         initialize_convolutions(self)

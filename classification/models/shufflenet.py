@@ -69,8 +69,9 @@ class BasicUnitV2(nn.Module):
         """`(B, C, H, W)` -> `(B, C, H, W)`."""
         passed, branch = x.chunk(2, dim=1)
         branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(branch)))))
-        branch = self.relu(self.bn3(self.conv3(branch)))
-        return self.shuffle(torch.cat([passed, branch], dim=1))
+        branch = self.bn3(self.conv3(branch))
+        # The half that passes comes out of a ReLU, so that another one does not change it.
+        return self.relu(self.shuffle(torch.cat([passed, branch], dim=1)))
 
 
 class DownUnitV2(nn.Module):
@@ -105,9 +106,17 @@ class ShuffleNet(nn.Module):
 
     Attributes:
         stage_names: stem and stages, after their activations.
+        preactivation_names: the inputs of the last units' activations; half of V2's are outputs of
+            earlier activations (mdistiller has the same channels, not shuffled).
+        preactivation_norms: V1's, as in a residual network; none gives all channels of V2's.
     """
 
     stage_names = ("relu", "layer1", "layer2", "layer3")
+    preactivation_names = (
+        "relu:input", "layer1.3.relu:input", "layer2.7.relu:input", "layer3.3.relu:input"
+    )  # fmt: skip
+    preactivation_norms: tuple[str, ...]
+    pooled_name = "avgpool"
     classifier_name = "linear"
     widths: tuple[int, ...]
     last_width: int | None = None
@@ -142,6 +151,7 @@ class ShuffleNet(nn.Module):
 class ShuffleNetV1(ShuffleNet):
     """Zhang et al., CVPR 2018."""
 
+    preactivation_norms = ("bn1", "layer1.3.bn3", "layer2.7.bn3", "layer3.3.bn3")
     widths = WIDTHS_V1
 
     def _units(self, in_channels: int, out_channels: int, depth: int) -> list[nn.Module]:
@@ -152,6 +162,7 @@ class ShuffleNetV1(ShuffleNet):
 class ShuffleNetV2(ShuffleNet):
     """Ma et al., ECCV 2018."""
 
+    preactivation_norms = ("bn1", "", "", "")
     widths = WIDTHS_V2
     last_width = LAST_WIDTH_V2
 

@@ -28,14 +28,18 @@ class VGG(nn.Module):
         depths: convolutions of each block.
 
     Attributes:
-        stage_names: the activations at the ends of the blocks; what goes into each is its block.
+        stage_names: the activations at the ends of the blocks.
+        preactivation_names: the blocks, which end with their `preactivation_norms`.
     """
 
     stage_names = ("relu0", "relu1", "relu2", "relu3", "relu4")
+    preactivation_names = ("block0", "block1", "block2", "block3", "block4")
+    pooled_name = "avgpool"
     classifier_name = "classifier"
 
     def __init__(self, num_classes: int, *, depths: Sequence[int]) -> None:
         super().__init__()
+        self.preactivation_norms: tuple[str, ...] = ()
         channels = 3
         for index, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True)):
             layers: list[nn.Module] = []
@@ -45,6 +49,7 @@ class VGG(nn.Module):
             # The block's last activation is a module of its own, to be tapped.
             self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
             self.add_module(f"relu{index}", nn.ReLU())
+            self.preactivation_norms += (f"block{index}.{len(layers) - 2}",)
         self.pool = nn.MaxPool2d(2)
         self.avgpool = global_pool()
         self.classifier = nn.Linear(channels, num_classes)

@@ -70,9 +70,14 @@ class WideResNet(nn.Module):
 
     Attributes:
         stage_names: stem and stages; the blocks end without an activation.
+        preactivation_names: the norm behind each, as mdistiller takes it: the next block's first
+            one, or the network's last.
     """
 
     stage_names = ("conv1", "block1", "block2", "block3")
+    preactivation_names = ("block1.layer.0.bn1", "block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
+    preactivation_norms = preactivation_names
+    pooled_name = "avgpool"
     classifier_name = "fc"
 
     def __init__(self, num_classes: int, *, depth: int, widen: int) -> None:

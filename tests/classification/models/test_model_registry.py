@@ -12,9 +12,17 @@ def test_names_are_sorted_and_buildable():
     assert {"resnet8", "resnet32x4", "ResNet50", "resnet56_option_a"} <= set(model_names())
 
 
-@pytest.mark.parametrize(("name", "near"), [("resnet18", "ResNet18"), ("resnet5", "resnet56")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("resnet18", "ResNet18"),
+        ("resnet18", "torchvision/resnet18"),
+        ("resnet5", "resnet56"),
+        ("torchvision/ResNet_50", "torchvision/resnet50"),
+    ],
+)
 def test_an_unknown_name_is_answered_with_its_neighbours(name, near):
-    with pytest.raises(ValueError, match=rf"^name: .*got '{name}'; did you mean .*{near}"):
+    with pytest.raises(ValueError, match=rf"^name: .*got '{name}'; did you mean .*\b{near}"):
         create_model(name, 10)
 
 

@@ -1,0 +1,134 @@
+"""torchvision's classification models as `torchvision/<name>`, with the paths that losses tap.
+
+Parameters keep torchvision's names, so that its checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+
+import torchvision.models
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from classification.models.registry import register
+from pcka.taps import INPUT_SUFFIX
+
+PREFIX = "torchvision/"
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+MOBILENET_V2_ROWS = (3, 6, 13, 17)  # the last block of each resolution
+
+Stages = Iterator[tuple[str, str, str]]
+"""Of each stage its path, its path before the activation, and the path of the norm before that."""
+
+
+class BasicStageEnd(BasicBlock):
+    """torchvision's block with a last activation of its own, not in place, which can be tapped."""
+
+    last_norm = "bn2"
+    last_relu: nn.ReLU
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, C', H / stride, W / stride)`."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        branch = self.relu(self.bn1(self.conv1(x)))
+        return self.last_relu(self.bn2(self.conv2(branch)) + shortcut)
+
+
+class BottleneckStageEnd(Bottleneck):
+    """torchvision's block with a last activation of its own, not in place, which can be tapped."""
+
+    last_norm = "bn3"
+    last_relu: nn.ReLU
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, C', H / stride, W / stride)`."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        branch = self.relu(self.bn1(self.conv1(x)))
+        branch = self.relu(self.bn2(self.conv2(branch)))
+        return self.last_relu(self.bn3(self.conv3(branch)) + shortcut)
+
+
+def _resnet_stages(model: nn.Module) -> Stages:
+    """Stem and layers; the layers' last blocks change class, not parameters."""
+    model.relu.inplace = False
+    yield "relu", "relu:input", "bn1"
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        *before, block = getattr(model, name)
+        block.__class__ = BasicStageEnd if isinstance(block, BasicBlock) else BottleneckStageEnd
+        block.last_relu = nn.ReLU()
+        last = f"{name}.{len(before)}"
+        yield name, f"{last}.last_relu{INPUT_SUFFIX}", f"{last}.{block.last_norm}"
+
+
+def _mobilenet_v2_stages(model: nn.Module) -> Stages:
+    """Stem and last rows, which end linearly: a row is its own feature before the activation."""
+    model.features[0][2].inplace = False
+    yield "features.0", f"features.0.2{INPUT_SUFFIX}", "features.0.1"
+    for index in MOBILENET_V2_ROWS:
+        yield f"features.{index}", f"features.{index}", f"features.{index}.conv.3"
+
+
+def _vgg_stages(model: nn.Module) -> Stages:
+    """The activations before the poolings."""
+    for index, (activation, following) in enumerate(pairwise(model.features)):
+        if isinstance(following, nn.MaxPool2d):
+            activation.inplace = False
+            has_norm = isinstance(model.features[index - 1], nn.BatchNorm2d)
+            path = f"features.{index}"
+            yield path, f"{path}{INPUT_SUFFIX}", f"features.{index - 1}" if has_norm else ""
+
+
+STAGES: dict[type[nn.Module], Callable[[nn.Module], Stages]] = {
+    torchvision.models.ResNet: _resnet_stages,
+    torchvision.models.MobileNetV2: _mobilenet_v2_stages,
+    torchvision.models.VGG: _vgg_stages,
+}
+
+
+def _name_taps(model: nn.Module) -> nn.Module:
+    """Give a model of torchvision the attributes that `register` asks for."""
+    stages = list(STAGES[type(model)](model)) if type(model) in STAGES else []
+    model.stage_names = tuple(stage for stage, _, _ in stages)
+    model.preactivation_names = tuple(path for _, path, _ in stages)
+    model.preactivation_norms = tuple(norm for _, _, norm in stages)
+    model.classifier_name, model.pooled_name = _classifier_paths(model)
+    return model
+
+
+def _classifier_paths(model: nn.Module) -> tuple[str, str]:
+    """The last linear layer, and what goes into it or into a dropout right before it."""
+    modules = list(model.named_modules())
+    linear = [index for index, (_, module) in enumerate(modules) if isinstance(module, nn.Linear)]
+    if not linear:
+        return "", ""
+    (before, dropout), (classifier, _) = modules[linear[-1] - 1 : linear[-1] + 1]
+    # Outside a sequence other code may run between the two.
+    if isinstance(dropout, nn.Dropout) and "." in classifier:
+        dropout.inplace = False
+        return classifier, before + INPUT_SUFFIX
+    return classifier, classifier + INPUT_SUFFIX
+
+
+def _silence_auxiliary_heads(model: nn.Module) -> None:
+    """Give logits alone in training, too; the heads stay, because checkpoints have them."""
+    model.aux_logits = False
+    for head in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, head):
+            getattr(model, head).requires_grad_(False)
+
+
+def _create(name: str, num_classes: int) -> nn.Module:
+    has_heads = name in WITH_AUXILIARY_HEADS
+    # Their published weights want images that are normalised otherwise; the models see to it.
+    keywords = {"transform_input": True, "init_weights": True} if has_heads else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
+    if has_heads:
+        _silence_auxiliary_heads(model)
+    return _name_taps(model)
+
+
+for _name in torchvision.models.list_models(module=torchvision.models):
+    register(PREFIX + _name, partial(_create, _name))
