@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 ROLES = ("student", "teacher")
+SAFETENSORS = ".safetensors"  # files of this suffix are written and read by that package
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
@@ -66,14 +69,14 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def atomic_save(obj: object, path: str | Path) -> None:
-    """Write a file as ``torch.save`` does, so that ``path`` is the old file or the new, never half.
+def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
+    """Write a file so that ``path`` is the old file or the new, never half.
 
     The bytes go to a hidden ``.<name>.<random>.tmp`` beside it, are forced to disk, and take the
     name in one step. A killed process may leave that temporary file; nothing reads it.
 
     Args:
-        obj: what ``torch.save`` takes.
+        write: writes the content into the open file that it is given.
         path: file to write; its folder is made where it is missing.
     """
     path = Path(path)
@@ -81,12 +84,22 @@ def atomic_save(obj: object, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            torch.save(obj, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_save(obj: object, path: str | Path) -> None:
+    """Write a file as ``torch.save`` does, whole or not at all; see :func:`atomic_write`.
+
+    Args:
+        obj: what ``torch.save`` takes.
+        path: file to write; its folder is made where it is missing.
+    """
+    atomic_write(partial(torch.save, obj), path)
 
 
 def save_student(model: nn.Module, path: str | Path) -> None:
@@ -95,21 +108,51 @@ def save_student(model: nn.Module, path: str | Path) -> None:
     Args:
         model: the student itself, wrapped by DataParallel or ``torch.compile``, or a
             ``Distiller`` (whose student is taken).
-        path: file to write, atomically.
+        path: file to write, atomically: of safetensors if it ends so, else of ``torch.save``.
+
+    Raises:
+        ImportError: a ``.safetensors`` file, and that package is not installed.
     """
     state = extract_state_dict(model.state_dict())
-    # Clones, because torch.save writes the whole storage that a view belongs to.
-    atomic_save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, path)
+    # Copies, because torch.save writes the whole storage that a view belongs to; contiguous ones,
+    # because safetensors takes no others.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    if Path(path).suffix == SAFETENSORS:
+        content = optional_package("safetensors.torch").save(copies)
+        atomic_write(lambda file: file.write(content), path)
+    else:
+        atomic_save(copies, path)
+
+
+def optional_package(name: str) -> Any:
+    """Import a package of the extra ``export``.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name.partition('.')[0]} is not installed; pip install 'pcka[export]' (from a clone: "
+            "pip install -e '.[export]') adds what this file format needs"
+        ) from error
 
 
 def load_file(path: str | Path) -> object:
-    """Read a file of ``torch.save`` to the CPU, without running code that it may hold.
+    """Read a file of ``torch.save`` or safetensors to the CPU, without running code it may hold.
 
     Raises:
         CheckpointError: the file holds objects other than tensors and plain containers (they are
             not made), is damaged, or is no checkpoint.
+        ImportError: a ``.safetensors`` file, and that package is not installed.
         OSError: it cannot be opened.
     """
+    if Path(path).suffix == SAFETENSORS:
+        return _load_safetensors(Path(path))
     with Path(path).open("rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -172,6 +215,15 @@ def load_weights(
         )
     model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
     return report
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    safetensors = optional_package("safetensors.torch")
+    content = path.read_bytes()
+    try:
+        return safetensors.load(content)
+    except Exception as error:  # a type of the package's own
+        raise CheckpointError(_damaged(error, path, "safetensors")) from error
 
 
 def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: str) -> LoadReport:
@@ -244,18 +296,24 @@ def _strip_wrappers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 def _explain(error: Exception, path: str | Path) -> str:
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused is None:
-        return (
-            f"path: expected a file of torch.save, {str(path)!r} is damaged or something else "
-            f"({type(error).__name__}); get it anew"
-        )
+        return _damaged(error, path, "torch.save")
     rewrite = (
         f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
-        "torch.save({k: c[k] for k in ('model', 'state_dict') if k in c}, 'weights.pth')"
+        "c = c if isinstance(c, dict) else {'model': c}; "  # a whole model
+        "torch.save({k: getattr(c[k], 'state_dict', lambda: c[k])() "
+        "for k in ('model', 'state_dict') if k in c}, 'weights.pth')"
     )
     return (
         f"path: expected tensors and plain containers, {str(path)!r} also holds "
         f"{refused[1]}, and to load that is to run code from the file. If, and only if, you trust "
         f'who made it, rewrite it once without: python -c "{rewrite}"'
+    )
+
+
+def _damaged(error: Exception, path: str | Path, kind: str) -> str:
+    return (
+        f"path: expected a file of {kind}, {str(path)!r} is damaged or something else "
+        f"({type(error).__name__}); get it anew"
     )
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 import pcka
@@ -36,6 +38,11 @@ def _prefixed(prefix: str, model: nn.Module) -> dict[str, Tensor]:
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _same_content(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whatever the order, of which safetensors makes its own."""
+    return _same(dict(sorted(one.items())), dict(sorted(other.items())))
 
 
 STUDENT, TEACHER = _model(), _model()
@@ -177,15 +184,24 @@ class _Exploit:
         return open, (str(self.marker), "w")
 
 
+PICKLED = {
+    "argparse.Namespace": {"opt": argparse.Namespace(lr=0.1), "model": STUDENT.state_dict()},
+    "multiarray.scalar": {"best_acc": np.float64(71.5), "state_dict": STUDENT.state_dict()},
+    "modules.container": STUDENT,
+    "container.Sequential": {"model": STUDENT, "epoch": 240},
+}
+
+
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickled_object_is_refused_with_the_way_out(zipped, tmp_path):
+@pytest.mark.parametrize("found", PICKLED)
+def test_a_pickled_object_is_refused_with_the_way_out(found, zipped, tmp_path, monkeypatch):
     path = tmp_path / "resnet_last.pth"
-    content = {"opt": argparse.Namespace(lr=0.1), "model": STUDENT.state_dict()}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"argparse\.Namespace.*trust") as caught:
+    torch.save(PICKLED[found], path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=rf"{found}.*trust") as caught:
         load_file(path)
     way_out = re.search(r'python -c "(.*)"', str(caught.value))[1]
-    subprocess.run([sys.executable, "-c", way_out], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    exec(way_out, {})
     assert load_weights(_model(), tmp_path / "weights.pth").complete
 
 
@@ -305,6 +321,38 @@ def test_save_student_gives_what_a_plain_constructor_loads(wrap, tmp_path):
     fresh = _model()
     fresh.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True))
     assert _same(fresh.state_dict(), student.state_dict())
+
+
+@pytest.mark.parametrize("layout", ["bare *", "bare module.*", "bare student._orig_mod.*"])
+def test_safetensors_load_in_any_layout(layout, tmp_path):
+    copies = {name: tensor.clone() for name, tensor in LAYOUTS[layout].items()}
+    safetensors.save_file(copies, tmp_path / "file.safetensors")
+    model = _model()
+    report = load_weights(model, tmp_path / "file.safetensors")
+    assert report.complete and report.layout == layout
+    assert _same_content(model.state_dict(), STUDENT.state_dict())
+
+
+def test_save_student_writes_safetensors_that_others_read(tmp_path):
+    student = _model().to(memory_format=torch.channels_last)
+    save_student(student, tmp_path / "student.safetensors")
+    read = safetensors.load_file(tmp_path / "student.safetensors")
+    assert _same_content(read, student.state_dict())
+
+
+def test_a_damaged_safetensors_file_is_named(tmp_path):
+    path = tmp_path / "file.safetensors"
+    torch.save(STUDENT.state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"file of safetensors, .*file\.safetensors' is dam"):
+        load_file(path)
+
+
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for use in (load_file, lambda path: save_student(STUDENT, path)):
+        with pytest.raises(ImportError, match=r"safetensors is not installed; .*pcka\[export\]"):
+            use(tmp_path / "file.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_student_writes_no_more_than_the_weights(tmp_path):

@@ -1,55 +1,87 @@
-"""The batches of an epoch: their order and their augmentation depend on (seed, epoch) alone."""
+"""Which images make up which batch, in which process: by (SEED, epoch) alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sized
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.data.augment import crop_and_flip
-from classification.data.image_set import ImageSet
-
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
+# Purposes that random numbers are drawn for, each with streams of its own.
+ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM = 0, 1, 2
 
 
-def training_batches(data: ImageSet, cfg: CfgNode, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) for one epoch: float32 in [0, 1], (B, 3, S, S), and int64, (B,).
+class Batch(NamedTuple):
+    """A batch on the device that trains.
 
-    Order and augmentation come from a random stream each, both made from (SEED, epoch): a resumed
-    run goes on with the very images that it would have seen, and every method sees the same ones.
-    All is drawn before the first batch, so that no step waits for the host. An incomplete last
-    batch is left out, because alignment over the samples of a batch depends on their number.
+    Attributes:
+        images: (B, 3, S, S), float32 in [0, 1], RGB.
+        labels: (B,), int64.
+        indices: the images' positions in their set, (B,), int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
+    """Return the number of complete batches of ``SOLVER.BATCH_SIZE`` images in a set.
 
     Args:
-        data: the training images, on the device that trains.
-        cfg: SEED, SOLVER.BATCH_SIZE, DATA.CROP_PADDING and DATA.FLIP are read.
-        epoch: 0 for the first.
+        data: the training images.
+        cfg: SOLVER.BATCH_SIZE is read: images of one step in all processes together.
+        world_size: number of processes that share every batch.
+
+    Raises:
+        ValueError: the set is smaller than one batch, or the processes cannot share it evenly.
     """
-    device, total, padding = data.images.device, len(data), cfg.DATA.CROP_PADDING
-    order = torch.randperm(total, generator=_stream(cfg.SEED, epoch, ORDER_STREAM)).to(device)
-    augmentation = _stream(cfg.SEED, epoch, AUGMENTATION_STREAM)
-    offsets = torch.randint(2 * padding + 1, (total, 2), generator=augmentation).to(device)
-    flipped = (torch.rand(total, generator=augmentation) < 0.5).to(device) & cfg.DATA.FLIP
-    for batch in range(steps_per_epoch(data, cfg)):
-        chosen = slice(batch * cfg.SOLVER.BATCH_SIZE, (batch + 1) * cfg.SOLVER.BATCH_SIZE)
-        images = data.images[order[chosen]]
-        if padding or cfg.DATA.FLIP:
-            images = crop_and_flip(images, offsets[chosen], flipped[chosen], padding)
-        yield to_unit_range(images), data.labels[order[chosen]]
-
-
-def steps_per_epoch(data: ImageSet, cfg: CfgNode) -> int:
-    """Return the number of complete batches in the set; a set smaller than one is refused."""
-    steps = len(data) // cfg.SOLVER.BATCH_SIZE
+    batch_size = cfg.SOLVER.BATCH_SIZE
+    if surplus := batch_size % world_size:
+        raise ValueError(
+            f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes that "
+            f"share every batch, got {batch_size}; take {batch_size - surplus + world_size}, or "
+            "another number of processes"
+        )
+    steps = len(data) // batch_size
     if steps == 0:
         raise ValueError(
-            f"SOLVER.BATCH_SIZE: {cfg.SOLVER.BATCH_SIZE} is more than the {len(data)} training "
+            f"SOLVER.BATCH_SIZE: {batch_size} is more than the {len(data)} training "
             "images; take a smaller batch or more images (DATA.TRAIN_IMAGES)"
         )
     return steps
+
+
+def epoch_order(data: Sized, cfg: CfgNode, epoch: int) -> Tensor:
+    """Return the images' positions in the order of an epoch, (N,) int64."""
+    return torch.randperm(len(data), generator=random_stream(cfg.SEED, epoch, ORDER_STREAM))
+
+
+def training_share(values: Tensor, steps: int, batch_size: int, rank: int, world: int) -> Tensor:
+    """Return what one process takes of every batch: its contiguous ``rank``-th part.
+
+    The parts of all processes, one after the other, are the batch of a single process.
+
+    Args:
+        values: of each image in the order of the epoch, (N, ...); N >= steps * batch_size.
+        steps: number of batches; what is left over after them is left out.
+        batch_size: images of a batch, of all processes together.
+        rank: of this process.
+        world: number of processes.
+
+    Returns:
+        (steps, batch_size / world, ...).
+    """
+    return values[: steps * batch_size].unflatten(0, (steps, world, -1))[:, rank]
+
+
+def evaluation_share(data: Sized, batch_size: int, rank: int, world: int) -> list[Tensor]:
+    """Return the positions ``rank``, ``rank + world``, … in batches, the last maybe smaller."""
+    positions = torch.arange(len(data))[rank::world]
+    return [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -57,7 +89,12 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-def _stream(seed: int, epoch: int, purpose: int) -> torch.Generator:
+def random_stream(*purpose: int) -> torch.Generator:
     """Return a generator of its own for each (seed, epoch, purpose)."""
-    (state,) = np.random.SeedSequence((seed, epoch, purpose)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
+    return torch.Generator().manual_seed(stream_seed(*purpose))
+
+
+def stream_seed(*purpose: int) -> int:
+    """Return the seed of the stream for (seed, epoch, purpose) or (seed, epoch, purpose, index)."""
+    (state,) = np.random.SeedSequence(purpose).generate_state(1, np.uint64)
+    return int(state)

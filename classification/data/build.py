@@ -1,4 +1,4 @@
-"""From the DATA section to image sets in memory."""
+"""From the DATA section to image sets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from fvcore.common.config import CfgNode
 
 from classification.data.cifar import cifar_source
 from classification.data.digits import digits_source
-from classification.data.folder import folder_source
+from classification.data.folder import FolderSource, folder_source
 from classification.data.image_set import ImageSet, Source, balanced_order
+from classification.data.resident import ResidentSet
+from classification.data.streaming import StreamingSet
 
 
 def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
@@ -21,7 +23,8 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
 
     Raises:
         ValueError: missing or damaged data, train and test of different classes, too few images,
-            a set beyond ``DATA.MEMORY_GB``, or a contradicting ``DATA.NUM_CLASSES``.
+            a resident set beyond ``DATA.MEMORY_GB``, a contradicting ``DATA.NUM_CLASSES``, or
+            ``DATA.STREAM`` where there are no files to stream.
     """
     train = _source(cfg, "train")
     held_out, kept = _split(cfg, train)
@@ -37,7 +40,7 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
                 f"got these in one of them only: {', '.join(differing)}"
             )
     _check_memory(cfg, len(kept) + len(tested))
-    return _read(train, kept), _read(test, tested)
+    return _open(cfg, train, kept), _open(cfg, test, tested)
 
 
 def load_evaluation_set(cfg: CfgNode) -> ImageSet:
@@ -49,11 +52,16 @@ def load_evaluation_set(cfg: CfgNode) -> ImageSet:
         source = _source(cfg, "test")
         chosen = np.arange(len(source.labels))
     _check_memory(cfg, len(chosen))
-    return _read(source, chosen)
+    return _open(cfg, source, chosen)
 
 
 def _source(cfg: CfgNode, split: str) -> Source:
     data = cfg.DATA
+    if data.STREAM and data.NAME != "folder":
+        raise ValueError(
+            f"DATA.STREAM: only image files stream (DATA.NAME folder), got {data.NAME!r}; set it "
+            "to False"
+        )
     if data.NAME == "digits":
         source = digits_source(split, data.IMAGE_SIZE)
     elif data.NAME == "folder":
@@ -83,13 +91,28 @@ def _split(cfg: CfgNode, train: Source) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_memory(cfg: CfgNode, images: int) -> None:
     gigabytes = images * 3 * cfg.DATA.IMAGE_SIZE**2 / 1e9
-    if gigabytes > cfg.DATA.MEMORY_GB:
+    if gigabytes > cfg.DATA.MEMORY_GB and not cfg.DATA.STREAM:
         raise ValueError(
             f"DATA.MEMORY_GB: {images} images of {cfg.DATA.IMAGE_SIZE} pixels need "
             f"{gigabytes:.3g} GB, allowed are {cfg.DATA.MEMORY_GB:.3g}; raise it if the memory is "
-            "there, or take a smaller DATA.IMAGE_SIZE or a subset by DATA.TRAIN_IMAGES"
+            "there, set DATA.STREAM True to read image files batch by batch instead, or take a "
+            "smaller DATA.IMAGE_SIZE or a subset by DATA.TRAIN_IMAGES"
         )
 
 
-def _read(source: Source, chosen: np.ndarray) -> ImageSet:
-    return ImageSet(source.read(chosen), torch.from_numpy(source.labels[chosen]), source.classes)
+def _open(cfg: CfgNode, source: Source, chosen: np.ndarray) -> ImageSet:
+    """Return the chosen images of a source, resident or streaming as DATA.STREAM says."""
+    labels, data = torch.from_numpy(source.labels[chosen]), cfg.DATA
+    if not data.STREAM:
+        return ResidentSet(source.read(chosen), labels, source.classes)
+    assert isinstance(source, FolderSource)  # by _source
+    resize = data.RESIZE or round(data.IMAGE_SIZE * 8 / 7)
+    if resize < data.IMAGE_SIZE:
+        raise ValueError(
+            f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut out "
+            f"of it, got {resize}; 0 takes 8/7 of DATA.IMAGE_SIZE"
+        )
+    files = source.files.take(chosen)
+    return StreamingSet(
+        files, labels, source.classes, data.IMAGE_SIZE, resize, workers=data.WORKERS
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +23,67 @@ DECODING_THREADS = 4
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves
 
 
-def folder_source(root: str, split: str, image_size: int) -> Source:
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files by position.
+
+    Attributes:
+        folder: that they lie in, at any depth.
+        names: relative to it, (N,) bytes: one array, because a million Python strings would be
+            copied into every worker process as their reference counts change.
+    """
+
+    folder: Path
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest (hex) of names and sizes."""
+        sizes = [os.stat(self.path(position)).st_size for position in range(len(self))]
+        digest = hashlib.sha256(b"\0".join(self.names.tolist()))
+        digest.update(np.array(sizes, dtype=np.int64).data)
+        return digest.hexdigest()
+
+    def path(self, position: int) -> str:
+        """Return the path of one file."""
+        return os.path.join(self.folder, os.fsdecode(self.names[position]))
+
+    def open(self, position: int) -> Image.Image:
+        """Return one image in RGB; an image that cannot be decoded names its file."""
+        path = self.path(position)
+        try:
+            with Image.open(path) as file:
+                return file.convert("RGB")
+        except Exception as error:  # what a decoder meets in a broken file is of many types
+            raise ValueError(f"cannot decode the image {path!r}: {error}") from error
+
+    def take(self, indices: np.ndarray) -> ImageFiles:
+        """Return the files at ``indices``, (M,) int64, in that order."""
+        return replace(self, names=self.names[indices])
+
+
+@dataclass(frozen=True)
+class FolderSource(Source):
+    """A source whose images can also be opened one by one.
+
+    Attributes:
+        files: of the images, (N,).
+    """
+
+    files: ImageFiles
+
+
+def folder_source(root: str, split: str, image_size: int) -> FolderSource:
     """Return the ``train`` or ``test`` part of a class-per-folder set; classes are alphabetical.
 
     Args:
         root: folder that holds the parts.
         split: "train" or "test" (a folder ``test`` or else ``val``).
-        image_size: side of the images, pixels: the shorter side is resized to it and the centre
-            cut out.
+        image_size: side of the images that ``read`` gives, pixels: the shorter side is resized to
+            it and the centre cut out.
 
     Raises:
         ValueError: no such folder, no class folders, or a class without images.
@@ -42,19 +97,22 @@ def folder_source(root: str, split: str, image_size: int) -> Source:
         )
     try:
         classes, _ = find_classes(folder)
-        files = make_dataset(folder, extensions=IMG_EXTENSIONS)
+        found = make_dataset(folder, extensions=IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise ValueError(f"DATA.ROOT: {folder} is not a class-per-folder set: {error}") from error
-    paths = [path for path, _ in files]
-    labels = np.array([label for _, label in files], dtype=np.int64)
-    return Source(labels, tuple(classes), partial(_read, paths, image_size))
+    names = [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path, _ in found]
+    files = ImageFiles(folder, np.array(names))
+    labels = np.array([label for _, label in found], dtype=np.int64)
+    return FolderSource(labels, tuple(classes), partial(_read, files, image_size), files)
 
 
-def _read(paths: Sequence[str], image_size: int, indices: np.ndarray) -> Tensor:
+def _read(files: ImageFiles, image_size: int, indices: np.ndarray) -> Tensor:
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
 
     def fill(position: int) -> None:
-        images[position] = _decode(paths[indices[position]], image_size)
+        image = transforms.resize(files.open(indices[position]), image_size, antialias=True)
+        centre = transforms.center_crop(image, [image_size, image_size])
+        images[position] = transforms.pil_to_tensor(centre)
 
     bar = tqdm(total=len(indices), desc="decoding", unit="img", leave=False, disable=None)
     with bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
@@ -65,14 +123,3 @@ def _read(paths: Sequence[str], image_size: int, indices: np.ndarray) -> Tensor:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return images
-
-
-def _decode(path: str, image_size: int) -> Tensor:
-    """Return one image as (3, S, S) uint8; an image that cannot be decoded names its file."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except Exception as error:  # what a decoder meets in a broken file is of many types
-        raise ValueError(f"cannot decode the image {path!r}: {error}") from error
-    image = transforms.resize(image, image_size, antialias=True)
-    return transforms.pil_to_tensor(transforms.center_crop(image, [image_size, image_size]))

@@ -1,15 +1,19 @@
-"""What an image set is, before it is read (its labels) and after (one tensor)."""
+"""What an image set is: to the training, and before it is opened (its labels alone)."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor
+
+from classification.data.batches import Batch
+
+EVALUATION_BATCH_SIZE = 256  # images at once; what is measured does not depend on it
 
 
 @dataclass(frozen=True)
@@ -27,34 +31,72 @@ class Source:
     read: Callable[[np.ndarray], Tensor]
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images and labels in memory.
+class ImageSet(ABC):
+    """Labelled images that give batches on one device, the same ones wherever their pixels lie.
 
     Attributes:
-        images: (N, 3, S, S), uint8, RGB.
-        labels: (N,), int64.
+        labels: (N,), int64, on the device of the batches.
         classes: class names, by index.
     """
 
-    images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> ImageSet:
-        """Return the set on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+    @property
+    def device(self) -> torch.device:
+        """The device of the batches."""
+        return self.labels.device
 
-    @cached_property
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
-        """A digest (hex) of images, labels and class names."""
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
-        digest.update(self.images.cpu().contiguous().numpy())
-        digest.update(self.labels.cpu().contiguous().numpy())
-        return digest.hexdigest()
+        """A digest (hex) of what a training on the set depends on."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> ImageSet:
+        """Return the set with its batches on another device."""
+
+    @abstractmethod
+    def subset(self, indices: Tensor) -> ImageSet:
+        """Return the set of the images at ``indices``, (M,) int64, in that order."""
+
+    @abstractmethod
+    def training_batches(
+        self, cfg: CfgNode, epoch: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield this process's part of every batch of one epoch, shuffled and augmented.
+
+        Order and augmentation depend on (SEED, epoch, image) alone: a resumed run goes on with
+        the very images that it would have seen, every method sees the same ones, and the parts of
+        all processes, one after the other, are the batch of a single process. The global random
+        generators have no part in it. An incomplete last batch is left out, because alignment
+        over the samples of a batch depends on their number.
+
+        Args:
+            cfg: SEED, SOLVER.BATCH_SIZE (of all processes together) and the augmentation's keys
+                in DATA are read.
+            epoch: 0 for the first.
+            rank: of this process.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: a batch that the set or the processes cannot make up.
+        """
+
+    @abstractmethod
+    def evaluation_batches(
+        self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield the images ``rank``, ``rank + world_size``, … in order, each once, as they are.
+
+        Args:
+            batch_size: images at once in this process.
+            rank: of this process.
+            world_size: number of processes; their parts may differ in length by one image.
+        """
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:

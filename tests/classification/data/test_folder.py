@@ -80,10 +80,15 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_a_set_beyond_the_memory_limit_is_refused_before_an_image_is_read(root):
     for image in root.rglob("*.png"):
         image.write_bytes(b"")  # would fail if it were decoded
-    with pytest.raises(ValueError, match=r"MEMORY_GB: 9 images of 8 pixels need .*TRAIN_IMAGES"):
+    with pytest.raises(ValueError, match=r"MEMORY_GB: 9 images of 8 .* DATA.STREAM True .*"):
         load_image_sets(config(root, **{"DATA.MEMORY_GB": 1e-7}))
 
 
 def test_a_subset_reads_its_own_images_only(root):
     train, held_out = load_image_sets(config(root, **{"DATA.TRAIN_IMAGES": 3, "DATA.HOLDOUT": 3}))
     assert train.labels.tolist() == held_out.labels.tolist() == [0, 1, 2]
+
+
+def test_a_streaming_set_has_no_memory_limit(root):
+    train, _ = load_image_sets(config(root, **{"DATA.MEMORY_GB": 1e-7, "DATA.STREAM": True}))
+    assert len(train) == 6

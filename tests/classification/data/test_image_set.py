@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-import torch
 
-from classification.data import ImageSet
 from classification.data.image_set import balanced_order
 
 
@@ -24,16 +20,3 @@ def test_a_balanced_order_is_shuffled_by_its_seed():
     assert (order == balanced_order(labels, seed=0)).all()
     assert not (order == balanced_order(labels, seed=1)).all()
     assert not (order == np.arange(50)).all()
-
-
-def test_the_fingerprint_sees_pixels_labels_and_classes():
-    data = ImageSet(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.arange(4), tuple("abcd"))
-    pixels = data.images.clone()
-    pixels[3, 2, 1, 1] = 1
-    others = [
-        replace(data, images=pixels),
-        replace(data, labels=data.labels.flip(0)),
-        replace(data, classes=tuple("abce")),
-    ]
-    assert replace(data, images=data.images.clone()).fingerprint == data.fingerprint
-    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4

@@ -1,0 +1,86 @@
+"""An image set that lies in memory as one uint8 tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from classification.data.augment import crop_and_flip
+from classification.data.batches import (
+    AUGMENTATION_STREAM,
+    Batch,
+    epoch_order,
+    evaluation_share,
+    random_stream,
+    steps_per_epoch,
+    to_unit_range,
+    training_share,
+)
+from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
+
+
+@dataclass(frozen=True)
+class ResidentSet(ImageSet):
+    """Images and labels on the device that trains, where a batch is cropped and flipped at once.
+
+    Attributes:
+        images: (N, 3, S, S), uint8, RGB.
+        labels: (N,), int64.
+        classes: class names, by index.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest (hex) of images, labels and class names."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        digest.update(self.images.cpu().contiguous().numpy().data)
+        digest.update(self.labels.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> ResidentSet:
+        """Return the set on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, indices: Tensor) -> ResidentSet:
+        """Return the set of the images at ``indices``, (M,) int64, in that order."""
+        indices = indices.to(self.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def training_batches(
+        self, cfg: CfgNode, epoch: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield :meth:`ImageSet.training_batches`, by DATA.CROP_PADDING and DATA.FLIP.
+
+        All is drawn before the first batch, so that no step waits for the host.
+        """
+        padding, flips = cfg.DATA.CROP_PADDING, cfg.DATA.FLIP
+        augmentation = random_stream(cfg.SEED, epoch, AUGMENTATION_STREAM)
+        offsets = torch.randint(2 * padding + 1, (len(self), 2), generator=augmentation)
+        flipped = (torch.rand(len(self), generator=augmentation) < 0.5) & flips
+        share = (steps_per_epoch(self, cfg, world_size), cfg.SOLVER.BATCH_SIZE, rank, world_size)
+        drawn = (epoch_order(self, cfg, epoch), offsets, flipped)
+        for chosen, corners, mirrored in zip(
+            *(training_share(values, *share).to(self.device) for values in drawn)
+        ):
+            images = self.images[chosen]
+            if padding or flips:
+                images = crop_and_flip(images, corners, mirrored, padding)
+            yield Batch(to_unit_range(images), self.labels[chosen], chosen)
+
+    def evaluation_batches(
+        self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield :meth:`ImageSet.evaluation_batches`."""
+        for share in evaluation_share(self, batch_size, rank, world_size):
+            chosen = share.to(self.device)
+            yield Batch(to_unit_range(self.images[chosen]), self.labels[chosen], chosen)

@@ -1,0 +1,136 @@
+"""An image set that is read from its files batch by batch, for data too large for memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from classification.data.batches import (
+    IMAGE_STREAM,
+    Batch,
+    epoch_order,
+    evaluation_share,
+    steps_per_epoch,
+    stream_seed,
+    to_unit_range,
+    training_share,
+)
+from classification.data.folder import ImageFiles
+from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
+
+
+@dataclass(frozen=True)
+class StreamingSet(ImageSet):
+    """Image files that worker processes decode and augment ahead of the training.
+
+    Training takes a random part of an image, 8 to 100 % of its area and 3:4 to 4:3 in shape,
+    resized to a square (Szegedy et al. 2015, section 6), and mirrors half of the images.
+    Evaluation resizes the shorter side and cuts out the centre.
+
+    Attributes:
+        files: of the images.
+        labels: (N,), int64, on the device of the batches.
+        classes: class names, by index.
+        image_size: side of the batches' images, pixels.
+        resize: the shorter side before the centre is cut out, pixels.
+        workers: processes that decode; 0: this process does.
+    """
+
+    files: ImageFiles
+    labels: Tensor
+    classes: tuple[str, ...]
+    image_size: int
+    resize: int
+    workers: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest (hex) of file names, sizes and labels, class names and the images' side.
+
+        Every file is asked for its size, none is read.
+        """
+        about = ("streaming", self.image_size, self.classes, self.files.digest)
+        digest = hashlib.sha256(repr(about).encode())
+        digest.update(self.labels.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> StreamingSet:
+        """Return the set with its batches on another device."""
+        return replace(self, labels=self.labels.to(device))
+
+    def subset(self, indices: Tensor) -> StreamingSet:
+        """Return the set of the images at ``indices``, (M,) int64, in that order."""
+        labels = self.labels[indices.to(self.device)]
+        return replace(self, files=self.files.take(indices.cpu().numpy()), labels=labels)
+
+    def training_batches(
+        self, cfg: CfgNode, epoch: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield :meth:`ImageSet.training_batches`, by DATA.FLIP."""
+        steps = steps_per_epoch(self, cfg, world_size)
+        order = epoch_order(self, cfg, epoch)
+        share = training_share(order, steps, cfg.SOLVER.BATCH_SIZE, rank, world_size)
+        crop = v2.RandomResizedCrop(self.image_size, antialias=True)
+        mirror = [v2.RandomHorizontalFlip()] if cfg.DATA.FLIP else []
+        pictures = _Pictures(self.files, v2.Compose([crop, *mirror, v2.PILToTensor()]))
+        yield from self._stream(_Seeded(pictures, (cfg.SEED, epoch, IMAGE_STREAM)), list(share))
+
+    def evaluation_batches(
+        self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Yield :meth:`ImageSet.evaluation_batches`."""
+        centre = [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_size)]
+        pictures = _Pictures(self.files, v2.Compose([*centre, v2.PILToTensor()]))
+        yield from self._stream(pictures, evaluation_share(self, batch_size, rank, world_size))
+
+    def _stream(self, pictures: Dataset[Tensor], batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Yield batches of images, (B,) positions each, while the workers are at the next ones."""
+        loader = DataLoader(
+            pictures,
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the default would draw from the global one
+        )
+        for batch, images in zip(batches, loader):
+            # From pinned memory: the copy waits for the device's queue, and nobody for the copy.
+            chosen = batch.to(self.device, non_blocking=True)
+            images = to_unit_range(images.to(self.device, non_blocking=True))
+            yield Batch(images, self.labels[chosen], chosen)
+
+
+class _Pictures(Dataset[Tensor]):
+    """Decoded and transformed images, (3, S, S) uint8, by position."""
+
+    def __init__(self, files: ImageFiles, transform: v2.Transform) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self.transform(self.files.open(position))
+
+
+class _Seeded(Dataset[Tensor]):
+    """Items whose random numbers depend on the stream and their position alone.
+
+    torchvision draws from torch's global generator; it is lent to each item and put back, so that
+    neither the number of workers nor what they did before has a part in the result.
+    """
+
+    def __init__(self, items: Dataset[Tensor], stream: tuple[int, int, int]) -> None:
+        self.items = items
+        self.stream = stream
+
+    def __getitem__(self, position: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the CUDA devices of this process, too.
+            torch.default_generator.manual_seed(stream_seed(*self.stream, position))
+            return self.items[position]

@@ -1,0 +1,125 @@
+"""Write a student for others: ``python classification/export.py --config-file F --weights W ...``.
+
+``--output`` ends in ``.pth`` or ``.safetensors`` (the weights alone, under the names of the plain
+model, which ``create_model`` or torchvision's constructor loads) or in ``.onnx``: the graph from
+normalised pixels, or with ``--with-normalization`` from pixels in [0, 1], to logits, for batches
+of any size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from classification.command_line import config_arguments
+from classification.config import ConfigError, load_config
+from classification.distillation import pixel_statistics
+from classification.models import create_model
+from classification.weights import load_classifier
+from pcka.checkpoint import (
+    SAFETENSORS,
+    atomic_write,
+    extract_state_dict,
+    load_file,
+    optional_package,
+    save_student,
+)
+
+ONNX = ".onnx"
+FORMATS = (".pth", SAFETENSORS, ONNX)
+EXAMPLE_BATCH = 2  # not 1, which torch.export would take for a constant
+
+
+def export_student(
+    cfg: CfgNode, weights: str, output: str | Path, *, with_normalization: bool = False
+) -> Path:
+    """Write the student with the weights of a checkpoint as ``output``; return its path.
+
+    Args:
+        cfg: STUDENT says the model and its pixel statistics, DATA.IMAGE_SIZE the side of the
+            graph's images. DATA.NUM_CLASSES 0 takes as many classes as the checkpoint has.
+        weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
+        output: file of one of ``FORMATS``, written atomically.
+        with_normalization: the graph begins with the student's pixel normalisation.
+
+    Raises:
+        ConfigError: another format, a normalisation without a graph, or a number of classes that
+            neither configuration nor checkpoint says.
+        ImportError: a package of the extra ``export`` that the format needs is not installed.
+        ValueError: weights that do not fill the student.
+    """
+    output = Path(output)
+    if output.suffix not in FORMATS:
+        raise ConfigError(f"output: expected a file of {', '.join(FORMATS)}, got {str(output)!r}")
+    if with_normalization and output.suffix != ONNX:
+        raise ConfigError(
+            f"with_normalization: weights alone hold no normalisation, got {str(output)!r}; "
+            f"export to {ONNX}, or leave it out"
+        )
+    name = cfg.STUDENT.NAME
+    classes = cfg.DATA.NUM_CLASSES or _classes_of(name, weights)
+    student = load_classifier(name, weights, classes, role="student")
+    if output.suffix != ONNX:
+        save_student(student, output)
+        return output
+    pixels = pixel_statistics(cfg.STUDENT) if with_normalization else nn.Identity()
+    content = _onnx_graph(nn.Sequential(OrderedDict(pixels=pixels, model=student)).eval(), cfg)
+    atomic_write(lambda file: file.write(content), output)
+    return output
+
+
+def _classes_of(name: str, weights: str) -> int:
+    """Return the number of classes of a checkpoint's classifier."""
+    classifier = f"{create_model(name, 1).classifier_name}.weight"
+    state = extract_state_dict(load_file(weights))
+    if classifier not in state:
+        raise ConfigError(
+            f"DATA.NUM_CLASSES: {weights!r} does not say it (it has no {classifier!r} of a "
+            f"{name}); set it to the number of classes that the student was trained on"
+        )
+    return len(state[classifier])
+
+
+def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
+    """Return the serialised graph: ``images`` (batch, 3, S, S) -> ``logits`` (batch, classes)."""
+    for package in ("onnx", "onnxscript"):
+        optional_package(package)
+    side = cfg.DATA.IMAGE_SIZE
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(EXAMPLE_BATCH, 3, side, side),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    return program.model_proto.SerializeToString()
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Export as the arguments say; return the file's path."""
+    parser = config_arguments("Export the student of a configuration.")
+    parser.add_argument("--weights", metavar="W", required=True, help="checkpoint of the student")
+    parser.add_argument("--output", metavar="OUT", required=True, help=" | ".join(FORMATS))
+    parser.add_argument(
+        "--with-normalization",
+        action="store_true",
+        help=f"{ONNX}: the graph takes pixels in [0, 1] instead of normalised ones",
+    )
+    given = parser.parse_intermixed_args(arguments)
+    cfg = load_config(given.config_file, given.overrides)
+    path = export_student(
+        cfg, given.weights, given.output, with_normalization=given.with_normalization
+    )
+    print(f"{path}: {cfg.STUDENT.NAME}, {path.stat().st_size / 1e6:.2f} MB")
+    return path
+
+
+if __name__ == "__main__":
+    main()
