@@ -4,15 +4,22 @@ RetinaNet R101 -> R50, batch 2, random weights and images, float32. In every rou
 other: the student's step alone, the teacher's backbone forward, and the distilled step of each
 method; medians over the rounds. The bound is student step + teacher forward, since both have to
 run whatever the method is.
+
+The peak of each is measured as :mod:`benchmarks.memory` does it, before the timing, in a process
+of its own that has built the whole distilled model: weights and images are excluded in every row,
+the gradients of the weights are included. What a method's peak exceeds that of the student's step
+by is the memory that it adds, beyond the teacher's weights. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,42 +29,86 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import detection.meta_arch  # noqa: F401  (registers itself)
+from benchmarks.harness import markdown
+from benchmarks.memory import in_fresh_process
 from detection.config import PROJECT, load_config
+from pcka.analysis.memory import peak_growth
 
 CONFIG = PROJECT / "configs/detection/coco/retinanet_r50/from_r101_pcka.yaml"
 METHODS = ("PCKA", "PKD", "CWD", "FITNET")
+STUDENT, TEACHER = "student step", "teacher forward"
 BATCH = 2
 OBJECTS = 8
+WARM_UP_SIDE = 128
+MIB = 1 << 20
 Step = Callable[[], Any]
 
 
-def main() -> None:
-    """Print the table."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Measure and print the table; returns of each step ``ms`` by round and ``peak_bytes``."""
     parser = argparse.ArgumentParser(description="Cost of the distilled step.")
     parser.add_argument("--short-side", type=int, default=480)
     parser.add_argument("--long-side", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    given = parser.parse_args()
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="configuration")
+    given = parser.parse_args(arguments)
+    peaks = _peaks(given) if sys.platform.startswith("linux") else {}
     batch = _batch(given.short_side, given.long_side)
     with EventStorage():
-        _report(_time(_steps(given.methods, batch), given.rounds), given)
+        times = _time(_steps(*_build(given.methods, given.opts), batch), given.rounds)
+    print(
+        f"{given.short_side} x {given.long_side}, batch {BATCH}, {torch.get_num_threads()} threads"
+    )
+    print(_table(times, peaks))
+    return {name: {"ms": ms, "peak_bytes": peaks.get(name)} for name, ms in times.items()}
 
 
-def _config(method: str) -> CfgNode:
+def measure(task: str) -> None:
+    """Print the peak growth of a step in bytes. Runs in a process of its own; ``task`` is JSON."""
+    warnings.simplefilter("ignore")  # levels that are too small for a patch while warming up
+    settings = json.loads(task)
+    torch.set_num_threads(settings["threads"])
+    model, losses = _build([settings["method"]], settings["opts"])
+    with EventStorage():
+        _steps(model, losses, _batch(WARM_UP_SIDE, WARM_UP_SIDE))[settings["step"]]()
+        model.zero_grad(set_to_none=True)
+        print(peak_growth(_steps(model, losses, _batch(*settings["size"]))[settings["step"]]))
+
+
+def _peaks(given: argparse.Namespace) -> dict[str, int]:
+    """Step -> bytes."""
+    models = {STUDENT: given.methods[0], TEACHER: given.methods[0], **{m: m for m in given.methods}}
+    shared = {
+        "size": [given.short_side, given.long_side],
+        "opts": given.opts,
+        "threads": torch.get_num_threads(),
+    }
+    return {
+        step: in_fresh_process("detection_step", {"step": step, "method": method, **shared})
+        for step, method in models.items()
+    }
+
+
+def _config(method: str, opts: Sequence[str]) -> CfgNode:
     return load_config(
         str(CONFIG),
         ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "DISTILL.METHODS", str([method]),
          "DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True",
-         "DISTILL.LOG_PERIOD", "0"],
+         "DISTILL.LOG_PERIOD", "0", *opts],
     )  # fmt: skip
 
 
-def _steps(methods: list[str], batch: list[dict[str, Any]]) -> dict[str, Step]:
+def _build(methods: Sequence[str], opts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """A distilled model, and the losses of each method for it."""
+    model: Any = build_model(_config(methods[0], opts)).train()
+    losses = {methods[0]: model.losses}
+    losses |= {method: build_model(_config(method, opts)).losses for method in methods[1:]}
+    return model, losses
+
+
+def _steps(model: Any, losses: Mapping[str, Any], batch: list[dict[str, Any]]) -> dict[str, Step]:
     """Name -> one step; all distilled steps share one student and one teacher."""
-    model: Any = build_model(_config(methods[0])).train()
-    own = {methods[0]: model.losses}
-    own |= {method: build_model(_config(method)).losses for method in methods[1:]}
     images = [entry["image"] for entry in batch]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     step = model.student.backbone.size_divisibility
@@ -69,16 +120,16 @@ def _steps(methods: list[str], batch: list[dict[str, Any]]) -> dict[str, Step]:
 
     def distilled(method: str) -> Step:
         def run() -> None:
-            model.losses = own[method]
+            model.losses = losses[method]
             train(model)
 
         return run
 
     steps: dict[str, Step] = {
-        "student step": lambda: train(model.student),
-        "teacher forward": lambda: model.teacher(images, canvas),
+        STUDENT: lambda: train(model.student),
+        TEACHER: lambda: model.teacher(images, canvas),
     }
-    return steps | {method: distilled(method) for method in methods}
+    return steps | {method: distilled(method) for method in losses}
 
 
 def _batch(short: int, long: int) -> list[dict[str, Any]]:
@@ -95,31 +146,35 @@ def _batch(short: int, long: int) -> list[dict[str, Any]]:
     return entries
 
 
-def _time(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def _time(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each step in each round; an untimed round comes first."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for timed in (False, *[True] * rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if timed:
-                seconds[name].append(1e3 * (time.perf_counter() - start))
-    return seconds
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    return milliseconds
 
 
-def _report(times: dict[str, list[float]], given: argparse.Namespace) -> None:
-    print(
-        f"{given.short_side} x {given.long_side}, batch {BATCH}, {torch.get_num_threads()} threads"
-    )
-    bound = [sum(pair) for pair in zip(times["student step"], times["teacher forward"])]
-    print("| | ms | ratio to student step + teacher forward |\n| --- | --- | --- |")
+def _table(times: Mapping[str, Sequence[float]], peaks: Mapping[str, int]) -> str:
+    """Markdown; the ratio is that of a round to its bound, the student's step + the teacher's."""
+    bound = [sum(pair) for pair in zip(times[STUDENT], times[TEACHER])]
+    rows = []
     for name, milliseconds in times.items():
-        ratios = [own / floor for own, floor in zip(milliseconds, bound)]
-        print(
-            f"| {name} | {statistics.median(milliseconds):.0f} | {statistics.median(ratios):.3f} |"
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of the process: {peak:.0f} MiB")
+        ratio = statistics.median(own / floor for own, floor in zip(milliseconds, bound))
+        row = [name, f"{statistics.median(milliseconds):.0f}", f"{ratio:.3f}"]
+        if peaks:
+            added = "" if name in (STUDENT, TEACHER) else _mib(peaks[name] - peaks[STUDENT])
+            row += [_mib(peaks[name]), added]
+        rows.append(row)
+    memory = ["peak (MiB)", "beyond the student's step (MiB)"] if peaks else []
+    return markdown(["", "ms", "ratio to student step + teacher forward", *memory], rows)
+
+
+def _mib(size: int) -> str:
+    return str(round(size / MIB))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ as noise.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,9 @@ from benchmarks import report
 from benchmarks.cases import Case, select
 from benchmarks.harness import markdown
 from benchmarks.variants import alignments, step
+from pcka.analysis.memory import peak_growth
 
 _ROOT = Path(__file__).resolve().parents[1]
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_HIGH_WATER_MARK = "5"
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
     "MALLOC_MMAP_MAX_": str(1 << 20),
@@ -57,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     settings = {"quick": options.quick, "threads": options.threads, "seed": options.seed}
     records = []
     for case in cases:
-        peaks = {name: _in_fresh_process(case.name, name, settings) for name in alignments(case)}
+        peaks = {
+            name: in_fresh_process("memory", {"case": case.name, "variant": name, **settings})
+            for name in alignments(case)
+        }
         sizes = {"student_bytes": case.student_bytes, "gradient_bytes": case.gradient_bytes}
         records.append({"case": case.describe(), **sizes, "peak_bytes": peaks})
     print(memory_table(records))
@@ -67,17 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     return records
 
 
-def _in_fresh_process(case: str, variant: str, settings: Mapping[str, Any]) -> int:
-    task = json.dumps({"case": case, "variant": variant, **settings})
+def in_fresh_process(script: str, task: Mapping[str, Any]) -> int:
+    """The bytes that ``benchmarks.<script>.measure`` prints of a task, in a process of its own."""
+    call = f"from benchmarks import {script}; {script}.measure({json.dumps(task)!r})"
     path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [sys.executable, "-c", f"from benchmarks import memory; memory.measure({task!r})"],
+        [sys.executable, "-c", call],
         env={**os.environ, **_MALLOC, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
     )
     if result.returncode != 0:
-        raise SystemExit(f"{case}, {variant}: the measuring process ended with {result.returncode}")
+        raise SystemExit(f"{task}: the measuring process ended with {result.returncode}")
     return int(result.stdout)
 
 
@@ -91,27 +92,10 @@ def measure(task: str) -> None:
     print(peak_growth(partial(step, alignments(case)[name], *case.inputs(seed))))
 
 
-def peak_growth(call: Callable[[], object]) -> int:
-    """By how many bytes this process's resident memory grows at most during the call."""
-    gc.collect()
-    _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
 def _warm_up(case: Case, name: str, seed: int) -> None:
     """Load the libraries, start their threads and touch the autograd engine."""
     torch.randn(256, 256).mm(torch.randn(256, 256)).exp_()
     step(alignments(case)[name], *case.inputs(seed))
-
-
-def _status(field: str) -> int:
-    """A size of this process in bytes."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
 
 
 def memory_table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -63,6 +63,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         loaded = load_file(filename)
         if not isinstance(loaded, dict):
             raise WeightsError(f"{filename}: expected a mapping of weights, got {type(loaded)}")
+        if "state_dict" in loaded:
+            raise WeightsError(
+                f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
+                "detection/convert_mmdet.py gives a teacher's weights detectron2's names"
+            )
         return loaded if "model" in loaded else {"model": loaded}
 
 

@@ -31,6 +31,9 @@ def detection_config() -> CfgNode:
     cfg.DATASETS.DIGITS = CfgNode(
         {"ROOT": "output/digits_scenes", "SIDE": 256, "TRAIN_IMAGES": 600, "TEST_IMAGES": 150}
     )
+    # Of the backbone "build_p6p7_resnet_fpn_backbone": what P6 is made from, and whether a ReLU
+    # stands between P6 and P7.
+    cfg.MODEL.FPN.P6P7 = CfgNode({"IN_FEATURE": "res5", "RELU": True})
     cfg.MODEL.FCOS = CfgNode(
         {
             "NUM_CLASSES": 80,
@@ -67,6 +70,7 @@ def detection_config() -> CfgNode:
         keywords = {key.upper(): _editable(value) for key, value in losses.defaults(name).items()}
         keywords["STAGES"] = []
         cfg.DISTILL[name] = CfgNode(keywords)
+    cfg.DISTILL.FITNET.REGRESSOR = False  # the detector has brought both maps to one shape
     return cfg
 
 
@@ -129,7 +133,7 @@ def feature_methods() -> list[str]:
 
 def _compares_features(name: str) -> bool:
     built = losses.build(name)
-    needs_more = built.needs_target or built.needs_logits
+    needs_more = built.needs_target or built.needs_logits or built.needs_indices
     return "stages" in losses.defaults(name) and built.needs_teacher and not needs_more
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.modeling.backbone import FPN, Backbone, BasicStem, ResNet
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.fcos import FCOS as FCOSModel
 from detectron2.modeling.meta_arch.fcos import FCOSHead
@@ -13,12 +13,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from detection.config import ConfigError
-
-
-@BACKBONE_REGISTRY.register()
-def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet and FPN with P6 and P7 made from P5, not from C5 (Tian et al. 2020, section 2.2)."""
-    return instantiate(_lazy_backbone(cfg))
 
 
 @META_ARCH_REGISTRY.register()

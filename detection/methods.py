@@ -38,8 +38,8 @@ def build_losses(
                 f"{', '.join(feature_methods())}"
             )
         keywords = _keywords(name, cfg.DISTILL[name], list(levels))
-        if "patch_sizes" in keywords:
-            _check_patches(name, keywords, shapes, min(cfg.INPUT.MIN_SIZE_TRAIN))
+        if name == "PCKA":
+            _check_patches(keywords, shapes, min(cfg.INPUT.MIN_SIZE_TRAIN))
         try:
             built.append(losses.build(name, **keywords))
         except ValueError as error:
@@ -67,16 +67,16 @@ def _keywords(name: str, section: CfgNode, levels: list[str]) -> dict[str, objec
 
 
 def _check_patches(
-    name: str, keywords: Mapping[str, object], shapes: Mapping[str, ShapeSpec], side: int
+    keywords: Mapping[str, object], shapes: Mapping[str, ShapeSpec], side: int
 ) -> None:
-    """Say which level has too few patches for a signal, at the smallest training size."""
+    """Say which level of PCKA has too few patches for a signal, at the smallest training size."""
     for level, patch in zip(keywords["stages"], keywords["patch_sizes"]):
         stride = shapes[level].stride
         number = patches(side, stride, patch if isinstance(patch, int) else max(patch))
         if number <= CONSTANT_UP_TO:
             logger.warning(
-                "DISTILL.%s.PATCH_SIZES: at %d pixels the level %s (stride %d) has %d patch(es) of "
-                "size %s, too few to carry a signal; a patch of %d would leave %d",
-                name, side, level, stride, number, patch, patch_for(side, stride),
+                "DISTILL.PCKA.PATCH_SIZES: at %d pixels the level %s (stride %d) has %d patch(es) "
+                "of size %s, too few to carry a signal; a patch of %d would leave %d",
+                side, level, stride, number, patch, patch_for(side, stride),
                 patches(side, stride, patch_for(side, stride)),
             )  # fmt: skip

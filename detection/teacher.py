@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 
+import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
 from detection.config import teacher_config
 from pcka.teacher import FrozenTeacher

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 
+import detection.backbones  # noqa: F401  (registers itself)
 from detection.config import PROJECT, ConfigError, load_config
 from detection.fcos import lazy_fcos
 
@@ -32,6 +33,17 @@ def test_the_lazy_config_describes_the_same_model():
         pairs = zip(one.backbone(image).values(), other.backbone(image).values(), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
     assert one.num_classes == other.num_classes == 7
+
+
+def test_a_teachers_backbone_is_that_of_the_whole_model():
+    cfg = _config()
+    whole, alone = build_model(cfg).backbone.eval(), build_backbone(cfg).eval()
+    alone.load_state_dict(whole.state_dict())
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        expected, found = whole(image), alone(image)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[level], expected[level]) for level in expected)
 
 
 @pytest.mark.parametrize(

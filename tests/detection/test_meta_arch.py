@@ -136,6 +136,29 @@ def test_two_methods_add_up(build, batch, storage):
     assert {name.split("_")[1] for name in terms} == {"cls", "box", "pcka", "pkd", "cwd"}
 
 
+def test_adapters_of_the_losses_are_trained(build, batch, storage):
+    model = build("DISTILL.METHODS", "['FITNET', 'VID', 'CC', 'KDSVD']").train()
+    _total(model(batch)).backward()
+    fitnet, vid, cc, kdsvd = ([*loss.parameters()] for loss in model.losses)
+    assert not fitnet and not kdsvd  # both maps have one shape already
+    assert vid and cc
+    assert all(parameter.grad.norm() > 0 for parameter in vid + cc)
+
+
+@pytest.mark.parametrize("method", ["at", "kl", "pkd", "dist"])
+def test_other_comparisons_of_pckas_patches(build, batch, storage, caplog, method):
+    chosen = ("DISTILL.METHODS", "['PATCHED']", "DISTILL.PATCHED.METHOD", method)
+    with caplog.at_level("WARNING", logger="detectron2.pcka"):
+        model = build(*chosen).train()
+    assert "PATCH_SIZES" not in caplog.text  # a single patch still has something to compare
+    terms = {name: term for name, term in model(batch).items() if "patched" in name}
+    assert set(terms) == {f"loss_patched_{method}_{level}" for level in LEVELS}
+    _total(terms).backward()
+    for level in (3, 4, 5):
+        lateral = getattr(model.student.backbone, f"fpn_lateral{level}")
+        assert lateral.weight.grad.norm() > 0
+
+
 def test_bfloat16_teacher_serves_a_float32_student(build, batch, storage):
     exact = build().train()(batch)
     rounded = build("DISTILL.TEACHER.AUTOCAST", "bfloat16").train()(batch)
@@ -158,6 +181,10 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.METHODS", "['NOPE']"), r"no loss of feature maps is called 'NOPE'.*PCKA"),
         (("DISTILL.PCKA.STAGES", "['p6']"), r"STAGES: p6 is not among DISTILL.LEVELS"),
         (("DISTILL.PCKA.WEIGHTS", "[1.0, 2.0]"), r"DISTILL.PCKA: weights must hold one value"),
+        (
+            ("DISTILL.METHODS", "['PATCHED']", "DISTILL.PATCHED.METHOD", "cka"),
+            r"DISTILL.PATCHED: method must be one of at, kl, pkd, dist; got 'cka'",
+        ),
         (("DISTILL.STUDENT", ""), r"DISTILL.STUDENT: expected the student's meta-architecture"),
         (
             ("DISTILL.TEACHER.RANDOM_WEIGHTS", "False"),

@@ -117,7 +117,6 @@ def test_plain_detectron2_gives_the_exported_students_boxes(
     overrides = small_arguments("DISTILL.STUDENT", architecture)
     if architecture == "FCOS":
         overrides += [
-            "MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone",
             "MODEL.RESNETS.DEPTH", "18",
             "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
             "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",

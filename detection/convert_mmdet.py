@@ -1,0 +1,149 @@
+"""Give a teacher's weights of OpenMMLab's mmdet detectron2's names.
+
+``python detection/convert_mmdet.py --config-file TEACHER.yaml --weights X.pth --output Y.pth``
+
+A teacher is a backbone and a neck, and these alone are converted: a ResNet or ResNeXt, and an FPN
+whose P6 is pooled, or whose P6 and P7 are convolutions. ``TEACHER.yaml`` describes them, and every
+weight has to fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+from torch import Tensor
+
+import detection.backbones  # noqa: F401  (registers itself)
+from detection.checkpoint import WeightsError
+from detection.config import load_config
+from pcka.checkpoint import LoadReport, ShapeMismatch, atomic_save, extract_state_dict, load_file
+
+PARTS = ("backbone.", "neck.")
+COUNTER = "num_batches_tracked"  # of batch norm; detectron2's frozen one has none
+
+
+def convert_mmdet(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """Return the weights of backbone and neck under detectron2's names.
+
+    Args:
+        weights: mmdet's name -> tensor; the heads may be among them, and are left out.
+        cfg: describes the teacher.
+
+    Raises:
+        WeightsError: a weight of the teacher's backbone is missing or of another shape, or mmdet's
+            backbone and neck hold one that the teacher has no place for.
+    """
+    with torch.device("meta"):  # names and shapes are all that is needed
+        own = build_backbone(cfg).state_dict()
+    laterals = re.findall(r"fpn_lateral(\d)", " ".join(own))
+    names = {name: mmdet_name(name, int(min(laterals, default="0"))) for name in own}
+    wanted = {theirs: tuple(own[name].shape) for name, theirs in names.items()}
+    given = {
+        name: tuple(tensor.shape)
+        for name, tensor in weights.items()
+        if name.startswith(PARTS) and (name in wanted or not name.endswith(COUNTER))
+    }
+    shared = [name for name in wanted if name in given]
+    report = LoadReport(
+        loaded=tuple(name for name in shared if given[name] == wanted[name]),
+        missing=tuple(name for name in wanted if name not in given),
+        unexpected=tuple(name for name in given if name not in wanted),
+        mismatched=tuple(
+            ShapeMismatch(name, given[name], wanted[name])
+            for name in shared
+            if given[name] != wanted[name]
+        ),
+        layout="mmdet's",
+    )
+    if not report.complete:
+        raise WeightsError(
+            "the weights are not those of the configuration's backbone; does it describe this "
+            f"model (MODEL.BACKBONE, MODEL.RESNETS, MODEL.FPN)? {report}"
+        )
+    return {f"backbone.{name}": weights[theirs] for name, theirs in names.items()}
+
+
+def mmdet_name(name: str, first_level: int) -> str:
+    """mmdet's name of a weight of detectron2's ResNet with FPN.
+
+    Args:
+        name: as the backbone's ``state_dict`` has it, e.g. ``"fpn_lateral3.weight"``.
+        first_level: the pyramid's finest level, from which mmdet counts the neck's convolutions.
+    """
+    name = re.sub(r"^bottom_up\.(stem\.)?", "backbone.", name)
+    name = re.sub(r"\bres(\d)", lambda found: f"layer{int(found[1]) - 1}", name)
+    name = re.sub(r"\bconv(\d)\.norm\b", r"bn\1", name)
+    name = name.replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
+    name = re.sub(
+        r"^(fpn_lateral|fpn_output|top_block\.p)(\d)",
+        lambda found: (
+            f"neck.{'lateral' if 'lateral' in found[1] else 'fpn'}_convs."
+            f"{int(found[2]) - first_level}.conv"
+        ),
+        name,
+    )
+    return name.replace("conv.norm", "bn")
+
+
+def read_mmdet(path: str | Path) -> dict[str, Tensor]:
+    """Return all weights of an mmdet checkpoint, without running code that it may hold.
+
+    Beside the weights a file has a dict of notes on its training. Text, numbers and numpy's numbers
+    are read; what else it may hold is refused, with the way to take the weights out.
+
+    Raises:
+        ValueError: the file holds other objects, or no weights.
+        OSError: it cannot be opened.
+    """
+    numbers = [np.dtype(kind) for kind in (np.float32, np.float64, np.int64)]
+    scalar = np.float64(0).__reduce__()[0]  # numpy moved it; both of its names occur in files
+    moved = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    with torch.serialization.safe_globals([*moved, np.dtype, *map(type, numbers)]):
+        return extract_state_dict(load_file(path))
+
+
+def beyond_weights(cfg: CfgNode) -> str:
+    """The settings that no weight can confirm, in the words of mmdet's configurations."""
+    settings: dict[str, object] = {
+        "style": "caffe" if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else "pytorch",
+        "to_rgb": cfg.INPUT.FORMAT == "RGB",
+        "mean": list(cfg.MODEL.PIXEL_MEAN),
+        "std": list(cfg.MODEL.PIXEL_STD),
+    }
+    own = cfg.MODEL.FPN.P6P7
+    source, relu = {
+        "build_p6p7_resnet_fpn_backbone": (own.IN_FEATURE, own.RELU),
+        "build_retinanet_resnet_fpn_backbone": ("res5", True),
+    }.get(cfg.MODEL.BACKBONE.NAME, (None, False))
+    settings["add_extra_convs"] = {"res5": "on_input", "p5": "on_output"}.get(source, False)
+    settings["relu_before_extra_convs"] = relu
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert as the arguments say."""
+    parser = argparse.ArgumentParser(description="mmdet's weights for a detectron2 teacher.")
+    parser.add_argument("--config-file", metavar="F", required=True, help="the teacher's")
+    parser.add_argument("--weights", metavar="X", required=True, help="mmdet's checkpoint")
+    parser.add_argument("--output", metavar="Y", required=True, help="detectron2's checkpoint")
+    parser.add_argument("overrides", metavar="KEY VALUE", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    cfg = load_config(given.config_file, given.overrides)
+    try:
+        converted = convert_mmdet(read_mmdet(given.weights), cfg)
+    except WeightsError as error:
+        raise WeightsError(f"{given.weights}: {error}") from error
+    atomic_save({"model": converted}, given.output)
+    print(f"{given.output}: {len(converted)} weights of backbone and neck")
+    print(f"No weight confirms these settings; compare with mmdet's own: {beyond_weights(cfg)}")
+
+
+if __name__ == "__main__":
+    main()
