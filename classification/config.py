@@ -13,6 +13,8 @@ from fvcore.common.config import CfgNode
 from classification.defaults import default_config
 from pcka import losses
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
+
 DATASETS = ("digits", "folder", "cifar10", "cifar100")
 
 # Keys that may differ between a run and its continuation: they change nothing that is computed.
@@ -23,6 +25,7 @@ HARMLESS_KEYS = (
     "DATA.ROOT",
     "DATA.DOWNLOAD",
     "DATA.MEMORY_GB",
+    "DATA.WORKERS",
     "TEACHER.CACHE_DIR",
 )
 
@@ -31,11 +34,18 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the way out."""
 
 
-def load_config(config_file: str | Path | None = None, overrides: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    method: str = "",
+) -> CfgNode:
     """Return the frozen configuration: defaults, the file (and its ``_BASE_``), overrides.
 
     Args:
         config_file: YAML file of plain values; a tag that would run code is refused.
+        method: name of a file in the folder ``methods`` beside the configuration file, or else in
+            ``configs/classification/methods``. It says which losses are summed, whatever the
+            configuration file says, and their settings, where the configuration file does not.
         overrides: ``KEY VALUE`` pairs of the command line, e.g. ``["SOLVER.EPOCHS", "8"]``.
 
     Raises:
@@ -43,8 +53,15 @@ def load_config(config_file: str | Path | None = None, overrides: Sequence[str] 
             type than the default, or values that contradict each other.
     """
     cfg = default_config()
+    if method:
+        path = method_file(method, config_file)
+        of_method = flatten(_read_yaml(path))
+        _merge(cfg, of_method.items(), source=str(path))
     if config_file is not None:
-        _merge(cfg, flatten(_read_yaml(Path(config_file))).items(), source=str(config_file))
+        of_file = flatten(_read_yaml(Path(config_file)))
+        if method:
+            of_file.pop("DISTILL.METHODS", None)
+        _merge(cfg, of_file.items(), source=str(config_file))
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides: expected pairs of KEY VALUE, got {len(overrides)} words: "
@@ -55,6 +72,24 @@ def load_config(config_file: str | Path | None = None, overrides: Sequence[str] 
     _check(cfg)
     cfg.freeze()
     return cfg
+
+
+def method_file(method: str, config_file: str | Path | None = None) -> Path:
+    """Return the file of a method for a configuration file.
+
+    Raises:
+        ConfigError: no such method; those that there are, are named.
+    """
+    known = method_files(config_file)
+    if method not in known:
+        raise ConfigError(f"method: no method is called {method!r}; {_near(method, known)}")
+    return known[method]
+
+
+def method_files(config_file: str | Path | None = None) -> dict[str, Path]:
+    """Return name -> file of all methods; those beside the configuration file come first."""
+    folders = [CONFIGS] if config_file is None else [CONFIGS, Path(config_file).parent]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("methods/*.yaml"))}
 
 
 def config_from_text(text: str) -> CfgNode:
@@ -88,16 +123,16 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     """Return the keys in which a continuation would differ from the run that it continues.
 
     More SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
-    under a cosine they would change the rate of every epoch already trained.
+    under a cosine, or with a warm-up of the distillation, they would change what was trained.
     """
     before, after = flatten(old), flatten(new)
     harmless = set(HARMLESS_KEYS)
-    if new.SOLVER.SCHEDULE == "multistep":
+    if new.SOLVER.SCHEDULE == "multistep" and not new.DISTILL.WARMUP:
         harmless.add("SOLVER.EPOCHS")
     return [key for key in after if key not in harmless and before[key] != after[key]]
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def _read_yaml(path: Path) -> Mapping[str, object]:
     try:
         tree = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
         if not isinstance(tree, Mapping):
@@ -166,7 +201,7 @@ def _coerce(key: str, value: object, default: object, source: str) -> object:
 def _check(cfg: CfgNode) -> None:
     choices = {
         "DEVICE": ("auto", "cpu", "cuda"),
-        "AUTOCAST": ("", "bfloat16"),
+        "AUTOCAST": ("", "bfloat16", "auto"),
         "DATA.NAME": DATASETS,
         "SOLVER.SCHEDULE": ("multistep", "cosine"),
     }
@@ -177,6 +212,10 @@ def _check(cfg: CfgNode) -> None:
         "DATA.TRAIN_IMAGES": 0,
         "DATA.HOLDOUT": 0,
         "DATA.CROP_PADDING": 0,
+        "DATA.WORKERS": 0,
+        "DATA.RESIZE": 0,
+        "DISTILL.WARMUP": 0,
+        "TEACHER.ACCURACY": 0,
         "SEED": 0,
         "DATA.SPLIT_SEED": 0,
         "TEACHER.SEED": 0,

@@ -22,7 +22,8 @@ def default_config() -> CfgNode:
             "OUTPUT_DIR": "output/run",  # everything that a run writes lies in this folder
             "DEVICE": "auto",  # auto (CUDA where there is one) | cpu | cuda
             "CHANNELS_LAST": False,  # memory format of images, student and teacher
-            "AUTOCAST": "",  # "" (float32) | bfloat16, for the training step alone
+            "AUTOCAST": "",  # "" (float32) | bfloat16 | auto: bfloat16 where the hardware has it
+            "COMPILE": False,  # torch.compile of both models: minutes at the start, faster steps
             "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
         }
     )
@@ -35,10 +36,13 @@ def default_config() -> CfgNode:
             "TRAIN_IMAGES": 0,  # 0: all; else a class-balanced subset of this many
             "HOLDOUT": 0,  # > 0: this many training images are held out and evaluated on (tuning)
             "SPLIT_SEED": 0,  # of the choice of HOLDOUT and TRAIN_IMAGES, apart from SEED
-            "CROP_PADDING": 4,  # zero padding of the random crop, pixels; 0: no crop
+            "CROP_PADDING": 4,  # zero padding of the random crop, pixels; 0: none (not for STREAM)
             "FLIP": True,  # random horizontal flip
             "DOWNLOAD": False,  # cifar10 and cifar100: fetch what is missing
             "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
+            "STREAM": False,  # read the files of a folder batch by batch; RandomResizedCrop
+            "WORKERS": 4,  # STREAM: decoding processes of each training process; 0: itself
+            "RESIZE": 0,  # STREAM, evaluation: shorter side, pixels; 0: 8/7 IMAGE_SIZE (256 of 224)
         }
     )
     cfg.STUDENT = CfgNode(
@@ -55,6 +59,7 @@ def default_config() -> CfgNode:
             "WEIGHTS": "",  # the teacher's checkpoint
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
             "PIXEL_STD": IMAGENET_STD,
+            "ACCURACY": 0.0,  # on the evaluation images, percent; one 2 points worse stops the run
             "TRAIN": False,  # with empty WEIGHTS: train the teacher first (CE), keep it for reuse
             "EPOCHS": 240,  # of that training; all else as in SOLVER
             "SEED": 0,  # of that training, so that runs of several SEEDs share a teacher
@@ -75,7 +80,13 @@ def default_config() -> CfgNode:
             "WARMUP_EPOCHS": 0.0,  # the rate rises linearly from 0 over these epochs
         }
     )
-    cfg.DISTILL = CfgNode({"METHODS": ["CE"]})  # the losses that are summed
+    cfg.DISTILL = CfgNode(
+        {
+            "METHODS": ["CE"],  # the losses that are summed
+            "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
+            "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
+        }
+    )
     for name in losses.names():
         keywords = losses.defaults(name).items()
         cfg.DISTILL[name] = CfgNode(

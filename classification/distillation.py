@@ -2,54 +2,156 @@
 
 from __future__ import annotations
 
-from fvcore.common.config import CfgNode
-from torch import nn
+from collections.abc import Mapping
 
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from classification.config import ConfigError
 from classification.data import PixelNormalize
+from classification.models import create_model
 from pcka import losses
 
-# The pooled features of every model of the zoo.
-POOLED = {"pooled": ("avgpool", "avgpool")}
+Taps = dict[str, tuple[str, str]]
+
+# What STAGES may hold beside names of taps: all stages but the stem.
+WILDCARDS = {"all": "", "all_preact": "_preact"}
+
+# Settings of which a single value serves all stages.
+PER_STAGE = ("weights", "feature_weights", "patch_sizes")
 
 
-def build_losses(cfg: CfgNode) -> list[losses.Loss]:
+def build_losses(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
 
+    Args:
+        cfg: ``DISTILL`` and ``TEACHER.NAME`` are read.
+        taps: what the losses may name as stages.
+
     Raises:
-        ValueError: values that a loss refuses, or a loss that needs a teacher where there is none.
+        ConfigError: values that a loss refuses, a stage that is not tapped, or a loss that needs
+            a teacher where there is none.
     """
     built = []
     for name in cfg.DISTILL.METHODS:
-        section = cfg.DISTILL[name].items()
-        keywords = {k.lower(): tuple(v) if isinstance(v, list) else v for k, v in section}
         try:
-            loss = losses.build(name, **keywords)
+            loss = losses.build(name, **_keywords(cfg.DISTILL[name], taps))
         except ValueError as error:
-            raise ValueError(f"DISTILL.{name}: {error}") from error
+            raise ConfigError(f"DISTILL.{name}: {error}") from error
         if loss.needs_teacher and not cfg.TEACHER.NAME:
-            raise ValueError(
+            raise ConfigError(
                 f"DISTILL.METHODS: {name} needs a teacher and TEACHER.NAME is empty; name one, "
                 "with its TEACHER.WEIGHTS or with TEACHER.TRAIN True"
+            )
+        if missing := [tap for tap in loss.taps if tap not in taps and cfg.TEACHER.NAME]:
+            raise ConfigError(
+                f"DISTILL.{name}: {', '.join(missing)} is not tapped; there are "
+                f"{', '.join(taps) or 'none'}, and DISTILL.TAPS adds more"
             )
         built.append(loss)
     return built
 
 
-def stage_taps(student: nn.Module, teacher: nn.Module) -> dict[str, tuple[str, str]]:
-    """Return ``stage{i}`` -> (student path, teacher path), ``i`` counting the student's stages.
+def _keywords(section: CfgNode, taps: Taps) -> dict[str, object]:
+    """Return a section as keywords: wildcards replaced, single values repeated for all stages."""
+    keywords: dict[str, object] = {}
+    for key, value in section.items():
+        if isinstance(value, list):
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        keywords[key.lower()] = value
+    if "stages" in keywords:
+        stages = [stage for name in keywords["stages"] for stage in _expand(name, taps)]
+        keywords["stages"] = tuple(stages)
+        for key in PER_STAGE:
+            if key in keywords and len(keywords[key]) == 1:
+                keywords[key] *= len(stages)
+    return keywords
 
-    Stage 0 is the stem. Models with different numbers of stages are aligned at their last ones.
+
+def _expand(name: str, taps: Taps) -> list[str]:
+    if name not in WILDCARDS:
+        return [name]
+    stages = [stage for stage in numbered_stages(taps) if stage != "stage0"]
+    return [stage + WILDCARDS[name] for stage in stages]
+
+
+def numbered_stages(taps: Taps) -> Taps:
+    """Return the taps ``stage0``, ``stage1``, ... alone."""
+    return {name: paths for name, paths in taps.items() if name.removeprefix("stage").isdigit()}
+
+
+def model_taps(student: nn.Module, teacher: nn.Module, extra: list[list[str]]) -> Taps:
+    """Return tap name -> (student path, teacher path).
+
+    ``stage{i}`` and ``stage{i}_preact``, after and before the activation, ``i`` counting the
+    student's stages from the stem, 0; ``last`` and ``last_preact``; ``pooled``. Models with
+    different numbers of stages are aligned at their last ones.
 
     Args:
-        student: has ``stage_names``.
-        teacher: has ``stage_names``.
+        student: has the attributes that ``classification.models`` gives every model.
+        teacher: likewise.
+        extra: ``DISTILL.TAPS``, triples of name, student path and teacher path.
+
+    Raises:
+        ConfigError: an entry of ``extra`` that is no triple.
     """
-    ahead = len(teacher.stage_names) - len(student.stage_names)
-    return {
-        f"stage{index}": (path, teacher.stage_names[index + ahead])
-        for index, path in enumerate(student.stage_names)
-        if index + ahead >= 0
-    }
+    taps: Taps = {}
+    _add_stages(taps, student.stage_names, teacher.stage_names, "")
+    _add_stages(taps, student.preactivation_names, teacher.preactivation_names, "_preact")
+    if student.pooled_name and teacher.pooled_name:
+        taps["pooled"] = (student.pooled_name, teacher.pooled_name)
+    for entry in extra:
+        if not isinstance(entry, list | tuple) or len(entry) != 3:
+            raise ConfigError(
+                "DISTILL.TAPS: expected [name, path in the student, path in the teacher] for each "
+                f"tap, got {entry!r}"
+            )
+        name, *paths = map(str, entry)
+        taps[name] = (paths[0], paths[1])
+    return taps
+
+
+def _add_stages(
+    taps: Taps, student: tuple[str, ...], teacher: tuple[str, ...], suffix: str
+) -> None:
+    if not student or not teacher:
+        return
+    ahead = len(teacher) - len(student)
+    for index, path in enumerate(student):
+        if index + ahead >= 0:
+            taps[f"stage{index}{suffix}"] = (path, teacher[index + ahead])
+    taps[f"last{suffix}"] = (student[-1], teacher[-1])
+
+
+def check_losses(cfg: CfgNode) -> None:
+    """Refuse what the losses would refuse, before data is read or a teacher trained."""
+    student = create_model(cfg.STUDENT.NAME, 2)
+    teacher = create_model(cfg.TEACHER.NAME, 2) if cfg.TEACHER.NAME else student
+    build_losses(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
+
+
+def loss_context(
+    teacher: nn.Module,
+    norms: Mapping[str, tuple[Tensor, Tensor]],
+    taps: Taps,
+    train_labels: Tensor,
+) -> losses.Context:
+    """Return what losses may need to know of the run.
+
+    Args:
+        teacher: the teacher's model.
+        norms: module path -> weight and bias of its batch norms before their folding.
+        taps: of :func:`model_taps`.
+        train_labels: (N,) int64.
+    """
+    norm_paths = dict(zip(teacher.preactivation_names, teacher.preactivation_norms))
+    by_tap = {name: norm_paths.get(path, "") for name, (_, path) in taps.items()}
+    classifier = teacher.classifier_name
+    return losses.Context(
+        train_labels=train_labels,
+        teacher_classifier=teacher.get_submodule(classifier) if classifier else None,
+        teacher_norms={name: norms[path] for name, path in by_tap.items() if path in norms},
+    )
 
 
 def pixel_statistics(role: CfgNode) -> PixelNormalize:

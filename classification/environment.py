@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,12 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from fvcore.common.config import CfgNode
 
 import pcka
+from pcka.distributed import world_size
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for ``DEVICE``: auto takes CUDA where there is one.
+    """Return this process's device for ``DEVICE``: auto takes CUDA where there is one.
+
+    Of several processes that ``torchrun`` started on a machine, each takes the device of its
+    ``LOCAL_RANK``.
 
     Raises:
         ValueError: cuda is asked for and not there.
@@ -22,7 +28,24 @@ def choose_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("DEVICE: cuda is asked for and not available; set DEVICE cpu, or auto")
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def autocast(cfg: CfgNode, device: torch.device) -> torch.autocast:
+    """Return the context of the training step's forward passes, by ``AUTOCAST``."""
+    enabled = cfg.AUTOCAST == "bfloat16" or (cfg.AUTOCAST == "auto" and has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; elsewhere float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Not in every supported torch: without the question, the safe answer.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def describe_environment(seed: int, device: torch.device) -> dict[str, object]:
@@ -35,6 +58,8 @@ def describe_environment(seed: int, device: torch.device) -> dict[str, object]:
         "git": _git_state(),
         "command_line": sys.argv,
         "seed": seed,
+        "bfloat16_hardware": has_bfloat16(device),
+        "processes": world_size(),
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "threads": torch.get_num_threads(),
     }

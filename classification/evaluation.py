@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from classification.data import ImageSet
-from classification.data.batches import to_unit_range
+from pcka import distributed
 from pcka.analysis import layerwise_cka
 
 BATCH_SIZE = 256  # images at once; the accuracy does not depend on it
 CKA_IMAGES, CKA_BATCH_SIZE = 512, 128
 
 
-def evaluation_batches(
-    data: ImageSet, batch_size: int = BATCH_SIZE
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images in [0, 1], labels) in the set's own order, every image once."""
-    for start in range(0, len(data), batch_size):
-        chosen = slice(start, start + batch_size)
-        yield to_unit_range(data.images[chosen]), data.labels[chosen]
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, float]:
     """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
 
-    Evaluated in float32 and evaluation mode; the model's mode is put back.
+    Evaluated in float32 and evaluation mode; the model's mode is put back. Several processes share
+    the images and all get the figures.
 
     Args:
         model: (B, 3, S, S) -> logits (B, classes).
@@ -39,15 +30,17 @@ def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, f
         data: on the model's device.
     """
     ranks = (1, 5) if len(data.classes) > 5 else (1,)
-    hits = torch.zeros(max(ranks), dtype=torch.int64, device=data.labels.device)
+    hits = torch.zeros(max(ranks), dtype=torch.int64, device=data.device)
+    part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     was_training = model.training
     model.eval()
     with tqdm(total=len(data), desc="evaluating", unit="img", leave=False, disable=None) as bar:
-        for images, labels in evaluation_batches(data):
+        for images, labels, _ in data.evaluation_batches(BATCH_SIZE, **part):
             predicted = model(pixels(images)).topk(max(ranks), dim=1).indices
             hits += (predicted == labels[:, None]).sum(0)
-            bar.update(len(labels))
+            bar.update(len(labels) * part["world_size"])
     model.train(was_training)
+    distributed.sum_over_processes(hits)
     right_within = hits.cumsum(0).tolist()
     return {f"top{rank}": 100 * right_within[rank - 1] / len(data) for rank in ranks}
 
@@ -71,12 +64,11 @@ def stage_alignment(
     spaced = torch.linspace(0, len(data) - 1, min(CKA_IMAGES, len(data))).long()
     # Neighbours in a sorted set share a class: deal the images out, so that batches are mixed.
     batches = -(-len(spaced) // CKA_BATCH_SIZE)
-    chosen = torch.cat([spaced[start::batches] for start in range(batches)]).to(data.labels.device)
-    subset = replace(data, images=data.images[chosen], labels=data.labels[chosen])
+    chosen = torch.cat([spaced[start::batches] for start in range(batches)]).to(data.device)
     return layerwise_cka(
         _from_raw_pixels(*student),
         _from_raw_pixels(*teacher),
-        (images for images, _ in evaluation_batches(subset, CKA_BATCH_SIZE)),
+        (images for images, *_ in data.subset(chosen).evaluation_batches(CKA_BATCH_SIZE)),
         {name: (f"model.{s}", f"model.{t}") for name, (s, t) in taps.items()},
     )
 

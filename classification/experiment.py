@@ -1,40 +1,53 @@
-"""One run from its configuration to its result: data, teacher, student, training, files."""
+"""Runs from their configurations to their results: data, teacher, students, training, files."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.config import ConfigError, changed_keys, config_from_text
+from classification.config import ConfigError, changed_keys, config_from_text, flatten
 from classification.data import ImageSet, load_image_sets
-from classification.distillation import POOLED, build_losses, pixel_statistics, stage_taps
-from classification.environment import choose_device, describe_environment
-from classification.evaluation import accuracy
+from classification.distillation import (
+    build_losses,
+    check_losses,
+    loss_context,
+    model_taps,
+    numbered_stages,
+    pixel_statistics,
+)
+from classification.environment import describe_environment
+from classification.launch import process_group
+from classification.loop import train
 from classification.models import create_model
 from classification.random_state import seed_everything
 from classification.run_files import RunFiles, read_metrics
-from classification.teacher import check_teacher, teacher_run
-from classification.trainer import Trainer
+from classification.teacher import Teacher, check_teacher, prepare_teacher
+from classification.trainer import Trainer, TrainingFailedError
 from classification.weights import load_classifier
 from pcka.analysis.plots import plot_curves
-from pcka.checkpoint import atomic_save, load_file
 from pcka.distiller import Distiller
-from pcka.teacher import FrozenTeacher
+from pcka.distributed import from_first_process, rank
 
 logger = logging.getLogger("classification")
 
 ImageSets = tuple[ImageSet, ImageSet]
+Result = dict[str, object]
 
 
 def run_experiment(
     cfg: CfgNode, *, resume: bool = False, image_sets: ImageSets | None = None
-) -> dict[str, object]:
+) -> Result:
     """Train as configured into OUTPUT_DIR; return the content of ``result.json``.
+
+    Under ``torchrun`` all processes train together, and the first one alone writes.
 
     Args:
         cfg: as :func:`classification.config.load_config` gives it.
@@ -43,39 +56,148 @@ def run_experiment(
         image_sets: training and evaluation images where they are in memory already.
 
     Raises:
-        ConfigError: a run that is there already without ``resume``, or a continuation under
-            another configuration.
-        ValueError: data, weights or losses that do not go together.
+        ConfigError: a run that is there already without ``resume``, a continuation under another
+            configuration, or data, weights or losses that do not go together.
         TrainingFailedError: a loss that is not finite.
     """
-    check_teacher(cfg)
-    device = choose_device(cfg.DEVICE)
-    seed_everything(cfg.SEED)
-    losses = build_losses(cfg)
-    with RunFiles(cfg.OUTPUT_DIR, resume=resume) as files:
+    (result,) = run_side_by_side([cfg], resume=resume, image_sets=image_sets)
+    if isinstance(result, TrainingFailedError):
+        raise result
+    return result
+
+
+def run_side_by_side(
+    cfgs: Sequence[CfgNode], *, resume: bool = False, image_sets: ImageSets | None = None
+) -> list[Result | TrainingFailedError]:
+    """Train several students on one teacher as :func:`run_experiment` would train each alone.
+
+    The batches are made once and the teacher runs once for all of them, which is much faster than
+    one after the other.
+
+    Args:
+        cfgs: configurations that differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
+        resume: as in :func:`run_experiment`, for each run.
+        image_sets: likewise.
+
+    Returns:
+        The result of each run, or why it failed.
+    """
+    lead = cfgs[0]
+    _check_alike(cfgs)
+    check_teacher(lead)
+    for cfg in cfgs:
+        check_losses(cfg)
+    with process_group(lead.DEVICE) as device, ExitStack() as stack:
+        runs = [_open_run(cfg, resume, stack) for cfg in cfgs]
+        missing = [run for run in runs if run.result is None]
+        if missing:
+            train(_prepare(missing, device, image_sets))
+        return [run.conclude() for run in runs]
+
+
+def prepare_trainers(
+    cfgs: Sequence[CfgNode], device: torch.device, image_sets: ImageSets | None = None
+) -> list[Trainer]:
+    """Return what would train each student from its start, without files.
+
+    Args:
+        cfgs: as for :func:`run_side_by_side`.
+        device: that trains.
+        image_sets: training and evaluation images where they are in memory already.
+    """
+    return _prepare([_Run(cfg, None, None, None) for cfg in cfgs], device, image_sets)
+
+
+def _prepare(
+    runs: Sequence[_Run], device: torch.device, image_sets: ImageSets | None
+) -> list[Trainer]:
+    lead = runs[0].cfg
+    train_set, evaluation_set = image_sets or _load_image_sets(lead)
+    sets = train_set.to(device), evaluation_set.to(device)
+    teacher = prepare_teacher(lead, sets, _train_teacher)
+    return [run.prepare(sets, teacher, device) for run in runs]
+
+
+@dataclass
+class _Run:
+    """One student's run, from its folder to its result.
+
+    Attributes:
+        cfg: its configuration.
+        files: None in all processes but the first.
+        saved: the state to go on from.
+        result: where the run was finished before.
+        teacher_accuracy: percent.
+        trainer: once it is prepared.
+    """
+
+    cfg: CfgNode
+    files: RunFiles | None
+    saved: dict | None
+    result: Result | None
+    teacher_accuracy: float | None = None
+    trainer: Trainer | None = None
+
+    def prepare(self, sets: ImageSets, teacher: Teacher | None, device: torch.device) -> Trainer:
+        """Build student, losses and trainer, and go on from what was saved."""
+        cfg, (train_set, evaluation_set) = self.cfg, sets
+        if self.saved is not None:
+            _check_images(self.saved, [part.fingerprint for part in sets])
+        if self.files is not None:
+            self.files.write_text("config.yaml", cfg.dump())
+            self.files.write_json("environment.json", describe_environment(cfg.SEED, device))
+        seed_everything(cfg.SEED)
+        student = _build_student(cfg, len(train_set.classes))
+        frozen = teacher.model if teacher else None
+        taps = model_taps(student, frozen.model if frozen else student, cfg.DISTILL.TAPS)
+        losses = build_losses(cfg, taps)
+        distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
+        if teacher is not None:
+            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
+            distiller.prepare(*_sample_images(cfg, train_set), context)
+            self.teacher_accuracy = teacher.accuracy
+        followed = numbered_stages(taps) if teacher else {}
+        self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
+        if self.saved is not None:
+            self.trainer.restore(self.saved)
+        if self.files is not None:
+            self.files.start_metrics(self.trainer.epoch)
+        return self.trainer
+
+    def conclude(self) -> Result | TrainingFailedError:
+        """Write what the run came to, in the first process; every one gets it."""
+        if self.trainer is None:
+            return self.result
+        if self.trainer.failure is not None:
+            return self.trainer.failure
+        if self.files is not None:
+            self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
+        return from_first_process(self.result)
+
+
+def _check_alike(cfgs: Sequence[CfgNode]) -> None:
+    lead = flatten(cfgs[0])
+    for cfg in cfgs[1:]:
+        for key, value in flatten(cfg).items():
+            if value != lead[key] and key != "OUTPUT_DIR" and not key.startswith("DISTILL."):
+                raise ConfigError(
+                    f"{key}: runs side by side may differ in DISTILL and OUTPUT_DIR only, got "
+                    f"{lead[key]!r} and {value!r}"
+                )
+
+
+def _open_run(cfg: CfgNode, resume: bool, stack: ExitStack) -> _Run:
+    """Lock the run's folder and read what is there, in the first process; tell the others."""
+    files, saved, result = None, None, None
+    if rank() == 0:
+        files = stack.enter_context(RunFiles(cfg.OUTPUT_DIR, resume=resume))
         saved = files.load_checkpoint()
         if saved is not None:
             _check_configuration(cfg, saved)
             if files.result.exists() and saved["epoch"] >= cfg.SOLVER.EPOCHS:
-                return json.loads(files.result.read_text())
-        train_set, evaluation_set = image_sets or load_image_sets(cfg)
-        _check_images(saved, [train_set.fingerprint, evaluation_set.fingerprint])
-        files.write_text("config.yaml", cfg.dump())
-        files.write_json("environment.json", describe_environment(cfg.SEED, device))
-
-        teacher = _prepare_teacher(cfg, (train_set, evaluation_set))
-        seed_everything(cfg.SEED)
-        student = _build_student(cfg, len(train_set.classes))
-        taps = stage_taps(student, teacher.model) if teacher is not None else {}
-        distiller = Distiller(student, teacher, losses, {**taps, **POOLED}).to(device)
-        train_set, evaluation_set = train_set.to(device), evaluation_set.to(device)
-        teacher_accuracy = _measure_teacher(cfg, distiller, evaluation_set)
-        trainer = Trainer(cfg, distiller, taps, train_set, evaluation_set, files)
-        if saved is not None:
-            trainer.restore(saved)
-        files.start_metrics(trainer.epoch)
-        trainer.run()
-        return _conclude(trainer, teacher_accuracy)
+                result = json.loads(files.result.read_text())
+    saved, result = from_first_process((saved, result))
+    return _Run(cfg, files, saved, result)
 
 
 def _check_configuration(cfg: CfgNode, saved: dict) -> None:
@@ -87,34 +209,27 @@ def _check_configuration(cfg: CfgNode, saved: dict) -> None:
         )
 
 
-def _check_images(saved: dict | None, fingerprints: list[str]) -> None:
-    if saved is not None and saved["images"] != fingerprints:
+def _check_images(saved: dict, fingerprints: list[str]) -> None:
+    if saved["images"] != fingerprints:
         raise ConfigError(
             "DATA.ROOT: the images are not those that the run was started with; give the folder "
             "that holds them, or choose another OUTPUT_DIR"
         )
 
 
-def _prepare_teacher(cfg: CfgNode, image_sets: ImageSets) -> FrozenTeacher | None:
-    """Return the teacher with its weights, trained first where that is asked for."""
-    if not cfg.TEACHER.NAME:
-        return None
-    weights = cfg.TEACHER.WEIGHTS or _trained_teacher(cfg, image_sets)
-    classes = len(image_sets[0].classes)
-    model = load_classifier(cfg.TEACHER.NAME, weights, classes, role="teacher")
-    return FrozenTeacher(model, channels_last=cfg.CHANNELS_LAST)
+def _load_image_sets(cfg: CfgNode) -> ImageSets:
+    """Load the data; a download is the first process's alone."""
+    if not cfg.DATA.DOWNLOAD:
+        return load_image_sets(cfg)
+    sets = load_image_sets(cfg) if rank() == 0 else None
+    from_first_process(None)  # wait for it
+    return sets or load_image_sets(cfg)
 
 
-def _trained_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
-    """Return the file of the finished teacher; train it, or go on training it, if there is none."""
-    run, weights = teacher_run(cfg, image_sets[0])
-    if weights.exists():
-        logger.info("teacher %s: trained before, %s", cfg.TEACHER.NAME, weights)
-    else:
-        logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, run.OUTPUT_DIR)
-        run_experiment(run, resume=True, image_sets=image_sets)
-        atomic_save(load_file(Path(run.OUTPUT_DIR) / "model_last.pth"), weights)
-    return weights
+def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
+    """Train the teacher's own run, or go on with it; return the file of its last epoch."""
+    run_experiment(cfg, resume=True, image_sets=image_sets)
+    return Path(cfg.OUTPUT_DIR) / "model_last.pth"
 
 
 def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
@@ -127,18 +242,17 @@ def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
     return student.to(memory_format=layout)
 
 
-def _measure_teacher(cfg: CfgNode, distiller: Distiller, data: ImageSet) -> float | None:
-    if distiller.teacher is None:
-        return None
-    pixels = pixel_statistics(cfg.TEACHER).to(data.images.device)
-    top1 = accuracy(distiller.teacher, pixels, data)["top1"]
-    logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
-    return top1
+def _sample_images(cfg: CfgNode, data: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two images, normalised for the student and for the teacher."""
+    images, *_ = next(data.subset(torch.arange(2)).evaluation_batches())
+    student, teacher = (
+        pixel_statistics(role).to(data.device) for role in (cfg.STUDENT, cfg.TEACHER)
+    )
+    return student(images), teacher(images)
 
 
-def _conclude(trainer: Trainer, teacher_accuracy: float | None) -> dict[str, object]:
-    """Write what the run came to."""
-    cfg, files = trainer.cfg, trainer.files
+def _write_result(trainer: Trainer, files: RunFiles, teacher_accuracy: float | None) -> Result:
+    cfg = trainer.cfg
     metrics = read_metrics(files.metrics)
     plot_curves(metrics, files.directory / "curves.png")
     result = {

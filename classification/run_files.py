@@ -70,7 +70,7 @@ class RunFiles:
     def start_metrics(self, epochs: int) -> None:
         """Cut the metrics back to the first ``epochs`` epochs; the rest will be trained anew."""
         kept = [record for record in read_metrics(self.metrics) if record["epoch"] <= epochs]
-        _write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._tensorboard = SummaryWriter(self.directory / "tensorboard", purge_step=epochs + 1)
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
@@ -96,7 +96,7 @@ class RunFiles:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, never half."""
-        _write(self.directory / name, text)
+        write_text(self.directory / name, text)
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file, never half."""
@@ -123,7 +123,8 @@ def _lock(directory: Path) -> int:
     return handle
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, never half."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)

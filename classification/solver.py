@@ -16,6 +16,7 @@ def build_optimizer(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> torch.o
     solver = cfg.SOLVER
     return torch.optim.SGD(
         parameters,
+        fused=True,
         lr=solver.BASE_LR,
         momentum=solver.MOMENTUM,
         nesterov=solver.NESTEROV,
@@ -41,3 +42,14 @@ def learning_rate(cfg: CfgNode, progress: float) -> float:
     if progress < solver.WARMUP_EPOCHS:
         factor *= progress / solver.WARMUP_EPOCHS
     return solver.BASE_LR * factor
+
+
+def distillation_scale(cfg: CfgNode, progress: float) -> float:
+    """Return the factor of the distillation terms: linear up to 1 in the share ``WARMUP`` of a run.
+
+    Args:
+        cfg: ``DISTILL.WARMUP`` and ``SOLVER.EPOCHS`` are read.
+        progress: epochs trained so far, with a fraction within an epoch.
+    """
+    warmup = cfg.DISTILL.WARMUP * cfg.SOLVER.EPOCHS
+    return progress / warmup if progress < warmup else 1.0

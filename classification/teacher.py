@@ -4,17 +4,111 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
+from torch import Tensor, nn
 
 from classification.config import ConfigError, flatten
 from classification.data import ImageSet
 from classification.defaults import default_config
+from classification.distillation import pixel_statistics
+from classification.evaluation import accuracy
+from classification.weights import load_classifier
+from pcka.checkpoint import atomic_save, load_file
+from pcka.distributed import from_first_process, rank
+from pcka.teacher import FrozenTeacher
+
+logger = logging.getLogger("classification")
+
+PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
+
+ImageSets = tuple[ImageSet, ImageSet]
 
 # What a training by cross-entropy depends on, besides its images.
 DETERMINING = ("SEED", "CHANNELS_LAST", "AUTOCAST", "DATA.CROP_PADDING", "DATA.FLIP")
 DETERMINING_SECTIONS = ("STUDENT.", "SOLVER.")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that is ready to teach.
+
+    Attributes:
+        model: on the device that trains, its batch norms folded.
+        accuracy: on the evaluation images, percent.
+        norms: module path -> weight and bias of the batch norms that give features before their
+            activation, as they were before the folding.
+    """
+
+    model: FrozenTeacher
+    accuracy: float
+    norms: dict[str, tuple[Tensor, Tensor]]
+
+
+def prepare_teacher(
+    cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
+) -> Teacher | None:
+    """Return the teacher with its weights, or None where the configuration names none.
+
+    Args:
+        cfg: of the students.
+        image_sets: training and evaluation images, on the device that trains.
+        train_run: trains the teacher's own run where one is asked for and not there yet, and
+            returns the file of its weights.
+
+    Raises:
+        ConfigError: a teacher without weights, or one that is more than two points less accurate
+            than ``TEACHER.ACCURACY`` says.
+    """
+    if not cfg.TEACHER.NAME:
+        return None
+    train_set, evaluation_set = image_sets
+    weights = cfg.TEACHER.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
+    model = load_classifier(cfg.TEACHER.NAME, weights, len(train_set.classes), role="teacher")
+    model.to(evaluation_set.device)
+    norms = _preactivation_norms(model)
+    frozen = FrozenTeacher(model, channels_last=cfg.CHANNELS_LAST, fold_batch_norm=True)
+    pixels = pixel_statistics(cfg.TEACHER).to(evaluation_set.device)
+    top1 = accuracy(frozen, pixels, evaluation_set)["top1"]
+    logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
+    _preflight(cfg, top1)
+    return Teacher(frozen, top1, norms)
+
+
+def _preactivation_norms(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    norms = {path: model.get_submodule(path) for path in model.preactivation_norms if path}
+    return {path: (norm.weight.detach(), norm.bias.detach()) for path, norm in norms.items()}
+
+
+def _preflight(cfg: CfgNode, top1: float) -> None:
+    stated = cfg.TEACHER.ACCURACY
+    if top1 < stated - PREFLIGHT_POINTS:
+        raise ConfigError(
+            f"TEACHER.ACCURACY: {cfg.TEACHER.NAME} reaches {top1:.2f} % on the evaluation images, "
+            f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
+            "and that the data are what it was trained for, or state its accuracy on these (0: "
+            "any)"
+        )
+
+
+def _trained_teacher(
+    cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
+) -> Path:
+    """Return the file of the finished teacher; train it, or go on training it, if there is none."""
+    run, weights = teacher_run(cfg, image_sets[0])
+    if from_first_process(weights.exists()):
+        logger.info("teacher %s: trained before, %s", cfg.TEACHER.NAME, weights)
+        return weights
+    logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, run.OUTPUT_DIR)
+    trained = train_run(run, image_sets)
+    if rank() == 0:
+        atomic_save(load_file(trained), weights)
+    from_first_process(None)  # the others read the file once it is there
+    return weights
 
 
 def check_teacher(cfg: CfgNode) -> None:

@@ -1,4 +1,7 @@
-"""Train a classifier: ``python classification/train.py --config-file F [KEY VALUE ...]``."""
+"""Train a classifier: ``python classification/train.py --config-file F --method M [KEY VALUE]``.
+
+Several processes: ``torchrun --nproc-per-node N classification/train.py ...``.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in OUTPUT_DIR, or start it"
     )
+    parser.add_argument(
+        "--method", default="", metavar="M", help="what to train by: a name that --list prints"
+    )
     given = parser.parse_intermixed_args(arguments)
-    cfg = load_config(given.config_file, given.overrides)
+    cfg = load_config(given.config_file, given.overrides, given.method)
     with console_log():
         return run_experiment(cfg, resume=given.resume)
 

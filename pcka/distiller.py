@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pcka.losses import Loss, Outputs
-from pcka.taps import FeatureTap
+from pcka.distributed import gather_batch, gather_outputs, world_size
+from pcka.losses import Context, Loss, Outputs
+from pcka.losses.base import NO_CONTEXT
+from pcka.observer import Observer
 from pcka.teacher import FrozenTeacher
 
 
@@ -21,12 +26,22 @@ class Distiller(nn.Module):
     needs it. Features are tapped during ``forward`` alone, so the student carries no hooks
     between steps.
 
+    In several processes (an initialised process group) relational losses see the samples of all
+    of them; wrap the distiller in ``DistributedDataParallel``, which averages the gradients.
+
     Args:
         student: the model to train, images -> logits ``(B, P)``.
         teacher: the trained model, images -> logits; a plain module becomes a
             :class:`FrozenTeacher`. None where no loss needs one.
         losses: modules as in :mod:`pcka.losses`.
         taps: tap name -> (module path in the student, module path in the teacher).
+        compile: run the models through :func:`torch.compile`.
+
+    Attributes:
+        teacher_paths: tap name -> module path of what the losses read of the teacher.
+        runs_teacher: a loss needs the teacher.
+        distillation_scale: factor of the terms of all losses that need a teacher, 1 from the
+            start; a warm-up raises it from 0.
 
     Raises:
         ValueError: a loss whose tap is missing from ``taps``, a path that a model lacks, a loss
@@ -41,6 +56,8 @@ class Distiller(nn.Module):
         teacher: FrozenTeacher | nn.Module | None,
         losses: Sequence[Loss],
         taps: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+        *,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_apart(student, teacher)
@@ -50,16 +67,53 @@ class Distiller(nn.Module):
         # Through __dict__, because assigning a module registers it as a submodule.
         self.__dict__["teacher"] = teacher
         self.losses = nn.ModuleList(losses)
+        self.distillation_scale = 1.0
         with_teacher = [loss for loss in losses if loss.needs_teacher]
         if with_teacher and teacher is None:
             raise ValueError(f"teacher: {type(with_teacher[0]).__name__} needs one, got None")
-        self._runs_teacher = bool(with_teacher)
+        self.runs_teacher = bool(with_teacher)
         self._student_paths = {name: taps[name][0] for name in _needed_taps(losses, taps)}
-        self._teacher_paths = {name: taps[name][1] for name in _needed_taps(with_teacher, taps)}
-        self._check_paths()
+        self.teacher_paths = {name: taps[name][1] for name in _needed_taps(with_teacher, taps)}
+        self._observe_student = Observer(student, self._student_paths, compile=compile)
+        self._observe_teacher: Observer | None = None
+        if teacher is not None:
+            self._observe_teacher = teacher.observer(self.teacher_paths, compile=compile)
+
+    @torch.no_grad()
+    def prepare(
+        self, images: Tensor, teacher_images: Tensor | None = None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Let the losses size their adapters by a dry run; call it before making the optimizer.
+
+        The student's mode and its batch-norm statistics stay as they are.
+
+        Args:
+            images: two or more samples, as for :meth:`forward`.
+            teacher_images: as for :meth:`forward`.
+            context: what some losses need to know of the run.
+        """
+        was_training = self.student.training
+        self.student.eval()
+        student = self._observe_student(images)
+        self.student.train(was_training)
+        teacher = self.observe_teacher(images if teacher_images is None else teacher_images)
+        for loss in cast(Iterable[Loss], self.losses):
+            loss.prepare(student, teacher, context)
+
+    def observe_teacher(self, images: Tensor) -> Outputs | None:
+        """The teacher's outputs on its images ``(B, C, H', W')``; None where no loss needs them."""
+        if self._observe_teacher is None or not self.runs_teacher:
+            return None
+        return self._observe_teacher(images)
 
     def forward(
-        self, images: Tensor, target: Tensor | None, teacher_images: Tensor | None = None
+        self,
+        images: Tensor,
+        target: Tensor | None,
+        teacher_images: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        teacher_outputs: Outputs | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms of all losses; their sum is what to train on.
 
@@ -68,6 +122,11 @@ class Distiller(nn.Module):
             target: what the losses compare with, ``(B,)`` class indices for cross-entropy.
             teacher_images: ``(B, C, H', W')`` of the same samples, normalised for the teacher;
                 ``images`` where None.
+            indices: position of each sample in the training set, ``(B,)`` int64, for losses that
+                remember samples.
+            teacher_outputs: where they are known already (several students on one teacher), as
+                ``teacher.observer`` gives them for ``teacher_paths``; the teacher does not run
+                then.
 
         Returns:
             ``loss_...`` -> scalar, with a graph to the student and to the losses' own parameters.
@@ -75,22 +134,39 @@ class Distiller(nn.Module):
         Raises:
             ValueError: two losses give a term of the same name.
         """
-        student = _observe(self.student, self.student, self._student_paths, images)
-        teacher = None
-        if self.teacher is not None and self._runs_teacher:
-            images = images if teacher_images is None else teacher_images
-            observed = _observe(self.teacher, self.teacher.model, self._teacher_paths, images)
-            teacher = _cast_like(student, observed)
+        student = replace(self._observe_student(images), indices=indices)
+        teacher = teacher_outputs
+        if teacher is None:
+            teacher = self.observe_teacher(images if teacher_images is None else teacher_images)
+        if teacher is not None:
+            teacher = _cast_like(student, teacher)
+        own = student, teacher, target
+        gathered = self._gather(*own)
         terms: dict[str, Tensor] = {}
         for loss in self.losses:
-            added = loss(student, teacher, target)
+            added = loss(*(gathered if loss.relational else own))
             if twice := terms.keys() & added.keys():
                 raise ValueError(
                     f"losses: {type(loss).__name__} gives {', '.join(sorted(twice))}, which "
                     "another loss gives already; keep one of the two"
                 )
-            terms.update(added)
+            scale = self.distillation_scale if loss.needs_teacher else 1.0
+            terms.update({name: scale * term for name, term in added.items()})
         return terms
+
+    def _gather(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> tuple[Outputs, Outputs | None, Tensor | None]:
+        """What relational losses are called with: the batch of all processes."""
+        relational = [loss for loss in cast(Iterable[Loss], self.losses) if loss.relational]
+        if world_size() == 1 or not relational:
+            return student, teacher, target
+        taps = _needed_taps(relational, self._student_paths)
+        return (
+            gather_outputs(student, taps),
+            None if teacher is None else gather_outputs(teacher, taps),
+            None if target is None else gather_batch(target),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Every move and cast of a module goes through here: take the teacher along."""
@@ -99,19 +175,6 @@ class Distiller(nn.Module):
             self.teacher._apply(fn, recurse)
         return self
 
-    def _check_paths(self) -> None:
-        FeatureTap(self.student, self._student_paths).remove()
-        if self.teacher is not None:
-            FeatureTap(self.teacher.model, self._teacher_paths).remove()
-
-
-def _observe(
-    model: Callable[[Tensor], Tensor], tapped: nn.Module, paths: Mapping[str, str], images: Tensor
-) -> Outputs:
-    with FeatureTap(tapped, paths) as tap:
-        logits = model(images)
-        return Outputs(logits, tap.pop())
-
 
 def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
     """The teacher's outputs in the student's dtypes, which differ under autocast."""
@@ -119,12 +182,14 @@ def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
     if logits is not None and student.logits is not None:
         logits = logits.to(student.logits.dtype)
     features = {
-        name: feature.to(student.features[name].dtype) for name, feature in teacher.features.items()
+        name: teacher.features[name].to(feature.dtype)
+        for name, feature in student.features.items()
+        if name in teacher.features
     }
     return Outputs(logits=logits, features=features)
 
 
-def _needed_taps(losses: Sequence[Loss], taps: Mapping[str, tuple[str, str]]) -> list[str]:
+def _needed_taps(losses: Iterable[Loss], taps: Mapping[str, object]) -> list[str]:
     needed = []
     for loss in losses:
         for name in loss.taps:

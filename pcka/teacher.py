@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
+
+from pcka.folding import fold_batch_norms
+from pcka.observer import Observer
 
 
 class FrozenTeacher(nn.Module):
@@ -18,11 +22,17 @@ class FrozenTeacher(nn.Module):
     Args:
         model: the trained teacher, images -> outputs.
         channels_last: keep the weights, and bring the images, in channels-last memory format.
+        fold_batch_norm: put batch norms into the convolutions before them
+            (:func:`pcka.folding.fold_batch_norms`): the same outputs up to rounding, faster.
     """
 
-    def __init__(self, model: nn.Module, *, channels_last: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, channels_last: bool = False, fold_batch_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).eval()
+        if fold_batch_norm:
+            fold_batch_norms(self.model)
         self.channels_last = channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -32,9 +42,19 @@ class FrozenTeacher(nn.Module):
         """Stay in eval mode, whatever ``mode`` asks for."""
         return super().train(False)
 
+    # Not inference_mode: autograd refuses to save its tensors, and losses multiply by them.
     @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
         """What the model gives for ``images (B, C, H, W)``, without a graph."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)
+
+    def observer(self, paths: Mapping[str, str], *, compile: bool = False) -> Observer:
+        """The teacher with taps on its model.
+
+        Args:
+            paths: tap name -> module path in ``model``.
+            compile: as in :class:`Observer`.
+        """
+        return Observer(self, paths, root=self.model, compile=compile)

@@ -1,0 +1,118 @@
+"""Compare methods over seeds: ``python classification/compare.py --config-file F --methods M ...``.
+
+Trains what is missing, and goes on where it was killed. Of each seed all methods are trained side
+by side: the same start, order and augmentation, and one teacher that runs once for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from classification.command_line import config_arguments, console_log
+from classification.comparison import Comparison, write_comparison
+from classification.config import ConfigError, load_config
+from classification.cost import measure_costs
+from classification.experiment import run_side_by_side
+from classification.trainer import TrainingFailedError
+from pcka.distributed import rank
+
+logger = logging.getLogger("classification")
+
+
+def compare(
+    config_file: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    together: int = 8,
+    costs: bool = True,
+) -> Comparison:
+    """Train each method with each seed into ``output/<method>/seed<seed>``, and compare them.
+
+    Args:
+        config_file: data, student and teacher.
+        methods: names of method files; the first is what the others are compared with.
+        seeds: of the students' start, order and augmentation.
+        output: ``comparison.md``, ``.csv`` and ``.png`` go there too.
+        overrides: ``KEY VALUE`` pairs for all runs.
+        together: so many students are trained side by side; they share the device's memory.
+        costs: measure what a step of each method costs, once the runs are there.
+
+    Raises:
+        ConfigError: a method named twice, or what :func:`run_side_by_side` refuses.
+    """
+    if len(set(methods)) != len(methods) or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"methods and seeds: expected each one once, got {methods} and {seeds}")
+
+    def configure(method: str, seed: int) -> CfgNode:
+        own = ["SEED", str(seed), "OUTPUT_DIR", str(output / method / f"seed{seed}")]
+        return load_config(config_file, [*overrides, *own], method)
+
+    comparison = Comparison(configure(methods[0], seeds[0]), methods)
+    for seed in seeds:
+        for group in _groups(methods, together):
+            results = run_side_by_side([configure(m, seed) for m in group], resume=True)
+            for method, result in zip(group, results, strict=True):
+                if isinstance(result, TrainingFailedError):
+                    logger.warning("%s, seed %d: failed: %s", method, seed, result)
+                comparison.add(method, seed, result)
+            if rank() == 0:
+                write_comparison(comparison, output)
+    if costs:
+        comparison.costs = measure_costs(
+            {method: configure(method, seeds[0]) for method in methods}, output / "costs.json"
+        )
+        if rank() == 0:
+            write_comparison(comparison, output)
+    return comparison
+
+
+def _groups(methods: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(methods), size):
+        yield methods[start : start + size]
+
+
+def main(arguments: Sequence[str] | None = None) -> Comparison:
+    """Compare as the arguments say; print the table."""
+    parser = config_arguments("Train several methods with several seeds, and compare them.")
+    parser.add_argument(
+        "--methods", nargs="+", required=True, metavar="M", help="names that --list prints"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
+    parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
+    parser.add_argument(
+        "--together", type=_positive, default=8, metavar="N", help="students trained side by side"
+    )
+    parser.add_argument("--no-costs", action="store_true", help="do not measure what steps cost")
+    # KEY VALUE pairs may follow the lists, which would swallow them: they come after "--".
+    given = parser.parse_args(arguments)
+    with console_log():
+        comparison = compare(
+            Path(given.config_file),
+            given.methods,
+            given.seeds,
+            given.output,
+            given.overrides,
+            together=given.together,
+            costs=not given.no_costs,
+        )
+    if rank() == 0:
+        print(comparison.markdown())
+    return comparison
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The batch of all processes, for losses that relate the samples of a batch to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from pcka.losses.outputs import Outputs
+
+
+def world_size() -> int:
+    """How many processes train together; 1 where there is no process group."""
+    return distributed.get_world_size() if _initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return distributed.get_rank() if _initialized() else 0
+
+
+def _initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def from_first_process(value: Any) -> Any:
+    """What the first process passes, in every process; all wait for it to get here.
+
+    Args:
+        value: plain objects or tensors; what the other processes pass does not count.
+    """
+    if world_size() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def sum_over_processes(x: Tensor) -> None:
+    """Add up ``x`` over all processes, in place; nothing to do in one process."""
+    if world_size() > 1:
+        distributed.all_reduce(x)
+
+
+def mean_over_processes(figures: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each figure over all processes, which must name the same ones in one order."""
+    if world_size() == 1:
+        return dict(figures)
+    on_gpu = distributed.get_backend() == "nccl"
+    device = "cuda" if on_gpu else "cpu"
+    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    distributed.all_reduce(values)
+    return dict(zip(figures, (values / world_size()).tolist(), strict=True))
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Give every process the mean of all processes' floating buffers (batch-norm statistics)."""
+    if world_size() == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            distributed.all_reduce(buffer)
+            buffer /= world_size()
+
+
+class _GatherBatch(torch.autograd.Function):
+    """All processes' batches in the order of their ranks.
+
+    Every process computes the same loss of the gathered batch, so the gradients that come back
+    are the same in all of them, and the sum over processes that the adjoint asks for is
+    ``world_size`` times the own part: no communication is needed. The mean over processes that
+    DistributedDataParallel takes then leaves the gradient of that one loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        distributed.all_gather(parts, x)
+        ctx.samples = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        start = rank() * ctx.samples
+        return world_size() * grad[start : start + ctx.samples]
+
+
+def gather_batch(x: Tensor) -> Tensor:
+    """The samples of all processes: ``(b, ...)`` -> ``(world_size * b, ...)``, by rank.
+
+    Differentiable, for losses that every process computes alike from the gathered batch, and whose
+    parameter gradients are averaged over processes, as DistributedDataParallel does: the
+    parameters then get the gradient of the loss on the whole batch. The identity in one process.
+
+    Args:
+        x: this process's part, of the same shape in every process.
+    """
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _GatherBatch.apply(x.contiguous())
+    return gathered
+
+
+def gather_outputs(outputs: Outputs, taps: Iterable[str]) -> Outputs:
+    """:func:`gather_batch` of logits, indices and the features of some taps."""
+    return Outputs(
+        logits=None if outputs.logits is None else gather_batch(outputs.logits),
+        features={name: gather_batch(outputs.feature(name)) for name in taps},
+        indices=None if outputs.indices is None else gather_batch(outputs.indices),
+    )

@@ -1,0 +1,63 @@
+"""Batch norms of a trained model, put into the convolutions before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def fold_batch_norms(model: nn.Module) -> list[str]:
+    """Replace, in place, every batch norm that directly follows a convolution by the identity.
+
+    ``BN(Wx + b) = (s W) x + (b - mean) s + beta`` with ``s = gamma / sqrt(var + eps)``: in
+    evaluation mode the scale and the shift go into the convolution. Module paths stay as they
+    are, so taps do too, and a tap of the batch norm gives what it gave. A tap of the
+    *convolution* gives the normalised map.
+
+    Args:
+        model: in evaluation mode. One that :func:`torch.fx.symbolic_trace` cannot follow stays as
+            it is.
+
+    Returns:
+        Paths of the batch norms that were folded.
+
+    Raises:
+        ValueError: a model in training mode, whose batch norms use the statistics of the batch.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError("model must be in evaluation mode to fold its batch norms; call .eval()")
+    folded = []
+    for conv, norm in list(_pairs(model)):
+        fused = fuse_conv_bn_eval(
+            cast(nn.Conv2d, model.get_submodule(conv)),
+            cast(nn.BatchNorm2d, model.get_submodule(norm)),
+        )
+        model.set_submodule(conv, fused)
+        model.set_submodule(norm, nn.Identity())
+        folded.append(norm)
+    return folded
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Paths of the convolutions and batch norms of which one feeds the other and nothing else."""
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception:  # control flow on values, foreign calls: tracing fails in many ways
+        return
+    modules = dict(model.named_modules())
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    calls = [str(node.target) for node in nodes]
+    for node in nodes:
+        before = node.args[0]
+        if (
+            isinstance(modules[node.target], nn.BatchNorm2d)
+            and isinstance(before, fx.Node)
+            and before.op == "call_module"
+            and isinstance(modules[before.target], nn.Conv2d)
+            and len(before.users) == 1
+            and calls.count(str(node.target)) == calls.count(str(before.target)) == 1
+        ):
+            yield str(before.target), str(node.target)
