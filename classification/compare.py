@@ -7,8 +7,9 @@ by side: the same start, order and augmentation, and one teacher that runs once 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -18,6 +19,7 @@ from classification.comparison import Comparison, write_comparison
 from classification.config import ConfigError, load_config
 from classification.cost import measure_costs
 from classification.experiment import run_side_by_side
+from classification.launch import is_first, process_group
 from classification.trainer import TrainingFailedError
 from pcka.distributed import rank
 
@@ -55,28 +57,33 @@ def compare(
         own = ["SEED", str(seed), "OUTPUT_DIR", str(output / method / f"seed{seed}")]
         return load_config(config_file, [*overrides, *own], method)
 
-    comparison = Comparison(configure(methods[0], seeds[0]), methods)
-    for seed in seeds:
-        for group in _groups(methods, together):
-            results = run_side_by_side([configure(m, seed) for m in group], resume=True)
+    # All of them before the first is trained, so that a wrong name costs no time.
+    cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
+    first = cfgs[methods[0], seeds[0]]
+    comparison = Comparison(first, methods)
+    with process_group(first.DEVICE):
+        for seed, group in itertools.product(seeds, _groups(methods, together)):
+            results = run_side_by_side([cfgs[method, seed] for method in group], resume=True)
             for method, result in zip(group, results, strict=True):
                 if isinstance(result, TrainingFailedError):
                     logger.warning("%s, seed %d: failed: %s", method, seed, result)
                 comparison.add(method, seed, result)
-            if rank() == 0:
-                write_comparison(comparison, output)
-    if costs:
-        comparison.costs = measure_costs(
-            {method: configure(method, seeds[0]) for method in methods}, output / "costs.json"
-        )
-        if rank() == 0:
-            write_comparison(comparison, output)
+            _write(comparison, output)
+        if costs:
+            by_method = {method: cfgs[method, seeds[0]] for method in methods}
+            comparison.costs = measure_costs(by_method, output / "costs.json")
+            _write(comparison, output)
     return comparison
 
 
-def _groups(methods: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(methods), size):
-        yield methods[start : start + size]
+def _write(comparison: Comparison, output: Path) -> None:
+    """The first process alone writes."""
+    if rank() == 0:
+        write_comparison(comparison, output)
+
+
+def _groups(methods: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [methods[start : start + size] for start in range(0, len(methods), size)]
 
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:
@@ -103,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
             together=given.together,
             costs=not given.no_costs,
         )
-    if rank() == 0:
+    if is_first():
         print(comparison.markdown())
     return comparison
 

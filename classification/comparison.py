@@ -156,7 +156,7 @@ def _csv(comparison: Comparison) -> str:
 
 
 def _plot(comparison: Comparison, path: Path) -> None:
-    """Draw each run as a point, the means as lines, and the teacher."""
+    """Draw each run as a point and the means as lines."""
     methods = [m for m in reversed(comparison.methods) if comparison.accuracies(m)]
     figure = Figure(figsize=(7, 0.9 + 0.32 * max(len(methods), 1)), layout="constrained")
     axes = figure.subplots()

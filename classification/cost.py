@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 from classification.experiment import ImageSets, prepare_trainers
 from classification.launch import process_group
 from classification.loop import prepare_inputs, teacher_observer
+from classification.run_files import write_text
 from classification.trainer import Trainer
 from pcka.analysis.memory import peak_growth
 from pcka.distributed import rank
@@ -72,7 +73,7 @@ def measure_costs(
         }
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({method: asdict(cost) for method, cost in costs.items()}))
+        write_text(path, json.dumps({method: asdict(cost) for method, cost in costs.items()}))
     return costs
 
 

@@ -10,7 +10,7 @@ from classification.command_line import console_log
 from classification.compare import compare
 from classification.config import CONFIGS
 
-METHODS = ("ce", "kd", "rcka", "kd_fcka")
+METHODS = ("ce", "kd", "rcka_short", "kd_fcka")
 SEEDS = (0, 1, 2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,8 +34,6 @@ from classification.weights import load_classifier
 from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
-
-logger = logging.getLogger("classification")
 
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
@@ -190,12 +187,15 @@ def _open_run(cfg: CfgNode, resume: bool, stack: ExitStack) -> _Run:
     """Lock the run's folder and read what is there, in the first process; tell the others."""
     files, saved, result = None, None, None
     if rank() == 0:
-        files = stack.enter_context(RunFiles(cfg.OUTPUT_DIR, resume=resume))
-        saved = files.load_checkpoint()
-        if saved is not None:
-            _check_configuration(cfg, saved)
-            if files.result.exists() and saved["epoch"] >= cfg.SOLVER.EPOCHS:
-                result = json.loads(files.result.read_text())
+        with ExitStack() as opened:
+            files = opened.enter_context(RunFiles(cfg.OUTPUT_DIR, resume=resume))
+            saved = files.load_checkpoint()
+            if saved is not None:
+                _check_configuration(cfg, saved)
+                if files.result.exists() and saved["epoch"] >= cfg.SOLVER.EPOCHS:
+                    result = json.loads(files.result.read_text())
+            if result is None:
+                stack.push(opened.pop_all())  # a finished run is left alone
     saved, result = from_first_process((saved, result))
     return _Run(cfg, files, saved, result)
 
@@ -268,7 +268,7 @@ def _write_result(trainer: Trainer, files: RunFiles, teacher_accuracy: float | N
         "evaluation_images": len(trainer.evaluation_set),
     }
     files.write_json("result.json", result)
-    logger.info(
+    files.logger.info(
         "finished: accuracy %.2f %% after the last epoch, %.2f %% after the best (epoch %d)",
         *(result["last_accuracy"], result["best_accuracy"], result["best_epoch"]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ def process_group(device_name: str) -> Iterator[torch.device]:
     """Join the group that ``torchrun`` describes in the environment, for the length of the block.
 
     NCCL where the processes train on CUDA, gloo otherwise. One process, started without
-    ``torchrun``, needs no group, and one that is in a group already stays in it.
+    ``torchrun``, needs no group, and one that is in a group already stays in it. The first process
+    alone logs more than warnings.
 
     Args:
         device_name: the key ``DEVICE``.
@@ -32,7 +34,14 @@ def process_group(device_name: str) -> Iterator[torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        distributed.destroy_process_group()
+    if distributed.get_rank() > 0:
+        logging.getLogger("classification").setLevel(logging.WARNING)
+    yield device
+    # Not after an error: the others, at another place, would keep this process waiting, and
+    # torchrun, which ends them all, would never hear of it.
+    distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that ``torchrun`` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

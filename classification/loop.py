@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from classification.config import ConfigError
 from classification.data import Batch, PixelNormalize
 from classification.environment import autocast
 from classification.loss_window import NonFiniteLossError
@@ -35,11 +36,21 @@ def train(trainers: Sequence[Trainer]) -> None:
 
 
 def teacher_observer(trainers: Sequence[Trainer]) -> Observer | None:
-    """The teacher with the taps of all students; None where none of them needs it."""
+    """The teacher with the taps of all students; None where none of them needs it.
+
+    Raises:
+        ConfigError: students that mean different modules of the teacher by the same tap.
+    """
     learners = [trainer.distiller for trainer in trainers if trainer.distiller.runs_teacher]
     if not learners:
         return None
-    paths = {tap: path for learner in learners for tap, path in learner.teacher_paths.items()}
+    paths: dict[str, str] = {}
+    for tap, path in (item for learner in learners for item in learner.teacher_paths.items()):
+        if paths.setdefault(tap, path) != path:
+            raise ConfigError(
+                f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
+                f"{path!r} for another beside it; give them different names"
+            )
     return learners[0].teacher.observer(paths, compile=trainers[0].cfg.COMPILE)
 
 

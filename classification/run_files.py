@@ -29,6 +29,9 @@ class RunFiles:
         directory: made where it is missing.
         resume: continue what is there.
 
+    Attributes:
+        logger: for what concerns this run and none beside it.
+
     Raises:
         ConfigError: a run is there and ``resume`` is false, or another process is at work there.
     """
@@ -50,6 +53,8 @@ class RunFiles:
             )
         self._log = logging.FileHandler(self.directory / "log.txt")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.logger = logging.LoggerAdapter(logger, {"run": self})
+        self._log.addFilter(lambda record: getattr(record, "run", self) is self)
         self._tensorboard: SummaryWriter | None = None
 
     def __enter__(self) -> RunFiles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,6 @@ from classification.solver import build_optimizer, distillation_scale, learning_
 from pcka.distiller import Distiller
 from pcka.distributed import average_buffers, mean_over_processes, rank, world_size
 from pcka.losses import Outputs
-
-logger = logging.getLogger("classification")
 
 
 class TrainingFailedError(RuntimeError):
@@ -212,7 +209,7 @@ class Trainer:
 
     def _log(self, record: dict[str, float]) -> None:
         terms = " ".join(f"{k} {v:.4f}" for k, v in record.items() if k.startswith("loss_"))
-        logger.info(
+        self.files.logger.info(
             "epoch %d/%d  %s  accuracy %.2f %%  best %.2f %%  lr %.4g  %.1f s, %.0f img/s",
             *(self.epoch, self.cfg.SOLVER.EPOCHS, terms, record["accuracy"]),
             *(record["best_accuracy"], record["lr"], record["seconds"]),

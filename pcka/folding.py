@@ -9,6 +9,15 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
+class _Tracer(fx.Tracer):
+    """Looks into what holds batch norms alone: other modules may do what cannot be traced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d) or not any(
+            isinstance(module, nn.BatchNorm2d) for module in m.modules()
+        )
+
+
 def fold_batch_norms(model: nn.Module) -> list[str]:
     """Replace, in place, every batch norm that directly follows a convolution by the identity.
 
@@ -44,20 +53,25 @@ def fold_batch_norms(model: nn.Module) -> list[str]:
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Paths of the convolutions and batch norms of which one feeds the other and nothing else."""
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception:  # control flow on values, foreign calls: tracing fails in many ways
         return
     modules = dict(model.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     calls = [str(node.target) for node in nodes]
     for node in nodes:
-        before = node.args[0]
+        before = node.args[0] if node.args else None
         if (
-            isinstance(modules[node.target], nn.BatchNorm2d)
+            _has_statistics(modules[node.target])
             and isinstance(before, fx.Node)
             and before.op == "call_module"
-            and isinstance(modules[before.target], nn.Conv2d)
+            and type(modules[before.target]) is nn.Conv2d  # a subclass may change its weight
             and len(before.users) == 1
             and calls.count(str(node.target)) == calls.count(str(before.target)) == 1
         ):
             yield str(before.target), str(node.target)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Without its own, a batch norm takes those of the batch in evaluation mode, too."""
+    return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None

@@ -15,13 +15,21 @@ from classification.models.layers import conv_bn, global_pool
 from classification.models.registry import register
 
 WIDTHS = (64, 128, 256, 512, 512)
-SMALL_SIDE = 32  # the fourth pooling is for larger images
+SMALL_MAP = 4  # what three poolings leave of an image of 32 pixels; no fourth one then
+
+
+class PoolLargeMaps(nn.MaxPool2d):
+    """Max pooling, but not of the small maps that three poolings leave of CIFAR's images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, C, H / 2, W / 2)`, or `x` itself."""
+        return x if x.shape[2] <= SMALL_MAP else super().forward(x)
 
 
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions with pooling between them, and a linear classifier.
 
-    Images of 32 pixels are pooled three times, larger ones four times, before the mean.
+    Images of 32 pixels are pooled three times, those of 40 and more four times, before the mean.
 
     Args:
         num_classes: number of logits.
@@ -51,6 +59,7 @@ class VGG(nn.Module):
             self.add_module(f"relu{index}", nn.ReLU())
             self.preactivation_norms += (f"block{index}.{len(layers) - 2}",)
         self.pool = nn.MaxPool2d(2)
+        self.last_pool = PoolLargeMaps(2)
         self.avgpool = global_pool()
         self.classifier = nn.Linear(channels, num_classes)
         initialize_convolutions(self)
@@ -58,12 +67,10 @@ class VGG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` -> logits `(B, num_classes)`."""
-        poolings = 3 if images.shape[2] <= SMALL_SIDE else 4
         x = images
-        for index in range(len(WIDTHS)):
-            x = getattr(self, f"relu{index}")(getattr(self, f"block{index}")(x))
-            if index < poolings:
-                x = self.pool(x)
+        for index, pool in enumerate((self.pool, self.pool, self.pool, self.last_pool)):
+            x = pool(getattr(self, f"relu{index}")(getattr(self, f"block{index}")(x)))
+        x = self.relu4(self.block4(x))
         return self.classifier(self.avgpool(x))
 
 

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from pcka import Distiller
+from pcka.losses import Context, build
+from pcka.observer import Observer
+
+PATHS = {"map": "0", "before": "2:input", "pooled": "4"}
+
+
+def small_model(width: int = 4) -> nn.Module:
+    torch.manual_seed(width)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 5),
+    )
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_logits_and_features_of_one_pass_and_no_hooks_left():
+    model, images = small_model(), torch.randn(2, 3, 8, 8)
+    observed = Observer(model.eval(), PATHS)(images)
+    torch.testing.assert_close(observed.logits, model(images))
+    torch.testing.assert_close(observed.features["map"], model[0](images))
+    torch.testing.assert_close(observed.features["before"], model[1](model[0](images)))
+    assert observed.features["pooled"].shape == (2, 4)
+    assert hooks(model) == 0
+
+
+def test_paths_start_from_the_root():
+    class Half(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, images):
+            return self.inner(images) / 2
+
+    model, images = small_model().eval(), torch.randn(2, 3, 8, 8)
+    observed = Observer(Half(model), PATHS, root=model)(images)
+    torch.testing.assert_close(observed.logits, model(images) / 2)
+    assert observed.features.keys() == PATHS.keys()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_unknown_path_is_refused_when_the_observer_is_made(compile):
+    with pytest.raises(ValueError, match=r"no module 'nine'"):
+        Observer(small_model(), {"map": "nine"}, compile=compile)
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """What tracing does to hooks is at stake here, not the code that comes of it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+def test_compiled_gives_the_same_outputs_and_gradients():
+    """In training and in evaluation mode, and nothing is kept of other calls of the model."""
+    images = torch.randn(4, 3, 8, 8)
+    results = {}
+    for compile in (False, True):
+        model = small_model()
+        observe = Observer(model, PATHS, compile=compile)
+        for mode in (True, False):
+            model.train(mode)
+            observed = observe(images)
+            features = [observed.features[name] for name in PATHS]
+            model.zero_grad()
+            torch.stack([x.square().sum() for x in (observed.logits, *features)]).sum().backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters()]
+            results[compile, mode] = [observed.logits, *features, *gradients]
+    model(images)
+    assert not observe._features
+    for mode in (True, False):
+        torch.testing.assert_close(results[True, mode], results[False, mode])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+def test_a_compiled_distiller_gives_the_terms_of_the_eager_one():
+    images, target = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    terms = {}
+    for compile in (False, True):
+        taps = {"last": ("2", "2:input"), "pooled": ("4", "4")}
+        losses = [build("CE"), build("KD"), build("FCKA"), build("CRD", negatives=8)]
+        distiller = Distiller(small_model(), small_model(6), losses, taps, compile=compile)
+        torch.manual_seed(0)
+        distiller.prepare(images, context=Context(train_labels=torch.arange(20) % 5))
+        terms[compile] = distiller(images, target, indices=torch.arange(4))
+        torch.stack(list(terms[compile].values())).sum().backward()
+    torch.testing.assert_close(terms[True], terms[False])
