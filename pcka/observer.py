@@ -69,7 +69,9 @@ class Observer:
 
     def _hooked(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self._model(images)
-        features = dict(self._features)
+        # Looks at every path, because what was compiled for another observer is used again for
+        # this one where all that it looked at is the same, and hooks are not looked at.
+        features = {name: self._features[name] for name, path in self._paths.items() if path}
         self._features.clear()
         return logits, features
 

@@ -103,3 +103,15 @@ def test_a_compiled_distiller_gives_the_terms_of_the_eager_one():
         terms[compile] = distiller(images, target, indices=torch.arange(4))
         torch.stack(list(terms[compile].values())).sum().backward()
     torch.testing.assert_close(terms[True], terms[False])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+def test_compiled_observers_of_like_models_keep_their_own_taps():
+    images = torch.randn(2, 3, 8, 8)
+    for paths in ({}, {"a": "0"}, {"a": "2:input"}, {"a": "2:input", "b": "4"}):
+        model = small_model().eval()
+        observed = Observer(model, paths, compile=True)(images)
+        expected = Observer(model, paths)(images)
+        assert observed.features.keys() == paths.keys()
+        torch.testing.assert_close(observed.features, expected.features)
