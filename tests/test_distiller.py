@@ -181,7 +181,7 @@ def test_parameters_of_losses_are_trained_and_saved(student, teacher):
 
 
 def test_refusals_at_construction(student, teacher):
-    with pytest.raises(ValueError, match=r"FCKA needs the tap 'stage3', there are \['stage1'"):
+    with pytest.raises(ValueError, match=r"FCKA needs the tap 'last', there are \['stage1'"):
         Distiller(student, teacher, [CE(), FCKA()], TAPS)
     with pytest.raises(ValueError, match="teacher: KD needs one, got None"):
         Distiller(student, None, [CE(), KD()])

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from classification.data.image_set import Source
+from pcka.distributed import rank
 
 DECODING_THREADS = 4
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves
@@ -114,7 +115,8 @@ def _read(files: ImageFiles, image_size: int, indices: np.ndarray) -> Tensor:
         centre = transforms.center_crop(image, [image_size, image_size])
         images[position] = transforms.pil_to_tensor(centre)
 
-    bar = tqdm(total=len(indices), desc="decoding", unit="img", leave=False, disable=None)
+    quiet = True if rank() else None  # a bar in the first process, if that has a terminal
+    bar = tqdm(total=len(indices), desc="decoding", unit="img", leave=False, disable=quiet)
     with bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
         try:
             for _ in pool.map(fill, range(len(indices))):

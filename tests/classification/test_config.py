@@ -8,7 +8,10 @@ from classification.config import (
     ConfigError,
     changed_keys,
     config_from_text,
+    flatten,
     load_config,
+    method_file,
+    method_files,
 )
 from pcka import losses
 
@@ -37,27 +40,185 @@ def test_every_loss_has_its_section_with_its_defaults():
         assert section == losses.defaults(name)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}")
-def test_the_shipped_configurations_are_read(path):
-    if path.parent.name == "methods":
-        load_config(path, ["STUDENT.NAME", "resnet8", "DATA.NAME", "digits"])
-    else:
-        load_config(path)
+RUNS = [
+    path
+    for path in sorted(CONFIGS.glob("*/*.yaml"))
+    if path.parent.name != "methods" and path.stem != "base"
+]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_shipped_configurations_are_read_with_every_method(path):
+    plain = load_config(path)
+    assert plain.DISTILL.METHODS == ["CE"]
+    teacher, student = path.stem.split("_", 1)[0], path.stem.rsplit("_", 1)[1]
+    assert teacher.casefold() in plain.TEACHER.NAME.casefold()
+    assert student.casefold() in plain.STUDENT.NAME.casefold()
+    for name in method_files(path):
+        cfg = load_config(path, method=name)
+        assert (cfg.DISTILL.METHODS == ["CE"]) == (name == "ce")
+        # A method says what is distilled and how, the configuration all else.
+        assert all(key.startswith("DISTILL.") for key in changed_keys(plain, cfg))
+
+
+def preset(pair, method, folder="cifar100"):
+    return load_config(CONFIGS / folder / f"{pair}.yaml", method=method)
 
 
 def test_the_published_presets():
-    rcka = load_config(CONFIGS / "cifar100" / "rcka.yaml")
+    rcka = preset("resnet56_resnet20", "rcka")
     assert rcka.DISTILL.METHODS == ["CE", "RCKA"]
     assert rcka.DISTILL.CE.WEIGHT == 1
-    assert rcka.DISTILL.RCKA.STAGES == ["stage3"]
+    assert rcka.DISTILL.RCKA.STAGES == ["last"]
     assert rcka.DISTILL.RCKA.FEATURE_WEIGHTS == [10]
     assert rcka.DISTILL.RCKA.INTRA_WEIGHT == rcka.DISTILL.RCKA.INTER_WEIGHT == 15
-    mixed = load_config(CONFIGS / "cifar100" / "kd_fcka.yaml")
+    assert rcka.DISTILL.RCKA.CENTER and not rcka.DISTILL.RCKA.ROW_NORMALIZE
+    theirs = preset("resnet56_resnet20", "rcka_uncentered")
+    assert changed_keys(rcka, theirs) == ["DISTILL.RCKA.CENTER", "DISTILL.RCKA.ROW_NORMALIZE"]
+    short = preset("resnet56_resnet20", "rcka_short").DISTILL.RCKA
+    assert [pytest.approx(10 / 15, abs=0.05)] == short.FEATURE_WEIGHTS
+    assert short.INTRA_WEIGHT == short.INTER_WEIGHT == 1
+    mixed = preset("resnet56_resnet20", "kd_fcka")
     assert mixed.DISTILL.METHODS == ["CE", "KD", "FCKA"]
     assert (mixed.DISTILL.CE.WEIGHT, mixed.DISTILL.KD.WEIGHT) == (0.1, 0.9)
-    assert mixed.DISTILL.FCKA.STAGES == ["stage1", "stage2", "stage3"]
-    assert mixed.DISTILL.FCKA.WEIGHTS == [2.5, 2.5, 5.0]
+    assert mixed.DISTILL.FCKA.STAGES == ["all"]
+    assert mixed.DISTILL.FCKA.WEIGHTS == [3]
     assert mixed.SOLVER.MILESTONES == [150, 180, 210]
+    both = preset("resnet56_resnet20", "kd_rcka")
+    assert both.DISTILL.METHODS == ["CE", "KD", "RCKA"]
+    assert (both.DISTILL.CE.WEIGHT, both.DISTILL.KD.WEIGHT) == (0.1, 0.9)
+    assert both.DISTILL.RCKA == rcka.DISTILL.RCKA
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("kd", "KD.TEMPERATURE", 4),
+        ("fitnet", "FITNET.WEIGHTS", [100]),
+        ("at", "AT.WEIGHTS", [1000]),
+        ("sp", "SP.WEIGHTS", [3000]),
+        ("nst", "NST.WEIGHTS", [50]),
+        ("kdsvd", "KDSVD.WEIGHT", 1),
+        ("cc", "CC.WEIGHTS", [0.02]),
+        ("rkd", "RKD.WEIGHTS", [1]),
+        ("rkd", "RKD.DISTANCE_WEIGHT", 25),
+        ("rkd", "RKD.ANGLE_WEIGHT", 50),
+        ("pkt", "PKT.WEIGHTS", [30000]),
+        ("vid", "VID.WEIGHTS", [1]),
+        ("crd", "CRD.WEIGHT", 0.8),
+        ("crd", "CRD.NEGATIVES", 16384),
+        ("reviewkd", "REVIEWKD.WEIGHT", 5),
+        ("dkd", "DKD.ALPHA", 1),
+        ("dkd", "DKD.BETA", 8),
+        ("dkd", "DKD.TEMPERATURE", 4),
+        ("dist", "DIST.WEIGHT", 2),
+        ("dist", "DIST.TEMPERATURE", 4),
+        ("nkd", "NKD.GAMMA", 1.5),
+        ("nkd", "NKD.TEMPERATURE", 1),
+    ],
+)
+def test_the_methods_have_the_weights_of_the_field(method, key, value):
+    cfg = preset("resnet32x4_resnet8x4", method)  # a pair with no weights of its own for these
+    assert flatten(cfg.DISTILL)[key] == value
+
+
+@pytest.mark.parametrize("method", ["dkd", "ikl", "reviewkd"])
+def test_the_methods_that_warm_up_do_so_for_20_of_240_epochs(method):
+    cfg = preset("resnet32x4_resnet8x4", method)
+    assert pytest.approx(20, abs=0.01) == cfg.DISTILL.WARMUP * cfg.SOLVER.EPOCHS
+    assert preset("resnet32x4_resnet8x4", "kd").DISTILL.WARMUP == 0
+
+
+# Teacher's accuracy, student's rate, beta of DKD, weight of ReviewKD, alpha and beta of IKL.
+PAIRS = {
+    "resnet56_resnet20": (72.34, 0.05, 2, 0.6, 1, 4),
+    "resnet110_resnet20": (74.31, 0.05, 2, None, None, None),
+    "resnet110_resnet32": (74.31, 0.05, 2, 1, 1, 12),
+    "resnet32x4_resnet8x4": (79.42, 0.05, 8, 5, 1, 8),
+    "resnet32x4_ShuffleV1": (79.42, 0.01, 8, 5, 1, 8),
+    "resnet32x4_ShuffleV2": (79.42, 0.01, 8, 8, 3, 12),
+    "wrn_40_2_wrn_16_2": (75.61, 0.05, 6, 5, 3, 12),
+    "wrn_40_2_wrn_40_1": (75.61, 0.05, 6, 5, 1, 8),
+    "wrn_40_2_ShuffleV1": (75.61, 0.01, 8, 5, 1, 4),
+    "vgg13_vgg8": (74.64, 0.05, 6, 5, 1, 12),
+    "vgg13_MobileNetV2": (74.64, 0.01, 6, 5, 4, 12),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_pairs_of_the_field_have_its_settings(pair):
+    assert {path.stem for path in RUNS if path.parent.name == "cifar100"} == PAIRS.keys()
+    accuracy, rate, dkd_beta, review, ikl_alpha, ikl_beta = PAIRS[pair]
+    cfg = preset(pair, "dkd")
+    assert (accuracy, rate) == (cfg.TEACHER.ACCURACY, cfg.SOLVER.BASE_LR)
+    assert f"{cfg.TEACHER.NAME}_{cfg.STUDENT.NAME}" == pair
+    assert dkd_beta == cfg.DISTILL.DKD.BETA
+    if review is not None:
+        assert review == preset(pair, "reviewkd").DISTILL.REVIEWKD.WEIGHT
+        ikl = preset(pair, "ikl").DISTILL.IKL
+        assert (ikl_alpha, ikl_beta) == (ikl.ALPHA, ikl.BETA)
+
+
+def test_imagenet_has_its_own_temperatures_and_weights():
+    kd = preset("resnet34_resnet18", "kd", "imagenet").DISTILL
+    assert (kd.KD.TEMPERATURE, kd.KD.WEIGHT, kd.CE.WEIGHT) == (1, 0.5, 0.5)
+    for pair, beta, review in (("resnet34_resnet18", 0.5, 1), ("resnet50_mobilenetv1", 2, 8)):
+        dkd = preset(pair, "dkd", "imagenet").DISTILL.DKD
+        assert (1, beta) == (dkd.TEMPERATURE, dkd.BETA)
+        assert review == preset(pair, "reviewkd", "imagenet").DISTILL.REVIEWKD.WEIGHT
+    assert preset("resnet34_resnet18", "dist", "imagenet").DISTILL.DIST.TEMPERATURE == 1
+
+
+@pytest.fixture
+def precedence(tmp_path):
+    """A configuration file with a method beside it that both set some keys."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "mine.yaml").write_text(
+        "DISTILL: {METHODS: [CE, KD], WARMUP: 0.1, KD: {WEIGHT: 2, TEMPERATURE: 2}}"
+    )
+    text = "DISTILL: {METHODS: [DIST], KD: {TEMPERATURE: 3}, CE: {WEIGHT: 3}}\n"
+    return write(tmp_path, text)
+
+
+def test_a_method_yields_to_the_file_and_the_file_to_the_command_line(precedence):
+    cfg = load_config(precedence, ["DISTILL.CE.WEIGHT", "4"], "mine").DISTILL
+    assert (cfg.WARMUP, cfg.KD.WEIGHT) == (0.1, 2)  # the method's, against the defaults
+    assert cfg.KD.TEMPERATURE == 3  # the file's, against the method's
+    assert cfg.CE.WEIGHT == 4  # the command line's, against the file's
+
+
+def test_the_method_says_which_losses_are_summed_whatever_the_file_says(precedence):
+    assert load_config(precedence).DISTILL.METHODS == ["DIST"]
+    assert load_config(precedence, method="mine").DISTILL.METHODS == ["CE", "KD"]
+    overrides = ["DISTILL.METHODS", "[CE]"]
+    assert load_config(precedence, overrides, "mine").DISTILL.METHODS == ["CE"]
+
+
+def test_a_method_beside_the_file_comes_before_the_general_one(precedence):
+    general = method_files()
+    assert "mine" not in general
+    own = precedence.parent / "methods" / "kd.yaml"
+    own.write_text("DISTILL: {METHODS: [KD]}")
+    assert method_files(precedence) == {**general, "kd": own, "mine": own.with_stem("mine")}
+    assert method_file("kd", precedence) == own
+    assert method_file("kd") == CONFIGS / "methods" / "kd.yaml"
+    assert load_config(precedence, method="kd").DISTILL.METHODS == ["KD"]
+    cfg = load_config(None, ["STUDENT.NAME", "resnet8", "DATA.NAME", "digits"], "kd")
+    assert cfg.DISTILL.METHODS == ["CE", "KD"]
+
+
+def test_an_unknown_method_is_refused_with_near_matches(precedence):
+    with pytest.raises(ConfigError, match=r"no method is called 'rkca'; near matches: .*rcka"):
+        load_config(precedence, method="rkca")
+    with pytest.raises(ConfigError, match=r"no method is called 'zzz'; known: .*at, .*, mine"):
+        load_config(precedence, method="zzz")
+
+
+def test_what_a_method_file_may_not_say_names_the_file(precedence):
+    wrong = precedence.parent / "methods" / "wrong.yaml"
+    wrong.write_text("DISTILL: {KD: {TAU: 4}}")
+    with pytest.raises(ConfigError, match=rf"^{wrong}: unknown key 'DISTILL.KD.TAU'"):
+        load_config(precedence, method="wrong")
 
 
 def test_a_base_gives_what_the_file_does_not(tmp_path):
@@ -137,6 +298,8 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (["STUDENT.NAME", ""], "STUDENT.NAME: expected the name of a model"),
         (["DISTILL.METHODS", "[]"], "DISTILL.METHODS: expected one or more"),
         (["DISTILL.METHODS", "[CE, CE]"], "DISTILL.METHODS: expected .* each named once"),
+        (["DISTILL.WARMUP", "-0.1"], "DISTILL.WARMUP: expected at least 0, got -0.1"),
+        (["TEACHER.ACCURACY", "-1"], "TEACHER.ACCURACY: expected at least 0"),
         (["DISTILL.METHODS", "[CE, RKCA]"], "no loss is called 'RKCA'; near matches: .*RCKA"),
     ],
 )
@@ -162,3 +325,9 @@ def test_more_epochs_continue_only_a_schedule_that_they_leave_alone(tiny_config,
         tiny_config(**{"SOLVER.SCHEDULE": schedule, "SOLVER.EPOCHS": epochs}) for epochs in (2, 4)
     )
     assert changed_keys(old, new) == (["SOLVER.EPOCHS"] if refused else [])
+
+
+def test_more_epochs_would_change_a_warm_up_of_the_distillation(tiny_config):
+    keys = {"SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0.5}
+    old, new = (tiny_config(**keys, **{"SOLVER.EPOCHS": epochs}) for epochs in (2, 4))
+    assert changed_keys(old, new) == ["SOLVER.EPOCHS"]

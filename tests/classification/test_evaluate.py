@@ -15,9 +15,9 @@ DATA = Path(os.environ.get("PCKA_TEST_DATA", "absent"))
 
 def test_a_trained_student_is_measured_as_it_was_in_training(tmp_path):
     words = [
-        "--config-file", str(CONFIGS / "digits" / "ce.yaml"), "OUTPUT_DIR", str(tmp_path),
-        "TEACHER.NAME", "", "DATA.TRAIN_IMAGES", "200", "DATA.IMAGE_SIZE", "16",
-        "SOLVER.EPOCHS", "2",
+        "--config-file", str(CONFIGS / "digits" / "resnet20_resnet8.yaml"),
+        "OUTPUT_DIR", str(tmp_path), "TEACHER.NAME", "", "DATA.TRAIN_IMAGES", "200",
+        "DATA.IMAGE_SIZE", "16", "SOLVER.EPOCHS", "2",
     ]  # fmt: skip
     result = train.main(words)
     for name, key in (("model_last.pth", "last_accuracy"), ("model_best.pth", "best_accuracy")):
@@ -43,7 +43,7 @@ def test_community_checkpoints_on_cifar10_as_jpeg(model, file, expected):
     measured = evaluate.main(
         [
             "--config-file",
-            str(CONFIGS / "cifar10_folder" / "ce.yaml"),
+            str(CONFIGS / "cifar10_folder" / "resnet56_resnet8.yaml"),
             "--role",
             "teacher",
             "--weights",

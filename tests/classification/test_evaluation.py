@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from classification.data import ImageSet, PixelNormalize
+from classification.data import PixelNormalize, ResidentSet
 from classification.evaluation import accuracy, stage_alignment
 from classification.models import create_model
 
@@ -25,7 +25,7 @@ class ByFirstPixel(nn.Module):
 
 def numbered(values, labels, classes):
     images = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    return ImageSet(images, torch.tensor(labels), tuple(map(str, range(classes))))
+    return ResidentSet(images, torch.tensor(labels), tuple(map(str, range(classes))))
 
 
 def test_top_1_and_top_5_are_percentages_of_all_images():
@@ -45,7 +45,7 @@ def test_alignment_is_one_with_oneself_and_lower_under_other_pixel_statistics():
     torch.manual_seed(0)
     model = create_model("resnet8", 10)
     images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8)
-    data = ImageSet(images, torch.zeros(30, dtype=torch.int64), ("a",))
+    data = ResidentSet(images, torch.zeros(30, dtype=torch.int64), ("a",))
     own, other = PixelNormalize([0.5] * 3, [0.2] * 3), PixelNormalize([0.1] * 3, [0.9] * 3)
     taps = {"stage1": ("layer1", "layer1"), "stage3": ("layer3", "layer3")}
     twin = copy.deepcopy(model)

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from classification.config import ConfigError
-from classification.data import ImageSet
-from classification.teacher import check_teacher, teacher_run
+from classification.data import ResidentSet
+from classification.experiment import run_experiment
+from classification.models import create_model
+from classification.teacher import check_teacher, prepare_teacher, teacher_run
 
 
 @pytest.fixture
 def images():
-    return ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.arange(2), ("a", "b"))
+    return ResidentSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.arange(2), ("a", "b"))
 
 
 def test_a_teacher_without_weights_or_training_is_refused(tiny_config):
@@ -47,5 +49,86 @@ def test_what_concerns_the_student_alone_leaves_the_teacher_as_it_is(tiny_config
 def test_what_determines_the_teacher_makes_another_one(tiny_config, images, key):
     ours = teacher_run(tiny_config(), images)[1]
     assert teacher_run(tiny_config(**{key: 9}), images)[1] != ours
-    other = ImageSet(images.images + 1, images.labels, images.classes)
+    other = ResidentSet(images.images + 1, images.labels, images.classes)
     assert teacher_run(tiny_config(), other)[1] != ours
+
+
+@pytest.fixture
+def prepare(tiny_config, tmp_path):
+    """``prepare(**keys)``: the teacher from a file, on 20 images; training one is a failure."""
+    torch.manual_seed(0)
+    model = create_model("resnet8", 10)
+    model(torch.randn(8, 3, 16, 16) + 1)  # batch norms with statistics of their own
+    for path in model.preactivation_norms:
+        torch.nn.init.normal_(model.get_submodule(path).weight)
+        torch.nn.init.normal_(model.get_submodule(path).bias)
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    pixels = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    data = ResidentSet(pixels, torch.arange(20) % 10, tuple("0123456789"))
+
+    def run(**keys):
+        cfg = tiny_config("kd", **{"TEACHER.WEIGHTS": tmp_path / "teacher.pth", **keys})
+        return prepare_teacher(cfg, (data, data), train_run=None)
+
+    run.model, run.data = model.eval(), data
+    return run
+
+
+def test_a_prepared_teacher_gives_the_models_logits_and_its_accuracy(prepare):
+    keys = {"TEACHER.PIXEL_MEAN": "[0, 0, 0]", "TEACHER.PIXEL_STD": "[1, 1, 1]"}
+    teacher = prepare(**keys)
+    images = prepare.data.images / 255
+    expected = prepare.model(images)
+    torch.testing.assert_close(teacher.model(images), expected, rtol=1e-4, atol=1e-5)
+    hits = (expected.argmax(1) == prepare.data.labels).float().mean()
+    assert teacher.accuracy == pytest.approx(100 * hits.item())
+    assert not teacher.model.training
+
+
+def test_a_prepared_teacher_has_no_batch_norms_left_and_tells_what_they_were(prepare):
+    teacher = prepare()
+    modules = list(teacher.model.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in modules)
+    assert teacher.norms.keys() == set(prepare.model.preactivation_norms)
+    for path, norm in teacher.norms.items():
+        original = prepare.model.get_submodule(path)
+        torch.testing.assert_close(norm, (original.weight.data, original.bias.data))
+        assert not any(tensor.requires_grad for tensor in norm)
+
+
+def test_a_prepared_teacher_is_channels_last_where_that_is_asked_for(prepare):
+    for asked in (False, True):
+        teacher = prepare(CHANNELS_LAST=asked)
+        weight = teacher.model.model.layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == asked
+
+
+def test_without_a_teacher_none_is_prepared(tiny_config, images):
+    cfg = tiny_config(**{"TEACHER.NAME": "", "TEACHER.ACCURACY": 90})
+    assert prepare_teacher(cfg, (images, images), train_run=None) is None
+
+
+@pytest.mark.parametrize("stated", [0, 60, 72, 74])
+def test_a_teacher_up_to_two_points_below_its_stated_accuracy_may_teach(
+    prepare, monkeypatch, stated
+):
+    monkeypatch.setattr("classification.teacher.accuracy", lambda *_: {"top1": 72.0})
+    assert prepare(**{"TEACHER.ACCURACY": stated}).accuracy == 72
+
+
+def test_a_teacher_worse_than_that_is_refused(prepare, monkeypatch):
+    monkeypatch.setattr("classification.teacher.accuracy", lambda *_: {"top1": 72.0})
+    expected = (
+        r"TEACHER\.ACCURACY: resnet8 reaches 72\.00 % on the evaluation images, 74\.34 % is "
+        r"stated; check TEACHER\.WEIGHTS, TEACHER\.PIXEL_MEAN .*\(0: any\)"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        prepare(**{"TEACHER.ACCURACY": 74.34})
+
+
+def test_the_refused_teacher_stops_a_run_before_it_begins(tiny_config, random_teacher, tmp_path):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "TEACHER.ACCURACY": 90}
+    with pytest.raises(ConfigError, match=r"TEACHER\.ACCURACY: resnet8 reaches"):
+        run_experiment(tiny_config("kd", **keys))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run_experiment(tiny_config("kd", **keys | {"TEACHER.ACCURACY": 0}))

@@ -6,21 +6,22 @@ import pytest
 import torch
 
 from classification.experiment import run_experiment
+from classification.loop import teacher_observer
 from classification.trainer import Trainer, TrainingFailedError
+from pcka.distiller import Distiller
 
 
 def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
     tiny_config, tmp_path, monkeypatch
 ):
-    step = Trainer._step
+    step = Trainer.step
 
-    def breaking(self, images, labels, rate):
-        terms = step(self, images, labels, rate)  # of finite losses
+    def breaking(self, inputs, number):
+        step(self, inputs, number)  # of finite losses
         if self.epoch == 1:
             self.distiller.student.conv1.weight.data.fill_(float("inf"))
-        return terms
 
-    monkeypatch.setattr(Trainer, "_step", breaking)
+    monkeypatch.setattr(Trainer, "step", breaking)
     cfg = tiny_config(**{"TEACHER.NAME": "", "SOLVER.BATCH_SIZE": 40})  # a single step an epoch
     expected = (
         r"epoch 2 is not finite at the last step \(student.conv1.weight\), .*loss_ce=\d.*epoch 1"
@@ -34,10 +35,18 @@ def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
 def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeypatch):
     seen = {}
 
-    def spy(self, images, target, teacher_images=None):
+    def recording_observer(trainers):
+        observe = teacher_observer(trainers)
+
+        def record(images):
+            seen.setdefault("teacher", images)
+            return observe(images)
+
+        return record
+
+    def of_student(self, images, target, **others):
         seen.setdefault("student", images)
-        seen.setdefault("teacher", teacher_images)
-        return {"loss": self.student(images).sum()}
+        return forward(self, images, target, **others)
 
     cfg = tiny_config(
         "kd",
@@ -46,11 +55,14 @@ def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeyp
         | {"SOLVER.EPOCHS": 1, "SOLVER.BATCH_SIZE": 40, "CHANNELS_LAST": True},
     )
     run_experiment(cfg)  # trains the teacher
-    monkeypatch.setattr("pcka.distiller.Distiller.forward", spy)
+    forward = Distiller.forward
+    monkeypatch.setattr(Distiller, "forward", of_student)
+    monkeypatch.setattr("classification.loop.teacher_observer", recording_observer)
     run_experiment(cfg_in(cfg, "again"))
     torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
     assert 0.99 < seen["student"].max() <= 1
-    assert seen["student"].is_contiguous(memory_format=torch.channels_last)
+    for images in seen.values():
+        assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def cfg_in(cfg, name):

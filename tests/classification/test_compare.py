@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from classification import compare as script
+from classification.compare import compare
+from classification.config import ConfigError
+from classification.experiment import run_side_by_side
+from classification.run_files import RunFiles, read_metrics
+
+pytestmark = pytest.mark.usefixtures("without_plots")
+METHODS, SEEDS = ("kd", "fitnet"), (0, 1)
+KD = [f"kd/seed{seed}" for seed in SEEDS]
+RUNS = [f"{method}/seed{seed}" for seed in SEEDS for method in METHODS]
+
+
+@pytest.fixture
+def comparing(digits_config, tiny_overrides, random_teacher, tmp_path):
+    """``comparing(name, **changes)``: the comparison of two methods over two seeds, in a folder."""
+    overrides = tiny_overrides(**{"TEACHER.WEIGHTS": random_teacher})
+
+    def run(name: str, methods=METHODS, seeds=SEEDS, **keywords):
+        keywords = {"costs": False, **keywords}
+        return compare(digits_config, methods, seeds, tmp_path / name, overrides, **keywords)
+
+    return run
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_method_is_trained_with_each_seed_side_by_side(comparing, tmp_path):
+    comparison = comparing("out")
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (method, str(seed)) for method in METHODS for seed in SEEDS
+    ]
+    for row in rows:
+        folder = tmp_path / "out" / row["method"] / f"seed{row['seed']}"
+        first, last = read_metrics(folder / "metrics.jsonl")
+        assert float(row["last_accuracy"]) == last["accuracy"]
+        assert first["students"] == last["students"] == 2
+        assert any(key.startswith(f"loss_{row['method']}") for key in first)
+        text = (folder / "config.yaml").read_text()
+        assert f"SEED: {row['seed']}\n" in text and f"OUTPUT_DIR: {folder}\n" in text
+    totals = [read_metrics(tmp_path / "out" / run / "metrics.jsonl")[0]["loss_kd"] for run in KD]
+    assert totals[0] != totals[1]  # students of two seeds learn different things
+    assert comparison.markdown() == (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_so_many_are_trained_together_and_no_more(comparing, monkeypatch, tmp_path):
+    groups = []
+
+    def recorded(cfgs, **keywords):
+        groups.append([str(Path(cfg.OUTPUT_DIR).relative_to(tmp_path / "out")) for cfg in cfgs])
+        return run_side_by_side(cfgs, **keywords)
+
+    monkeypatch.setattr(script, "run_side_by_side", recorded)
+    comparing("out", methods=("ce", "kd", "at"), seeds=(3,), together=2)
+    assert groups == [["ce/seed3", "kd/seed3"], ["at/seed3"]]
+
+
+def test_a_stopped_comparison_goes_on_where_it_stopped(
+    comparing, tmp_path, monkeypatch, assert_same_run
+):
+    comparing("whole")
+    save_state, calls = RunFiles.save_state, []
+
+    def stop_in_the_last_epoch(self, state):
+        calls.append(self)
+        if len(calls) == 8:  # two seeds, two epochs, two methods: the very last one
+            raise KeyboardInterrupt
+        save_state(self, state)
+
+    monkeypatch.setattr(RunFiles, "save_state", stop_in_the_last_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        comparing("out")
+    monkeypatch.undo()
+    assert "| kd | 1 |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert not (tmp_path / "out" / "fitnet" / "seed1" / "result.json").exists()
+    finished = [tmp_path / "out" / method / "seed0" for method in METHODS]
+    before = [times(folder) for folder in finished]
+    trained = (tmp_path / "out" / "kd" / "seed1" / "checkpoint.pth").stat().st_mtime_ns
+    comparing("out")
+    assert [times(folder) for folder in finished] == before
+    assert (tmp_path / "out" / "kd" / "seed1" / "checkpoint.pth").stat().st_mtime_ns == trained
+    for run in RUNS:
+        assert_same_run(tmp_path / "out" / run, tmp_path / "whole" / run)
+    for name in ("comparison.md", "comparison.csv"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_only_what_is_missing_is_trained(comparing, tmp_path):
+    comparing("out", seeds=(0,))
+    before = times(tmp_path / "out" / "kd") | times(tmp_path / "out" / "fitnet")
+    comparison = comparing("out", methods=("fitnet", "ce", "kd"), seeds=(1, 0))
+    after = times(tmp_path / "out")
+    assert {path: after[path] for path in before} == before
+    assert [row["seeds"] for row in comparison.rows()] == ["2", "2", "2"]
+    assert [row["method"] for row in comparison.rows()] == ["fitnet", "ce", "kd"]
+
+
+def test_a_method_that_fails_is_told_and_the_others_are_compared(comparing, tmp_path, caplog):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "wild.yaml").write_text("DISTILL: {METHODS: [KD], KD: {WEIGHT: 1e39}}")
+    config = tmp_path / "config.yaml"
+    base = Path(script.__file__).parents[1] / "configs/classification/digits/resnet20_resnet8.yaml"
+    config.write_text(f"_BASE_: {base}\n")
+    overrides = ["TEACHER.NAME", "resnet8", "TEACHER.EPOCHS", "1", "SOLVER.EPOCHS", "1"]
+    overrides += ["DATA.TRAIN_IMAGES", "40", "DATA.HOLDOUT", "40", "DATA.IMAGE_SIZE", "16"]
+    overrides += ["TEACHER.CACHE_DIR", str(tmp_path / "teachers")]
+    comparison = compare(config, ("wild", "ce"), (0,), tmp_path / "out", overrides, costs=False)
+    assert "wild, seed 0: failed: epoch 1 is not finite at step 1: loss_kd=inf" in caplog.text
+    assert [row["seeds"] for row in comparison.rows()] == ["0 (1 failed)", "1"]
+    assert "wild, seed 0: epoch 1 is not finite" in (tmp_path / "out/comparison.md").read_text()
+
+
+def test_costs_are_measured_once_and_kept(comparing, tmp_path, monkeypatch):
+    assert not comparing("out", seeds=(0,)).costs
+    assert not (tmp_path / "out" / "costs.json").exists()
+    costs = comparing("out", seeds=(0,), costs=True).costs
+    assert list(costs) == list(METHODS)
+    assert "step (ms/image)" in (tmp_path / "out" / "comparison.md").read_text()
+    monkeypatch.setattr("classification.cost.prepare_trainers", None)  # is not called again
+    assert comparing("out", seeds=(0,), costs=True).costs == costs
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds"), [(("kd", "ce", "kd"), (0,)), (("kd", "ce"), (0, 1, 0))]
+)
+def test_what_is_named_twice_is_refused(comparing, methods, seeds):
+    with pytest.raises(ConfigError, match="methods and seeds: expected each one once"):
+        comparing("out", methods, seeds)
+
+
+def test_an_unknown_method_is_refused_before_anything_is_trained(comparing, tmp_path):
+    with pytest.raises(ConfigError, match="no method is called 'kf'"):
+        comparing("out", ("ce", "kf"), together=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
+    seen = []
+
+    class Table:
+        def markdown(self):
+            return "the table"
+
+    def recorded(*arguments, **keywords):
+        seen.append((arguments, keywords))
+        return Table()
+
+    monkeypatch.setattr(script, "compare", recorded)
+    words = ["--config-file", "F", "--methods", "kd", "ce"]
+    script.main(words)
+    others = ["--seeds", "4", "5", "--output", str(tmp_path), "--together", "3", "--no-costs"]
+    script.main([*words, *others, "--", "SOLVER.EPOCHS", "3"])
+    assert seen == [
+        (
+            (Path("F"), ["kd", "ce"], [0, 1, 2], Path("output/comparison"), []),
+            {"together": 8, "costs": True},
+        ),
+        (
+            (Path("F"), ["kd", "ce"], [4, 5], tmp_path, ["SOLVER.EPOCHS", "3"]),
+            {"together": 3, "costs": False},
+        ),
+    ]
+    assert capsys.readouterr().out == "the table\n" * 2
+    with pytest.raises(SystemExit):
+        script.main([*words, "--together", "0"])
+    assert "expected at least 1, got 0" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from classification.cost import Cost, measure_costs
+from classification.trainer import Trainer
+
+SECONDS = {"KD": [100, 100, 2, 9, 2], "CE": [100, 100, 1, 1, 9]}  # two rounds are for warming up
+
+
+@pytest.fixture
+def cfgs(tiny_config, random_teacher):
+    """Configurations of three methods by name."""
+
+    def make(*methods):
+        keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.CRD.NEGATIVES": 64}
+        return {method: tiny_config(method, method, **keys) for method in methods}
+
+    return make
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The order of the steps, which take :data:`SECONDS` by the clock and 3 MiB."""
+    now, order, step = [0.0], [], Trainer.step
+
+    def timed(self, inputs, number):
+        step(self, inputs, number)
+        name = self.cfg.DISTILL.METHODS[-1]
+        now[0] += SECONDS[name][order.count(name)]
+        order.append(name)
+
+    monkeypatch.setattr(Trainer, "step", timed)
+    monkeypatch.setattr("classification.cost.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("classification.cost.peak_growth", lambda call, device: 3 * 2**20)
+    return order
+
+
+def test_costs_are_medians_for_an_image_of_steps_that_take_turns(cfgs, steps, tmp_path):
+    costs = measure_costs(cfgs("kd", "ce"), tmp_path / "new" / "costs.json", rounds=3)
+    assert costs == {"kd": Cost(1000 * 2 / 10, 3.0), "ce": Cost(1000 * 1 / 10, 3.0)}
+    assert steps == ["KD", "CE"] * 5
+    kept = json.loads((tmp_path / "new" / "costs.json").read_text())
+    assert kept["kd"] == {"milliseconds": 200, "mebibytes": 3}
+    # Runs leave no trace of it.
+    assert {path.name for path in tmp_path.iterdir()} == {"new"}
+
+
+def test_kept_costs_are_read_and_measured_anew_with_a_new_method(cfgs, steps, tmp_path):
+    path = tmp_path / "costs.json"
+    costs = measure_costs(cfgs("kd", "ce"), path, rounds=3)
+    done = len(steps)
+    assert measure_costs(cfgs("ce"), path) == {"ce": costs["ce"]}
+    assert len(steps) == done
+    path.write_text(json.dumps({"kd": {"milliseconds": 7, "mebibytes": 7}}))
+    steps.clear()
+    assert measure_costs(cfgs("kd", "ce"), path, rounds=3) == costs
+
+
+def test_steps_go_on_over_the_epochs_and_remember(cfgs, tmp_path):
+    """Four batches an epoch, and a loss whose memory wants the images' places in the set."""
+    costs = measure_costs(cfgs("ce", "crd"), tmp_path / "costs.json", rounds=5)
+    assert all(cost.milliseconds > 0 and cost.mebibytes >= 0 for cost in costs.values())
