@@ -34,7 +34,8 @@ def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, f
     part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     was_training = model.training
     model.eval()
-    with tqdm(total=len(data), desc="evaluating", unit="img", leave=False, disable=None) as bar:
+    quiet = True if distributed.rank() else None  # a bar in the first process, if it has a terminal
+    with tqdm(total=len(data), desc="evaluating", unit="img", leave=False, disable=quiet) as bar:
         for images, labels, _ in data.evaluation_batches(BATCH_SIZE, **part):
             predicted = model(pixels(images)).topk(max(ranks), dim=1).indices
             hits += (predicted == labels[:, None]).sum(0)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pcka.distributed import sum_over_processes, world_size
+
 
 class NonFiniteLossError(RuntimeError):
     """A loss, or the model that it trains, became infinite or not a number.
@@ -22,7 +24,10 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LossWindow:
-    """Collects loss terms on the device; only :meth:`read` waits for them."""
+    """Collects loss terms on the device; only :meth:`read` waits for them, and for all processes.
+
+    What is not finite in one process is so in the mean over all, so that none goes on alone.
+    """
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -36,14 +41,16 @@ class LossWindow:
         self._unread.append(torch.stack([term.detach().float() for term in terms.values()]))
 
     def read(self) -> dict[str, float]:
-        """Return each term's mean over all steps so far.
+        """Return each term's mean over all steps and processes so far.
 
         Raises:
             NonFiniteLossError: a term of a step since the last read is not finite; the first such
                 step is named with all of its terms.
         """
         if self._unread:
-            steps = torch.stack(self._unread).double().cpu()
+            steps = torch.stack(self._unread).double()
+            sum_over_processes(steps)
+            steps = steps.cpu() / world_size()
             self._check(steps)
             self._sum = self._sum + steps.sum(0)
             self._steps_read += len(steps)

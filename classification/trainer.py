@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,28 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import Batch, ImageSet, steps_per_epoch
+from classification.data.batches import PROCESS_STREAM, stream_seed
 from classification.distillation import pixel_statistics
 from classification.environment import autocast
 from classification.evaluation import accuracy, stage_alignment
 from classification.loss_window import LossWindow, NonFiniteLossError
-from classification.random_state import capture_random_state, restore_random_state
+from classification.random_state import (
+    capture_random_state,
+    restore_random_state,
+    seed_everything,
+)
 from classification.run_files import RunFiles
 from classification.solver import build_optimizer, distillation_scale, learning_rate
 from pcka.distiller import Distiller
-from pcka.distributed import average_buffers, mean_over_processes, rank, world_size
+from pcka.distributed import average_buffers, rank, world_size
 from pcka.losses import Outputs
+
+# What DistributedDataParallel calls it: renamed in torch 2.14, which warns of the old name.
+_KEEPS_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 class TrainingFailedError(RuntimeError):
@@ -95,8 +108,11 @@ class Trainer:
         return self.train_set.training_batches(self.cfg, self.epoch, rank(), world_size())
 
     def start_epoch(self) -> None:
-        """Forget the losses of the last epoch."""
+        """Forget the losses of the last epoch; no two processes draw the same masks in this one."""
         self.window = LossWindow()
+        if rank() > 0:  # the first one goes on with its own, as if it were alone
+            with self.own_random_state():
+                seed_everything(stream_seed(self.cfg.SEED, self.epoch, PROCESS_STREAM, rank()))
         self.distiller.train()
 
     def step(self, inputs: StepInputs, step: int) -> None:
@@ -131,10 +147,10 @@ class Trainer:
                 written down.
         """
         start = time.perf_counter()
-        means = mean_over_processes(self.window.read())
+        means = self.window.read()
         student = self.distiller.student
+        average_buffers(student)  # before the check, which then finds the same in all processes
         self._check_student(means)
-        average_buffers(student)
         top1 = accuracy(student, self.student_pixels, self.evaluation_set)["top1"]
         self.epoch += 1
         is_best = top1 > self.best["best_accuracy"]
@@ -221,5 +237,5 @@ def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
     """Average gradients over processes; every process keeps the buffers that it computes."""
     uses_logits = any(loss.needs_logits or not loss.needs_teacher for loss in distiller.losses)
     return DistributedDataParallel(
-        distiller, broadcast_buffers=False, find_unused_parameters=not uses_logits
+        distiller, find_unused_parameters=not uses_logits, **{_KEEPS_BUFFERS: False}
     )

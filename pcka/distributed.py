@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,17 +42,6 @@ def sum_over_processes(x: Tensor) -> None:
     """Add up ``x`` over all processes, in place; nothing to do in one process."""
     if world_size() > 1:
         distributed.all_reduce(x)
-
-
-def mean_over_processes(figures: Mapping[str, float]) -> dict[str, float]:
-    """The mean of each figure over all processes, which must name the same ones in one order."""
-    if world_size() == 1:
-        return dict(figures)
-    on_gpu = distributed.get_backend() == "nccl"
-    device = "cuda" if on_gpu else "cpu"
-    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
-    distributed.all_reduce(values)
-    return dict(zip(figures, (values / world_size()).tolist(), strict=True))
 
 
 def average_buffers(module: nn.Module) -> None:

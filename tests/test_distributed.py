@@ -23,7 +23,6 @@ from pcka.distributed import (
     from_first_process,
     gather_batch,
     gather_outputs,
-    mean_over_processes,
     rank,
     sum_over_processes,
     world_size,
@@ -166,7 +165,6 @@ def communicate() -> dict[str, object]:
         "outputs": [outputs.logits, dict(outputs.features), outputs.indices],
         "gradient": gradient_through_gathering(),
         "sum": total,
-        "mean": mean_over_processes({"loss": own, "exact": 1 + 1e-12}),
         "first": from_first_process({"value": own, "tensor": torch.tensor([own])}),
         "buffers": dict(norm.named_buffers()),
     }
@@ -266,10 +264,9 @@ def test_the_mean_over_processes_of_a_gathered_gradient_is_that_of_the_whole_bat
     torch.testing.assert_close(found, batch.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_figures_are_summed_and_averaged_and_told(communication):
+def test_figures_are_summed_and_told(communication):
     for own in communication:
         assert own["sum"].tolist() == [3, 20]
-        assert own["mean"] == {"loss": 1.5, "exact": 1 + 1e-12}
         assert own["first"] == {"value": 1.0, "tensor": torch.tensor([1.0])}
 
 
@@ -284,7 +281,6 @@ def test_one_process_communicates_with_none():
     whole = communicate()
     assert (whole["rank"], world_size()) == (0, 1)
     assert whole["order"].flatten().tolist() == [0, 0]
-    assert whole["mean"] == {"loss": 1.0, "exact": 1 + 1e-12}
     assert whole["sum"].tolist() == [1, 10]
     part = normal(4, BATCH, 3, 2, 2)
     assert gather_batch(part) is part

@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 # Purposes that random numbers are drawn for, each with streams of its own.
-ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM = 0, 1, 2
+ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM, PROCESS_STREAM = 0, 1, 2, 3
 
 
 class Batch(NamedTuple):

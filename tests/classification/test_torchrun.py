@@ -75,6 +75,36 @@ with process_group("cpu"):
         print(*(round(figure[f"top{k}"], 1) for figure in figures for k in (1, 5)))
 """
 
+# A loss that is not finite in the second process alone, in the step before the losses are read.
+DISAGREEMENT = """
+import sys
+
+from classification.config import load_config
+from classification.experiment import run_side_by_side
+from classification.loss_window import LossWindow
+from pcka.distributed import rank
+
+STEPS = 5
+add = LossWindow.add
+
+
+def broken(self, terms):
+    self.steps = getattr(self, "steps", 0) + 1
+    if "loss_kd" in terms and rank() == 1 and self.steps == STEPS:
+        terms = {**terms, "loss_kd": terms["loss_kd"] * float("nan")}
+    add(self, terms)
+
+
+LossWindow.add = broken
+config, output, *words = sys.argv[1:]
+cfgs = [
+    load_config(config, [*words, "OUTPUT_DIR", f"{output}/{method}"], method)
+    for method in ("kd", "at")
+]
+failed, finished = run_side_by_side(cfgs)
+print(f"{failed}; {finished['epochs']}")
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -175,3 +205,19 @@ def test_three_processes_count_every_image_once(folder, start):
     script.write_text(EVALUATION)
     printed = start(script, processes=3).succeed()
     assert printed.splitlines()[-1] == f"{round(300 / 7, 1)} {round(600 / 7, 1)} 50.0 100.0"
+
+
+def test_processes_give_a_student_up_together(folder, start, digits_config):
+    """The one beside it is trained to its end."""
+    script = folder / "disagree.py"
+    script.write_text(DISAGREEMENT)
+    own = {
+        "STUDENT.NAME": "resnet8",
+        "TEACHER.NAME": "resnet8",
+        "TEACHER.TRAIN": True,
+        "TEACHER.CACHE_DIR": folder / "disagree_teachers",
+    }
+    words = [word for pair in {**SETTINGS, **own}.items() for word in pair]
+    printed = start(script, digits_config, folder / "disagree", *words, processes=2).succeed()
+    assert printed.count("epoch 1 is not finite at step 5: loss_ce=") == 2
+    assert printed.count(f"help; {EPOCHS}") == 2
