@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_logits, check_temperature, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.checks import check_logits, check_temperature
+from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -56,7 +55,7 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 @register("DIST")
-class DIST(Loss):
+class DIST(LogitLoss):
     """:func:`dist_loss` as a module: ``{"loss_dist"}``.
 
     Args:
@@ -66,7 +65,6 @@ class DIST(Loss):
         temperature: ``T > 0``, divides the logits.
     """
 
-    needs_logits = True
     relational = True
 
     def __init__(
@@ -77,22 +75,10 @@ class DIST(Loss):
         gamma: float = 1.0,
         temperature: float = 4.0,
     ) -> None:
-        super().__init__()
-        check_temperature(temperature)
-        self.weight = weight
+        super().__init__(weight, temperature)
         self.beta = beta
         self.gamma = gamma
-        self.temperature = temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "DIST")
-        loss = dist_loss(
-            require(student.logits, "student.logits", "DIST"),
-            require(teacher.logits, "teacher.logits", "DIST"),
-            self.beta,
-            self.gamma,
-            self.temperature,
-        )
-        return {"loss_dist": self.weight * loss}
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """:func:`dist_loss`."""
+        return dist_loss(student, teacher, self.beta, self.gamma, self.temperature)

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
 from pcka.losses.checks import check_logits, check_target, check_temperature, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -73,7 +72,7 @@ def _without_target(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @register("DKD")
-class DKD(Loss):
+class DKD(LogitLoss):
     """:func:`dkd_loss` as a module: ``{"loss_dkd"}``.
 
     Args:
@@ -84,7 +83,6 @@ class DKD(Loss):
     """
 
     needs_target = True
-    needs_logits = True
 
     def __init__(
         self,
@@ -94,23 +92,11 @@ class DKD(Loss):
         beta: float = 8.0,
         temperature: float = 4.0,
     ) -> None:
-        super().__init__()
-        check_temperature(temperature)
-        self.weight = weight
+        super().__init__(weight, temperature)
         self.alpha = alpha
         self.beta = beta
-        self.temperature = temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "DKD")
-        loss = dkd_loss(
-            require(student.logits, "student.logits", "DKD"),
-            require(teacher.logits, "teacher.logits", "DKD"),
-            require(target, "target", "DKD"),
-            self.alpha,
-            self.beta,
-            self.temperature,
-        )
-        return {"loss_dkd": self.weight * loss}
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """:func:`dkd_loss`."""
+        target = require(target, "target", "DKD")
+        return dkd_loss(student, teacher, target, self.alpha, self.beta, self.temperature)

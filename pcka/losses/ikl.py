@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_logits, check_temperature, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.checks import check_logits, check_temperature
+from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -58,7 +57,7 @@ def ikl_loss(
 
 
 @register("IKL")
-class IKL(Loss):
+class IKL(LogitLoss):
     """:func:`ikl_loss` as a module: ``{"loss_ikl"}``; cross-entropy with the labels comes beside.
 
     Args:
@@ -69,8 +68,6 @@ class IKL(Loss):
         weight_temperature: ``T_2 > 0``, divides the logits of the weights.
     """
 
-    needs_logits = True
-
     def __init__(
         self,
         *,
@@ -80,25 +77,14 @@ class IKL(Loss):
         temperature: float = 4.0,
         weight_temperature: float = 100.0,
     ) -> None:
-        super().__init__()
-        check_temperature(temperature)
+        super().__init__(weight, temperature)
         check_temperature(weight_temperature)
-        self.weight = weight
         self.alpha = alpha
         self.beta = beta
-        self.temperature = temperature
         self.weight_temperature = weight_temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "IKL")
-        loss = ikl_loss(
-            require(student.logits, "student.logits", "IKL"),
-            require(teacher.logits, "teacher.logits", "IKL"),
-            self.alpha,
-            self.beta,
-            self.temperature,
-            self.weight_temperature,
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """:func:`ikl_loss`."""
+        return ikl_loss(
+            student, teacher, self.alpha, self.beta, self.temperature, self.weight_temperature
         )
-        return {"loss_ikl": self.weight * loss}

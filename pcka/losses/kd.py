@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_logits, check_temperature, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.checks import check_logits, check_temperature
+from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -40,7 +39,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
 
 
 @register("KD")
-class KD(Loss):
+class KD(LogitLoss):
     """:func:`kd_loss` as a module: ``{"loss_kd"}``.
 
     Args:
@@ -48,21 +47,9 @@ class KD(Loss):
         temperature: ``T > 0``, divides the logits.
     """
 
-    needs_logits = True
-
     def __init__(self, *, weight: float = 1.0, temperature: float = 4.0) -> None:
-        super().__init__()
-        check_temperature(temperature)
-        self.weight = weight
-        self.temperature = temperature
+        super().__init__(weight, temperature)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "KD")
-        loss = kd_loss(
-            require(student.logits, "student.logits", "KD"),
-            require(teacher.logits, "teacher.logits", "KD"),
-            self.temperature,
-        )
-        return {"loss_kd": self.weight * loss}
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """:func:`kd_loss`."""
+        return kd_loss(student, teacher, self.temperature)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
 from pcka.losses.checks import check_logits, check_target, check_temperature, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -51,7 +50,7 @@ def nkd_loss(
 
 
 @register("NKD")
-class NKD(Loss):
+class NKD(LogitLoss):
     """:func:`nkd_loss` as a module: ``{"loss_nkd"}``.
 
     Args:
@@ -61,26 +60,14 @@ class NKD(Loss):
     """
 
     needs_target = True
-    needs_logits = True
 
     def __init__(
         self, *, weight: float = 1.0, gamma: float = 1.5, temperature: float = 1.0
     ) -> None:
-        super().__init__()
-        check_temperature(temperature)
-        self.weight = weight
+        super().__init__(weight, temperature)
         self.gamma = gamma
-        self.temperature = temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "NKD")
-        loss = nkd_loss(
-            require(student.logits, "student.logits", "NKD"),
-            require(teacher.logits, "teacher.logits", "NKD"),
-            require(target, "target", "NKD"),
-            self.gamma,
-            self.temperature,
-        )
-        return {"loss_nkd": self.weight * loss}
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """:func:`nkd_loss`."""
+        target = require(target, "target", "NKD")
+        return nkd_loss(student, teacher, target, self.gamma, self.temperature)
