@@ -232,6 +232,10 @@ def _check(cfg: CfgNode) -> None:
     for key, least in at_least.items():
         if values[key] < least:  # type: ignore[operator]
             raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+    if cfg.DISTILL.WARMUP > 1:
+        raise ConfigError(
+            f"DISTILL.WARMUP: expected a share of the epochs, at most 1, got {cfg.DISTILL.WARMUP}"
+        )
     for role in ("STUDENT", "TEACHER"):
         mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
