@@ -60,6 +60,17 @@ def _headline(path: Path) -> str:
 @contextmanager
 def console_log() -> Iterator[None]:
     """Print the log's lines, above a progress bar where there is one."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RunFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     with logging_redirect_tqdm():
         yield
+
+
+class _RunFormatter(logging.Formatter):
+    """Names the folder of the run that a line concerns: several may be trained side by side."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        run = getattr(record, "run", None)
+        return line if run is None else f"{line}  ({run.directory})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import time
@@ -47,13 +48,15 @@ def measure_costs(
 
     Args:
         cfgs: method -> configuration; they differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
-        path: where the costs are kept; of a file that has all the methods nothing is measured.
+        path: where the costs are kept; nothing is measured where it has those of all methods with
+            the same settings.
         rounds: timed steps of each method.
         image_sets: training and evaluation images where they are in memory already.
     """
+    settings = {method: _digest(cfg) for method, cfg in cfgs.items()}
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.keys() >= cfgs.keys():
-        return {method: Cost(**kept[method]) for method in cfgs}
+    if all(settings[method] == kept.get(method, {}).get("settings") for method in cfgs):
+        return {method: Cost(**kept[method]["cost"]) for method in cfgs}
     lead = next(iter(cfgs.values()))
     with process_group(lead.DEVICE) as device:
         trainers = prepare_trainers(list(cfgs.values()), device, image_sets)
@@ -73,8 +76,17 @@ def measure_costs(
         }
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({method: asdict(cost) for method, cost in costs.items()}))
+        entries = {m: {"settings": settings[m], "cost": asdict(costs[m])} for m in costs}
+        write_text(path, json.dumps(entries, indent=2))
     return costs
+
+
+def _digest(cfg: CfgNode) -> str:
+    """A short name of all settings, the folders where runs and data lie aside."""
+    same = cfg.clone()
+    same.defrost()
+    same.OUTPUT_DIR = same.DATA.ROOT = ""
+    return hashlib.sha256(same.dump().encode()).hexdigest()[:16]
 
 
 def _step(trainer: Trainer) -> Callable[[], None]:

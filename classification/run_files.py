@@ -17,6 +17,8 @@ from pcka.checkpoint import atomic_save, load_file, save_student
 
 logger = logging.getLogger("classification")
 
+CHECKPOINT = "checkpoint.pth"
+
 
 class RunFiles:
     """The files of one run; a context manager that holds the folder for this process alone.
@@ -38,7 +40,7 @@ class RunFiles:
 
     def __init__(self, directory: str | Path, *, resume: bool) -> None:
         self.directory = Path(directory)
-        self.checkpoint = self.directory / "checkpoint.pth"
+        self.checkpoint = self.directory / CHECKPOINT
         self.metrics = self.directory / "metrics.jsonl"
         self.result = self.directory / "result.json"
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from classification.command_line import config_arguments, console_log
 from classification.config import load_config
 from classification.experiment import run_experiment
@@ -28,4 +30,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()

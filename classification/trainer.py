@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from fvcore.common.config import CfgNode
@@ -24,18 +24,11 @@ from classification.random_state import (
     restore_random_state,
     seed_everything,
 )
-from classification.run_files import RunFiles
+from classification.run_files import CHECKPOINT, RunFiles
 from classification.solver import build_optimizer, distillation_scale, learning_rate
 from pcka.distiller import Distiller
-from pcka.distributed import average_buffers, rank, world_size
+from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
 from pcka.losses import Outputs
-
-# What DistributedDataParallel calls it: renamed in torch 2.14, which warns of the old name.
-_KEEPS_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 
 
 class TrainingFailedError(RuntimeError):
@@ -171,8 +164,8 @@ class Trainer:
     def fail(self, error: NonFiniteLossError) -> None:
         """Train no further, because of a loss that is not finite."""
         kept = "none yet"
-        if self.epoch and self.files is not None:
-            kept = f"{self.files.checkpoint} (epoch {self.epoch})"
+        if self.epoch:
+            kept = f"{Path(self.cfg.OUTPUT_DIR) / CHECKPOINT} (epoch {self.epoch})"
         self.failure = TrainingFailedError(
             f"epoch {self.epoch + 1} is {error}; last good checkpoint: {kept}. A lower "
             "SOLVER.BASE_LR, SOLVER.WARMUP_EPOCHS, DISTILL.WARMUP or a smaller loss weight "
@@ -212,9 +205,11 @@ class Trainer:
         """Draw from this run's random state, as if no other run trained beside it."""
         outside = capture_random_state()
         restore_random_state(self._random)
-        yield
-        self._random = capture_random_state()
-        restore_random_state(outside)
+        try:
+            yield
+            self._random = capture_random_state()
+        finally:
+            restore_random_state(outside)
 
     def _check_student(self, means: dict[str, float]) -> None:
         """Refuse to keep a student that the last step broke: no loss has seen it yet."""
@@ -236,6 +231,4 @@ class Trainer:
 def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
     """Average gradients over processes; every process keeps the buffers that it computes."""
     uses_logits = any(loss.needs_logits or not loss.needs_teacher for loss in distiller.losses)
-    return DistributedDataParallel(
-        distiller, find_unused_parameters=not uses_logits, **{_KEEPS_BUFFERS: False}
-    )
+    return DistributedDataParallel(distiller, find_unused_parameters=not uses_logits, **OWN_BUFFERS)

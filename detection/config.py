@@ -29,7 +29,7 @@ def detection_config() -> CfgNode:
     cfg.DATASETS.COCO_TRAIN = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
     cfg.DATASETS.COCO_TEST = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
     cfg.DATASETS.DIGITS = CfgNode(
-        {"ROOT": "output/digits_scenes", "SIDE": 256, "TRAIN_IMAGES": 600, "TEST_IMAGES": 150}
+        {"ROOT": "output/digits_scenes", "SIDE": 512, "TRAIN_IMAGES": 150, "TEST_IMAGES": 40}
     )
     # Of the backbone "build_p6p7_resnet_fpn_backbone": what P6 is made from, and whether a ReLU
     # stands between P6 and P7.

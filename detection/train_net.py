@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
@@ -67,4 +68,4 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()

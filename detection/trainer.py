@@ -23,6 +23,7 @@ from detection.data.loader import training_loader
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState
+from pcka.distributed import OWN_BUFFERS
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -117,4 +118,4 @@ def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE != "cpu" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices, **OWN_BUFFERS)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pcka.losses.outputs import Outputs
+
+# Keyword of DistributedDataParallel by which every process keeps the buffers that it computes:
+# renamed in torch 2.14, which warns of the old name.
+OWN_BUFFERS = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
 
 
 def world_size() -> int:

@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 SPLIT_SEEDS = {"train": 0, "test": 1}
 FIRST_TEST_DIGIT = 900  # of 1,797: no digit of a training scene stands in a test scene
 HIGHEST_VALUE = 16  # pixel values of the package are 0..16
-DIGITS_PER_SCENE = (4, 12)
-DIGIT_SIDES = (20, 72)  # pixels, for a scene of REFERENCE_SIDE
-REFERENCE_SIDE = 256
+DIGIT_SIDES = (20, 72)  # pixels
+DIGITS_PER_AREA = (4, 12)  # for each AREA square pixels
+AREA = 256**2
 VISIBLE = 40  # grey value from which a pixel counts as part of the digit
 TRIES = 30
 
@@ -30,7 +30,7 @@ def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path,
         root: folder of all sets.
         split: "train" or "test"; their digits were written by hand apart.
         scenes: number of images.
-        side: of the square images, pixels.
+        side: of the square images, pixels. Larger scenes hold more digits, not larger ones.
     """
     folder = root / f"{split}_{scenes}x{side}"
     annotations = folder / "annotations.json"
@@ -80,10 +80,9 @@ def _draw_scene(
     canvas = generator.randint(0, 60, (side, side, 3)).astype(np.float32)
     taken = np.zeros((side, side), dtype=bool)
     found = []
-    for _ in range(generator.randint(*DIGITS_PER_SCENE)):
+    for _ in range(max(1, generator.randint(*DIGITS_PER_AREA) * side**2 // AREA)):
         index = generator.randint(len(labels))
-        scale = side / REFERENCE_SIDE
-        digit = _resized(pictures[index], int(generator.randint(*DIGIT_SIDES) * scale))
+        digit = _resized(pictures[index], generator.randint(*DIGIT_SIDES))
         colour = generator.uniform(0.5, 1.0, 3)
         for _ in range(TRIES):
             x, y = generator.randint(0, side - len(digit), 2)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from classification import compare, evaluate, export, train
-from classification.command_line import catalog, config_arguments
+from classification.command_line import catalog, config_arguments, console_log
 from classification.config import CONFIGS, load_config, method_files
+from classification.run_files import RunFiles
 
 
 @pytest.mark.parametrize("script", [train, compare, evaluate, export])
@@ -64,3 +67,12 @@ def test_train_takes_the_method_of_the_command_line(digits_config, monkeypatch):
     assert (cfg.DISTILL.METHODS, cfg.SEED, resume) == (["CE"], 4, False)
     cfg, resume = train.main([*words, "--method", "rcka", "--resume"])
     assert (cfg.DISTILL.METHODS, cfg.SEED, resume) == (["CE", "RCKA"], 4, True)
+
+
+def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with RunFiles(tmp_path / "kd", resume=False) as run, console_log():
+        run.logger.info("epoch %d", 1)
+        logging.getLogger("classification").info("of all")
+    assert capsys.readouterr().err == f"epoch 1  ({tmp_path / 'kd'})\nof all\n"
+    assert " epoch 1\n" in (tmp_path / "kd" / "log.txt").read_text()

@@ -44,20 +44,32 @@ def test_costs_are_medians_for_an_image_of_steps_that_take_turns(cfgs, steps, tm
     assert costs == {"kd": Cost(1000 * 2 / 10, 3.0), "ce": Cost(1000 * 1 / 10, 3.0)}
     assert steps == ["KD", "CE"] * 5
     kept = json.loads((tmp_path / "new" / "costs.json").read_text())
-    assert kept["kd"] == {"milliseconds": 200, "mebibytes": 3}
+    assert kept["kd"]["cost"] == {"milliseconds": 200, "mebibytes": 3}
     # Runs leave no trace of it.
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
 
 
 def test_kept_costs_are_read_and_measured_anew_with_a_new_method(cfgs, steps, tmp_path):
     path = tmp_path / "costs.json"
-    costs = measure_costs(cfgs("kd", "ce"), path, rounds=3)
+    costs = measure_costs(cfgs("kd"), path, rounds=3)
     done = len(steps)
-    assert measure_costs(cfgs("ce"), path) == {"ce": costs["ce"]}
+    assert measure_costs(cfgs("kd"), path) == costs
     assert len(steps) == done
-    path.write_text(json.dumps({"kd": {"milliseconds": 7, "mebibytes": 7}}))
     steps.clear()
-    assert measure_costs(cfgs("kd", "ce"), path, rounds=3) == costs
+    assert list(measure_costs(cfgs("kd", "ce"), path, rounds=3)) == ["kd", "ce"]
+    assert len(steps) == 10
+
+
+def test_kept_costs_of_other_settings_do_not_count(cfgs, steps, tmp_path):
+    path = tmp_path / "costs.json"
+    costs = measure_costs(cfgs("kd"), path, rounds=3)
+    changed = cfgs("kd")["kd"]
+    changed.defrost()
+    changed.OUTPUT_DIR = "elsewhere"
+    assert measure_costs({"kd": changed}, path) == costs
+    steps.clear()
+    changed.SOLVER.BATCH_SIZE = 5
+    assert measure_costs({"kd": changed}, path, rounds=3)["kd"].milliseconds == 1000 * 2 / 5
 
 
 def test_steps_go_on_over_the_epochs_and_remember(cfgs, tmp_path):

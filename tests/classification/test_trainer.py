@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from classification.experiment import run_experiment
+from classification.experiment import prepare_trainers, run_experiment
 from classification.loop import teacher_observer
 from classification.trainer import Trainer, TrainingFailedError
 from pcka.distiller import Distiller
@@ -30,6 +30,17 @@ def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
         run_experiment(cfg)
     state = torch.load(tmp_path / "run" / "model_last.pth", weights_only=True)
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_step_that_breaks_off_leaves_the_random_state_outside_as_it_was(tiny_config):
+    (trainer,) = prepare_trainers([tiny_config()], torch.device("cpu"))
+    torch.manual_seed(5)
+    expected = torch.rand(())
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt), trainer.own_random_state():
+        torch.rand(3)
+        raise KeyboardInterrupt
+    assert torch.rand(()) == expected
 
 
 def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeypatch):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from detection.data.digits import VISIBLE, digits_scenes
 
-SIDE = 128
+SIDE = 256
 
 
 def _scenes(root, split="train", number=6):
@@ -65,3 +65,13 @@ def test_an_interrupted_set_is_made_again(tmp_path):
     whole = annotations.read_text()
     annotations.unlink()
     assert digits_scenes(tmp_path, "train", 2, SIDE)[0].read_text() == whole
+
+
+def test_larger_scenes_hold_more_digits_not_larger_ones(tmp_path):
+    def boxes(side: int):
+        annotations, _ = digits_scenes(tmp_path, "train", 3, side)
+        return json.loads(annotations.read_text())["annotations"]
+
+    small, large = boxes(256), boxes(512)
+    assert len(large) > 2 * len(small)
+    assert max(max(box["bbox"][2:]) for box in large) <= 72
