@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import ConfigError
 from detection.levels import match_levels, match_map
 from detection.methods import build_losses
@@ -89,11 +90,7 @@ class DistilledDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """What ``__init__`` takes, from ``DISTILL``."""
-        if cfg.DISTILL.STUDENT in ("", cls.__name__):
-            raise ConfigError(
-                "DISTILL.STUDENT: expected the student's meta-architecture, e.g. 'RetinaNet', got "
-                f"{cfg.DISTILL.STUDENT!r}"
-            )
+        _check_student(cfg)
         student = META_ARCH_REGISTRY.get(cfg.DISTILL.STUDENT)(cfg)
         if not cfg.DISTILL.METHODS:
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
@@ -182,6 +179,23 @@ class DistilledDetector(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
         return self
+
+
+def _check_student(cfg: CfgNode) -> None:
+    """Refuse what is no detector, and what plain detectron2 could not load afterwards."""
+    architecture, backbone = cfg.DISTILL.STUDENT, cfg.MODEL.BACKBONE.NAME
+    if architecture in ("", DistilledDetector.__name__):
+        raise ConfigError(
+            "DISTILL.STUDENT: expected the student's meta-architecture, e.g. 'RetinaNet', got "
+            f"{architecture!r}"
+        )
+    # FCOS is exported as a LazyConfig, which describes its pyramid without a name.
+    if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture != "FCOS":
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r} and could not load "
+            f"the student; give a {architecture} one of its own, e.g. "
+            "'build_retinanet_resnet_fpn_backbone'"
+        )
 
 
 def _log_gradient(level: str, feature: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """Adapters: small trained layers that bring features to another width or size.
 
-A loss makes them in ``prepare`` from the shapes of a dry run, :func:`fit` them to its features, and
-sends features through them by :func:`adapted`, or one at a time by :func:`adapt`.
+A loss makes them in ``prepare`` from the shapes of a dry run, one at a time by :func:`fit` or for
+all of its maps by :func:`fit_maps`, and sends features through them by :func:`adapted`, or one at a
+time by :func:`adapt`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
 
+from pcka.losses.map_size import at_one_size
 from pcka.losses.outputs import Outputs
 from pcka.ops.reference import accumulation_dtype
 
@@ -86,6 +88,31 @@ class PooledLinear(nn.Linear):
 def fit(module: M, feature: Tensor) -> M:
     """``module`` on the device of ``feature``, in float32, or in float64 for a float64 feature."""
     return module.to(device=feature.device, dtype=accumulation_dtype(feature.dtype))
+
+
+def fit_maps(
+    make: Callable[[int, int], nn.Module],
+    student: Outputs,
+    teacher: Outputs,
+    stages: Sequence[str],
+) -> nn.ModuleDict:
+    """A module for each stage, fitted to the student's map.
+
+    Args:
+        make: from the student's and the teacher's number of channels.
+        student: outputs of the dry run.
+        teacher: likewise.
+        stages: names of features ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: a feature that is no map.
+    """
+    modules = nn.ModuleDict()
+    for stage in stages:
+        feature, other = student.feature(stage), teacher.feature(stage)
+        at_one_size(feature, other)  # refuses what is no map
+        modules[stage] = fit(make(feature.shape[1], other.shape[1]), feature)
+    return modules
 
 
 def prepared(module: M | None, loss: str) -> M:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit, pointwise
+from pcka.losses.adapters import adapted, fit_maps, pointwise
 from pcka.losses.base import NO_CONTEXT
 from pcka.losses.checks import check_samples, require
-from pcka.losses.map_size import at_one_size
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
@@ -76,11 +76,7 @@ class ICKD(StagewiseLoss):
     ) -> None:
         """Make the convolution of each stage."""
         teacher = require(teacher, "teacher", "ICKD")
-        for stage in self.taps:
-            feature, other = student.feature(stage), teacher.feature(stage)
-            at_one_size(feature, other)  # refuses what is no map
-            widths = feature.shape[1], other.shape[1]
-            self.adapters[stage] = fit(pointwise(*widths, norm=True), feature)
+        self.adapters = fit_maps(partial(pointwise, norm=True), student, teacher, self.taps)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """:func:`ickd_loss`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit, pointwise
+from pcka.losses.adapters import adapted, fit_maps, pointwise
 from pcka.losses.base import NO_CONTEXT
 from pcka.losses.checks import check_maps, require
 from pcka.losses.map_size import at_one_size
@@ -106,12 +107,8 @@ class MGD(StagewiseLoss):
     ) -> None:
         """Make the generating convolutions of each stage."""
         teacher = require(teacher, "teacher", "MGD")
-        for stage in self.taps:
-            feature, other = student.feature(stage), teacher.feature(stage)
-            at_one_size(feature, other)  # refuses what is no map
-            widths = feature.shape[1], other.shape[1]
-            generation = _Generation(*widths, self.mask_ratio, self.mask)
-            self.adapters[stage] = fit(generation, feature)
+        make = partial(_Generation, mask_ratio=self.mask_ratio, mask=self.mask)
+        self.adapters = fit_maps(make, student, teacher, self.taps)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """:func:`mgd_loss`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapt, fit, pointwise, prepared
+from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
 from pcka.losses.checks import check_levels, check_maps, check_samples, require
 from pcka.losses.map_size import at_one_size
@@ -118,12 +119,8 @@ class VID(Loss):
     ) -> None:
         """Make the predictor of each stage."""
         teacher = require(teacher, "teacher", "VID")
-        for stage in self.taps:
-            feature, other = student.feature(stage), teacher.feature(stage)
-            at_one_size(feature, other)  # refuses what is no map
-            widths = feature.shape[1], other.shape[1]
-            predictor = Predictor(*widths, variance=self.variance, epsilon=self.epsilon)
-            self.predictors[stage] = fit(predictor, feature)
+        make = partial(Predictor, variance=self.variance, epsilon=self.epsilon)
+        self.predictors = fit_maps(make, student, teacher, self.taps)
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None

@@ -187,6 +187,10 @@ def test_moves_take_the_teacher_along(build):
         ),
         (("DISTILL.STUDENT", ""), r"DISTILL.STUDENT: expected the student's meta-architecture"),
         (
+            ("MODEL.BACKBONE.NAME", "build_p6p7_resnet_fpn_backbone"),
+            r"MODEL.BACKBONE.NAME: plain detectron2 does not know 'build_p6p7.*of its own",
+        ),
+        (
             ("DISTILL.TEACHER.RANDOM_WEIGHTS", "False"),
             r"DISTILL.TEACHER.WEIGHTS: expected a file",
         ),
