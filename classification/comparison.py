@@ -11,14 +11,13 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
 
 from classification.cost import Cost
 from classification.published import published_accuracy
 from classification.run_files import write_text
 from classification.trainer import TrainingFailedError
+from pcka.analysis.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
-CONFIDENCE = 0.95
 COLUMNS = (
     "method", "seeds", "last epoch (%)", "best epoch (%)", "minus first row (%)", "difference",
     "published (%)", "step (ms/image)", "step / first row", "memory (MiB)",
@@ -108,32 +107,6 @@ class Comparison:
         for method, by_seed in self.failures.items():
             lines += ["", *(f"{method}, seed {seed}: {text}" for seed, text in by_seed.items())]
         return "\n".join(lines) + "\n"
-
-
-def mean_and_deviation(values: Sequence[float], *, signed: bool = False) -> str:
-    """``mean ± sample standard deviation``; of one value no deviation is known."""
-    values = list(values)
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):{'+' if signed else ''}.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def paired_differences(own: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
-    """``own - other`` of the seeds that both have."""
-    return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
-
-
-def verdict(pairs: Sequence[float]) -> str:
-    """``above``, ``below``, or ``none`` where the interval of the mean difference holds 0."""
-    if len(pairs) < 2:
-        return "unknown (one seed)" if pairs else ""
-    margin = student_t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)
-    margin *= statistics.stdev(pairs) / len(pairs) ** 0.5
-    mean = statistics.fmean(pairs)
-    if abs(mean) <= margin:
-        return "none"
-    return "above" if mean > 0 else "below"
 
 
 def write_comparison(comparison: Comparison, output: Path) -> None:

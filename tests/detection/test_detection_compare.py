@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from detection import compare
+from detection.config import ConfigError, load_config
+
+AP = {
+    "student": {0: 20.0, 1: 24.0, 2: 22.0},
+    "pcka": {0: 25.0, 1: 29.5, 2: 26.5},
+    "mimic": {0: 24.0, 1: 20.0, 2: 23.0},
+}
+
+
+@pytest.fixture
+def results():
+    return {
+        run: {seed: {"bbox": {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2}} for seed, ap in by.items()}
+        for run, by in AP.items()
+    }
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two configurations."""
+    paths = []
+    for name in ("student", "pcka"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text("VERSION: 2\n")
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The commands of the trainings, which write what a run leaves, but fail with seed 13."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        config, *keys = command[command.index("--config-file") + 1 :]
+        cfg = load_config(config, keys)
+        folder = compare.Path(cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        metrics = dict.fromkeys(("AP", "AP50", "AP75"), 10.0 + cfg.SEED)
+        (folder / "result.json").write_text(json.dumps({"bbox": metrics}))
+        return SimpleNamespace(returncode=int(cfg.SEED == 13))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def test_the_table_has_spread_and_paired_differences(results):
+    lines = compare.markdown(results).splitlines()
+    assert lines[0] == "|  | AP | AP50 | AP75 | AP minus student | difference | seeds |"
+    assert lines[2].startswith("| student | 22.00 ± 2.00 | 44.00 ± 4.00 | 11.00 ± 1.00 |  |  | 3 |")
+    assert "| pcka | 27.00 ± 2.29 |" in lines[3]
+    assert lines[3].endswith("| +5.00 ± 0.50 | above | 3 |")
+    assert lines[4].endswith("| +0.33 ± 4.04 | none | 3 |")
+
+
+def test_masks_have_columns_where_every_run_has_them(results):
+    for by_seed in results.values():
+        for metrics in by_seed.values():
+            metrics["segm"] = {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}
+    assert "| AP75 | segm AP | segm AP50 |" in compare.markdown(results)
+    del results["pcka"][1]["segm"]
+    assert "segm" not in compare.markdown(results)
+
+
+def test_what_is_missing_is_trained_and_the_rest_is_kept(files, trainings, tmp_path):
+    compare.compare(files, [3], tmp_path / "out", ["SOLVER.MAX_ITER", "7"])
+    launcher = ("torchrun", "--nproc-per-node", "2")
+    keys = ["SOLVER.MAX_ITER", "7"]
+    results = compare.compare(files, [3, 4], tmp_path / "out", keys, launcher=launcher)
+    assert {run: sorted(by_seed) for run, by_seed in results.items()} == {
+        "student": [3, 4],
+        "pcka": [3, 4],
+    }
+    assert results["pcka"][4]["bbox"]["AP"] == 14.0
+    assert len(trainings) == 4
+    assert tuple(trainings[-1][:3]) == launcher
+    assert "--resume" in trainings[-1]
+    table = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
+    assert table[0] == "run,seed,AP,AP50,AP75"
+    assert table[1:] == [f"{run},{s},{10.0 + s},{10.0 + s},{10.0 + s}" for run in results
+                         for s in (3, 4)]  # fmt: skip
+    assert (tmp_path / "out" / "comparison.md").read_text() == compare.markdown(results)
+
+
+def test_runs_with_other_settings_are_not_taken_for_these(files, trainings, tmp_path):
+    compare.compare(files, [0], tmp_path / "out", ["SOLVER.STEPS", "[5]"])
+    with pytest.raises(ConfigError, match=r"student/seed0: .* other values of SOLVER.MAX_ITER"):
+        keys = ["SOLVER.STEPS", "[5]", "SOLVER.MAX_ITER", "9", "MODEL.DEVICE", "cpu"]
+        compare.compare(files, [0], tmp_path / "out", keys)
+
+
+def test_names_must_differ(files, tmp_path):
+    with pytest.raises(ConfigError, match=r"names of their own, got .*student.yaml"):
+        compare.compare([files[0], files[0]], [0], tmp_path)
+
+
+def test_a_training_that_failed_is_named(files, trainings, tmp_path):
+    with pytest.raises(RuntimeError, match=r"student/seed13' failed; its log.txt"):
+        compare.compare(files, [13], tmp_path)
+
+
+def test_the_command_line_may_hold_overrides_after_the_lists(files, trainings, tmp_path, capsys):
+    words = ["--config-files", *map(str, files), "--seeds", "1", "--output", str(tmp_path / "out")]
+    compare.main([*words, "--launcher", "torchrun --nnodes 2", "--", "SOLVER.MAX_ITER", "7"])
+    assert trainings[0][:3] == ["torchrun", "--nnodes", "2"]
+    assert "SOLVER.MAX_ITER" in trainings[0]
+    assert "unknown (one seed)" in capsys.readouterr().out
