@@ -62,6 +62,7 @@ def load_config(
         of_file = flatten(_read_yaml(Path(config_file)))
         if method:
             of_file.pop("DISTILL.METHODS", None)
+            _refuse_saved(of_file, cfg, source=str(config_file))
         _merge(cfg, of_file.items(), source=str(config_file))
     if len(overrides) % 2:
         raise ConfigError(
@@ -73,6 +74,16 @@ def load_config(
     _check(cfg)
     cfg.freeze()
     return cfg
+
+
+def _refuse_saved(of_file: Mapping[str, object], cfg: CfgNode, source: str) -> None:
+    """A run's ``config.yaml`` has every setting of every method: none would be left to a method."""
+    if of_file.keys() >= flatten(cfg.DISTILL, "DISTILL.").keys() - {"DISTILL.METHODS"}:
+        raise ConfigError(
+            f"{source}: is the saved configuration of a run, whose settings would take the place "
+            "of the method's; give the file of the pair, and other keys on the command line, or "
+            "leave the method out"
+        )
 
 
 def method_file(method: str, config_file: str | Path | None = None) -> Path:
@@ -123,7 +134,7 @@ def set_key(cfg: CfgNode, key: str, value: object) -> None:
 def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     """Return the keys in which a continuation would differ from the run that it continues.
 
-    More SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
+    Other SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
     under a cosine, or with a warm-up of the distillation, they would change what was trained.
     """
     before, after = flatten(old), flatten(new)
@@ -189,7 +200,7 @@ def _coerce(key: str, value: object, default: object, source: str) -> object:
     if isinstance(value, str) and not isinstance(default, str):
         value = _parse(value)
     if isinstance(default, list) and isinstance(value, list | tuple):
-        return [_coerce(key, v, default[0], source) if default else v for v in value]
+        return [_coerce(key, v, _item(key, v, default), source) if default else v for v in value]
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if default is None or type(value) is type(default):
@@ -197,6 +208,12 @@ def _coerce(key: str, value: object, default: object, source: str) -> object:
     raise ConfigError(
         f"{source}: {key} expects a {type(default).__name__} (default {default!r}), got {value!r}"
     )
+
+
+def _item(key: str, value: object, default: list) -> object:
+    """The default of a list's item; a patch is a side or a pair of sides."""
+    is_pair = key.endswith(".PATCH_SIZES") and isinstance(value, list | tuple)
+    return default if is_pair else default[0]
 
 
 def _check(cfg: CfgNode) -> None:

@@ -6,20 +6,24 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from fvcore.common.config import CfgNode
 
+from classification.data import Batch
+from classification.environment import describe_environment
 from classification.experiment import ImageSets, prepare_trainers
 from classification.launch import process_group
 from classification.loop import prepare_inputs, teacher_observer
 from classification.run_files import write_text
 from classification.trainer import Trainer
 from pcka.analysis.memory import peak_growth
-from pcka.distributed import rank
+from pcka.distributed import from_first_process, rank
+from pcka.observer import Observer
 
 ROUNDS, WARM_UP_ROUNDS = 15, 2
 
@@ -53,27 +57,14 @@ def measure_costs(
         rounds: timed steps of each method.
         image_sets: training and evaluation images where they are in memory already.
     """
-    settings = {method: _digest(cfg) for method, cfg in cfgs.items()}
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if all(settings[method] == kept.get(method, {}).get("settings") for method in cfgs):
-        return {method: Cost(**kept[method]["cost"]) for method in cfgs}
     lead = next(iter(cfgs.values()))
     with process_group(lead.DEVICE) as device:
+        settings = {method: _digest(cfg, device) for method, cfg in cfgs.items()}
+        kept = from_first_process(json.loads(path.read_text()) if path.exists() else {})
+        if all(settings[method] == kept.get(method, {}).get("settings") for method in cfgs):
+            return {method: Cost(**kept[method]["cost"]) for method in cfgs}
         trainers = prepare_trainers(list(cfgs.values()), device, image_sets)
-        steps = {method: _step(trainer) for method, trainer in zip(cfgs, trainers, strict=True)}
-        seconds: dict[str, list[float]] = {method: [] for method in steps}
-        for turn in range(rounds + WARM_UP_ROUNDS):
-            for method, step in steps.items():
-                taken = _timed(step, device)
-                if turn >= WARM_UP_ROUNDS:
-                    seconds[method].append(taken)
-        costs = {
-            method: Cost(
-                milliseconds=1000 * statistics.median(seconds[method]) / lead.SOLVER.BATCH_SIZE,
-                mebibytes=peak_growth(step, device) / 2**20,
-            )
-            for method, step in steps.items()
-        }
+        costs = _measure(dict(zip(cfgs, trainers, strict=True)), rounds, device)
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = {m: {"settings": settings[m], "cost": asdict(costs[m])} for m in costs}
@@ -81,28 +72,46 @@ def measure_costs(
     return costs
 
 
-def _digest(cfg: CfgNode) -> str:
-    """A short name of all settings, the folders where runs and data lie aside."""
+def _digest(cfg: CfgNode, device: torch.device) -> str:
+    """A short name of what a step's cost depends on: all settings but the folders, the machine."""
     same = cfg.clone()
     same.defrost()
     same.OUTPUT_DIR = same.DATA.ROOT = ""
-    return hashlib.sha256(same.dump().encode()).hexdigest()[:16]
+    about = describe_environment(cfg.SEED, device)
+    machine = {key: about[key] for key in ("torch", "device", "threads", "processes")}
+    return hashlib.sha256(f"{same.dump()}{machine}".encode()).hexdigest()[:16]
 
 
-def _step(trainer: Trainer) -> Callable[[], None]:
-    """Return a call that trains on the next batch, all of it included."""
-    batches = iter(())
-    observe = teacher_observer([trainer])
+def _measure(trainers: Mapping[str, Trainer], rounds: int, device: torch.device) -> dict[str, Cost]:
+    """Costs by method; every round has one batch, whose making counts for each method."""
+    lead = next(iter(trainers.values()))
+    batches = _endless(lead)
+    observers = {method: teacher_observer([trainer]) for method, trainer in trainers.items()}
+    seconds: dict[str, list[float]] = {method: [] for method in trainers}
+    for turn in range(rounds + WARM_UP_ROUNDS):
+        start = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - start
+        for method, trainer in trainers.items():
+            taken = waited + _timed(partial(_step, trainer, batch, observers[method]), device)
+            if turn >= WARM_UP_ROUNDS:
+                seconds[method].append(taken)
+    costs = {}
+    for method, trainer in trainers.items():
+        growth = peak_growth(partial(_step, trainer, batch, observers[method]), device)
+        milliseconds = 1000 * statistics.median(seconds[method]) / lead.cfg.SOLVER.BATCH_SIZE
+        costs[method] = Cost(milliseconds, growth / 2**20)
+    return costs
 
-    def step() -> None:
-        nonlocal batches
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(trainer.batches())
-            batch = next(batches)
-        trainer.step(prepare_inputs([trainer], batch, observe), 0)
 
-    return step
+def _endless(trainer: Trainer) -> Iterator[Batch]:
+    while True:
+        yield from trainer.batches()
+
+
+def _step(trainer: Trainer, batch: Batch, observe: Observer | None) -> None:
+    """The teacher's forward pass and the student's update."""
+    trainer.step(prepare_inputs([trainer], batch, observe), 0)
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:

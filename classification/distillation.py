@@ -100,14 +100,24 @@ def model_taps(student: nn.Module, teacher: nn.Module, extra: list[list[str]]) -
     _add_stages(taps, student.preactivation_names, teacher.preactivation_names, "_preact")
     if student.pooled_name and teacher.pooled_name:
         taps["pooled"] = (student.pooled_name, teacher.pooled_name)
-    for entry in extra:
+    return taps | extra_taps(extra)
+
+
+def extra_taps(entries: list[list[str]]) -> Taps:
+    """Return ``DISTILL.TAPS``, triples, as tap name -> (student path, teacher path).
+
+    Raises:
+        ConfigError: an entry that is no triple.
+    """
+    taps: Taps = {}
+    for entry in entries:
         if not isinstance(entry, list | tuple) or len(entry) != 3:
             raise ConfigError(
                 "DISTILL.TAPS: expected [name, path in the student, path in the teacher] for each "
                 f"tap, got {entry!r}"
             )
-        name, *paths = map(str, entry)
-        taps[name] = (paths[0], paths[1])
+        name, student, teacher = map(str, entry)
+        taps[name] = (student, teacher)
     return taps
 
 

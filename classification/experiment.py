@@ -17,6 +17,7 @@ from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
     build_losses,
     check_losses,
+    extra_taps,
     loss_context,
     model_taps,
     numbered_stages,
@@ -82,6 +83,8 @@ def run_side_by_side(
     lead = cfgs[0]
     _check_alike(cfgs)
     check_teacher(lead)
+    if lead.STUDENT.WEIGHTS and not Path(lead.STUDENT.WEIGHTS).is_file():
+        raise ConfigError(f"STUDENT.WEIGHTS: there is no file {lead.STUDENT.WEIGHTS!r}")
     for cfg in cfgs:
         check_losses(cfg)
     with process_group(lead.DEVICE) as device, ExitStack() as stack:
@@ -111,8 +114,14 @@ def _prepare(
     lead = runs[0].cfg
     train_set, evaluation_set = image_sets or _load_image_sets(lead)
     sets = train_set.to(device), evaluation_set.to(device)
-    teacher = prepare_teacher(lead, sets, _train_teacher)
+    teacher = prepare_teacher(lead, sets, _train_teacher, _tapped([run.cfg for run in runs]))
     return [run.prepare(sets, teacher, device) for run in runs]
+
+
+def _tapped(cfgs: Sequence[CfgNode]) -> set[str]:
+    """What ``DISTILL.TAPS`` reads in the teacher."""
+    taps = (extra_taps(cfg.DISTILL.TAPS) for cfg in cfgs)
+    return {path for by_name in taps for _, path in by_name.values()}
 
 
 @dataclass
@@ -141,6 +150,7 @@ class _Run:
         if self.saved is not None:
             _check_images(self.saved, [part.fingerprint for part in sets])
         if self.files is not None:
+            self.files.result.unlink(missing_ok=True)  # of a shorter run that goes on
             self.files.write_text("config.yaml", cfg.dump())
             self.files.write_json("environment.json", describe_environment(cfg.SEED, device))
         seed_everything(cfg.SEED)
@@ -207,6 +217,11 @@ def _check_configuration(cfg: CfgNode, saved: dict) -> None:
             f"{', '.join(changed)}; continue it with its own (its config.yaml), or choose another "
             "OUTPUT_DIR"
         )
+    if saved["epoch"] > cfg.SOLVER.EPOCHS:
+        raise ConfigError(
+            f"SOLVER.EPOCHS: the run in {cfg.OUTPUT_DIR!r} has {saved['epoch']} epochs already, "
+            f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
+        )
 
 
 def _check_images(saved: dict, fingerprints: list[str]) -> None:
@@ -228,7 +243,13 @@ def _load_image_sets(cfg: CfgNode) -> ImageSets:
 
 def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
     """Train the teacher's own run, or go on with it; return the file of its last epoch."""
-    run_experiment(cfg, resume=True, image_sets=image_sets)
+    try:
+        run_experiment(cfg, resume=True, image_sets=image_sets)
+    except ConfigError as error:
+        raise ConfigError(
+            f"TEACHER.CACHE_DIR: the unfinished training of the teacher does not go on: {error} "
+            f"(here: remove {cfg.OUTPUT_DIR!r}, or set another TEACHER.CACHE_DIR)"
+        ) from error
     return Path(cfg.OUTPUT_DIR) / "model_last.pth"
 
 

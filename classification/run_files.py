@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from classification.config import ConfigError
 from pcka.checkpoint import atomic_save, load_file, save_student
+from pcka.folder_lock import lock_folder
 
 logger = logging.getLogger("classification")
 
@@ -35,7 +35,8 @@ class RunFiles:
         logger: for what concerns this run and none beside it.
 
     Raises:
-        ConfigError: a run is there and ``resume`` is false, or another process is at work there.
+        ConfigError: a run is there and ``resume`` is false.
+        FolderInUseError: another process is at work there.
     """
 
     def __init__(self, directory: str | Path, *, resume: bool) -> None:
@@ -44,7 +45,7 @@ class RunFiles:
         self.metrics = self.directory / "metrics.jsonl"
         self.result = self.directory / "result.json"
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory)
+        self._lock = lock_folder(self.directory)
         traces = (self.checkpoint, self.metrics, self.result)
         traces = [path.name for path in traces if path.exists()]
         if traces and not resume:
@@ -95,11 +96,13 @@ class RunFiles:
         """Replace the checkpoint to continue from."""
         atomic_save(state, self.checkpoint)
 
-    def save_student(self, student: nn.Module, *, best: bool) -> None:
-        """Replace ``model_last.pth``, and ``model_best.pth`` too where the student is the best."""
+    def save_last(self, student: nn.Module) -> None:
+        """Replace ``model_last.pth``."""
         save_student(student, self.directory / "model_last.pth")
-        if best:
-            save_student(student, self.directory / "model_best.pth")
+
+    def save_best(self, student: nn.Module) -> None:
+        """Replace ``model_best.pth``."""
+        save_student(student, self.directory / "model_best.pth")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, never half."""
@@ -114,20 +117,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the records of a ``metrics.jsonl``; a line torn by a kill is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _lock(directory: Path) -> int:
-    """Return an open handle of the folder that is locked until it is closed or the process ends."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ConfigError(
-            f"OUTPUT_DIR: another process is at work in {str(directory)!r}; wait for it to end, or "
-            "choose another folder"
-        ) from error
-    return handle
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,10 @@ class Teacher:
 
 
 def prepare_teacher(
-    cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
+    cfg: CfgNode,
+    image_sets: ImageSets,
+    train_run: Callable[[CfgNode, ImageSets], Path],
+    tapped: Collection[str] = (),
 ) -> Teacher | None:
     """Return the teacher with its weights, or None where the configuration names none.
 
@@ -59,6 +62,7 @@ def prepare_teacher(
         image_sets: training and evaluation images, on the device that trains.
         train_run: trains the teacher's own run where one is asked for and not there yet, and
             returns the file of its weights.
+        tapped: paths in the teacher that are read beside its stages.
 
     Raises:
         ConfigError: a teacher without weights, or one that is more than two points less accurate
@@ -71,7 +75,13 @@ def prepare_teacher(
     model = load_classifier(cfg.TEACHER.NAME, weights, len(train_set.classes), role="teacher")
     model.to(evaluation_set.device)
     norms = _preactivation_norms(model)
-    frozen = FrozenTeacher(model, channels_last=cfg.CHANNELS_LAST, fold_batch_norm=True)
+    stages = (*model.stage_names, *model.preactivation_names)
+    frozen = FrozenTeacher(
+        model,
+        channels_last=cfg.CHANNELS_LAST,
+        fold_batch_norm=True,
+        tapped=[path for path in (*stages, *tapped) if path],
+    )
     pixels = pixel_statistics(cfg.TEACHER).to(evaluation_set.device)
     top1 = accuracy(frozen, pixels, evaluation_set)["top1"]
     logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
@@ -112,13 +122,15 @@ def _trained_teacher(
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Refuse a teacher that has no weights and is not to be trained either."""
+    """Refuse a teacher that is not there and is not to be trained either."""
     teacher = cfg.TEACHER
     if teacher.NAME and not teacher.WEIGHTS and not teacher.TRAIN:
         raise ConfigError(
             f"TEACHER.WEIGHTS: the teacher {teacher.NAME!r} has no weights; give a checkpoint, or "
             "set TEACHER.TRAIN True to train it first (it is kept in TEACHER.CACHE_DIR)"
         )
+    if teacher.NAME and teacher.WEIGHTS and not Path(teacher.WEIGHTS).is_file():
+        raise ConfigError(f"TEACHER.WEIGHTS: there is no file {teacher.WEIGHTS!r}")
 
 
 def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:

@@ -133,7 +133,7 @@ class Trainer:
         self.window.add({**terms, "loss_total": total})
 
     def finish_epoch(self, figures: dict[str, float]) -> None:
-        """Evaluate and write the epoch: first what a kill may leave too much of, the state last.
+        """Evaluate and write the epoch; :meth:`restore` mends what a kill leaves undone.
 
         Args:
             figures: of the epoch, beside the losses: its ``seconds`` and whatever else is to be
@@ -157,8 +157,10 @@ class Trainer:
         record = {"epoch": self.epoch, "accuracy": top1, "best_accuracy": best}
         record |= {"lr": self.optimizer.param_groups[0]["lr"], **means, **figures, **alignment}
         self.files.add_metrics(record)
-        self.files.save_student(student, best=is_best)
+        self.files.save_last(student)
         self.files.save_state(self.state())
+        if is_best:
+            self.files.save_best(student)
         self._log(record)
 
     def fail(self, error: NonFiniteLossError) -> None:
@@ -199,6 +201,10 @@ class Trainer:
         self.distiller.losses.load_state_dict(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._random = state["random"]
+        if self.files is not None:  # a kill may have come between the three files of an epoch
+            self.files.save_last(self.distiller.student)
+            if self.best["best_epoch"] == self.epoch:
+                self.files.save_best(self.distiller.student)
 
     @contextmanager
     def own_random_state(self) -> Iterator[None]:

@@ -29,9 +29,8 @@ def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: s
     model = create_model(name, num_classes)
     report = load_weights(model, weights, role=role, allow_partial=True)
     key = f"{role.upper()}.WEIGHTS"
-    *_, classifier = (path for path, m in model.named_modules() if isinstance(m, nn.Linear))
     for entry in report.mismatched:
-        if entry.name == f"{classifier}.weight":
+        if entry.name == f"{model.classifier_name}.weight":
             raise ValueError(
                 f"{key}: {str(weights)!r} is a classifier of {entry.in_file[0]} classes, the data "
                 f"has {num_classes}; give the weights of a {name} trained on these classes"

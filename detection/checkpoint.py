@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from pcka.checkpoint import atomic_save, load_file
+from pcka.checkpoint import atomic_save, atomic_write, load_file
 
 # What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
 _ALLOWED = {
@@ -56,6 +57,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         atomic_save({"model": self.model.state_dict(), **parts, **kwargs}, path)
         self.tag_last_checkpoint(f"{name}.pth")
         self.logger.info("Saved %s", path)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the checkpoint that ``--resume`` goes on from, whole or not at all."""
+        name = last_filename_basename.encode()
+        atomic_write(lambda file: file.write(name), Path(self.save_dir, "last_checkpoint"))
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):

@@ -22,12 +22,13 @@ import yaml
 from detectron2.config import CfgNode
 
 from detection.config import PROJECT, ConfigError, load_config
+from detection.data.register import name_coco_sets
 from pcka.analysis.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
 WEIGHTS, RESULT, CONFIG = "model_final.pth", "result.json", "config.yaml"
+CHECKPOINT_TAG = "last_checkpoint"
 METRICS = ("AP", "AP50", "AP75")
-# What a run may write otherwise into its configuration than it was asked for.
-_NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE", "DATASETS.TRAIN", "DATASETS.TEST")
+NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> COCO's metric -> percent
 Results = dict[str, dict[int, Metrics]]  # run -> seed -> metrics
@@ -87,8 +88,14 @@ def train(
     """
     keys = [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
     wanted = load_config(str(config_file), keys)
+    name_coco_sets(wanted)
+    if len(wanted.DATASETS.TEST) != 1:
+        raise ConfigError(
+            f"DATASETS.TEST: expected one set to compare on, got {wanted.DATASETS.TEST}"
+        )
     result = folder / RESULT
-    _check_settings(wanted, folder)
+    if result.exists() or (folder / CHECKPOINT_TAG).exists():
+        _check_settings(wanted, folder)
     if not result.exists():
         print(f"training {config_file.stem}, seed {seed} (log: {folder / 'log.txt'})", flush=True)
         # A process of its own for each run: detectron2's logger and registries are global.
@@ -97,13 +104,11 @@ def train(
         quiet = {"PYTHONWARNINGS": "ignore", **os.environ}  # release 0.6 calls deprecated names
         ended = subprocess.run(command, stdout=subprocess.DEVNULL, env=quiet, check=False)
         if ended.returncode:
-            raise RuntimeError(f"the training in {str(folder)!r} failed; its log.txt says more")
+            raise RuntimeError(f"the training in {str(folder)!r} failed; see the error above")
     return json.loads(result.read_text())
 
 
 def _check_settings(wanted: CfgNode, folder: Path) -> None:
-    if not (folder / CONFIG).exists():
-        return
     had = load_config(str(folder / CONFIG), [])
     # By way of YAML, in which a tuple is a list.
     before, now = (_flat(yaml.safe_load(cfg.dump())) for cfg in (had, wanted))
@@ -121,7 +126,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     for key, value in node.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in _NOT_COMPARED:
+        elif f"{prefix}{key}" not in NOT_COMPARED:
             flat[prefix + key] = value
     return flat
 

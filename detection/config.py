@@ -94,7 +94,7 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
     try:
         cfg.merge_from_file(config_file, allow_unsafe=trusted)
         cfg.merge_from_list(list(overrides))
-    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
+    except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ConfigError(f"{config_file}: {reason}") from error
 

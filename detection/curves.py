@@ -21,9 +21,7 @@ def plot_run(folder: str) -> None:
     Args:
         folder: ``OUTPUT_DIR`` of the run.
     """
-    path = Path(folder, "metrics.json")
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = [json.loads(line) for line in lines]
+    entries = read_metrics(Path(folder, "metrics.json"))
     known = sorted({key for entry in entries for key in entry})
     panels = [(title, label, [k for k in known if wanted(k)]) for title, label, wanted in PANELS]
     panels = [panel for panel in panels if panel[2]]
@@ -40,3 +38,17 @@ def plot_run(folder: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.savefig(Path(folder, "curves.png"), dpi=120)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The entries of a ``metrics.json`` by their steps; of steps that were trained twice the last.
+
+    A run that was killed and resumed, or begun anew, writes steps again.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    entries: list[dict[str, float]] = []
+    for entry in (json.loads(line) for line in lines if line.endswith("\n")):
+        while entries and entries[-1]["iteration"] > entry["iteration"]:
+            entries.pop()
+        entries.append(entry)
+    return entries

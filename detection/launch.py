@@ -14,17 +14,24 @@ from detectron2.engine import launch
 from detection.compat import create_local_process_group
 
 
-def run(main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> Any:
+def run(
+    main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace, *, on_gpus: bool
+) -> Any:
     """Call ``main(arguments)`` in every process that the environment or the arguments ask for.
 
     Under torchrun each process is there already and joins the others: by NCCL with a GPU each, by
     gloo on CPUs. Else detectron2's launcher starts one process for each of ``--num-gpus``.
 
+    Args:
+        main: what every process does.
+        arguments: of detectron2's ``default_argument_parser``.
+        on_gpus: the processes train on GPUs, not on CPUs.
+
     Raises:
         ValueError: more GPUs than the machine has.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join()
+        _join(on_gpus)
         try:
             return main(arguments)
         finally:
@@ -46,9 +53,8 @@ def run(main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace
     )
 
 
-def _join() -> None:
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def _join(on_gpus: bool) -> None:
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpus else "gloo")
     create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))

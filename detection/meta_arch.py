@@ -80,7 +80,9 @@ class DistilledDetector(nn.Module):
         super().__init__()
         self.student = student
         self.__dict__["teacher"] = teacher
-        self.levels = dict(levels)
+        # A level that no loss reads would have an adapter without a gradient.
+        read = {tap for loss in losses for tap in loss.taps}
+        self.levels = {level: other for level, other in levels.items() if level in read}
         self.log_period = log_period
         self.losses = nn.ModuleList(losses)
         self.adapters = nn.ModuleDict()
@@ -203,7 +205,9 @@ def _log_gradient(level: str, feature: Tensor) -> Tensor:
     storage = get_event_storage()
     branch = feature.view_as(feature)
     branch.register_hook(
-        lambda grad: storage.put_scalar(f"distill_grad/{level}", grad.norm().item())
+        lambda grad: storage.put_scalar(
+            f"distill_grad/{level}", grad.norm().item(), smoothing_hint=False
+        )
     )
     return branch
 
@@ -213,4 +217,4 @@ def _log_alignment(student: Outputs, teacher: Outputs) -> None:
     """Log ``CKA`` between the positions of each level's maps, ``X (B * H * W, C)``."""
     for level, feature in student.features.items():
         pair = (f.float().movedim(1, -1).flatten(0, 2) for f in (feature, teacher.features[level]))
-        get_event_storage().put_scalar(f"cka/{level}", cka(*pair).item())
+        get_event_storage().put_scalar(f"cka/{level}", cka(*pair).item(), smoothing_hint=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +26,66 @@ from detection.config import ConfigError, load_config
 from detection.data import register_datasets
 from detection.launch import run
 from detection.trainer import DetectionTrainer, evaluate
+from pcka.checkpoint import atomic_write
+from pcka.folder_lock import lock_folder
 
 logger = logging.getLogger("detectron2.pcka")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train or evaluate as the arguments say; return COCO's metrics by task."""
-    return run(_work, default_argument_parser().parse_args(arguments))
+    given = default_argument_parser().parse_args(arguments)
+    if not given.config_file:
+        raise ConfigError("--config-file: expected a YAML file, got none")
+    device = load_config(given.config_file, given.opts).MODEL.DEVICE
+    return run(_work, given, on_gpus=device != "cpu" and torch.cuda.is_available())
 
 
-def setup(arguments: argparse.Namespace) -> CfgNode:
+def configure(arguments: argparse.Namespace) -> CfgNode:
     """Return the frozen configuration of a run, with its data sets registered."""
     cfg = load_config(arguments.config_file, arguments.opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if arguments.eval_only and cfg.DISTILL.STUDENT:
-        cfg.MODEL.META_ARCHITECTURE = cfg.DISTILL.STUDENT
+    if arguments.eval_only:  # leave the files of the run alone
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
     register_datasets(cfg)
     cfg.freeze()
-    default_setup(cfg, arguments)
     return cfg
 
 
 def _work(arguments: argparse.Namespace) -> dict[str, Any]:
-    if not arguments.config_file:
-        raise ConfigError("--config-file: expected a YAML file, got none")
-    cfg = setup(arguments)
-    if arguments.eval_only:
-        results = _evaluate_only(cfg)
-    else:
-        results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
-    if comm.is_main_process():
-        Path(cfg.OUTPUT_DIR, "result.json").write_text(json.dumps(results, indent=1))
+    cfg = configure(arguments)
+    with _held(Path(cfg.OUTPUT_DIR)):
+        default_setup(cfg, arguments)
+        if arguments.eval_only:
+            results = _evaluate_only(cfg)
+        else:
+            results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
+        if comm.is_main_process():
+            text = json.dumps(results, indent=1).encode()
+            atomic_write(lambda file: file.write(text), Path(cfg.OUTPUT_DIR, "result.json"))
     return results
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Let no second run into the folder; the first process sees to it for all."""
+    if not comm.is_main_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = lock_folder(folder)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
-    student = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).to(cfg.MODEL.DEVICE)
+    architecture = cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE
+    student = META_ARCH_REGISTRY.get(architecture)(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     return evaluate(cfg, student)
 

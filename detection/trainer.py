@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.checkpoint import SafeCheckpointer
-from detection.config import teacher_config
+from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState
-from pcka.distributed import OWN_BUFFERS
+from pcka.distributed import OWN_BUFFERS, average_buffers
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -45,9 +45,13 @@ class DetectionTrainer(SimpleTrainer):
     Args:
         cfg: the run's configuration.
         resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
+
+    Raises:
+        ConfigError: keys of detectron2 that this trainer does not follow.
     """
 
     def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
+        _check_solver(cfg)
         model = build_model(cfg)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
@@ -76,12 +80,13 @@ class DetectionTrainer(SimpleTrainer):
     def _hooks_of_run(self) -> list[HookBase]:
         """Schedule, then checkpoint, then evaluation, then writing: each sees the ones before."""
         cfg, self.results = self.cfg, {}
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
         found: list[HookBase] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, self.scheduler),
+            _AverageBuffers(student_of(self.model), {period, cfg.TEST.EVAL_PERIOD}),
         ]
         if comm.is_main_process():
-            period = cfg.SOLVER.CHECKPOINT_PERIOD
             found.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
         found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
@@ -91,8 +96,39 @@ class DetectionTrainer(SimpleTrainer):
         return found
 
     def _evaluate(self) -> dict[str, Any]:
-        self.results = evaluate(self.cfg, student_of(self.model))
+        # The loader draws a seed. A resumed run, which starts from the checkpoint before this
+        # evaluation, would go on with other numbers.
+        with torch.random.fork_rng(devices=[]):
+            self.results = evaluate(self.cfg, student_of(self.model))
         return self.results
+
+
+class _AverageBuffers(HookBase):
+    """Gives all processes the same batch-norm statistics before they are saved or evaluated.
+
+    Args:
+        model: whose buffers; every process keeps its own in between.
+        periods: steps between what reads them; 0 for never.
+    """
+
+    def __init__(self, model: nn.Module, periods: set[int]) -> None:
+        self.model = model
+        self.periods = periods - {0}
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+            average_buffers(self.model)
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    if cfg.SOLVER.AMP.ENABLED:
+        raise ConfigError(
+            "SOLVER.AMP.ENABLED: the student trains in float32; set it to False. The teacher may "
+            "run in bfloat16: DISTILL.TEACHER.AUTOCAST"
+        )
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError("TEST.PRECISE_BN.ENABLED: not supported; set it to False")
 
 
 def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,8 @@ SAFETENSORS = ".safetensors"  # files of this suffix are written and read by tha
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
+# DenseNet's published files have names that torchvision itself renames when it loads them.
+_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 class CheckpointError(ValueError):
@@ -206,7 +208,9 @@ def load_weights(
         state, layout = _unwrap(obj, role)
     except CheckpointError as error:
         raise CheckpointError(f"path: {str(path)!r}: {error}") from error
-    report = _compare(state, model.state_dict(), layout)
+    own = model.state_dict()
+    state = {_name_in(own, name): value for name, value in state.items()}
+    report = _compare(state, own, layout)
     if not report.loaded or not (report.complete or allow_partial):
         way_out = "allow_partial=True loads what fits" if report.loaded else "another model's"
         raise CheckpointError(
@@ -215,6 +219,11 @@ def load_weights(
         )
     model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
     return report
+
+
+def _name_in(own: Mapping[str, Tensor], name: str) -> str:
+    renamed = _DENSE_LAYER.sub(r"\1\2", name)
+    return renamed if name not in own and renamed in own else name
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

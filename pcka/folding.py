@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import cast
 
 from torch import fx, nn
@@ -18,17 +18,19 @@ class _Tracer(fx.Tracer):
         )
 
 
-def fold_batch_norms(model: nn.Module) -> list[str]:
+def fold_batch_norms(model: nn.Module, tapped: Collection[str] = ()) -> list[str]:
     """Replace, in place, every batch norm that directly follows a convolution by the identity.
 
     ``BN(Wx + b) = (s W) x + (b - mean) s + beta`` with ``s = gamma / sqrt(var + eps)``: in
     evaluation mode the scale and the shift go into the convolution. Module paths stay as they
     are, so taps do too, and a tap of the batch norm gives what it gave. A tap of the
-    *convolution* gives the normalised map.
+    *convolution* would give the normalised map.
 
     Args:
         model: in evaluation mode. One that :func:`torch.fx.symbolic_trace` cannot follow stays as
             it is.
+        tapped: paths of modules whose output must stay what it is: a convolution in one of them
+            does not take in a batch norm outside it.
 
     Returns:
         Paths of the batch norms that were folded.
@@ -40,6 +42,8 @@ def fold_batch_norms(model: nn.Module) -> list[str]:
         raise ValueError("model must be in evaluation mode to fold its batch norms; call .eval()")
     folded = []
     for conv, norm in list(_pairs(model)):
+        if any(_within(conv, path) and not _within(norm, path) for path in tapped):
+            continue
         fused = fuse_conv_bn_eval(
             cast(nn.Conv2d, model.get_submodule(conv)),
             cast(nn.BatchNorm2d, model.get_submodule(norm)),
@@ -70,6 +74,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
             and calls.count(str(node.target)) == calls.count(str(before.target)) == 1
         ):
             yield str(before.target), str(node.target)
+
+
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,15 +24,21 @@ class FrozenTeacher(nn.Module):
         channels_last: keep the weights, and bring the images, in channels-last memory format.
         fold_batch_norm: put batch norms into the convolutions before them
             (:func:`pcka.folding.fold_batch_norms`): the same outputs up to rounding, faster.
+        tapped: paths of modules that taps will read, which folding then leaves as they are.
     """
 
     def __init__(
-        self, model: nn.Module, *, channels_last: bool = False, fold_batch_norm: bool = False
+        self,
+        model: nn.Module,
+        *,
+        channels_last: bool = False,
+        fold_batch_norm: bool = False,
+        tapped: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         if fold_batch_norm:
-            fold_batch_norms(self.model)
+            fold_batch_norms(self.model, tapped)
         self.channels_last = channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)

@@ -44,6 +44,21 @@ def observed(model: nn.Module, paths: dict[str, str], images: Tensor) -> dict[st
         return {"logits": logits, **{name: x.clone() for name, x in tap.pop().items()}}
 
 
+def test_a_tapped_convolution_stays_as_it_is():
+    """The stem of a wide ResNet is one of its stages, and its batch norm is in the next one."""
+    torch.manual_seed(0)
+    model = randomized(create_model("wrn_16_2", 10))
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    assert model.stage_names[0] == "conv1"
+    paths = {"conv1": "conv1", "first": "block1.layer.0"}
+    expected, norms = observed(model, paths, images), batch_norms(model)
+    folded = fold_batch_norms(model, tapped=paths.values())
+    assert "block1.layer.0.bn1" in norms and "block1.layer.0.bn1" not in folded
+    assert "block1.layer.0.bn2" in folded  # inside of what is tapped
+    for tap, value in observed(model, paths, images).items():
+        torch.testing.assert_close(value, expected[tap])
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_logits_and_taps_are_those_of_the_model(name):
     torch.manual_seed(0)

@@ -38,7 +38,10 @@ def training_loader(cfg: CfgNode, start: int) -> DataLoader:
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         return build_detection_train_loader(cfg)
     dataset = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     seed = cfg.SEED if cfg.SEED >= 0 else None
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detection.config import ConfigError
 from detection.data.digits import digits_scenes
 
+COCO = {"TRAIN": "COCO_TRAIN", "TEST": "COCO_TEST"}
 DIGITS = {"digits_scenes_train": "train", "digits_scenes_test": "test"}
 
 
@@ -27,11 +28,11 @@ def register_datasets(cfg: CfgNode) -> None:
             classes than the model has.
     """
     keys = cfg.DATASETS
-    for split, key in (("TRAIN", "COCO_TRAIN"), ("TEST", "COCO_TEST")):
+    for key in COCO.values():
         if keys[key].NAME:
             _register(f"DATASETS.{key}", keys[key].NAME, keys[key].JSON, keys[key].IMAGES)
             _check_classes(cfg, f"DATASETS.{key}", keys[key].JSON)
-            keys[split] = (keys[key].NAME,)
+    name_coco_sets(cfg)
     for name in (*keys.TRAIN, *keys.TEST):
         if name in DIGITS:
             _register("DATASETS.DIGITS", name, *map(str, _digits(keys.DIGITS, DIGITS[name])))
@@ -41,6 +42,13 @@ def register_datasets(cfg: CfgNode) -> None:
                 f"{' or '.join(DIGITS)}, or describe yours by DATASETS.COCO_TRAIN and COCO_TEST "
                 "(NAME, JSON, IMAGES)"
             )
+
+
+def name_coco_sets(cfg: CfgNode) -> None:
+    """Put the names of ``DATASETS.COCO_TRAIN`` and ``COCO_TEST`` into ``TRAIN`` and ``TEST``."""
+    for split, key in COCO.items():
+        if cfg.DATASETS[key].NAME:
+            cfg.DATASETS[split] = (cfg.DATASETS[key].NAME,)
 
 
 def class_count(cfg: CfgNode) -> int:

@@ -115,6 +115,26 @@ def fit_maps(
     return modules
 
 
+def fit_widths(
+    student: Outputs, teacher: Outputs, stages: Sequence[str], *, bias: bool = True
+) -> nn.ModuleDict:
+    """A 1x1 convolution to the teacher's width for each stage whose widths differ.
+
+    Args:
+        student: outputs of the dry run.
+        teacher: likewise.
+        stages: names of features ``(B, C, H, W)``.
+        bias: give the convolutions a bias.
+    """
+    modules = nn.ModuleDict()
+    for stage in stages:
+        feature = student.feature(stage)
+        widths = feature.shape[1], teacher.feature(stage).shape[1]
+        if widths[0] != widths[1]:
+            modules[stage] = fit(pointwise(*widths, bias=bias), feature)
+    return modules
+
+
 def prepared(module: M | None, loss: str) -> M:
     """``module``, or an error that says what makes it.
 

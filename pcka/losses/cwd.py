@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_maps, check_temperature
+from pcka.losses.map_size import at_one_size
 from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
+from pcka.losses.stagewise import MatchedMapsLoss
 from pcka.ops.reference import accumulation_dtype
 
 
@@ -42,8 +43,10 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
 
 
 @register("CWD")
-class CWD(StagewiseLoss):
+class CWD(MatchedMapsLoss):
     """:func:`cwd_loss` of several maps: ``{"loss_cwd_<stage>"}``.
+
+    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         stages: names of the tapped feature maps.
@@ -64,4 +67,4 @@ class CWD(StagewiseLoss):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """:func:`cwd_loss`."""
-        return cwd_loss(student, teacher, self.temperature)
+        return cwd_loss(*at_one_size(student, teacher), self.temperature)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit, pointwise
+from pcka.losses.adapters import adapted, fit_widths
 from pcka.losses.base import NO_CONTEXT, Loss
 from pcka.losses.checks import check_levels, check_samples, require
 from pcka.losses.outputs import Context, Outputs
@@ -155,11 +155,7 @@ class KDSVD(Loss):
     ) -> None:
         """Make a 1x1 convolution for each stage whose widths differ."""
         teacher = require(teacher, "teacher", "KDSVD")
-        for stage in self.taps:
-            feature = student.feature(stage)
-            widths = feature.shape[1], teacher.feature(stage).shape[1]
-            if widths[0] != widths[1]:
-                self.adapters[stage] = fit(pointwise(*widths, bias=False), feature)
+        self.adapters = fit_widths(student, teacher, self.taps, bias=False)
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None

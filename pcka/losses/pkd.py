@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcka.losses.checks import check_maps
+from pcka.losses.map_size import at_one_size
 from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
+from pcka.losses.stagewise import MatchedMapsLoss
 from pcka.ops.reference import accumulation_dtype
 
 EPSILON = 1e-6
@@ -41,8 +42,10 @@ def _normalize(x: Tensor) -> Tensor:
 
 
 @register("PKD")
-class PKD(StagewiseLoss):
+class PKD(MatchedMapsLoss):
     """:func:`pkd_loss` of several maps: ``{"loss_pkd_<stage>"}``.
+
+    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         stages: names of the tapped feature maps.
@@ -58,4 +61,4 @@ class PKD(StagewiseLoss):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """:func:`pkd_loss`."""
-        return pkd_loss(student, teacher)
+        return pkd_loss(*at_one_size(student, teacher))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from pcka.losses.base import Loss
+from pcka.losses.adapters import adapted, fit_widths
+from pcka.losses.base import NO_CONTEXT, Loss
 from pcka.losses.checks import check_levels, require
-from pcka.losses.outputs import Outputs
+from pcka.losses.map_size import at_one_size
+from pcka.losses.outputs import Context, Outputs
 
 
 class StagewiseLoss(Loss):
@@ -41,3 +43,32 @@ class StagewiseLoss(Loss):
             * self.compare(student.feature(stage), teacher.feature(stage))
             for stage, weight in zip(self.taps, self.weights, strict=True)
         }
+
+
+class MatchedMapsLoss(StagewiseLoss):
+    """A :class:`StagewiseLoss` of maps of one shape, to which it brings what differs.
+
+    Where the widths of a stage differ, the student's map goes through a 1x1 convolution that
+    :meth:`prepare` makes, trained with the student; where the sizes differ, the larger map is
+    pooled. Maps of one shape are compared as they are.
+    """
+
+    def __init__(self, stages: Sequence[str], weights: Sequence[float]) -> None:
+        super().__init__(stages, weights)
+        self.adapters = nn.ModuleDict()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the convolutions."""
+        teacher = require(teacher, "teacher", type(self).__name__)
+        for stage in self.taps:
+            at_one_size(student.feature(stage), teacher.feature(stage))  # refuses what is no map
+        self.adapters = fit_widths(student, teacher, self.taps)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        if self.adapters:
+            student = adapted(student, self.adapters, type(self).__name__)
+        return super().forward(student, teacher, target)

@@ -38,3 +38,8 @@ def test_verdicts_of_equal_differences_one_seed_and_none():
     assert verdict([-0.25, -0.25]) == "below"
     assert verdict([3.0]) == "unknown (one seed)"
     assert verdict([]) == ""
+
+
+def test_what_is_no_number_is_called_so():
+    assert mean_and_deviation([math.nan, 20.0]) == mean_and_deviation([math.nan]) == "nan"
+    assert verdict([math.nan, 20.0]) == verdict([math.nan]) == "unknown (nan)"

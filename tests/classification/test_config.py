@@ -167,6 +167,29 @@ def test_imagenet_has_its_own_temperatures_and_weights():
         assert (1, beta) == (dkd.TEMPERATURE, dkd.BETA)
         assert review == preset(pair, "reviewkd", "imagenet").DISTILL.REVIEWKD.WEIGHT
     assert preset("resnet34_resnet18", "dist", "imagenet").DISTILL.DIST.TEMPERATURE == 1
+    for method in ("dkd", "reviewkd"):  # one epoch
+        assert preset("resnet34_resnet18", method, "imagenet").DISTILL.WARMUP == 0.01
+    assert preset("resnet50_mobilenetv1", "ofd", "imagenet").DISTILL.OFD.WEIGHT == 1e-4
+
+
+@pytest.mark.parametrize("method", ["kd_fcka", "kd_rcka"])
+def test_sums_with_kd_have_the_kd_of_their_data_set(method):
+    for data, pair in (("imagenet", "resnet34_resnet18"), ("cifar100", "resnet110_resnet20")):
+        kd, summed = (preset(pair, name, data).DISTILL for name in ("kd", method))
+        assert (kd.KD, kd.CE) == (summed.KD, summed.CE)
+        assert [*kd.METHODS, method[3:].upper()] == summed.METHODS
+    other = preset("resnet110_resnet20", method).DISTILL
+    assert (summed.FCKA, summed.RCKA) == (other.FCKA, other.RCKA)
+
+
+def test_a_saved_configuration_goes_with_no_method(tmp_path):
+    """Its settings, all of them, would take the place of the method's."""
+    words = ["STUDENT.NAME", "resnet8", "DATA.NAME", "digits"]
+    saved = tmp_path / "config.yaml"
+    saved.write_text(load_config(None, words, "ce").dump())
+    assert load_config(saved).DISTILL.METHODS == ["CE"]
+    with pytest.raises(ConfigError, match="is the saved configuration of a run"):
+        load_config(saved, [], "rcka_uncentered")
 
 
 @pytest.fixture
@@ -273,6 +296,8 @@ def test_a_missing_file_is_refused(tmp_path):
         ("DISTILL.METHODS", "[CE, KD]", ["CE", "KD"]),
         ("DISTILL.METHODS", '("CE", "KD")', ["CE", "KD"]),
         ("DISTILL.FCKA.WEIGHTS", "[1, 2.5]", [1.0, 2.5]),
+        ("DISTILL.PCKA.PATCH_SIZES", "[[4, 8]]", [[4, 8]]),
+        ("DISTILL.PCKA.PATCH_SIZES", "[4]", [4]),
         ("DISTILL.RCKA.TEMPERATURE", "4", 4),
         ("DISTILL.RCKA.TEMPERATURE", "null", None),
     ],
@@ -298,6 +323,8 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (["STUDENT.NAME", ""], "STUDENT.NAME: expected the name of a model"),
         (["DISTILL.METHODS", "[]"], "DISTILL.METHODS: expected one or more"),
         (["DISTILL.METHODS", "[CE, CE]"], "DISTILL.METHODS: expected .* each named once"),
+        (["SOLVER.MILESTONES", "[[1, 2]]"], "SOLVER.MILESTONES expects a int"),
+        (["DISTILL.PCKA.PATCH_SIZES", "[[4, 0.5]]"], "PATCH_SIZES expects a int .* got 0.5"),
         (["DISTILL.WARMUP", "-0.1"], "DISTILL.WARMUP: expected at least 0, got -0.1"),
         (["TEACHER.ACCURACY", "-1"], "TEACHER.ACCURACY: expected at least 0"),
         (["DISTILL.METHODS", "[CE, RKCA]"], "no loss is called 'RKCA'; near matches: .*RCKA"),

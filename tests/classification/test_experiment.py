@@ -8,7 +8,7 @@ from classification.experiment import run_experiment
 from classification.run_files import RunFiles
 
 
-@pytest.mark.parametrize("method", ["add_metrics", "save_student", "save_state"])
+@pytest.mark.parametrize("method", ["add_metrics", "save_last", "save_state"])
 def test_a_run_that_stops_while_it_writes_an_epoch_loses_that_one_only(
     tiny_config, tmp_path, monkeypatch, assert_same_run, method
 ):
@@ -31,6 +31,43 @@ def test_a_run_that_stops_while_it_writes_an_epoch_loses_that_one_only(
     monkeypatch.undo()
     run_experiment(tiny_config("ce", "stopped", **{"TEACHER.NAME": ""}), resume=True)
     assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_a_best_student_that_a_kill_left_unwritten_is_written_at_the_resume(
+    tiny_config, tmp_path, monkeypatch, assert_same_run
+):
+    def stop(self, student):
+        raise KeyboardInterrupt
+
+    keys = {"TEACHER.NAME": "", "SOLVER.EPOCHS": 1}
+    run_experiment(tiny_config("ce", "straight", **keys))
+    monkeypatch.setattr(RunFiles, "save_best", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(tiny_config("ce", "stopped", **keys))
+    assert not (tmp_path / "stopped" / "model_best.pth").exists()
+    monkeypatch.undo()
+    run_experiment(tiny_config("ce", "stopped", **keys), resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_a_longer_run_is_not_taken_for_a_shorter_one(tiny_config, tmp_path):
+    keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}
+    run_experiment(tiny_config("ce", **keys, **{"SOLVER.EPOCHS": 2}))
+    with pytest.raises(ConfigError, match=r"SOLVER.EPOCHS: .* has 2 epochs already, 1 are"):
+        run_experiment(tiny_config("ce", **keys, **{"SOLVER.EPOCHS": 1}), resume=True)
+    assert (tmp_path / "run" / "result.json").exists()
+    assert (
+        run_experiment(tiny_config("ce", **keys, **{"SOLVER.EPOCHS": 3}), resume=True)["epochs"]
+        == 3
+    )
+
+
+@pytest.mark.parametrize("role", ["TEACHER", "STUDENT"])
+def test_weights_that_are_not_there_are_named_before_any_work(tiny_config, tmp_path, role):
+    cfg = tiny_config("kd", **{f"{role}.WEIGHTS": tmp_path / "typo.pth", "DATA.ROOT": "nowhere"})
+    with pytest.raises(ConfigError, match=rf"{role}.WEIGHTS: there is no file '.*typo.pth'"):
+        run_experiment(cfg)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_teacher_is_trained_to_its_end(tiny_config, tmp_path, monkeypatch):

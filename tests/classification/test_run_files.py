@@ -6,6 +6,7 @@ import pytest
 
 from classification.config import ConfigError
 from classification.run_files import RunFiles, read_metrics
+from pcka.folder_lock import FolderInUseError
 
 
 @pytest.mark.parametrize("trace", ["checkpoint.pth", "metrics.jsonl", "result.json"])
@@ -21,7 +22,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, trace):
 def test_a_folder_that_another_run_works_in_is_refused(tmp_path):
     with (
         RunFiles(tmp_path, resume=True),
-        pytest.raises(ConfigError, match="another process is at work"),
+        pytest.raises(FolderInUseError, match="another process is at work"),
     ):
         RunFiles(tmp_path, resume=True)
     with RunFiles(tmp_path, resume=True):

@@ -15,11 +15,16 @@ def images():
     return ResidentSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.arange(2), ("a", "b"))
 
 
-def test_a_teacher_without_weights_or_training_is_refused(tiny_config):
+def test_a_teacher_without_weights_or_training_is_refused(tiny_config, tmp_path):
     cfg = tiny_config(**{"TEACHER.TRAIN": False})
     with pytest.raises(ConfigError, match=r"'resnet8' has no weights; .* TEACHER.TRAIN True"):
         check_teacher(cfg)
-    check_teacher(tiny_config(**{"TEACHER.TRAIN": False, "TEACHER.WEIGHTS": "file.pth"}))
+    file = tmp_path / "file.pth"
+    cfg = tiny_config(**{"TEACHER.TRAIN": False, "TEACHER.WEIGHTS": file})
+    with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: there is no file '.*file.pth'"):
+        check_teacher(cfg)
+    file.touch()
+    check_teacher(cfg)
     check_teacher(tiny_config(**{"TEACHER.TRAIN": False, "TEACHER.NAME": ""}))
 
 
@@ -66,9 +71,9 @@ def prepare(tiny_config, tmp_path):
     pixels = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
     data = ResidentSet(pixels, torch.arange(20) % 10, tuple("0123456789"))
 
-    def run(**keys):
+    def run(tapped=(), **keys):
         cfg = tiny_config("kd", **{"TEACHER.WEIGHTS": tmp_path / "teacher.pth", **keys})
-        return prepare_teacher(cfg, (data, data), train_run=None)
+        return prepare_teacher(cfg, (data, data), train_run=None, tapped=tapped)
 
     run.model, run.data = model.eval(), data
     return run
@@ -94,6 +99,12 @@ def test_a_prepared_teacher_has_no_batch_norms_left_and_tells_what_they_were(pre
         original = prepare.model.get_submodule(path)
         torch.testing.assert_close(norm, (original.weight.data, original.bias.data))
         assert not any(tensor.requires_grad for tensor in norm)
+
+
+def test_convolutions_that_taps_read_keep_their_batch_norms_apart(prepare):
+    teacher = prepare(tapped=["layer2.0.conv2"])
+    kept = [m for m in teacher.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert kept == [teacher.model.model.layer2[0].bn2]
 
 
 def test_a_prepared_teacher_is_channels_last_where_that_is_asked_for(prepare):

@@ -30,7 +30,7 @@ def files(tmp_path):
     paths = []
     for name in ("student", "pcka"):
         path = tmp_path / f"{name}.yaml"
-        path.write_text("VERSION: 2\n")
+        path.write_text("VERSION: 2\nDATASETS: {TEST: [some_set]}\n")
         paths.append(path)
     return paths
 
@@ -45,10 +45,11 @@ def trainings(monkeypatch):
         config, *keys = command[command.index("--config-file") + 1 :]
         cfg = load_config(config, keys)
         folder = compare.Path(cfg.OUTPUT_DIR)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
         metrics = dict.fromkeys(("AP", "AP50", "AP75"), 10.0 + cfg.SEED)
-        (folder / "result.json").write_text(json.dumps({"bbox": metrics}))
+        if cfg.SEED != 13:
+            (folder / "result.json").write_text(json.dumps({"bbox": metrics}))
         return SimpleNamespace(returncode=int(cfg.SEED == 13))
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -105,9 +106,27 @@ def test_names_must_differ(files, tmp_path):
         compare.compare([files[0], files[0]], [0], tmp_path)
 
 
-def test_a_training_that_failed_is_named(files, trainings, tmp_path):
-    with pytest.raises(RuntimeError, match=r"student/seed13' failed; its log.txt"):
-        compare.compare(files, [13], tmp_path)
+def test_a_training_that_failed_is_named_and_may_start_anew_otherwise(files, trainings, tmp_path):
+    for steps in ("5", "6"):
+        with pytest.raises(RuntimeError, match=r"student/seed13' failed; see the error"):
+            compare.compare(files, [13], tmp_path, ["SOLVER.MAX_ITER", steps])
+    (tmp_path / "student" / "seed13" / "last_checkpoint").write_text("model_0000004.pth")
+    with pytest.raises(ConfigError, match=r"other values of SOLVER.MAX_ITER"):
+        compare.compare(files, [13], tmp_path, ["SOLVER.MAX_ITER", "7"])
+
+
+@pytest.mark.parametrize("sets", ["()", "('a', 'b')"])
+def test_more_or_less_than_one_test_set_is_refused(files, tmp_path, sets):
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: expected one set"):
+        compare.compare(files, [0], tmp_path, ["DATASETS.TEST", sets])
+
+
+@pytest.mark.parametrize("key", ["DATASETS.TEST", "DATASETS.COCO_TEST.NAME"])
+def test_results_on_other_images_are_not_taken_for_these(files, trainings, tmp_path, key):
+    one, other = ("('a',)", "('b',)") if key == "DATASETS.TEST" else ("a", "b")
+    compare.compare(files, [0], tmp_path, ["DATASETS.TEST", "('x',)", key, one])
+    with pytest.raises(ConfigError, match=f"other values of .*{key}"):
+        compare.compare(files, [0], tmp_path, ["DATASETS.TEST", "('x',)", key, other])
 
 
 def test_the_command_line_may_hold_overrides_after_the_lists(files, trainings, tmp_path, capsys):

@@ -13,7 +13,7 @@ FILES = sorted((PROJECT / "configs" / "detection").rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_every_file_loads_and_names_a_model(path):
     cfg = load_config(str(path), [])
-    assert cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY
+    assert cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY
     if cfg.MODEL.META_ARCHITECTURE == "DistilledDetector":
         assert cfg.DISTILL.STUDENT in META_ARCH_REGISTRY
         assert teacher_config(cfg).MODEL.WEIGHTS
@@ -37,6 +37,12 @@ def test_unknown_keys_are_named(tmp_path):
     path.write_text("DISTILL: {METHOD: [PCKA]}\n")
     with pytest.raises(ConfigError, match=r"DISTILL\.METHOD"):
         load_config(str(path), [])
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.yaml"):
+        load_config(str(tmp_path / "empty.yaml"), [])
 
 
 def test_a_missing_file_is_named():

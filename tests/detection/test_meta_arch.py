@@ -123,6 +123,14 @@ def test_a_wider_teacher_gets_an_adapter_that_learns(build, batch, storage):
     assert all(conv.weight.grad.norm() > 0 for conv in model.adapters.values())
 
 
+def test_only_what_a_loss_reads_is_matched_and_adapted(build):
+    """A convolution without a gradient would stop several processes at their second step."""
+    wide = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 48])
+    one = ("DISTILL.PCKA.STAGES", "['p3']", "DISTILL.PCKA.PATCH_SIZES", "[4]")
+    model = build("DISTILL.TEACHER.OPTS", wide, *one)
+    assert list(model.adapters) == list(model.levels) == ["p3"]
+
+
 def test_a_teacher_of_another_stride_is_resized(build, batch, storage):
     levels = ("DISTILL.LEVELS", "['p3:p4', 'p4:p3']", "DISTILL.PCKA.PATCH_SIZES", "[4]")
     terms = build(*levels).train()(batch)
@@ -161,7 +169,10 @@ def test_other_comparisons_of_pckas_patches(build, batch, storage, caplog, metho
 
 def test_bfloat16_teacher_serves_a_float32_student(build, batch, storage):
     exact = build().train()(batch)
-    rounded = build("DISTILL.TEACHER.AUTOCAST", "bfloat16").train()(batch)
+    rounding = build("DISTILL.TEACHER.AUTOCAST", "bfloat16").train()
+    maps = rounding.teacher([entry["image"] for entry in batch], (128, 128))
+    assert {feature.dtype for feature in maps.values()} == {torch.bfloat16}
+    rounded = rounding(batch)
     for level in LEVELS:
         name = f"loss_pcka_{level}_rows"
         assert rounded[name].dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from detection import export, train_net
+from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config
+from pcka.folder_lock import FolderInUseError, lock_folder
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +110,30 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
     command = arguments(tmp_path / "eval", 2, "MODEL.WEIGHTS", weights, flags=["--eval-only"])
     # An absent class has AP nan, which is not equal to itself.
     assert str(train_net.main(command)) == str(trained)
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation"}
+
+
+def test_evaluations_in_between_change_nothing(tmp_path, arguments, monkeypatch):
+    """An R-CNN draws its proposals at random; an evaluation's loader draws, too."""
+    for period in (0, 1):
+        monkeypatch.setattr(trainer, "evaluate", lambda *_: {"drawn": torch.rand(())})
+        train_net.main(arguments(tmp_path / str(period), 2, "TEST.EVAL_PERIOD", str(period)))
+    states = [_checkpoint(tmp_path / str(period))["run"]["random"] for period in (0, 1)]
+    _assert_equal(*states)
+
+
+def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
+    lock = lock_folder(tmp_path)
+    with pytest.raises(FolderInUseError, match="another process is at work"):
+        train_net.main(arguments(tmp_path, 2))
+    os.close(lock)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["SOLVER.AMP.ENABLED", "TEST.PRECISE_BN.ENABLED"])
+def test_keys_of_detectron2_that_are_not_followed_are_refused(tmp_path, arguments, key):
+    with pytest.raises(ValueError, match=f"{key}: .*set it to False"):
+        train_net.main(arguments(tmp_path, 2, key, "True"))
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("RetinaNet", "yaml"), ("FCOS", "lazy")])

@@ -73,3 +73,24 @@ def test_module_weighs_each_stage(draw, name):
 def test_maps_of_other_shapes_are_refused(draw, name):
     with pytest.raises(ValueError, match=r"one shape \(B, C, H, W\).*\(2, 4, 5, 4\)"):
         LOSSES[name](draw(0, 2, 3, 5, 4), draw(1, 2, 4, 5, 4))
+
+
+@pytest.mark.parametrize("name", ["pkd", "cwd"])
+def test_maps_of_other_widths_and_sizes_are_adapted_and_pooled(draw, name):
+    student, teacher = draw(0, 2, 3, 8, 6), draw(1, 2, 5, 4, 6)
+    pair = Outputs(features={"last": student}), Outputs(features={"last": teacher})
+    module = MODULES[name](stages=("last",), weights=(1.0,))
+    module.prepare(*pair)
+    weight, bias = module.state_dict().values()
+    assert weight.shape == (5, 3, 1, 1)
+    adapted = torch.einsum("bchw,dc->bdhw", student, weight[:, :, 0, 0]) + bias[:, None, None]
+    pooled = adapted.unflatten(2, (4, 2)).mean(3)
+    (term,) = module(*pair, None).values()
+    torch.testing.assert_close(term, LOSSES[name](pooled, teacher))
+
+
+@pytest.mark.parametrize("name", ["pkd", "cwd"])
+def test_features_that_are_no_maps_are_refused_by_the_dry_run(draw, name):
+    pair = Outputs(features={"last": draw(0, 2, 3)}), Outputs(features={"last": draw(1, 2, 5)})
+    with pytest.raises(ValueError, match="before the pooling"):
+        MODULES[name](stages=("last",), weights=(1.0,)).prepare(*pair)
