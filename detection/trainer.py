@@ -74,7 +74,10 @@ class DetectionTrainer(SimpleTrainer):
     def train_all(self) -> dict[str, Any]:
         """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
         self.run_state.restore_random()
-        super().train(self.start, self.last)
+        # detectron2's focal loss is TorchScript, which rounds otherwise once it has watched its
+        # first calls. A resumed run, which would watch anew, would leave the unbroken one.
+        with torch.jit.optimized_execution(False):
+            super().train(self.start, self.last)
         return self.results
 
     def _hooks_of_run(self) -> list[HookBase]:

@@ -116,7 +116,7 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
 def test_evaluations_in_between_change_nothing(tmp_path, arguments, monkeypatch):
     """An R-CNN draws its proposals at random; an evaluation's loader draws, too."""
     for period in (0, 1):
-        monkeypatch.setattr(trainer, "evaluate", lambda *_: {"drawn": torch.rand(())})
+        monkeypatch.setattr(trainer, "evaluate", lambda *_: {"drawn": torch.rand(()).item()})
         train_net.main(arguments(tmp_path / str(period), 2, "TEST.EVAL_PERIOD", str(period)))
     states = [_checkpoint(tmp_path / str(period))["run"]["random"] for period in (0, 1)]
     _assert_equal(*states)
