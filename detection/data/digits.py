@@ -31,7 +31,12 @@ def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path,
         split: "train" or "test"; their digits were written by hand apart.
         scenes: number of images.
         side: of the square images, pixels. Larger scenes hold more digits, not larger ones.
+
+    Raises:
+        ValueError: a scene that is too small for the largest digit.
     """
+    if side < DIGIT_SIDES[1]:
+        raise ValueError(f"DATASETS.DIGITS.SIDE: expected at least {DIGIT_SIDES[1]}, got {side}")
     folder = root / f"{split}_{scenes}x{side}"
     annotations = folder / "annotations.json"
     images = folder / "images"

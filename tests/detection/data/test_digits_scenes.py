@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from detection.data.digits import VISIBLE, digits_scenes
@@ -75,3 +76,9 @@ def test_larger_scenes_hold_more_digits_not_larger_ones(tmp_path):
     small, large = boxes(256), boxes(512)
     assert len(large) > 2 * len(small)
     assert max(max(box["bbox"][2:]) for box in large) <= 72
+
+
+def test_scenes_that_no_digit_fits_into_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"DATASETS.DIGITS.SIDE: expected at least 72, got 64"):
+        digits_scenes(tmp_path, "train", 3, 64)
+    digits_scenes(tmp_path, "train", 3, 72)
