@@ -55,13 +55,18 @@ def sum_over_processes(x: Tensor) -> None:
 
 
 def average_buffers(module: nn.Module) -> None:
-    """Give every process the mean of all processes' floating buffers (batch-norm statistics)."""
+    """Give every process the mean of all processes' running statistics of batch norm.
+
+    Other buffers (frozen statistics, pixel means) are the same everywhere; a mean would round them.
+    """
     if world_size() == 1:
         return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            distributed.all_reduce(buffer)
-            buffer /= world_size()
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for buffer in norm.buffers(recurse=False):
+                if buffer.is_floating_point():
+                    distributed.all_reduce(buffer)
+                    buffer /= world_size()
 
 
 class _GatherBatch(torch.autograd.Function):

@@ -151,7 +151,9 @@ def communicate() -> dict[str, object]:
     norm.running_mean.fill_(own)
     norm.running_var.copy_(torch.tensor([own, 0.1]))
     norm.num_batches_tracked.fill_(7)
-    average_buffers(norm)
+    module = nn.Sequential(norm)
+    module.register_buffer("pixel_mean", torch.tensor(float(rank())))  # of no norm
+    average_buffers(module)
     layouts = {
         "half": own_part(normal(7, BATCH, 2)).bfloat16(),
         "integers": own_part(torch.arange(BATCH)),
@@ -166,7 +168,7 @@ def communicate() -> dict[str, object]:
         "gradient": gradient_through_gathering(),
         "sum": total,
         "first": from_first_process({"value": own, "tensor": torch.tensor([own])}),
-        "buffers": dict(norm.named_buffers()),
+        "buffers": {**dict(norm.named_buffers()), "pixel_mean": module.pixel_mean},
     }
 
 
@@ -270,11 +272,12 @@ def test_figures_are_summed_and_told(communication):
         assert own["first"] == {"value": 1.0, "tensor": torch.tensor([1.0])}
 
 
-def test_floating_buffers_are_averaged_and_counts_kept(communication):
+def test_statistics_are_averaged_counts_and_other_buffers_kept(communication):
     for own in communication:
         assert own["buffers"]["running_mean"].tolist() == [1.5, 1.5]
         torch.testing.assert_close(own["buffers"]["running_var"], torch.tensor([1.5, 0.1]))
         assert own["buffers"]["num_batches_tracked"] == 7
+    assert [own["buffers"]["pixel_mean"] for own in communication] == [0, 1]
 
 
 def test_one_process_communicates_with_none():

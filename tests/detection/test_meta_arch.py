@@ -34,6 +34,9 @@ def test_every_level_sends_a_gradient_and_logs_it(build, batch, storage):
     for level in LEVELS:
         assert logged[f"distill_grad/{level}"][0] > 0
         assert 0 <= logged[f"cka/{level}"][0] <= 1
+        # Their own step's values are written, not a median of the last ones.
+        assert not storage.smoothing_hints()[f"distill_grad/{level}"]
+        assert not storage.smoothing_hints()[f"cka/{level}"]
     lateral = model.student.backbone.fpn_lateral3.weight.grad
     assert lateral.norm() > 0
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_evaluations_in_between_change_nothing(tmp_path, arguments, monkeypatch)
         train_net.main(arguments(tmp_path / str(period), 2, "TEST.EVAL_PERIOD", str(period)))
     states = [_checkpoint(tmp_path / str(period))["run"]["random"] for period in (0, 1)]
     _assert_equal(*states)
+
+
+def test_statistics_are_averaged_before_they_are_saved_or_evaluated(monkeypatch):
+    done = []
+    monkeypatch.setattr(trainer, "average_buffers", lambda _: done.append(hook.trainer.iter + 1))
+    hook = trainer._AverageBuffers(torch.nn.Identity(), {3, 4, 0})
+    for step in range(10):
+        hook.trainer = SimpleNamespace(iter=step, max_iter=10)
+        hook.after_step()
+    assert done == [3, 4, 6, 8, 9, 10]
 
 
 def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
