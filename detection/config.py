@@ -61,7 +61,7 @@ def detection_config() -> CfgNode:
                 "OPTS": [],
                 "WEIGHTS": "",  # a file or URL; "model_zoo": what the zoo trained with that file
                 "RANDOM_WEIGHTS": False,  # allow an untrained teacher (tests, timings)
-                "AUTOCAST": "",  # "bfloat16": the teacher's forward pass in it
+                "AUTOCAST": "",  # of the teacher: "bfloat16", "float32"; "": as the student
                 "CHANNELS_LAST": False,
             },
         }

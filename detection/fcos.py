@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -9,8 +12,9 @@ from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.fcos import FCOS as FCOSModel
 from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from detection.config import ConfigError
 
@@ -18,7 +22,39 @@ from detection.config import ConfigError
 @META_ARCH_REGISTRY.register()
 def FCOS(cfg: CfgNode) -> nn.Module:
     """Build FCOS (Tian et al., ICCV 2019) from ``MODEL.FCOS``."""
-    return instantiate(lazy_fcos(cfg))
+    lazy = lazy_fcos(cfg)
+    lazy._target_ = TrainedFCOS
+    return instantiate(lazy)
+
+
+class TrainedFCOS(FCOSModel):
+    """detectron2's FCOS, trained under autocast and on images without objects, too."""
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: Sequence[Sequence[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """Loss terms of a batch, in float32: boxes decoded in bfloat16 would be off by pixels."""
+        exact = [[level.float() for level in levels] for levels in predictions]
+        return super().forward_training(images, features, exact, gt_instances)
+
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Boxes]]:
+        """Class and box of every anchor; release 0.6 fails on an image without objects."""
+        return super().label_anchors(anchors, [_with_a_box(image) for image in gt_instances])
+
+
+def _with_a_box(instances: Instances) -> Instances:
+    """In place of no object one without extent: no anchor lies in it, all are background."""
+    if len(instances):
+        return instances
+    device = instances.gt_boxes.device
+    boxes, classes = torch.zeros(1, 4, device=device), torch.zeros(1, dtype=torch.int64)
+    return Instances(instances.image_size, gt_boxes=Boxes(boxes), gt_classes=classes.to(device))
 
 
 def lazy_fcos(cfg: CfgNode) -> DictConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.config import CfgNode
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
-from detection.config import teacher_config
+from detection.config import ConfigError, teacher_config
 from pcka.teacher import FrozenTeacher
+
+AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TeacherBackbone(nn.Module):
@@ -27,7 +30,7 @@ class TeacherBackbone(nn.Module):
         backbone: detectron2 backbone; frozen here.
         pixel_mean, pixel_std: of the teacher, in its channel order.
         swap_channels: the student's images are BGR and the teacher's RGB, or the other way round.
-        autocast: dtype of the forward pass, or None for the weights' own.
+        autocast: dtype of the forward pass, or None for the student's.
         channels_last: keep weights and images in this memory format.
     """
 
@@ -74,9 +77,13 @@ class TeacherBackbone(nn.Module):
         for slot, image in zip(batch, images):
             image = image.to(device).flip(0) if self.swap_channels else image.to(device)
             slot[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
-        enabled = self.autocast is not None
-        with torch.autocast(device.type, dtype=self.autocast, enabled=enabled):
+        with self._precision(device.type):
             return self.model(batch)
+
+    def _precision(self, device: str) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32)
 
 
 def build_teacher(cfg: CfgNode) -> TeacherBackbone:
@@ -96,6 +103,13 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
         own.MODEL.PIXEL_MEAN,
         own.MODEL.PIXEL_STD,
         swap_channels=own.INPUT.FORMAT != cfg.INPUT.FORMAT,
-        autocast=getattr(torch, wanted.AUTOCAST) if wanted.AUTOCAST else None,
+        autocast=_autocast_dtype(wanted.AUTOCAST),
         channels_last=wanted.CHANNELS_LAST,
     )
+
+
+def _autocast_dtype(name: str) -> torch.dtype | None:
+    if name not in AUTOCAST:
+        known = ", ".join(map(repr, AUTOCAST))
+        raise ConfigError(f"DISTILL.TEACHER.AUTOCAST: expected one of {known}, got {name!r}")
+    return AUTOCAST[name]

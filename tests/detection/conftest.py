@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,23 @@ SMALL = [
     "DISTILL.PCKA.PATCH_SIZES", "[4, 4, 2]",
     "SOLVER.CHECKPOINT_PERIOD", "2",
 ]  # fmt: skip
+PLAIN_DETECTRON2 = """
+import json, sys, torch
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+config, weights, image = sys.argv[1:]
+if "lazy" in config:
+    model = instantiate(LazyConfig.load(config).model)
+else:
+    cfg = get_cfg()
+    cfg.merge_from_file(config)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+model.load_state_dict(torch.load(weights)["model"])
+found = model.eval()([{"image": torch.load(image)}])[0]["instances"]
+assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
+print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))
+"""
 UNTRAINED_TEACHER = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True"]
 SMALL_TEACHER = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32])
 
@@ -96,3 +116,26 @@ def storage():
     """What detectron2's models write their counts to."""
     with EventStorage() as events:
         yield events
+
+
+@pytest.fixture
+def assert_same_boxes_in_plain_detectron2(tmp_path):
+    """``check(exported, student, image)``: in a process that never imports this project.
+
+    ``exported`` is the configuration that the export wrote, beside the weights.
+    """
+
+    def check(exported: Path, student: torch.nn.Module, image: torch.Tensor) -> None:
+        torch.save(image, tmp_path / "image.pt")
+        files = [str(exported), str(exported.parent / "model.pth"), str(tmp_path / "image.pt")]
+        command = [sys.executable, "-W", "ignore", "-c", PLAIN_DETECTRON2, *files]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        boxes, scores = map(torch.tensor, json.loads(done.stdout.splitlines()[-1]))
+        with torch.no_grad(), EventStorage():
+            expected = student.eval()([{"image": image}])[0]["instances"]
+        assert len(scores) >= 10
+        torch.testing.assert_close(boxes, expected.pred_boxes.tensor)
+        torch.testing.assert_close(scores, expected.scores)
+
+    return check

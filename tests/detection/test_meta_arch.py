@@ -182,6 +182,14 @@ def test_bfloat16_teacher_serves_a_float32_student(build, batch, storage):
         torch.testing.assert_close(rounded[name], exact[name], rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize(("given", "dtype"), [("", torch.bfloat16), ("float32", torch.float32)])
+def test_the_teacher_runs_in_the_students_precision_unless_told(build, batch, given, dtype):
+    teacher = build("DISTILL.TEACHER.AUTOCAST", given).teacher
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = teacher([entry["image"] for entry in batch], (128, 128))
+    assert {feature.dtype for feature in maps.values()} == {dtype}
+
+
 def test_moves_take_the_teacher_along(build):
     assert build().double().teacher.pixel_mean.dtype == torch.float64
 
@@ -209,6 +217,7 @@ def test_moves_take_the_teacher_along(build):
             r"DISTILL.TEACHER.WEIGHTS: expected a file",
         ),
         (("DISTILL.TEACHER.CONFIG_FILE", "x.yaml"), r"'x.yaml' is neither a file nor a name"),
+        (("DISTILL.TEACHER.AUTOCAST", "half"), r"AUTOCAST: expected one of .*, got 'half'"),
         (("DISTILL.TEACHER.WEIGHTS", "/nowhere.pth"), r"/nowhere.pth: cannot be read"),
         (
             ("DISTILL.TEACHER.WEIGHTS", "model_zoo"),

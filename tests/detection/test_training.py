@@ -11,32 +11,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
 
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config
+from detection.meta_arch import BackboneTap
 from pcka.folder_lock import FolderInUseError, lock_folder
 
 pytestmark = pytest.mark.slow
 
 DIGITS = PROJECT / "configs" / "detection" / "digits"
-PLAIN_DETECTRON2 = """
-import json, sys, torch
-from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.modeling import build_model
-folder, image = sys.argv[1], torch.load(sys.argv[2])
-if sys.argv[3] == "yaml":
-    cfg = get_cfg()
-    cfg.merge_from_file(f"{folder}/config.yaml")
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-else:
-    model = instantiate(LazyConfig.load(f"{folder}/lazy_config.yaml").model)
-model.load_state_dict(torch.load(f"{folder}/model.pth")["model"])
-found = model.eval()([{"image": image}])[0]["instances"]
-assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
-print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))
-"""
+
+SMALL_FCOS = [
+    "MODEL.RESNETS.DEPTH", "18",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
+    "MODEL.FPN.OUT_CHANNELS", "64",
+    "MODEL.FCOS.NUM_CLASSES", "10",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -71,14 +62,16 @@ def _assert_equal(one, other, path=""):
         assert one == other, path
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments):
-    wider = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
-    train_net.main(arguments(tmp_path / "whole", 4, *wider))
-    train_net.main(arguments(tmp_path / "cut", 4, *wider))
+@pytest.mark.parametrize("mixed", ["False", "True"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, mixed):
+    keys = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
+    keys += ("SOLVER.AMP.ENABLED", mixed)
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    train_net.main(arguments(tmp_path / "cut", 4, *keys))
     # As if killed after step 3: what came after the checkpoint of step 2 is gone.
     (tmp_path / "cut" / "model_final.pth").unlink()
     (tmp_path / "cut" / "last_checkpoint").write_text("model_0000001.pth")
-    train_net.main(arguments(tmp_path / "cut", 4, *wider, flags=["--resume"]))
+    train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
     whole, cut = (_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert {"model", "optimizer", "scheduler", "adapters", "losses", "run"} <= whole.keys()
     assert whole["optimizer"]["state"]
@@ -141,48 +134,53 @@ def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("key", ["SOLVER.AMP.ENABLED", "TEST.PRECISE_BN.ENABLED"])
-def test_keys_of_detectron2_that_are_not_followed_are_refused(tmp_path, arguments, key):
-    with pytest.raises(ValueError, match=f"{key}: .*set it to False"):
-        train_net.main(arguments(tmp_path, 2, key, "True"))
+def test_a_key_of_detectron2_that_is_not_followed_is_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match=r"TEST.PRECISE_BN.ENABLED: .*set it to False"):
+        train_net.main(arguments(tmp_path, 2, "TEST.PRECISE_BN.ENABLED", "True"))
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("RetinaNet", "yaml"), ("FCOS", "lazy")])
+@pytest.mark.parametrize(
+    "own", [(), ("MODEL.META_ARCHITECTURE", "RetinaNet"), ("DISTILL.STUDENT", "FCOS", *SMALL_FCOS)]
+)
+def test_mixed_precision_trains_near_float32_and_evaluates_in_it(build, batch, storage, own):
+    exact, mixed = build(*own), build(*own)
+    trainer.train_in_bfloat16(mixed)
+    student = trainer.student_of(mixed)
+    with BackboneTap(student.backbone) as tap:
+        terms = mixed.train()(batch)
+        assert {feature.dtype for feature in tap.features.values()} == {torch.bfloat16}
+        sum(terms.values()).backward()
+        mixed.eval()(batch)
+        student.eval()(batch)
+        assert {feature.dtype for feature in tap.features.values()} == {torch.float32}
+    expected = exact.train()(batch)
+    assert terms.keys() == expected.keys()
+    for name, term in expected.items():
+        assert 0 < abs(terms[name] - term) < 0.05 * term + 0.02, name
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert {grad.dtype for grad in gradients} == {torch.float32}
+    assert all(grad.isfinite().all() for grad in gradients)
+
+
+@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS"])
 def test_plain_detectron2_gives_the_exported_students_boxes(
-    tmp_path, small_arguments, architecture, kind
+    tmp_path, small_arguments, architecture, assert_same_boxes_in_plain_detectron2
 ):
     overrides = small_arguments("DISTILL.STUDENT", architecture)
     if architecture == "FCOS":
-        overrides += [
-            "MODEL.RESNETS.DEPTH", "18",
-            "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
-            "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
-            "MODEL.FPN.OUT_CHANNELS", "64",
-            "MODEL.FCOS.NUM_CLASSES", "10",
-            "MODEL.FCOS.SCORE_THRESH_TEST", "0.0",
-        ]  # fmt: skip
+        overrides += [*SMALL_FCOS, "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"]
     else:
         overrides += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     cfg = load_config(str(DIGITS / "pcka.yaml"), overrides)
     torch.manual_seed(0)
     student = train_net.META_ARCH_REGISTRY.get(architecture)(cfg).eval()
     torch.save({"model": student.state_dict()}, tmp_path / "trained.pth")
-    export.main(
+    exported = export.main(
         ["--config-file", str(DIGITS / "pcka.yaml"), "--weights", str(tmp_path / "trained.pth"),
          "--output", str(tmp_path / "out"), *overrides]
     )  # fmt: skip
     image = torch.randint(256, (3, 128, 96), dtype=torch.uint8)
-    torch.save(image, tmp_path / "image.pt")
-    command = [sys.executable, "-W", "ignore", "-c", PLAIN_DETECTRON2]
-    words = [str(tmp_path / "out"), str(tmp_path / "image.pt"), kind]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    boxes, scores = json.loads(done.stdout.splitlines()[-1])
-    with torch.no_grad(), EventStorage():
-        expected = student([{"image": image}])[0]["instances"]
-    assert len(scores) > 10
-    torch.testing.assert_close(torch.tensor(boxes), expected.pred_boxes.tensor)
-    torch.testing.assert_close(torch.tensor(scores), expected.scores)
+    assert_same_boxes_in_plain_detectron2(exported, student, image)
 
 
 def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
