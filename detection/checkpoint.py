@@ -63,6 +63,26 @@ class SafeCheckpointer(DetectionCheckpointer):
         name = last_filename_basename.encode()
         atomic_write(lambda file: file.write(name), Path(self.save_dir, "last_checkpoint"))
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights and parts; return what else the file holds.
+
+        Raises:
+            WeightsError: a file that cannot be used, or none of whose weights fits the model.
+        """
+        rest: dict[str, Any] = super().load(path, checkpointables)
+        if path and not self._fitted:
+            raise WeightsError(
+                f"{path}: none of its weights has name and shape of one of the model's. Does the "
+                "configuration describe this model?"
+            )
+        return rest
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        found = super()._load_model(checkpoint)
+        unfilled = {*found.missing_keys, *(name for name, *_ in found.incorrect_shapes)}
+        self._fitted = self.model.state_dict().keys() - unfilled
+        return found
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             return _read_zoo_pickle(filename)
@@ -74,6 +94,8 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
                 "detection/convert_mmdet.py gives a teacher's weights detectron2's names"
             )
+        if "model_state" in loaded:  # of pycls; detectron2 matches its names, too
+            return {"model": loaded["model_state"], "matching_heuristics": True}
         return loaded if "model" in loaded else {"model": loaded}
 
 
@@ -109,11 +131,14 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
 
 def _read_zoo_pickle(filename: str) -> dict[str, Any]:
     """A ``.pkl`` of detectron2's model zoo, or of Caffe2's with its own names."""
-    with open(filename, "rb") as file:
-        data = ArrayUnpickler(file, encoding="latin1").load()
+    try:
+        with open(filename, "rb") as file:
+            data = ArrayUnpickler(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise WeightsError(f"{filename}: is damaged, or no pickle: {error}") from error
     if not isinstance(data, dict):
         raise WeightsError(f"{filename}: expected a mapping of weights, got {type(data)}")
-    if "model" in data and "__author__" in data:
+    if isinstance(data.get("model"), dict):
         return data
     blobs = data.get("blobs", data)
     arrays = {
@@ -121,4 +146,6 @@ def _read_zoo_pickle(filename: str) -> dict[str, Any]:
         for name, value in blobs.items()
         if isinstance(value, np.ndarray) and not name.endswith("_momentum")
     }
+    if not arrays:
+        raise WeightsError(f"{filename}: holds no arrays, but {', '.join(map(str, blobs))}")
     return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}

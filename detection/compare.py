@@ -176,9 +176,17 @@ def _csv(results: Results) -> str:
 
 
 def _tasks(results: Results) -> list[str]:
-    """Those that every run has, boxes first."""
-    tasks = [set(metrics) for by_seed in results.values() for metrics in by_seed.values()]
-    return sorted(set.intersection(*tasks))
+    """Those that every run has figures of, boxes first."""
+    tasks = [
+        {task for task, found in metrics.items() if set(METRICS) <= found.keys()}
+        for by_seed in results.values()
+        for metrics in by_seed.values()
+    ]
+    if not (common := set.intersection(*tasks)):
+        raise ConfigError(
+            f"DATASETS.TEST: no {', '.join(METRICS)} that all runs have; is the set annotated?"
+        )
+    return sorted(common)
 
 
 def _heading(task: str, metric: str) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from fvcore.common.registry import Registry
 
 from pcka import losses
 
 MODEL_ZOO = "model_zoo"
+DISTILLED = "DistilledDetector"  # the meta-architecture of detection/meta_arch.py
 PROJECT = Path(__file__).parents[1]
 
 
@@ -113,17 +118,46 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     if path is not None:
         merge(teacher, str(path), wanted.OPTS)
     else:
-        try:
-            zoo_file = model_zoo.get_config_file(wanted.CONFIG_FILE)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"DISTILL.TEACHER.CONFIG_FILE: {wanted.CONFIG_FILE!r} is neither a file nor a name "
-                "of detectron2's model zoo, as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml' is"
-            ) from error
-        merge(teacher, zoo_file, wanted.OPTS, trusted=True)
+        merge(teacher, _zoo_file(wanted.CONFIG_FILE), wanted.OPTS, trusted=True)
     teacher.MODEL.WEIGHTS = _teacher_weights(wanted)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher
+
+
+def student_architecture(cfg: CfgNode) -> str:
+    """Return the name of the student's meta-architecture: wrapped to be distilled, or by itself.
+
+    Raises:
+        ConfigError: none, one that detectron2 does not know, or a student that nothing distils.
+    """
+    outer, student = cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT
+    if outer == DISTILLED:
+        if student in ("", DISTILLED):
+            raise ConfigError(
+                "DISTILL.STUDENT: expected the student's meta-architecture, e.g. 'RetinaNet', got "
+                f"{student!r}"
+            )
+        registered(META_ARCH_REGISTRY, student, "DISTILL.STUDENT")
+        return student
+    if student:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE: {outer!r} would train without DISTILL; give it as "
+            f"{DISTILLED!r}, or leave DISTILL.STUDENT ({student!r}) empty"
+        )
+    registered(META_ARCH_REGISTRY, outer, "MODEL.META_ARCHITECTURE")
+    return outer
+
+
+def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
+    """Return what detectron2 builds under a name.
+
+    Raises:
+        ConfigError: it knows no such name; ``key`` is the one that gave it.
+    """
+    if name not in registry:
+        known = ", ".join(sorted(entry for entry, _ in registry))
+        raise ConfigError(f"{key}: detectron2 has no {name!r}; it has {known}")
+    return registry.get(name)
 
 
 def feature_methods() -> list[str]:
@@ -133,13 +167,28 @@ def feature_methods() -> list[str]:
 
 def _compares_features(name: str) -> bool:
     built = losses.build(name)
-    needs_more = built.needs_target or built.needs_logits or built.needs_indices
+    needs_more = (
+        built.needs_target or built.needs_logits or built.needs_indices or built.needs_context
+    )
     return "stages" in losses.defaults(name) and built.needs_teacher and not needs_more
 
 
 def _editable(value: object) -> object:
     """Settings of each stage start as one value, which serves all stages."""
     return list(value[:1]) if isinstance(value, tuple) else value
+
+
+def _zoo_file(name: str) -> str:
+    try:
+        path = model_zoo.get_config_file(name)
+    except RuntimeError:
+        path = ""
+    if not Path(path).is_file():  # the zoo's folder itself is no file
+        raise ConfigError(
+            f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a name of detectron2's "
+            "model zoo, as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml' is"
+        )
+    return path
 
 
 def _teacher_weights(wanted: CfgNode) -> str:

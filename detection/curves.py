@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 PANELS = (
     ("Weighted loss terms", "loss", lambda key: "loss" in key and key != "total_loss"),
-    ("COCO metrics", "AP (%)", lambda key: key in ("bbox/AP", "bbox/AP50", "segm/AP")),
+    ("COCO metrics", "AP (%)", lambda key: key.endswith(("bbox/AP", "bbox/AP50", "segm/AP"))),
     ("Teacher-student CKA of the levels", "CKA", lambda key: key.startswith("cka/")),
 )
 

@@ -16,7 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from detection.checkpoint import load_weights
 from detection.compare import CONFIG, WEIGHTS, compare, markdown, train
-from detection.config import PROJECT, load_config
+from detection.config import PROJECT, load_config, student_architecture
 from detection.data import register_datasets
 from detection.pictures import draw_detections
 
@@ -61,8 +61,7 @@ def _picture(folders: Mapping[str, Path], path: Path) -> None:
     for name, folder in folders.items():
         cfg = load_config(str(folder / CONFIG), [])
         register_datasets(cfg)
-        architecture = cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE
-        models[name] = META_ARCH_REGISTRY.get(architecture)(cfg)
+        models[name] = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
         load_weights(models[name], str(folder / WEIGHTS))
     draw_detections(cfg, models, path)
 

@@ -15,10 +15,10 @@ from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
-import detection.meta_arch  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
-from detection.config import load_config
+from detection.config import load_config, student_architecture
 from detection.fcos import lazy_fcos
+from detection.meta_arch import check_exportable
 from pcka.checkpoint import atomic_save
 
 logger = logging.getLogger("detectron2.pcka")
@@ -34,29 +34,32 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
         folder: made where it is missing.
 
     Raises:
-        ValueError: weights that do not fill the student.
+        ValueError: weights that do not fill the student, or a student that plain detectron2 does
+            not know.
     """
-    architecture = cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE
-    plain = cfg.clone()
-    plain.defrost()
-    plain.MODEL.DEVICE = "cpu"
-    student = META_ARCH_REGISTRY.get(architecture)(plain)
+    check_exportable(cfg)
+    architecture = student_architecture(cfg)
+    on_cpu = cfg.clone()
+    on_cpu.defrost()
+    on_cpu.MODEL.DEVICE = "cpu"
+    student = META_ARCH_REGISTRY.get(architecture)(on_cpu)
     load_weights(student, weights)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
     if architecture == "FCOS":
-        LazyConfig.save(OmegaConf.create({"model": lazy_fcos(plain)}), str(folder / LAZY))
+        lazy = {"model": lazy_fcos(cfg), "input_format": cfg.INPUT.FORMAT}
+        LazyConfig.save(OmegaConf.create(lazy), str(folder / LAZY))
         return folder / LAZY
-    (folder / YAML).write_text(_plain_config(plain, architecture).dump())
+    (folder / YAML).write_text(_plain_config(cfg, architecture, folder / WEIGHTS).dump())
     return folder / YAML
 
 
-def _plain_config(cfg: CfgNode, architecture: str) -> CfgNode:
+def _plain_config(cfg: CfgNode, architecture: str, weights: Path) -> CfgNode:
     """The keys that detectron2 itself knows."""
     known = get_cfg()
     _copy_known(cfg, known)
     known.MODEL.META_ARCHITECTURE = architecture
-    known.MODEL.WEIGHTS = WEIGHTS
+    known.MODEL.WEIGHTS = str(weights.resolve())
     return known
 
 

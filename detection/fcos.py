@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from detectron2.config import CfgNode, LazyCall, instantiate
@@ -63,6 +64,7 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
     Raises:
         ConfigError: a backbone that a LazyConfig of detectron2's stages cannot describe.
     """
+    _check_backbone(cfg)
     keys = cfg.MODEL.FCOS
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     head = LazyCall(FCOSHead)(
@@ -89,15 +91,32 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
     )
 
 
+def _check_backbone(cfg: CfgNode) -> None:
+    """Refuse what the stages and the pyramid of :func:`_lazy_backbone` do not follow."""
+    basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
+    expected = {
+        "BACKBONE.NAME": "build_p6p7_resnet_fpn_backbone",
+        "RESNETS.NUM_GROUPS": 1,
+        "RESNETS.WIDTH_PER_GROUP": 64,
+        "RESNETS.STEM_OUT_CHANNELS": 64,
+        "RESNETS.RES2_OUT_CHANNELS": 64 if basic else 256,
+        "RESNETS.RES5_DILATION": 1,
+        "RESNETS.DEFORM_ON_PER_STAGE": [False] * 4,
+        "FPN.P6P7.IN_FEATURE": "p5",
+        "FPN.P6P7.RELU": True,
+    }
+    for key, wanted in expected.items():
+        given = reduce(getattr, key.split("."), cfg.MODEL)
+        if given != wanted:
+            raise ConfigError(
+                f"MODEL.{key}: FCOS takes ResNets of the usual widths, with P6 and P7 made from "
+                f"P5, which is {wanted!r} here; got {given!r}"
+            )
+
+
 def _lazy_backbone(cfg: CfgNode) -> DictConfig:
     resnet, channels = cfg.MODEL.RESNETS, cfg.MODEL.FPN.OUT_CHANNELS
     basic = resnet.DEPTH in (18, 34)
-    if resnet.NUM_GROUPS != 1 or (64 if basic else 256) != resnet.RES2_OUT_CHANNELS:
-        raise ConfigError(
-            "MODEL.RESNETS: FCOS takes ResNets of the usual widths (NUM_GROUPS 1, "
-            "RES2_OUT_CHANNELS 64 for depth 18 and 34, else 256), got NUM_GROUPS "
-            f"{resnet.NUM_GROUPS} and RES2_OUT_CHANNELS {resnet.RES2_OUT_CHANNELS}"
-        )
     stages = LazyCall(ResNet.make_default_stages)(depth=resnet.DEPTH, norm=resnet.NORM)
     if not basic:
         stages.stride_in_1x1 = resnet.STRIDE_IN_1X1

@@ -26,8 +26,10 @@ def inherit_weights(student: nn.Module, teacher_weights: str, prefixes: Sequence
         The names that were copied.
 
     Raises:
-        ConfigError: a prefix under which nothing matches.
+        ConfigError: no weights, or a prefix under which nothing matches.
     """
+    if not teacher_weights:
+        raise ConfigError("DISTILL.INHERIT: a teacher with random weights has none to inherit")
     checkpointer = SafeCheckpointer(student)
     local = checkpointer.path_manager.get_local_path(teacher_weights)
     given = checkpointer._load_file(local)["model"]

@@ -69,9 +69,11 @@ def match_map(
     return teacher
 
 
-def patches(side: int, stride: int, patch: int) -> int:
+def patches(side: int, stride: int, patch: int | tuple[int, int]) -> int:
     """Number of patches of a square image's feature map; ``side`` in pixels of the image."""
-    return math.ceil(math.ceil(side / stride) / patch) ** 2
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    own = math.ceil(side / stride)
+    return math.ceil(own / height) * math.ceil(own / width)
 
 
 def patch_for(side: int, stride: int) -> int:

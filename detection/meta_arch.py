@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
-from detection.config import ConfigError
+from detection.config import ConfigError, student_architecture
 from detection.levels import match_levels, match_map
 from detection.methods import build_losses
 from detection.teacher import TeacherBackbone, build_teacher
@@ -92,8 +92,8 @@ class DistilledDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """What ``__init__`` takes, from ``DISTILL``."""
-        _check_student(cfg)
-        student = META_ARCH_REGISTRY.get(cfg.DISTILL.STUDENT)(cfg)
+        check_exportable(cfg)
+        student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
         if not cfg.DISTILL.METHODS:
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
         teacher = build_teacher(cfg)
@@ -183,14 +183,13 @@ class DistilledDetector(nn.Module):
         return self
 
 
-def _check_student(cfg: CfgNode) -> None:
-    """Refuse what is no detector, and what plain detectron2 could not load afterwards."""
-    architecture, backbone = cfg.DISTILL.STUDENT, cfg.MODEL.BACKBONE.NAME
-    if architecture in ("", DistilledDetector.__name__):
-        raise ConfigError(
-            "DISTILL.STUDENT: expected the student's meta-architecture, e.g. 'RetinaNet', got "
-            f"{architecture!r}"
-        )
+def check_exportable(cfg: CfgNode) -> None:
+    """Refuse a student that plain detectron2 could not load.
+
+    Raises:
+        ConfigError: its backbone is known to this project alone.
+    """
+    architecture, backbone = student_architecture(cfg), cfg.MODEL.BACKBONE.NAME
     # FCOS is exported as a LazyConfig, which describes its pyramid without a name.
     if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture != "FCOS":
         raise ConfigError(

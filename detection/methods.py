@@ -14,7 +14,7 @@ from pcka import losses
 
 logger = logging.getLogger("detectron2.pcka")
 
-CONSTANT_UP_TO = 2  # centered patches whose alignment is constantly 1
+CONSTANT_UP_TO = {True: 2, False: 1}  # centered or not -> patches whose alignment is constantly 1
 
 
 def build_losses(
@@ -31,6 +31,8 @@ def build_losses(
         ConfigError: an unknown loss, a level that is not matched, or values that a loss refuses.
     """
     built = []
+    if len(set(cfg.DISTILL.METHODS)) != len(cfg.DISTILL.METHODS):
+        raise ConfigError(f"DISTILL.METHODS: expected each loss once, got {cfg.DISTILL.METHODS}")
     for name in cfg.DISTILL.METHODS:
         if name not in feature_methods():
             raise ConfigError(
@@ -38,12 +40,12 @@ def build_losses(
                 f"{', '.join(feature_methods())}"
             )
         keywords = _keywords(name, cfg.DISTILL[name], list(levels))
-        if name == "PCKA":
-            _check_patches(keywords, shapes, min(cfg.INPUT.MIN_SIZE_TRAIN))
         try:
             built.append(losses.build(name, **keywords))
         except ValueError as error:
             raise ConfigError(f"DISTILL.{name}: {error}") from error
+        if name == "PCKA" and "rows" in keywords["relations"]:
+            _check_patches(keywords, shapes, min(cfg.INPUT.MIN_SIZE_TRAIN))
     return built
 
 
@@ -72,8 +74,8 @@ def _check_patches(
     """Say which level of PCKA has too few patches for a signal, at the smallest training size."""
     for level, patch in zip(keywords["stages"], keywords["patch_sizes"]):
         stride = shapes[level].stride
-        number = patches(side, stride, patch if isinstance(patch, int) else max(patch))
-        if number <= CONSTANT_UP_TO:
+        number = patches(side, stride, patch)
+        if number <= CONSTANT_UP_TO[keywords["center"]]:
             logger.warning(
                 "DISTILL.PCKA.PATCH_SIZES: at %d pixels the level %s (stride %d) has %d patch(es) "
                 "of size %s, too few to carry a signal; a patch of %d would leave %d",

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from torch import Tensor, nn
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
-from detection.config import ConfigError, teacher_config
+from detection.config import ConfigError, registered, teacher_config
 from pcka.teacher import FrozenTeacher
 
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -94,6 +94,7 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
     """
     own = teacher_config(cfg)
     holder = nn.Module()
+    registered(BACKBONE_REGISTRY, own.MODEL.BACKBONE.NAME, "the teacher's MODEL.BACKBONE.NAME")
     holder.backbone = build_backbone(own)
     if own.MODEL.WEIGHTS:
         load_weights(holder, own.MODEL.WEIGHTS)
@@ -102,7 +103,7 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
         holder.backbone,
         own.MODEL.PIXEL_MEAN,
         own.MODEL.PIXEL_STD,
-        swap_channels=own.INPUT.FORMAT != cfg.INPUT.FORMAT,
+        swap_channels=_unlike_channels(cfg.INPUT.FORMAT, own.INPUT.FORMAT),
         autocast=_autocast_dtype(wanted.AUTOCAST),
         channels_last=wanted.CHANNELS_LAST,
     )
@@ -113,3 +114,12 @@ def _autocast_dtype(name: str) -> torch.dtype | None:
         known = ", ".join(map(repr, AUTOCAST))
         raise ConfigError(f"DISTILL.TEACHER.AUTOCAST: expected one of {known}, got {name!r}")
     return AUTOCAST[name]
+
+
+def _unlike_channels(student: str, teacher: str) -> bool:
+    if student != teacher and {student, teacher} != {"RGB", "BGR"}:
+        raise ConfigError(
+            f"INPUT.FORMAT: {student!r} of the student and {teacher!r} of the teacher do not go "
+            "together; give both as 'RGB' or 'BGR'"
+        )
+    return student != teacher

@@ -22,10 +22,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
-from detection.config import ConfigError, load_config
+from detection.config import ConfigError, load_config, student_architecture
 from detection.data import register_datasets
 from detection.launch import run
-from detection.trainer import DetectionTrainer, evaluate
+from detection.trainer import DetectionTrainer, check_keys, evaluate
 from pcka.checkpoint import atomic_write
 from pcka.folder_lock import lock_folder
 
@@ -48,7 +48,9 @@ def configure(arguments: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if arguments.eval_only:  # leave the files of the run alone
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
-    register_datasets(cfg)
+    student_architecture(cfg)  # refuses what cannot be built, before anything is written
+    check_keys(cfg)
+    register_datasets(cfg, training=not arguments.eval_only)
     cfg.freeze()
     return cfg
 
@@ -84,8 +86,7 @@ def _held(folder: Path) -> Iterator[None]:
 def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
-    architecture = cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE
-    student = META_ARCH_REGISTRY.get(architecture)(cfg).to(cfg.MODEL.DEVICE)
+    student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     return evaluate(cfg, student)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.layers import ROIAlign, ROIAlignRotated
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -47,11 +49,10 @@ class DetectionTrainer(SimpleTrainer):
         resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
 
     Raises:
-        ConfigError: keys of detectron2 that this trainer does not follow.
+        ConfigError: a checkpoint of another configuration.
     """
 
     def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
-        _check_solver(cfg)
         model = build_model(cfg)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
@@ -60,18 +61,29 @@ class DetectionTrainer(SimpleTrainer):
         parts = {"optimizer": optimizer, "scheduler": self.scheduler, "run": self.run_state}
         if isinstance(model, DistilledDetector):
             parts["adapters"], parts["losses"] = model.adapters, model.losses
+        self.cfg = cfg
         self.checkpointer = SafeCheckpointer(student, cfg.OUTPUT_DIR, **parts)
-        found = self.checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         resumed = resume and self.checkpointer.has_checkpoint()
+        found = self._load(resumed=resumed)
         if not resumed and cfg.DISTILL.INHERIT:
             inherit_weights(student, teacher_config(cfg).MODEL.WEIGHTS, cfg.DISTILL.INHERIT)
         start = found["iteration"] + 1 if resumed else 0
         if cfg.SOLVER.AMP.ENABLED:
             train_in_bfloat16(model)
         super().__init__(_distributed(model, cfg), training_loader(cfg, start), optimizer)
-        self.cfg = cfg
         self.start, self.last = start, cfg.SOLVER.MAX_ITER
         self.register_hooks(self._hooks_of_run())
+
+    def _load(self, *, resumed: bool) -> dict[str, Any]:
+        if not resumed:
+            return self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+        try:
+            return self.checkpointer.resume_or_load("", resume=True)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration ({error}); "
+                "resume with the run's own, or take another OUTPUT_DIR"
+            ) from error
 
     def train_all(self) -> dict[str, Any]:
         """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
@@ -138,11 +150,26 @@ def train_in_bfloat16(model: nn.Module) -> None:
     exact = model.forward
     rounding = torch.autocast(model.device.type, torch.bfloat16)(exact)
     model.forward = lambda batch: (rounding if model.training else exact)(batch)
+    for module in model.modules():
+        if isinstance(module, ROIAlign | ROIAlignRotated):
+            # They bring the boxes to the features' dtype: bfloat16 would move them by pixels.
+            module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
 
 
-def _check_solver(cfg: CfgNode) -> None:
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ConfigError("TEST.PRECISE_BN.ENABLED: not supported; set it to False")
+def check_keys(cfg: CfgNode) -> None:
+    """Refuse keys of detectron2 that would be ignored.
+
+    Raises:
+        ConfigError: one of them, and what to set it to.
+    """
+    for key in ("PRECISE_BN", "AUG"):
+        if cfg.TEST[key].ENABLED:
+            raise ConfigError(f"TEST.{key}.ENABLED: not supported; set it to False")
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
+        raise ConfigError(
+            "SOLVER.REFERENCE_WORLD_SIZE: batch, learning rate and schedule are not scaled here; "
+            f"set it to 0 and give those of {comm.get_world_size()} process(es)"
+        )
 
 
 def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
@@ -154,7 +181,10 @@ def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:
-        evaluator = COCOEvaluator(name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
+        # A folder for each set: the evaluator's files have the same names for all.
+        folder = Path(cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        evaluator = COCOEvaluator(name, output_dir=str(folder), kpt_oks_sigmas=sigmas)
         loader = build_detection_test_loader(cfg, name)
         found = inference_on_dataset(student, loader, evaluator) or {}
         if comm.is_main_process():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
+
+from detection.config import ConfigError
 
 
 class ContinuedSampler(Sampler[int]):
@@ -20,7 +23,7 @@ class ContinuedSampler(Sampler[int]):
         skipped: number of entries that this process has used already.
     """
 
-    def __init__(self, sampler: TrainingSampler, skipped: int) -> None:
+    def __init__(self, sampler: Sampler[int], skipped: int) -> None:
         self.sampler = sampler
         self.skipped = skipped
 
@@ -34,16 +37,31 @@ def training_loader(cfg: CfgNode, start: int) -> DataLoader:
     The order depends on ``SEED`` alone (where it is not negative). With
     ``DATALOADER.ASPECT_RATIO_GROUPING`` images that waited for a partner when a run stopped are
     passed over.
+
+    Raises:
+        ConfigError: an unknown ``DATALOADER.SAMPLER_TRAIN``.
     """
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        return build_detection_train_loader(cfg)
     dataset = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    seed = cfg.SEED if cfg.SEED >= 0 else None
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    sampler = ContinuedSampler(TrainingSampler(len(dataset), seed=seed), used)
+    sampler = ContinuedSampler(_sampler(cfg, dataset), used)
     return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler)
+
+
+def _sampler(cfg: CfgNode, dataset: list[dict[str, Any]]) -> Sampler[int]:
+    keys, seed = cfg.DATALOADER, cfg.SEED if cfg.SEED >= 0 else None
+    if keys.SAMPLER_TRAIN == "TrainingSampler":
+        return TrainingSampler(len(dataset), seed=seed)
+    if keys.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset, keys.REPEAT_THRESHOLD
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+    raise ConfigError(
+        "DATALOADER.SAMPLER_TRAIN: expected 'TrainingSampler' or 'RepeatFactorTrainingSampler', "
+        f"got {keys.SAMPLER_TRAIN!r}"
+    )

@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
-from detection.config import ConfigError
+from detection.config import ConfigError, student_architecture
 from detection.data.digits import digits_scenes
 
 COCO = {"TRAIN": "COCO_TRAIN", "TEST": "COCO_TEST"}
+Categories = list[tuple[int, str]]  # id, name
 DIGITS = {"digits_scenes_train": "train", "digits_scenes_test": "test"}
 
 
-def register_datasets(cfg: CfgNode) -> None:
+def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     """Register the digits scenes and the sets of ``DATASETS.COCO_TRAIN`` and ``COCO_TEST``.
 
     A set of ``DATASETS.COCO_TRAIN`` (or ``COCO_TEST``) takes the place of ``DATASETS.TRAIN``
     (``TEST``). detectron2's own sets are found under ``DETECTRON2_DATASETS`` as ever.
 
+    Args:
+        cfg: ``DATASETS`` is read; ``TRAIN`` and ``TEST`` are set.
+        training: ``DATASETS.TRAIN`` is needed, too.
+
     Raises:
-        ConfigError: a missing file, a name that stands for something else, or another number of
-            classes than the model has.
+        ConfigError: a missing file, a name that stands for something else, another number of
+            classes than the model has, or other classes to test on than to train on.
     """
     keys = cfg.DATASETS
-    for key in COCO.values():
-        if keys[key].NAME:
-            _register(f"DATASETS.{key}", keys[key].NAME, keys[key].JSON, keys[key].IMAGES)
-            _check_classes(cfg, f"DATASETS.{key}", keys[key].JSON)
     name_coco_sets(cfg)
-    for name in (*keys.TRAIN, *keys.TEST):
-        if name in DIGITS:
-            _register("DATASETS.DIGITS", name, *map(str, _digits(keys.DIGITS, DIGITS[name])))
-        elif name not in DatasetCatalog.list():
-            raise ConfigError(
-                f"DATASETS: no data set is called {name!r}; take one that detectron2 knows, "
-                f"{' or '.join(DIGITS)}, or describe yours by DATASETS.COCO_TRAIN and COCO_TEST "
-                "(NAME, JSON, IMAGES)"
-            )
+    if training and not keys.TRAIN:
+        raise ConfigError("DATASETS.TRAIN: expected at least one set, got none")
+    categories: dict[str, Categories] = {}
+    for split in ("TRAIN", "TEST") if training else ("TEST",):
+        for name in keys[split]:
+            if name == keys[COCO[split]].NAME:
+                own = keys[COCO[split]]
+                key, files = f"DATASETS.{COCO[split]}", (own.JSON, own.IMAGES)
+            elif name in DIGITS:
+                key, files = "DATASETS.DIGITS", tuple(map(str, _digits(keys.DIGITS, DIGITS[name])))
+            else:
+                _check_known(split, name)
+                continue
+            _check_files(key, *files)
+            listed = _read_categories(key, files[0])
+            _check_number(cfg, key, files[0], len(listed))
+            _register(key, name, *files, **_keypoints(listed))
+            categories[name] = sorted((entry["id"], entry["name"]) for entry in listed)
+    _check_same(categories)
 
 
 def name_coco_sets(cfg: CfgNode) -> None:
-    """Put the names of ``DATASETS.COCO_TRAIN`` and ``COCO_TEST`` into ``TRAIN`` and ``TEST``."""
+    """Put the names of ``DATASETS.COCO_TRAIN`` and ``COCO_TEST`` into ``TRAIN`` and ``TEST``.
+
+    Raises:
+        ConfigError: files without a name.
+    """
     for split, key in COCO.items():
-        if cfg.DATASETS[key].NAME:
-            cfg.DATASETS[split] = (cfg.DATASETS[key].NAME,)
+        own = cfg.DATASETS[key]
+        if own.NAME:
+            cfg.DATASETS[split] = (own.NAME,)
+        elif own.JSON or own.IMAGES:
+            raise ConfigError(
+                f"DATASETS.{key}.NAME: give the set a name, e.g. 'my_{split.lower()}'"
+            )
 
 
 def class_count(cfg: CfgNode) -> int:
     """Number of classes of the student that the configuration describes."""
-    architecture = cfg.DISTILL.STUDENT or cfg.MODEL.META_ARCHITECTURE
     dense = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
-    return dense.get(architecture, cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    return dense.get(student_architecture(cfg), cfg.MODEL.ROI_HEADS).NUM_CLASSES
 
 
 def _digits(keys: CfgNode, split: str) -> tuple[Path, Path]:
@@ -66,10 +89,14 @@ def _digits(keys: CfgNode, split: str) -> tuple[Path, Path]:
     return digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
 
 
-def _register(key: str, name: str, annotations: str, images: str) -> None:
-    for leaf, path in (("JSON", Path(annotations)), ("IMAGES", Path(images))):
-        if not path.exists():
-            raise ConfigError(f"{key}.{leaf}: {str(path)!r} does not exist")
+def _check_files(key: str, annotations: str, images: str) -> None:
+    if not Path(annotations).is_file():
+        raise ConfigError(f"{key}.JSON: there is no file {annotations!r}")
+    if not images or not Path(images).is_dir():
+        raise ConfigError(f"{key}.IMAGES: there is no folder {images!r}")
+
+
+def _register(key: str, name: str, annotations: str, images: str, **metadata: Any) -> None:
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
         if key != "DATASETS.DIGITS" and known.get("json_file") != annotations:
@@ -78,7 +105,7 @@ def _register(key: str, name: str, annotations: str, images: str) -> None:
             )
         DatasetCatalog.remove(name)
         _forget_metadata(name)
-    register_coco_instances(name, {}, annotations, images)
+    register_coco_instances(name, metadata, annotations, images)
 
 
 def _forget_metadata(name: str) -> None:
@@ -87,11 +114,63 @@ def _forget_metadata(name: str) -> None:
         MetadataCatalog.remove(name)
 
 
-def _check_classes(cfg: CfgNode, key: str, annotations: str) -> None:
-    categories = len(json.loads(Path(annotations).read_text())["categories"])
-    if categories != class_count(cfg):
+def _check_known(split: str, name: str) -> None:
+    """Refuse a set that detectron2 does not know, or whose files are not there."""
+    if name not in DatasetCatalog.list():
         raise ConfigError(
-            f"{key}.JSON: {annotations} has {categories} categories, the model "
-            f"{class_count(cfg)} classes; set MODEL.RETINANET.NUM_CLASSES, "
-            "MODEL.ROI_HEADS.NUM_CLASSES or MODEL.FCOS.NUM_CLASSES"
+            f"DATASETS: no data set is called {name!r}; take one that detectron2 knows, "
+            f"{' or '.join(DIGITS)}, or describe yours by DATASETS.COCO_TRAIN and COCO_TEST "
+            "(NAME, JSON, IMAGES)"
         )
+    annotations = MetadataCatalog.get(name).get("json_file")
+    if annotations and not PathManager.exists(annotations):
+        raise ConfigError(
+            f"DATASETS.{split}: {name!r} needs the file {annotations!r}, which is not there; set "
+            f"DETECTRON2_DATASETS to the folder that holds the data sets, or describe yours by "
+            f"DATASETS.{COCO[split]}"
+        )
+
+
+def _read_categories(key: str, annotations: str) -> list[dict[str, Any]]:
+    """The categories of a file in COCO's format."""
+    try:
+        listed: list[dict[str, Any]] = json.loads(Path(annotations).read_text())["categories"]
+        missing = [entry for entry in listed if not {"id", "name"} <= entry.keys()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{key}.JSON: {annotations} is not in COCO's format, an object with 'images', "
+            f"'annotations' and 'categories' ({error!r})"
+        ) from error
+    if missing:
+        raise ConfigError(f"{key}.JSON: {annotations}: the category {missing[0]} lacks id or name")
+    return listed
+
+
+def _check_number(cfg: CfgNode, key: str, annotations: str, found: int) -> None:
+    if found != class_count(cfg):
+        raise ConfigError(
+            f"{key}.JSON: {annotations} has {found} categories, the model {class_count(cfg)} "
+            "classes; set MODEL.RETINANET.NUM_CLASSES, MODEL.ROI_HEADS.NUM_CLASSES or "
+            "MODEL.FCOS.NUM_CLASSES"
+        )
+
+
+def _keypoints(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Names of a person's keypoints, as COCO calls them, and which ones a flip exchanges."""
+    names = next((entry["keypoints"] for entry in categories if entry.get("keypoints")), None)
+    if names is None:
+        return {}
+    pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
+    flips = [pair for pair in pairs if pair[1] in names]
+    return {"keypoint_names": names, "keypoint_flip_map": flips}
+
+
+def _check_same(categories: Mapping[str, Categories]) -> None:
+    """A class of one set would be taken for another class of the other set."""
+    for one, other in itertools.pairwise(categories):
+        if categories[one] != categories[other]:
+            raise ConfigError(
+                f"DATASETS: {one!r} and {other!r} have other categories (id, name): "
+                f"{categories[one][:3]} and {categories[other][:3]}, and so on; give both files "
+                "the same ones"
+            )

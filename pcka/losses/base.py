@@ -22,6 +22,7 @@ class Loss(nn.Module):
         needs_target: ``forward`` needs the target.
         needs_logits: ``forward`` needs both models' logits.
         needs_indices: ``forward`` needs ``student.indices``.
+        needs_context: ``prepare`` needs a part of its ``context``.
         relational: the loss is no mean over samples: it relates the samples of a batch to one
             another, and in several processes has to see the batches of all of them.
     """
@@ -31,6 +32,7 @@ class Loss(nn.Module):
     needs_target: bool = False
     needs_logits: bool = False
     needs_indices: bool = False
+    needs_context: bool = False
     relational: bool = False
 
     def prepare(

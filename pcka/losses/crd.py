@@ -156,6 +156,7 @@ class CRD(Loss):
     """
 
     needs_indices = True
+    needs_context = True
     relational = True
     others: _OtherClasses
 

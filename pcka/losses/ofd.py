@@ -113,6 +113,8 @@ class OFD(Loss):
         weight: factor of all terms; 1e-3 for CIFAR and 1e-4 for ImageNet there.
     """
 
+    needs_context = True
+
     def __init__(
         self,
         *,

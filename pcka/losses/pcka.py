@@ -12,6 +12,7 @@ from pcka.losses.degenerate import leave_out_constant
 from pcka.losses.outputs import Outputs
 from pcka.losses.registry import register
 from pcka.ops import patch_cka
+from pcka.ops.functional import GROUPINGS, RELATIONS, as_patch_size, check_choice
 
 PatchSize = int | tuple[int, int]
 
@@ -80,6 +81,9 @@ class PCKA(Loss):
         group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
         relations: which of ``"rows"`` and ``"columns"`` to align, one term each.
         center: center the Gram matrices.
+
+    Raises:
+        ValueError: no relation, an unknown one or grouping, or what is no patch size.
     """
 
     relational = True
@@ -96,6 +100,13 @@ class PCKA(Loss):
     ) -> None:
         super().__init__()
         check_levels(stages, weights=weights, patch_sizes=patch_sizes)
+        for patch in patch_sizes:
+            as_patch_size(patch)
+        check_choice("group_by", group_by, GROUPINGS)
+        for relation in relations:
+            check_choice("relations", relation, RELATIONS)
+        if not relations:
+            raise ValueError(f"relations must hold one or more of {', '.join(RELATIONS)}; got none")
         self.taps = tuple(stages)
         self.weights = tuple(weights)
         self.patch_sizes = tuple(patch_sizes)

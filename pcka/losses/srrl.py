@@ -75,6 +75,8 @@ class SRRL(Loss):
 
     classifier: nn.Module | None = None
 
+    needs_context = True
+
     def __init__(
         self,
         *,

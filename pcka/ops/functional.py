@@ -89,8 +89,8 @@ def patch_gram(
         ValueError: not a floating four-dimensional map, a bad patch size or grouping.
     """
     _check_tensor("x", x, dims=(4,))
-    patch = _patch_size(patch_size)
-    _check_choice("group_by", group_by, GROUPINGS)
+    patch = as_patch_size(patch_size)
+    check_choice("group_by", group_by, GROUPINGS)
     if not _library.available(x.device):
         return reference.patch_gram(x, patch_size=patch, group_by=group_by, center=center)
     rows = _library.patchify(x, patch, GROUPINGS.index(group_by), center)
@@ -144,9 +144,9 @@ def patch_cka(
             "patch_cka: teacher requires grad, but no gradient is formed for it; "
             "pass teacher.detach()"
         )
-    patch = _patch_size(patch_size)
-    _check_choice("group_by", group_by, GROUPINGS)
-    _check_choice("relation", relation, RELATIONS)
+    patch = as_patch_size(patch_size)
+    check_choice("group_by", group_by, GROUPINGS)
+    check_choice("relation", relation, RELATIONS)
     if not _library.available(student.device):
         return reference.patch_cka(
             student,
@@ -197,12 +197,14 @@ def _check_unbiased(n: int, *, center: bool, row_normalize: bool) -> None:
         raise ValueError(f"unbiased=True needs at least 4 samples, got N = {n}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _patch_size(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+def as_patch_size(patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """``(P_H, P_W)``; refuses what is no positive int or pair of them."""
     pair = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     if len(pair) != 2 or not all(isinstance(p, int) and p >= 1 for p in pair):
         raise ValueError(

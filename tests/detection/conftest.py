@@ -41,17 +41,22 @@ SMALL = [
 ]  # fmt: skip
 PLAIN_DETECTRON2 = """
 import json, sys, torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 config, weights, image = sys.argv[1:]
 if "lazy" in config:
-    model = instantiate(LazyConfig.load(config).model)
+    lazy = LazyConfig.load(config)
+    assert lazy.input_format == "BGR"
+    model = instantiate(lazy.model)
 else:
     cfg = get_cfg()
     cfg.merge_from_file(config)
     cfg.MODEL.DEVICE = "cpu"
+    assert cfg.INPUT.FORMAT == "BGR"
+    assert cfg.MODEL.WEIGHTS == weights
     model = build_model(cfg)
-model.load_state_dict(torch.load(weights)["model"])
+DetectionCheckpointer(model).load(weights)
 found = model.eval()([{"image": torch.load(image)}])[0]["instances"]
 assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
 print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))

@@ -38,6 +38,40 @@ def test_caffe2_pickles_load_by_detectron2s_heuristics(tmp_path):
     assert torch.equal(model["stem"]["conv1"].weight, torch.from_numpy(weight))
 
 
+def test_a_pickle_of_weights_alone_loads(tmp_path):
+    stored = {"model": {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2)}}
+    model = nn.Linear(3, 2)
+    load_weights(model, _dump(tmp_path / "own.pkl", stored))
+    assert torch.equal(model.weight, torch.ones(2, 3))
+
+
+def test_weights_of_pycls_load_by_detectron2s_heuristics(tmp_path):
+    path = tmp_path / "RegNetX.pyth"
+    torch.save({"model_state": {"f.weight": torch.ones(2, 3), "f.bias": torch.ones(2)}}, path)
+    model = nn.ModuleDict({"f": nn.Linear(3, 2)})
+    load_weights(model, str(path))
+    assert torch.equal(model["f"].weight, torch.ones(2, 3))
+
+
+def test_a_damaged_pickle_and_one_without_arrays_are_named(tmp_path):
+    path = tmp_path / "damaged.pkl"
+    path.write_bytes(pickle.dumps({"model": np.zeros(1000)})[:200])
+    with pytest.raises(ValueError, match=r"damaged\.pkl: is damaged, or no pickle"):
+        load_weights(nn.Linear(1, 1), str(path))
+    with pytest.raises(ValueError, match=r"empty\.pkl: holds no arrays, but epoch"):
+        load_weights(nn.Linear(1, 1), _dump(tmp_path / "empty.pkl", {"epoch": 3}))
+
+
+def test_a_start_of_which_nothing_fits_is_refused(tmp_path):
+    path = str(tmp_path / "w.pth")
+    torch.save({"other": torch.ones(2, 3), "bias": torch.ones(7)}, path)
+    checkpointer = SafeCheckpointer(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"w\.pth: none of its weights has name and shape"):
+        checkpointer.resume_or_load(path, resume=False)
+    torch.save({"other": torch.ones(2, 3), "bias": torch.ones(2)}, path)
+    assert checkpointer.resume_or_load(path, resume=False) is not None
+
+
 def test_a_pickle_that_asks_for_code_is_refused(tmp_path, capfd):
     path = _dump(tmp_path / "bad.pkl", {"model": _RunsCode(), "__author__": "x"})
     with pytest.raises(ValueError, match=r"asks for .*system; only arrays"):

@@ -135,3 +135,9 @@ def test_the_command_line_may_hold_overrides_after_the_lists(files, trainings, t
     assert trainings[0][:3] == ["torchrun", "--nnodes", "2"]
     assert "SOLVER.MAX_ITER" in trainings[0]
     assert "unknown (one seed)" in capsys.readouterr().out
+
+
+def test_runs_without_figures_of_a_task_in_common_are_refused(results):
+    results["pcka"][0] = {"box_proposals": {"AR@100": 3.0}}
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: no AP, .* is the set annotated"):
+        compare.markdown(results)

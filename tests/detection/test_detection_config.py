@@ -5,7 +5,14 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 import detection.fcos
 import detection.meta_arch  # noqa: F401
-from detection.config import PROJECT, ConfigError, load_config, teacher_config
+from detection.config import (
+    PROJECT,
+    ConfigError,
+    detection_config,
+    load_config,
+    student_architecture,
+    teacher_config,
+)
 
 FILES = sorted((PROJECT / "configs" / "detection").rglob("*.yaml"))
 
@@ -43,6 +50,30 @@ def test_an_empty_file_is_named(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.yaml"):
         load_config(str(tmp_path / "empty.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("outer", "student", "message"),
+    [
+        ("RetinaNet", "RetinaNet", r"'RetinaNet' would train without DISTILL; give it as 'Distil"),
+        ("RetinaNett", "", r"MODEL.META_ARCHITECTURE: detectron2 has no 'RetinaNett'; .*RetinaNet"),
+        ("DistilledDetector", "Retina", r"DISTILL.STUDENT: detectron2 has no 'Retina'; it has .*"),
+        ("DistilledDetector", "", r"DISTILL.STUDENT: expected the student's meta-architecture"),
+    ],
+)
+def test_a_student_that_cannot_be_built_or_distilled_is_refused(outer, student, message):
+    cfg = detection_config()
+    cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT = outer, student
+    with pytest.raises(ConfigError, match=message):
+        student_architecture(cfg)
+
+
+def test_a_students_architecture_is_named_wrapped_or_not():
+    cfg = detection_config()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    assert student_architecture(cfg) == "RetinaNet"
+    cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT = "DistilledDetector", "FCOS"
+    assert student_architecture(cfg) == "FCOS"
 
 
 def test_a_missing_file_is_named():

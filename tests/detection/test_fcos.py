@@ -48,8 +48,16 @@ def test_a_teachers_backbone_is_that_of_the_whole_model():
 
 @pytest.mark.parametrize(
     "overrides",
-    [("MODEL.RESNETS.NUM_GROUPS", "32"), ("MODEL.RESNETS.RES2_OUT_CHANNELS", "128")],
+    [
+        ("MODEL.RESNETS.NUM_GROUPS", "32"),
+        ("MODEL.RESNETS.RES2_OUT_CHANNELS", "128"),
+        ("MODEL.RESNETS.STEM_OUT_CHANNELS", "32"),
+        ("MODEL.RESNETS.RES5_DILATION", "2"),
+        ("MODEL.FPN.P6P7.IN_FEATURE", "res5"),
+        ("MODEL.FPN.P6P7.RELU", "False"),
+        ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    ],
 )
-def test_widths_that_a_lazy_config_cannot_describe_are_refused(overrides):
-    with pytest.raises(ConfigError, match="FCOS takes ResNets of the usual widths"):
+def test_a_backbone_that_the_lazy_config_does_not_describe_is_refused(overrides):
+    with pytest.raises(ConfigError, match=f"{overrides[0]}: FCOS takes ResNets of the usual wid"):
         build_model(_config(*overrides))

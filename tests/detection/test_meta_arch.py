@@ -207,7 +207,18 @@ def test_moves_take_the_teacher_along(build):
             ("DISTILL.METHODS", "['PATCHED']", "DISTILL.PATCHED.METHOD", "cka"),
             r"DISTILL.PATCHED: method must be one of at, kl, pkd, dist; got 'cka'",
         ),
+        (("DISTILL.METHODS", "['PCKA', 'PCKA']"), r"METHODS: expected each loss once"),
+        (("DISTILL.METHODS", "['OFD']"), r"no loss of feature maps is called 'OFD'"),
+        (("DISTILL.PCKA.PATCH_SIZES", "[0]"), r"DISTILL.PCKA: patch_size must be a positive int"),
+        (("DISTILL.PCKA.RELATIONS", "[]"), r"DISTILL.PCKA: relations must hold one or more"),
+        (("DISTILL.PCKA.RELATIONS", "['row']"), r"DISTILL.PCKA: relations must be one of rows"),
+        (("DISTILL.PCKA.GROUP_BY", "chan"), r"DISTILL.PCKA: group_by must be one of channel"),
         (("DISTILL.STUDENT", ""), r"DISTILL.STUDENT: expected the student's meta-architecture"),
+        (("INPUT.FORMAT", "L"), r"INPUT.FORMAT: 'L' of the student and 'BGR' of the teacher"),
+        (
+            ("DISTILL.TEACHER.OPTS", "['MODEL.BACKBONE.NAME', 'nope']"),
+            r"the teacher's MODEL.BACKBONE.NAME: detectron2 has no 'nope'; it has .*resnet_fpn",
+        ),
         (
             ("MODEL.BACKBONE.NAME", "build_p6p7_resnet_fpn_backbone"),
             r"MODEL.BACKBONE.NAME: plain detectron2 does not know 'build_p6p7.*of its own",
@@ -216,6 +227,7 @@ def test_moves_take_the_teacher_along(build):
             ("DISTILL.TEACHER.RANDOM_WEIGHTS", "False"),
             r"DISTILL.TEACHER.WEIGHTS: expected a file",
         ),
+        (("DISTILL.TEACHER.CONFIG_FILE", ""), r"TEACHER.CONFIG_FILE: '' is neither a file nor"),
         (("DISTILL.TEACHER.CONFIG_FILE", "x.yaml"), r"'x.yaml' is neither a file nor a name"),
         (("DISTILL.TEACHER.AUTOCAST", "half"), r"AUTOCAST: expected one of .*, got 'half'"),
         (("DISTILL.TEACHER.WEIGHTS", "/nowhere.pth"), r"/nowhere.pth: cannot be read"),
@@ -235,6 +247,20 @@ def test_levels_without_a_signal_are_named_with_the_patch_that_has_one(build, ca
         build("DISTILL.PCKA.PATCH_SIZES", "[16]")
     assert "level p3 (stride 8) has 1 patch(es) of size 16" in caplog.text
     assert "a patch of 4 would leave 16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("PATCH_SIZES", "[[16, 1], [8, 1], [4, 1]]"),
+        ("PATCH_SIZES", "[16]", "RELATIONS", "['columns']"),
+        ("PATCH_SIZES", "[[16, 8], [8, 4], [4, 2]]", "CENTER", "False"),
+    ],
+)
+def test_levels_with_a_signal_are_not_warned_of(build, caplog, keys):
+    with caplog.at_level("WARNING", logger="detectron2.pcka"):
+        build(*(word if i % 2 else f"DISTILL.PCKA.{word}" for i, word in enumerate(keys)))
+    assert "PATCH_SIZES" not in caplog.text
 
 
 def test_weights_of_another_model_are_refused(build, tmp_path):

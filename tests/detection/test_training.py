@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.layers import ROIAlign
 
 from detection import export, train_net, trainer
-from detection.config import PROJECT, load_config
+from detection.config import PROJECT, ConfigError, load_config
 from detection.meta_arch import BackboneTap
 from pcka.folder_lock import FolderInUseError, lock_folder
 
@@ -26,6 +27,9 @@ SMALL_FCOS = [
     "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
     "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
     "MODEL.FPN.OUT_CHANNELS", "64",
+    "MODEL.RESNETS.WIDTH_PER_GROUP", "64",
+    "MODEL.BACKBONE.NAME", "build_p6p7_resnet_fpn_backbone",
+    "MODEL.FPN.P6P7.IN_FEATURE", "p5",
     "MODEL.FCOS.NUM_CLASSES", "10",
 ]  # fmt: skip
 
@@ -134,16 +138,65 @@ def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_key_of_detectron2_that_is_not_followed_is_refused(tmp_path, arguments):
-    with pytest.raises(ValueError, match=r"TEST.PRECISE_BN.ENABLED: .*set it to False"):
-        train_net.main(arguments(tmp_path, 2, "TEST.PRECISE_BN.ENABLED", "True"))
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("TEST.PRECISE_BN.ENABLED", "True", "not supported; set it to False"),
+        ("TEST.AUG.ENABLED", "True", "not supported; set it to False"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", "8", "are not scaled here; set it to 0"),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet", "would train without DISTILL"),
+        ("DISTILL.INHERIT", "['head.']", "a teacher with random weights has none to inherit"),
+    ],
+)
+def test_keys_that_would_be_ignored_are_refused(tmp_path, arguments, key, value, message):
+    with pytest.raises(ConfigError, match=f"{key}: .*{message}"):
+        train_net.main(arguments(tmp_path, 2, key, value))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, arguments):
+    train_net.main(arguments(tmp_path, 2))
+    wider = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
+    with pytest.raises(ConfigError, match="its checkpoint is of another configuration"):
+        train_net.main(arguments(tmp_path, 4, *wider, flags=["--resume"]))
+
+
+def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):
+    sets = ("digits_scenes_test", "digits_scenes_train")
+    results = train_net.main(arguments(tmp_path, 1, "DATASETS.TEST", str(list(sets))))
+    assert tuple(results) == sets
+    for name in sets:
+        assert (tmp_path / "inference" / name / "coco_instances_results.json").exists()
+
+
+def test_mixed_precision_leaves_the_boxes_of_regions_where_they_are():
+    """detectron2 brings them to the features' dtype: bfloat16 has no 1001."""
+
+    class Head(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.pooler = ROIAlign(7, 1 / 8, 0, aligned=True)
+
+        def forward(self, features):
+            box = torch.tensor([[0.0, 1001, 16, 1061, 64]])
+            return self.pooler(features + torch.zeros(1), box)
+
+    ramp = torch.arange(160.0).expand(1, 1, 16, 160).bfloat16()
+    head = Head()
+    expected = head(ramp.float())
+    trainer.train_in_bfloat16(head)
+    torch.testing.assert_close(head(ramp), expected)
 
 
 @pytest.mark.parametrize(
-    "own", [(), ("MODEL.META_ARCHITECTURE", "RetinaNet"), ("DISTILL.STUDENT", "FCOS", *SMALL_FCOS)]
+    ("config", "own"),
+    [("pcka", ()), ("student", ()), ("pcka", ("DISTILL.STUDENT", "FCOS", *SMALL_FCOS))],
 )
-def test_mixed_precision_trains_near_float32_and_evaluates_in_it(build, batch, storage, own):
-    exact, mixed = build(*own), build(*own)
+def test_mixed_precision_trains_near_float32_and_evaluates_in_it(
+    build, batch, storage, config, own
+):
+    exact, mixed = build(*own, config=config), build(*own, config=config)
     trainer.train_in_bfloat16(mixed)
     student = trainer.student_of(mixed)
     with BackboneTap(student.backbone) as tap:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
 from detection.config import ConfigError
 from detection.data import register_datasets
@@ -33,9 +34,32 @@ def test_a_set_of_three_keys_takes_the_place_of_the_configured_one(small_config,
     assert {"file_name", "annotations", "image_id"} <= entries[0].keys()
 
 
-def test_missing_files_are_named(small_config, scenes):
-    with pytest.raises(ConfigError, match=r"DATASETS.COCO_TRAIN.JSON: '/no.json' does not exist"):
-        register_datasets(_own_set(small_config, scenes, "missing", JSON="/no.json"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"JSON": "/no.json"}, r"COCO_TRAIN.JSON: there is no file '/no.json'"),
+        ({"JSON": ""}, r"COCO_TRAIN.JSON: there is no file ''"),
+        ({"IMAGES": ""}, r"COCO_TRAIN.IMAGES: there is no folder ''"),
+        ({"NAME": ""}, r"COCO_TRAIN.NAME: give the set a name, e.g. 'my_train'"),
+    ],
+)
+def test_missing_files_and_names_are_named(small_config, scenes, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        register_datasets(_own_set(small_config, scenes, "missing", **changes))
+
+
+def test_the_missing_file_of_a_set_of_detectron2_is_named(small_config):
+    cfg = small_config("student", "DATASETS.TEST", "['coco_2017_val']")
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: 'coco_2017_val' needs the file .*json"):
+        register_datasets(cfg)
+
+
+def test_training_sets_are_needed_for_training_alone(small_config):
+    cfg = small_config("student", "DATASETS.TRAIN", "[]")
+    with pytest.raises(ConfigError, match=r"DATASETS.TRAIN: expected at least one set"):
+        register_datasets(cfg)
+    register_datasets(cfg, training=False)
+    register_datasets(small_config("student", "DATASETS.TRAIN", "['nope']"), training=False)
 
 
 def test_a_name_that_detectron2_uses_is_refused(small_config, scenes):
@@ -48,11 +72,52 @@ def test_an_unknown_set_is_refused(small_config):
         register_datasets(small_config("student", "DATASETS.TRAIN", "['nope']"))
 
 
-def test_another_number_of_classes_is_refused(small_config, scenes, tmp_path):
-    annotations, _ = digits_scenes(scenes, "train", 3, 128)
-    described = json.loads(annotations.read_text())
-    described["categories"] = described["categories"][:3]
-    path = tmp_path / "three.json"
-    path.write_text(json.dumps(described))
+@pytest.fixture
+def described(scenes, tmp_path):
+    """``described(change)``: a file of digits scenes, whose content ``change`` alters."""
+
+    def make(change):
+        annotations, _ = digits_scenes(scenes, "train", 3, 128)
+        content = json.loads(annotations.read_text())
+        path = tmp_path / "described.json"
+        path.write_text(json.dumps(change(content)))
+        return str(path)
+
+    return make
+
+
+def test_another_number_of_classes_is_refused(small_config, scenes, described):
+    path = described(lambda content: {**content, "categories": content["categories"][:3]})
     with pytest.raises(ConfigError, match=r"has 3 categories, the model 10 classes"):
-        register_datasets(_own_set(small_config, scenes, "three", JSON=str(path)))
+        register_datasets(_own_set(small_config, scenes, "three", JSON=path))
+    with pytest.raises(ConfigError, match=r"has 10 categories, the model 9 classes"):
+        register_datasets(small_config("student", "MODEL.RETINANET.NUM_CLASSES", "9"))
+
+
+def test_other_classes_to_test_on_are_refused(small_config, scenes, described):
+    names = [{"id": index, "name": f"class {index}"} for index in range(10)]
+    path = described(lambda content: {**content, "categories": names})
+    with pytest.raises(ConfigError, match=r"'own' and 'digits_scenes_test' have other categories"):
+        register_datasets(_own_set(small_config, scenes, "own", JSON=path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda content: [], lambda content: {"images": []}, lambda content: {"categories": ["cat"]}],
+    ids=["no object", "no categories", "names alone"],
+)
+def test_a_file_of_another_format_is_refused(small_config, scenes, described, change):
+    with pytest.raises(ConfigError, match=r"described.json is not in COCO's format"):
+        register_datasets(_own_set(small_config, scenes, "odd", JSON=described(change)))
+
+
+def test_keypoints_keep_their_names_and_what_a_flip_exchanges(small_config, scenes, described):
+    def with_keypoints(content):
+        first, *others = content["categories"]
+        own = {**first, "keypoints": ["nose", "left_eye", "right_eye"]}
+        return {**content, "categories": [own, *others]}
+
+    cfg = _own_set(small_config, scenes, "pose", JSON=described(with_keypoints))
+    cfg.DATASETS.TEST = ()
+    register_datasets(cfg)
+    assert create_keypoint_hflip_indices("pose") == [0, 2, 1]

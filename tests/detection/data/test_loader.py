@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from detection.config import ConfigError
+from detection.data import register_datasets
+from detection.data.loader import training_loader
+
+STEPS = 12
+
+
+def _images(cfg, start, stop):
+    batches = itertools.islice(training_loader(cfg, start), stop - start)
+    return [[entry["image_id"] for entry in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_a_later_start_goes_on_with_the_same_images(small_config, sampler):
+    keys = ("DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.REPEAT_THRESHOLD", "0.9")
+    cfg = small_config("student", *keys)
+    register_datasets(cfg)
+    whole = _images(cfg, 0, STEPS)
+    assert _images(cfg, 5, STEPS) == whole[5:]
+    other = small_config("student", *keys, "SEED", "1")
+    register_datasets(other)
+    assert _images(other, 0, STEPS) != whole
+
+
+def test_an_unknown_sampler_is_refused(small_config):
+    cfg = small_config("student", "DATALOADER.SAMPLER_TRAIN", "MySampler")
+    register_datasets(cfg)
+    with pytest.raises(ConfigError, match=r"SAMPLER_TRAIN: expected .*, got 'MySampler'"):
+        training_loader(cfg, 0)
