@@ -43,19 +43,15 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     categories: dict[str, Categories] = {}
     for split in ("TRAIN", "TEST") if training else ("TEST",):
         for name in keys[split]:
-            if name == keys[COCO[split]].NAME:
-                own = keys[COCO[split]]
-                key, files = f"DATASETS.{COCO[split]}", (own.JSON, own.IMAGES)
+            own = keys[COCO[split]]
+            if name == own.NAME:
+                key = f"DATASETS.{COCO[split]}"
+                categories[name] = _register(cfg, key, name, own.JSON, own.IMAGES)
             elif name in DIGITS:
-                key, files = "DATASETS.DIGITS", tuple(map(str, _digits(keys.DIGITS, DIGITS[name])))
+                files = map(str, _digits(keys.DIGITS, DIGITS[name]))
+                categories[name] = _register(cfg, "DATASETS.DIGITS", name, *files)
             else:
                 _check_known(split, name)
-                continue
-            _check_files(key, *files)
-            listed = _read_categories(key, files[0])
-            _check_number(cfg, key, files[0], len(listed))
-            _register(key, name, *files, **_keypoints(listed))
-            categories[name] = sorted((entry["id"], entry["name"]) for entry in listed)
     _check_same(categories)
 
 
@@ -89,14 +85,14 @@ def _digits(keys: CfgNode, split: str) -> tuple[Path, Path]:
     return digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
 
 
-def _check_files(key: str, annotations: str, images: str) -> None:
+def _register(cfg: CfgNode, key: str, name: str, annotations: str, images: str) -> Categories:
+    """Register a set that the key describes; return its classes."""
     if not Path(annotations).is_file():
         raise ConfigError(f"{key}.JSON: there is no file {annotations!r}")
     if not images or not Path(images).is_dir():
         raise ConfigError(f"{key}.IMAGES: there is no folder {images!r}")
-
-
-def _register(key: str, name: str, annotations: str, images: str, **metadata: Any) -> None:
+    listed = _read_categories(key, annotations)
+    _check_number(cfg, key, annotations, len(listed))
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
         if key != "DATASETS.DIGITS" and known.get("json_file") != annotations:
@@ -105,7 +101,8 @@ def _register(key: str, name: str, annotations: str, images: str, **metadata: An
             )
         DatasetCatalog.remove(name)
         _forget_metadata(name)
-    register_coco_instances(name, metadata, annotations, images)
+    register_coco_instances(name, _keypoints(listed), annotations, images)
+    return sorted((entry["id"], entry["name"]) for entry in listed)
 
 
 def _forget_metadata(name: str) -> None:
