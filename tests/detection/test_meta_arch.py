@@ -185,9 +185,11 @@ def test_bfloat16_teacher_serves_a_float32_student(build, batch, storage):
 @pytest.mark.parametrize(("given", "dtype"), [("", torch.bfloat16), ("float32", torch.float32)])
 def test_the_teacher_runs_in_the_students_precision_unless_told(build, batch, given, dtype):
     teacher = build("DISTILL.TEACHER.AUTOCAST", given).teacher
-    with torch.autocast("cpu", torch.bfloat16):
-        maps = teacher([entry["image"] for entry in batch], (128, 128))
-    assert {feature.dtype for feature in maps.values()} == {dtype}
+    images = [entry["image"] for entry in batch]
+    for student, expected in ((torch.bfloat16, dtype), (torch.float32, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=student == torch.bfloat16):
+            maps = teacher(images, (128, 128))
+        assert {feature.dtype for feature in maps.values()} == {expected}
 
 
 def test_moves_take_the_teacher_along(build):
