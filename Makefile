@@ -23,7 +23,7 @@ install: .venv/installed
 	@echo "Setting up .venv: downloading torch and compiling the operators takes some minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch torchvision
-	$(PIP) "setuptools>=77" wheel "pybind11>=2.12" ninja
+	$(PIP) "setuptools>=77" wheel ninja
 	$(PIP) --no-build-isolation -e ".[dev]"
 	$(BIN)/python detection/install_detectron2.py
 	$(BIN)/python -c "import pcka, pprint; pprint.pprint(pcka.build_info())"

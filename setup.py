@@ -107,8 +107,6 @@ def compiled_archs() -> list[str]:
 
 
 def build_info_extension(torch_version: str, toolkit: CudaToolkit | None, note: str) -> Extension:
-    import pybind11
-
     values = {
         "PCKA_TORCH_VERSION": torch_version,
         "PCKA_MINIMUM_TORCH": MINIMUM_TORCH,
@@ -119,9 +117,9 @@ def build_info_extension(torch_version: str, toolkit: CudaToolkit | None, note: 
     return Extension(
         "pcka._build_info",
         ["csrc/build_info.cpp"],
-        include_dirs=[pybind11.get_include()],
         define_macros=[(name, f'"{value}"') for name, value in values.items()],
         extra_compile_args=["-std=c++17"],
+        py_limited_api=True,
         language="c++",
     )
 

@@ -1,21 +1,22 @@
-// What was compiled, and by what: a module of its own without torch headers, so that it answers
-// even where the operators fail to load. The values are macros set by setup.py.
+// What was compiled, and by what, as one JSON text behind a C symbol: a library of its own without
+// symbols of torch or Python, so that it answers under any Python, and even where the operators
+// fail to load. The values are macros set by setup.py.
 
-#include <pybind11/pybind11.h>
-
-PYBIND11_MODULE(_build_info, m) {
-  m.doc() = "Compile-time facts of the pcka operators.";
-  m.attr("compiler") =
 #if defined(__clang__)
-      "clang " __clang_version__;
+#define PCKA_COMPILER "clang " __clang_version__
 #elif defined(__GNUC__)
-      "g++ " __VERSION__;
+#define PCKA_COMPILER "g++ " __VERSION__
 #else
-      "unknown";
+#define PCKA_COMPILER "unknown"
 #endif
-  m.attr("torch_version") = PCKA_TORCH_VERSION;  // that the headers came from
-  m.attr("minimum_torch") = PCKA_MINIMUM_TORCH;  // whose stable ABI was asked for
-  m.attr("cuda_version") = PCKA_CUDA_VERSION;    // of nvcc; empty without CUDA
-  m.attr("cuda_archs") = PCKA_CUDA_ARCHS;        // comma-separated, e.g. "sm_80,sm_90"
-  m.attr("note") = PCKA_NOTE;                    // why there is no CUDA code, if there is none
+
+// clang-format off
+extern "C" __attribute__((visibility("default"))) const char* pcka_build_info() {
+  return "{\"compiler\": \"" PCKA_COMPILER "\""
+         ", \"torch_version\": \"" PCKA_TORCH_VERSION "\""  // that the headers came from
+         ", \"minimum_torch\": \"" PCKA_MINIMUM_TORCH "\""  // whose stable ABI was asked for
+         ", \"cuda_version\": \"" PCKA_CUDA_VERSION "\""    // of nvcc; empty without CUDA
+         ", \"cuda_archs\": \"" PCKA_CUDA_ARCHS "\""        // comma-separated, "sm_80,sm_90"
+         ", \"note\": \"" PCKA_NOTE "\"}";                // why there is no CUDA code
 }
+// clang-format on

@@ -98,9 +98,14 @@ def test_cuda_code_is_compiled_where_it_can_be():
     assert info["cuda"] or "majors differ" in info["note"]
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=check,
+        cwd=ROOT,
+        env={**os.environ, **variables},
     )
 
 
@@ -116,9 +121,29 @@ print(pcka.build_info()["extension"], loss.item(), x.grad.norm().item())
 """
 
 
+HIDDEN = """
+import ctypes
+def no_library(path, *rest, **more):
+    raise OSError(path)
+ctypes.CDLL = no_library
+"""
+
+
+def test_what_is_required_and_missing_is_an_error_at_import():
+    result = run_python("import torch" + HIDDEN + "import pcka", check=False, PCKA_REQUIRE="cpu")
+    assert result.returncode != 0
+    assert "PCKA_REQUIRE=cpu: the compiled operators are not in use on cpu" in result.stderr
+    result = run_python("import pcka", check=False, PCKA_REQUIRE="gpu")
+    assert "PCKA_REQUIRE must be cpu or cuda, got 'gpu'" in result.stderr
+
+
+@needs_extension
+def test_what_is_required_and_there_imports():
+    assert run_python("import pcka", PCKA_REQUIRE="cpu").stderr == ""
+
+
 def test_without_the_extension_the_reference_gives_the_same_and_says_so_once():
-    hidden = "import sys; sys.modules['pcka._build_info'] = None\n"
-    fallback = run_python(hidden + "import torch, pcka" + RESULT)
+    fallback = run_python("import torch" + HIDDEN + "import pcka" + RESULT)
     assert fallback.stderr.count("Falling back to the eager PyTorch reference") == 1
     assert "they were not compiled" in fallback.stderr
     loaded, loss, norm = fallback.stdout.split()

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../library.h"
+
 namespace pcka {
 
 // Of every block. The larger kernels state one block as the least that a multiprocessor is to hold:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import importlib
+import json
+import os
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -22,23 +23,25 @@ class _Loaded:
         self.info = _compiled_info()
         self._load("cpu", self._cpu_obstacle())
         self._load("cuda", self._cuda_obstacle())
+        self._check_required(os.environ.get("PCKA_REQUIRE", ""))
 
     def _cpu_obstacle(self) -> str | None:
         if self.info is None:
             return "they were not compiled; reinstall with a C++ compiler to get them"
-        if _version(torch.__version__) < _version(self.info.minimum_torch):
-            return f"they need torch >= {self.info.minimum_torch}, this is {torch.__version__}"
+        minimum = self.info["minimum_torch"]
+        if _version(torch.__version__) < _version(minimum):
+            return f"they need torch >= {minimum}, this is {torch.__version__}"
         return None
 
     def _cuda_obstacle(self) -> str | None:
         if "cpu" not in self.devices:
             return self.reasons["cpu"]
         assert self.info is not None  # the CPU operators were loaded
-        if not self.info.cuda_version:
-            return f"CUDA code was not compiled ({self.info.note})"
-        runtime = torch.version.cuda
-        if runtime is None or runtime.split(".")[0] != self.info.cuda_version.split(".")[0]:
-            return f"they were compiled with CUDA {self.info.cuda_version}, and this torch " + (
+        compiled, runtime = self.info["cuda_version"], torch.version.cuda
+        if not compiled:
+            return f"CUDA code was not compiled ({self.info['note']})"
+        if runtime is None or runtime.split(".")[0] != compiled.split(".")[0]:
+            return f"they were compiled with CUDA {compiled}, and this torch " + (
                 f"has CUDA {runtime}" if runtime else "is a CPU build"
             )
         return None
@@ -54,12 +57,24 @@ class _Loaded:
         else:
             self.reasons[device] = obstacle
 
+    def _check_required(self, device: str) -> None:
+        if device not in ("", "cpu", "cuda"):
+            raise ImportError(f"PCKA_REQUIRE must be cpu or cuda, got {device!r}")
+        if device and device not in self.devices:
+            raise ImportError(
+                f"PCKA_REQUIRE={device}: the compiled operators are not in use on {device}: "
+                f"{self.reasons[device]}. Unset PCKA_REQUIRE to use the eager reference instead"
+            )
 
-def _compiled_info() -> ModuleType | None:
+
+def _compiled_info() -> dict[str, str] | None:
+    """The facts of csrc/build_info.cpp, or None where nothing was compiled."""
     try:
-        return importlib.import_module("pcka._build_info")
-    except ImportError:
+        answer = ctypes.CDLL(str(_PACKAGE / "_build_info.abi3.so")).pcka_build_info
+    except OSError:
         return None
+    answer.restype = ctypes.c_char_p
+    return json.loads(answer())
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -101,14 +116,14 @@ def build_info() -> dict[str, object]:
         reference serves it.
     """
     info = _loaded.info
-    archs = str(info.cuda_archs) if info else ""
+    archs = info["cuda_archs"] if info else ""
     fields = ("compiler", "cuda_version", "torch_version", "minimum_torch", "note")
     return {
         "extension": "cpu" in _loaded.devices,
         "cuda": bool(archs),
         "cuda_loaded": "cuda" in _loaded.devices,
         "cuda_archs": archs.split(",") if archs else [],
-        **{field: (getattr(info, field) or None) if info else None for field in fields},
+        **{field: (info[field] or None) if info else None for field in fields},
         "running_torch": torch.__version__,
         "running_cuda": torch.version.cuda,
         "fallback": dict(_loaded.reasons),

@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "geometry.h"
+#include "library.h"
 
 namespace {
 

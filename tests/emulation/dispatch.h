@@ -10,6 +10,8 @@
 #include <optional>
 #include <string>
 
+#include "library.h"
+
 namespace {  // of every file its own, as are the types of torch's stable ABI
 namespace dispatch {
 
