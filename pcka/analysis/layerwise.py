@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pcka.modes import evaluation_mode
-from pcka.ops.reference import accumulation_dtype, unbiased_hsic
+from pcka.ops.reference import accumulation_dtype, unbiased_hsic, without_autocast
 from pcka.taps import FeatureTap
 
 _MIN_SAMPLES = 4  # unbiased HSIC is not defined below
@@ -113,7 +113,7 @@ def _gram(feature: Tensor) -> Tensor:
     rows = feature.detach().flatten(1)
     rows = rows.to(accumulation_dtype(rows.dtype))
     rows = rows - rows.mean(0)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         return (rows @ rows.T).double()[None]
 
 

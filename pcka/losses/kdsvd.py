@@ -14,7 +14,7 @@ from pcka.losses.base import NO_CONTEXT, Loss
 from pcka.losses.checks import check_levels, check_samples, require
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.ops.reference import accumulation_dtype, without_autocast
 
 CANDIDATES = 3  # of the student's directions, beyond as many as the teacher has
 BANDWIDTH = 8.0
@@ -55,7 +55,7 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], k: int = 
         )
     for student, teacher in zip(students, teachers):
         _check_widths(student, teacher)
-    with torch.autocast(students[0].device.type, enabled=False):
+    with without_autocast(students[0].device):
         vectors = [_matched_vectors(s, t.detach(), k) for s, t in zip(students, teachers)]
         differences = [
             (_correlations(s, s_before) - _correlations(t, t_before)).square().sum()
