@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_samples, require
+from pcka.losses.checks import check_samples, check_weights, require
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype, without_autocast
@@ -84,6 +84,7 @@ class SRRL(Loss):
         regression_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        check_weights(feature_weight=feature_weight, regression_weight=regression_weight)
         self.taps = (stage, "pooled")
         self.feature_weight = feature_weight
         self.regression_weight = regression_weight
