@@ -11,7 +11,7 @@ from pcka.losses import registry
 
 @pytest.fixture
 def scratch_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_LOSSES", registry._LossRegistry("SCRATCH"))
+    monkeypatch.setattr(registry, "_LOSSES", {})
 
 
 def test_the_losses_of_the_paper_are_registered():
