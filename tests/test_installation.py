@@ -180,14 +180,6 @@ def test_another_python_finds_the_operators(archives, tmp_path):
     assert Path(file).is_relative_to(tmp_path)
 
 
-def test_users_of_the_wheel_see_its_types(environment, tmp_path):
-    script = tmp_path / "user.py"
-    script.write_text("import pcka\nreveal_type(pcka.cka)\n")
-    mypy = (sys.executable, "-m", "mypy", "--python-executable", environment.python)
-    shown = run(*mypy, "--cache-dir", tmp_path / "cache", script, check=False).stdout
-    assert "def (x: torch._tensor.Tensor" in shown, shown
-
-
 def test_a_plain_editable_install_names_the_extra_that_trains(source, archives, tmp_path):
     plain = needed([*requirements_of(archives[1]), *BUILD_TOOLS])
     made = Environment(tmp_path / "env", plain)

@@ -78,11 +78,16 @@ def test_one_minimum_torch_everywhere(setup_py):
     assert f"TORCH_TARGET_VERSION={macro}" in (ROOT / "CMakeLists.txt").read_text()
 
 
+def test_the_architectures_are_those_of_the_environment(setup_py, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0+PTX;8.0")
+    assert setup_py["compiled_archs"]() == ["sm_80", "compute_90", "sm_90"]
+
+
 @needs_extension
 def test_build_info_says_what_was_compiled():
     info = pcka.build_info()
     assert info["torch_version"] and info["compiler"] and info["minimum_torch"] == "2.10"
-    assert info["cuda"] == bool(info["cuda_archs"])
+    assert info["cuda"] == Path(pcka.__file__).with_name("_cuda.abi3.so").exists()
     assert all(arch.startswith(("sm_", "compute_")) for arch in info["cuda_archs"])
     assert "cpu" not in info["fallback"]
 
