@@ -22,6 +22,7 @@ DATASETS = ("digits", "folder", "cifar10", "cifar100")
 HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
+    "SAVE_EVERY",
     "DATA.ROOT",
     "DATA.DOWNLOAD",
     "DATA.MEMORY_GB",
@@ -225,6 +226,8 @@ def _check(cfg: CfgNode) -> None:
     }
     at_least = {
         "LOG_EVERY": 1,
+        "EVAL_EVERY": 1,
+        "SAVE_EVERY": 1,
         "DATA.IMAGE_SIZE": 1,
         "DATA.NUM_CLASSES": 0,
         "DATA.TRAIN_IMAGES": 0,

@@ -39,6 +39,8 @@ from pcka.distributed import from_first_process, rank
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
 
+OWN_KEYS = ("SEED", "STUDENT.", "DISTILL.", "OUTPUT_DIR")  # of each run side by side
+
 
 def run_experiment(
     cfg: CfgNode, *, resume: bool = False, image_sets: ImageSets | None = None
@@ -69,11 +71,11 @@ def run_side_by_side(
 ) -> list[Result | TrainingFailedError]:
     """Train several students on one teacher as :func:`run_experiment` would train each alone.
 
-    The batches are made once and the teacher runs once for all of them, which is much faster than
-    one after the other.
+    For all runs of one seed the batches are made once and the teacher runs once, which is much
+    faster than one after the other; on a GPU all students are trained at the same time.
 
     Args:
-        cfgs: configurations that differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
+        cfgs: configurations that differ in :data:`OWN_KEYS` only.
         resume: as in :func:`run_experiment`, for each run.
         image_sets: likewise.
 
@@ -186,9 +188,9 @@ def _check_alike(cfgs: Sequence[CfgNode]) -> None:
     lead = flatten(cfgs[0])
     for cfg in cfgs[1:]:
         for key, value in flatten(cfg).items():
-            if value != lead[key] and key != "OUTPUT_DIR" and not key.startswith("DISTILL."):
+            if value != lead[key] and not key.startswith(OWN_KEYS):
                 raise ConfigError(
-                    f"{key}: runs side by side may differ in DISTILL and OUTPUT_DIR only, got "
+                    f"{key}: runs side by side may differ in {', '.join(OWN_KEYS)} only, got "
                     f"{lead[key]!r} and {value!r}"
                 )
 
