@@ -118,7 +118,7 @@ class Steps:
             logger.warning("CUDA_GRAPH: the step runs kernel by kernel: %s", reason)
 
     def _teach(self, group: list[tuple[Batch, ...]], ahead: int) -> Iterable[list[Outputs | None]]:
-        """What the teacher says of the batches of some steps; None of those that nobody asks for."""
+        """What the teacher says of the batches of some steps; None where nobody asks."""
         if self._observe is None:
             return [[None] * len(step) for step in group]
         padded = group + group[-1:] * (ahead - len(group))  # a graph is of one shape

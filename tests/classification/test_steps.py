@@ -1,4 +1,4 @@
-"""Steps that a CUDA graph can hold, shown without a GPU: on tensors that have a device but no values."""
+"""Steps that a CUDA graph can hold, shown without a GPU."""
 
 from __future__ import annotations
 
