@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,18 +37,15 @@ class CapturedFunction:
         changed = list(changed)
         kept = [tensor.clone() for tensor in changed]
         random = torch.cuda.get_rng_state()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                function(self._inputs)
-        current.wait_stream(side)
-        self.draws = not torch.equal(random, torch.cuda.get_rng_state())
-        torch.cuda.set_rng_state(random)
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph):
-                self._outputs = function(self._inputs)
+            # Worth its time: what is replayed thousands of times is chosen by measurement.
+            with _cudnn_benchmark():
+                _warm_up(function, self._inputs)
+                self.draws = not torch.equal(random, torch.cuda.get_rng_state())
+                torch.cuda.set_rng_state(random)
+                with torch.cuda.graph(self._graph):
+                    self._outputs = function(self._inputs)
         finally:
             with torch.no_grad():
                 for tensor, value in zip(changed, kept, strict=True):
@@ -59,6 +57,25 @@ class CapturedFunction:
             static.copy_(fresh, non_blocking=True)
         self._graph.replay()
         return self._outputs
+
+
+def _warm_up(function: Callable[[Any], Any], inputs: Any) -> None:
+    """Call the function a few times on a stream of its own, as a recording will."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            function(inputs)
+    current.wait_stream(side)
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
