@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_temperature, require
+from pcka.losses.checks import check_temperature, check_weights, require
 from pcka.losses.outputs import Outputs
 
 
@@ -24,6 +24,7 @@ class LogitLoss(Loss):
 
     def __init__(self, weight: float, temperature: float) -> None:
         super().__init__()
+        check_weights(weight=weight)
         check_temperature(temperature)
         self.weight = weight
         self.temperature = temperature
