@@ -120,9 +120,11 @@ class DistilledDetector(nn.Module):
         """
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
+        # Both models bring the images to the device: moved here, they travel once.
+        images = [entry["image"].to(self.device) for entry in batched_inputs]
+        batched_inputs = [{**entry, "image": i} for entry, i in zip(batched_inputs, images)]
         with BackboneTap(self.student.backbone) as tap:
             terms = dict(self.student(batched_inputs))
-        images = [entry["image"] for entry in batched_inputs]
         logged = self._logs_now()
         own = {level: tap.features[level] for level in self.levels}
         if logged:

@@ -120,6 +120,21 @@ def test_evaluations_in_between_change_nothing(tmp_path, arguments, monkeypatch)
     _assert_equal(*states)
 
 
+@pytest.mark.parametrize(("device", "fused"), [("cpu", False), ("cuda", True)])
+def test_torchscript_rounds_alike_on_cpus_and_fuses_on_gpus(monkeypatch, device, fused):
+    seen = []
+    monkeypatch.setattr(
+        trainer.SimpleTrainer, "train",
+        lambda *_: seen.append(torch._C._get_graph_executor_optimize()),
+    )  # fmt: skip
+    run = object.__new__(trainer.DetectionTrainer)
+    run.run_state = SimpleNamespace(restore_random=lambda: None)
+    run.model, run.results = SimpleNamespace(device=torch.device(device)), {}
+    run.start = run.last = 0
+    run.train_all()
+    assert seen == [fused]
+
+
 def test_statistics_are_averaged_before_they_are_saved_or_evaluated(monkeypatch):
     done = []
     monkeypatch.setattr(trainer, "average_buffers", lambda _: done.append(hook.trainer.iter + 1))
