@@ -19,12 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.checkpoint import SafeCheckpointer
+from detection.compat import open_loader
 from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
-from detection.run_state import RunState
+from detection.run_state import RunState, lent_random_states
 from pcka.distributed import OWN_BUFFERS, average_buffers
 
 logger = logging.getLogger("detectron2.pcka")
@@ -87,6 +88,7 @@ class DetectionTrainer(SimpleTrainer):
 
     def train_all(self) -> dict[str, Any]:
         """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
+        open_loader(self)  # draws a seed
         self.run_state.restore_random()
         # detectron2's focal loss is TorchScript, which rounds otherwise once it has watched its
         # first calls. A resumed run, which would watch anew, would leave the unbroken one. On a
@@ -114,9 +116,9 @@ class DetectionTrainer(SimpleTrainer):
         return found
 
     def _evaluate(self) -> dict[str, Any]:
-        # The loader draws a seed. A resumed run, which starts from the checkpoint before this
-        # evaluation, would go on with other numbers.
-        with torch.random.fork_rng(devices=[]):
+        # The loader draws a seed, detectron2's resizing a size. A resumed run, which starts from
+        # the checkpoint before this evaluation, would go on with other numbers.
+        with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
         return self.results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.layers import ROIAlign
 
 from detection import export, train_net, trainer
@@ -66,15 +69,19 @@ def _assert_equal(one, other, path=""):
         assert one == other, path
 
 
+def _cut_after_step_2(whole, cut):
+    """What a run leaves that is killed after step 3: the checkpoint of step 2 is its last."""
+    shutil.copytree(whole, cut)
+    (cut / "model_final.pth").unlink()
+    (cut / "last_checkpoint").write_text("model_0000001.pth")
+
+
 @pytest.mark.parametrize("mixed", ["False", "True"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, mixed):
     keys = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
     keys += ("SOLVER.AMP.ENABLED", mixed)
     train_net.main(arguments(tmp_path / "whole", 4, *keys))
-    train_net.main(arguments(tmp_path / "cut", 4, *keys))
-    # As if killed after step 3: what came after the checkpoint of step 2 is gone.
-    (tmp_path / "cut" / "model_final.pth").unlink()
-    (tmp_path / "cut" / "last_checkpoint").write_text("model_0000001.pth")
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
     train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
     whole, cut = (_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert {"model", "optimizer", "scheduler", "adapters", "losses", "run"} <= whole.keys()
@@ -111,13 +118,46 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation"}
 
 
-def test_evaluations_in_between_change_nothing(tmp_path, arguments, monkeypatch):
-    """An R-CNN draws its proposals at random; an evaluation's loader draws, too."""
+def test_evaluations_in_between_change_nothing(tmp_path, arguments):
+    """The flips are drawn from NumPy, as are the sizes of an evaluation's images."""
+    keys = ("INPUT.RANDOM_FLIP", "horizontal")
     for period in (0, 1):
-        monkeypatch.setattr(trainer, "evaluate", lambda *_: {"drawn": torch.rand(()).item()})
-        train_net.main(arguments(tmp_path / str(period), 2, "TEST.EVAL_PERIOD", str(period)))
-    states = [_checkpoint(tmp_path / str(period))["run"]["random"] for period in (0, 1)]
-    _assert_equal(*states)
+        folder = tmp_path / str(period)
+        train_net.main(arguments(folder, 4, *keys, "TEST.EVAL_PERIOD", str(period)))
+    without, between = (_checkpoint(tmp_path / str(period)) for period in (0, 1))
+    _assert_equal(without, between)
+
+
+def test_a_killed_run_with_evaluations_in_between_goes_on_bit_for_bit(tmp_path, arguments):
+    keys = ("INPUT.RANDOM_FLIP", "horizontal", "TEST.EVAL_PERIOD", "2")
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
+    train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
+    _assert_equal(*(_checkpoint(tmp_path / name) for name in ("whole", "cut")))
+
+
+def test_a_killed_run_goes_on_bit_for_bit_where_the_loader_starts_late(
+    tmp_path, arguments, monkeypatch
+):
+    """As in detectron2's main branch, whose loader draws its seed at the first step."""
+
+    def init(self, model, data_loader, optimizer):
+        TrainerBase.__init__(self)
+        model.train()
+        self.model, self.data_loader, self.optimizer = model, data_loader, optimizer
+        self.started = None
+
+    def started(self):
+        if self.started is None:
+            self.started = iter(self.data_loader)
+        return self.started
+
+    monkeypatch.setattr(SimpleTrainer, "__init__", init)
+    monkeypatch.setattr(SimpleTrainer, "_data_loader_iter", property(started), raising=False)
+    train_net.main(arguments(tmp_path / "whole", 4))
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
+    train_net.main(arguments(tmp_path / "cut", 4, flags=["--resume"]))
+    _assert_equal(*(_checkpoint(tmp_path / name) for name in ("whole", "cut")))
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cpu", False), ("cuda", True)])
