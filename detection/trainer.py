@@ -25,6 +25,7 @@ from detection.curves import plot_run
 from detection.data.loader import training_loader
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
+from detection.metrics_state import MetricsState, RestoreMetrics
 from detection.run_state import RunState, lent_random_states
 from pcka.distributed import OWN_BUFFERS, average_buffers
 
@@ -59,7 +60,13 @@ class DetectionTrainer(SimpleTrainer):
         optimizer = build_optimizer(cfg, model)
         self.scheduler = build_lr_scheduler(cfg, optimizer)
         self.run_state = RunState(student)
-        parts = {"optimizer": optimizer, "scheduler": self.scheduler, "run": self.run_state}
+        self.metrics = MetricsState(Path(cfg.OUTPUT_DIR, "metrics.json"))
+        parts = {
+            "optimizer": optimizer,
+            "scheduler": self.scheduler,
+            "run": self.run_state,
+            "metrics": self.metrics,
+        }
         if isinstance(model, DistilledDetector):
             parts["adapters"], parts["losses"] = model.adapters, model.losses
         self.cfg = cfg
@@ -111,6 +118,7 @@ class DetectionTrainer(SimpleTrainer):
         found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
             writers = default_writers(cfg.OUTPUT_DIR, self.last)
+            found.append(RestoreMetrics(self.metrics, writers))
             found.append(hooks.PeriodicWriter(writers, period=cfg.DISTILL.LOG_PERIOD or 20))
             found.append(hooks.CallbackHook(after_train=lambda _: plot_run(cfg.OUTPUT_DIR)))
         return found

@@ -18,6 +18,7 @@ from detectron2.layers import ROIAlign
 
 from detection import export, train_net, trainer
 from detection.config import PROJECT, ConfigError, load_config
+from detection.curves import read_metrics
 from detection.meta_arch import BackboneTap
 from pcka.folder_lock import FolderInUseError, lock_folder
 
@@ -54,6 +55,9 @@ def _checkpoint(folder, name="model_final"):
 
 
 def _assert_equal(one, other, path=""):
+    """Everything but times, and evaluations that came after the checkpoint."""
+    if path == ".metrics":
+        one, other = ({n: v for n, v in run.items() if "loss" in n} for run in (one, other))
     assert type(one) is type(other), path
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
@@ -97,14 +101,16 @@ def test_the_checkpoint_is_the_bare_student(tmp_path, arguments, build):
 
 
 def test_a_run_leaves_figures_and_pictures(tmp_path, arguments):
-    results = train_net.main(arguments(tmp_path, 2, "DISTILL.LOG_PERIOD", "1"))
+    results = train_net.main(arguments(tmp_path, 4, "DISTILL.LOG_PERIOD", "2"))
     assert "AP" in results["bbox"]
     assert json.loads((tmp_path / "result.json").read_text())["bbox"].keys() == (
         results["bbox"].keys()
     )
     assert (tmp_path / "curves.png").stat().st_size > 5000
     logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    drawn = read_metrics(tmp_path / "metrics.json")
     for level in ("p3", "p4", "p5"):
+        assert [step for step, _ in drawn[f"loss_pcka_{level}_rows"]] == [1, 3]
         assert any(entry.get(f"distill_grad/{level}", 0) > 0 for entry in logged)
         assert any(f"cka/{level}" in entry for entry in logged)
 
@@ -134,6 +140,24 @@ def test_a_killed_run_with_evaluations_in_between_goes_on_bit_for_bit(tmp_path, 
     _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
     train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
     _assert_equal(*(_checkpoint(tmp_path / name) for name in ("whole", "cut")))
+
+
+def test_a_run_that_is_killed_before_it_writes_loses_no_figure(tmp_path, arguments, monkeypatch):
+    keys = ("DISTILL.LOG_PERIOD", "2", "TEST.EVAL_PERIOD", "1")
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    figures = read_metrics(tmp_path / "whole" / "metrics.json")
+    assert [step for step, _ in figures["total_loss"]] == [1, 3]
+    assert [step for step, _ in figures["cka/p3"]] == [0, 2]
+    for lost in ("from the checkpoint on", "nothing"):
+        _cut_after_step_2(tmp_path / "whole", tmp_path / lost)
+        path = tmp_path / lost / "metrics.json"
+        written = path.read_text().splitlines(keepends=True) if lost == "nothing" else []
+        path.write_text("".join(written))
+        train_net.main(arguments(tmp_path / lost, 4, *keys, flags=["--resume"]))
+        for name, points in read_metrics(path).items():
+            assert "time" in name or "eta" in name or points == figures[name], name
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert sum("total_loss" in line for line in lines[len(written) :]) == 1 + (not written)
 
 
 def test_a_killed_run_goes_on_bit_for_bit_where_the_loader_starts_late(
