@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pcka.modes import evaluation_mode
-from pcka.ops.reference import accumulation_dtype, unbiased_hsic
+from pcka.ops.reference import accumulation_dtype, unbiased_hsic, without_autocast
 from pcka.taps import FeatureTap
 
 _MIN_SAMPLES = 4  # unbiased HSIC is not defined below
@@ -54,6 +55,8 @@ class LayerwiseCKA:
 
     def compute(self) -> dict[str, float]:
         """Layer name -> CKA of all batches so far; 0 where a layer is constant.
+
+        NaN where a feature was NaN or infinite.
 
         Raises:
             ValueError: no batch of at least 4 samples came.
@@ -110,7 +113,7 @@ def _gram(feature: Tensor) -> Tensor:
     rows = feature.detach().flatten(1)
     rows = rows.to(accumulation_dtype(rows.dtype))
     rows = rows - rows.mean(0)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         return (rows @ rows.T).double()[None]
 
 
@@ -120,4 +123,6 @@ def _hsics(k: Tensor, l: Tensor) -> Tensor:
 
 
 def _ratio(kl: float, kk: float, ll: float) -> float:
+    if not all(map(math.isfinite, (kl, kk, ll))):
+        return math.nan
     return kl / (kk * ll) ** 0.5 if kk > 0 and ll > 0 else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_temperature, require
+from pcka.losses.checks import check_temperature, check_weights, require
 from pcka.losses.outputs import Outputs
 
 
@@ -23,6 +23,7 @@ class LogitLoss(Loss):
 
     def __init__(self, weight: float, temperature: float) -> None:
         super().__init__()
+        check_weights(weight=weight)
         check_temperature(temperature)
         self.weight = weight
         self.temperature = temperature
