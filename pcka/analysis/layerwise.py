@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from pcka.modes import evaluation_mode
 from pcka.ops.reference import accumulation_dtype, unbiased_hsic
 from pcka.taps import FeatureTap
 
@@ -89,8 +89,8 @@ def layerwise_cka(
     student_paths = {name: paths[0] for name, paths in taps.items()}
     teacher_paths = {name: paths[1] for name, paths in taps.items()}
     with (
-        _inference(student),
-        _inference(teacher),
+        torch.no_grad(),
+        evaluation_mode(student, teacher),
         FeatureTap(student, student_paths) as student_tap,
         FeatureTap(teacher, teacher_paths) as teacher_tap,
     ):
@@ -99,18 +99,6 @@ def layerwise_cka(
             teacher(images)
             result.update(student_tap.pop(), teacher_tap.pop())
     return result.compute()
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _gram(feature: Tensor) -> Tensor:
