@@ -12,7 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.config import ConfigError, changed_keys, config_from_text, flatten
+from classification.config import ConfigError, changed_keys, config_from_text
 from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
     build_losses,
@@ -29,9 +29,11 @@ from classification.loop import train
 from classification.models import create_model
 from classification.random_state import seed_everything
 from classification.run_files import RunFiles, read_metrics
+from classification.solver import unreached_milestones
 from classification.teacher import Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer, TrainingFailedError
 from classification.weights import load_classifier
+from classification.yaml_files import flatten
 from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
@@ -153,6 +155,12 @@ class _Run:
             self.files.result.unlink(missing_ok=True)  # of a shorter run that goes on
             self.files.write_text("config.yaml", cfg.dump())
             self.files.write_json("environment.json", describe_environment(cfg.SEED, device))
+            if unreached := unreached_milestones(cfg):
+                self.files.logger.warning(
+                    "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
+                    "not reach",
+                    *(", ".join(map(str, unreached)), cfg.SOLVER.EPOCHS),
+                )
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         frozen = teacher.model if teacher else None

@@ -12,12 +12,13 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from classification.config import ConfigError, flatten
+from classification.config import ConfigError
 from classification.data import ImageSet
 from classification.defaults import default_config
 from classification.distillation import pixel_statistics
 from classification.evaluation import accuracy
 from classification.weights import load_classifier
+from classification.yaml_files import flatten
 from pcka.checkpoint import atomic_save, load_file
 from pcka.distributed import from_first_process, rank
 from pcka.teacher import FrozenTeacher

@@ -100,3 +100,21 @@ def test_a_continuation_on_other_images_is_refused(tiny_config, monkeypatch):
     monkeypatch.setattr("classification.data.digits.HIGHEST_VALUE", 20)
     with pytest.raises(ConfigError, match="the images are not those that the run was started"):
         run_experiment(tiny_config(**keys, **{"SOLVER.EPOCHS": 3}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "named"),
+    [
+        ("multistep", "[1, 2, 7]", "at 2, 7, which SOLVER.EPOCHS 2 does not"),
+        ("multistep", "[1]", None),
+        ("cosine", "[7]", None),
+    ],
+)
+def test_milestones_that_no_epoch_reaches_are_told_at_the_start(
+    tiny_config, caplog, schedule, milestones, named
+):
+    keys = {"SOLVER.SCHEDULE": schedule, "SOLVER.MILESTONES": milestones, "TEACHER.NAME": ""}
+    run_experiment(tiny_config(**keys))
+    told = [text for text in caplog.messages if "SOLVER.MILESTONES" in text]
+    assert len(told) == (named is not None)
+    assert all(named in text for text in told)
