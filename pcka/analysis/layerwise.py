@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -54,6 +55,8 @@ class LayerwiseCKA:
 
     def compute(self) -> dict[str, float]:
         """Layer name -> CKA of all batches so far; 0 where a layer is constant.
+
+        NaN where a feature was NaN or infinite.
 
         Raises:
             ValueError: no batch of at least 4 samples came.
@@ -120,4 +123,6 @@ def _hsics(k: Tensor, l: Tensor) -> Tensor:
 
 
 def _ratio(kl: float, kk: float, ll: float) -> float:
+    if not all(map(math.isfinite, (kl, kk, ll))):
+        return math.nan
     return kl / (kk * ll) ** 0.5 if kk > 0 and ll > 0 else 0.0
