@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.config import ConfigError, changed_keys, config_from_text
+from classification.config import ConfigError, changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
     build_losses,
@@ -28,7 +27,8 @@ from classification.launch import process_group
 from classification.loop import train
 from classification.models import create_model
 from classification.random_state import seed_everything
-from classification.run_files import RunFiles, read_metrics
+from classification.run_files import CHECKPOINT, RunFiles, read_metrics
+from classification.saved_state import check_fits, saved_config
 from classification.solver import unreached_milestones
 from classification.teacher import Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer, TrainingFailedError
@@ -174,6 +174,9 @@ class _Run:
         followed = numbered_stages(taps) if teacher else {}
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
         if self.saved is not None:
+            parts = {"student": distiller.student, "losses": distiller.losses}
+            path = Path(cfg.OUTPUT_DIR) / CHECKPOINT
+            check_fits(self.saved, parts, self.trainer.optimizer, path)
             self.trainer.restore(self.saved)
         if self.files is not None:
             self.files.start_metrics(self.trainer.epoch)
@@ -209,17 +212,37 @@ def _open_run(cfg: CfgNode, resume: bool, stack: ExitStack) -> _Run:
             files = opened.enter_context(RunFiles(cfg.OUTPUT_DIR, resume=resume))
             saved = files.load_checkpoint()
             if saved is not None:
-                _check_configuration(cfg, saved)
-                if files.result.exists() and saved["epoch"] >= cfg.SOLVER.EPOCHS:
-                    result = json.loads(files.result.read_text())
+                _check_configuration(cfg, saved, files.checkpoint)
+                if saved["epoch"] >= cfg.SOLVER.EPOCHS:
+                    result = files.read_result()
+            elif traces := files.traces():
+                result = _result_alone(cfg, files, traces)
             if result is None:
                 stack.push(opened.pop_all())  # a finished run is left alone
     saved, result = from_first_process((saved, result))
     return _Run(cfg, files, saved, result)
 
 
-def _check_configuration(cfg: CfgNode, saved: dict) -> None:
-    if changed := changed_keys(config_from_text(saved["config"]), cfg):
+def _result_alone(cfg: CfgNode, files: RunFiles, traces: list[str]) -> Result:
+    """Return what a finished run came to whose checkpoint was removed since, to save room.
+
+    Raises:
+        ConfigError: it was another run, or did not finish: it can neither be taken for this one
+            nor continued, and to train it anew would overwrite it.
+    """
+    result, config = files.read_result(), files.directory / "config.yaml"
+    whole = result is not None and result.get("epochs") == cfg.SOLVER.EPOCHS
+    if whole and config.exists() and not changed_keys(load_config(config), cfg):
+        return result
+    raise ConfigError(
+        f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
+        f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
+        "choose another OUTPUT_DIR, or remove the folder to train anew"
+    )
+
+
+def _check_configuration(cfg: CfgNode, saved: dict, path: Path) -> None:
+    if changed := changed_keys(saved_config(saved, path), cfg):
         raise ConfigError(
             f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
             f"{', '.join(changed)}; continue it with its own (its config.yaml), or choose another "
