@@ -14,6 +14,7 @@ from torch import nn
 from classification.config import ConfigError, changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
+    Taps,
     build_losses,
     check_losses,
     extra_taps,
@@ -30,13 +31,16 @@ from classification.random_state import seed_everything
 from classification.run_files import CHECKPOINT, RunFiles, read_metrics
 from classification.saved_state import check_fits, saved_config
 from classification.solver import unreached_milestones
-from classification.teacher import Teacher, check_teacher, prepare_teacher
+from classification.teacher import Teacher, check_teacher, check_teaching, prepare_teacher
 from classification.trainer import Trainer, TrainingFailedError
 from classification.weights import load_classifier
 from classification.yaml_files import flatten
+from pcka.analysis.layerwise import MIN_SAMPLES
 from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
+
+SAMPLE_IMAGES = 16  # on which the models are tried before the training
 
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
@@ -151,27 +155,21 @@ class _Run:
         cfg, (train_set, evaluation_set) = self.cfg, sets
         if self.saved is not None:
             _check_images(self.saved, [part.fingerprint for part in sets])
-        if self.files is not None:
-            self.files.result.unlink(missing_ok=True)  # of a shorter run that goes on
-            self.files.write_text("config.yaml", cfg.dump())
-            self.files.write_json("environment.json", describe_environment(cfg.SEED, device))
-            if unreached := unreached_milestones(cfg):
-                self.files.logger.warning(
-                    "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
-                    "not reach",
-                    *(", ".join(map(str, unreached)), cfg.SOLVER.EPOCHS),
-                )
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         frozen = teacher.model if teacher else None
         taps = model_taps(student, frozen.model if frozen else student, cfg.DISTILL.TAPS)
         losses = build_losses(cfg, taps)
         distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
+        followed = {}
         if teacher is not None:
-            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
-            distiller.prepare(*_sample_images(cfg, train_set), context)
             self.teacher_accuracy = teacher.accuracy
-        followed = numbered_stages(taps) if teacher else {}
+            ours, theirs = _sample_images(cfg, train_set)
+            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
+            distiller.prepare(ours[:2], theirs[:2], context)
+            logits = any(loss.needs_logits and loss.needs_teacher for loss in losses)
+            check_teaching(frozen, distiller.teacher_paths, theirs, logits=logits)
+            followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
         if self.saved is not None:
             parts = {"student": distiller.student, "losses": distiller.losses}
@@ -179,8 +177,33 @@ class _Run:
             check_fits(self.saved, parts, self.trainer.optimizer, path)
             self.trainer.restore(self.saved)
         if self.files is not None:
-            self.files.start_metrics(self.trainer.epoch)
+            self._start_files(self.files, device)
         return self.trainer
+
+    def _start_files(self, files: RunFiles, device: torch.device) -> None:
+        """Write down what is trained, now that nothing refuses it any more."""
+        files.result.unlink(missing_ok=True)  # of a shorter run that goes on
+        files.write_text("config.yaml", self.cfg.dump())
+        files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
+        files.start_metrics(self.trainer.epoch)
+        if unreached := unreached_milestones(self.cfg):
+            files.logger.warning(
+                "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
+                "not reach",
+                *(", ".join(map(str, unreached)), self.cfg.SOLVER.EPOCHS),
+            )
+
+    def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
+        """The stages whose CKA is measured after every epoch, on the evaluation images."""
+        if len(evaluation_set) >= MIN_SAMPLES:
+            return numbered_stages(taps)
+        if self.files is not None:
+            self.files.logger.warning(
+                "the CKA of the stages is not followed: it needs %d evaluation images or more, "
+                "there are %d (DATA.HOLDOUT, or the folder of test images)",
+                *(MIN_SAMPLES, len(evaluation_set)),
+            )
+        return {}
 
     def conclude(self) -> Result | TrainingFailedError:
         """Write what the run came to, in the first process; every one gets it."""
@@ -295,8 +318,9 @@ def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
 
 
 def _sample_images(cfg: CfgNode, data: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two images, normalised for the student and for the teacher."""
-    images, *_ = next(data.subset(torch.arange(2)).evaluation_batches())
+    """Return some images from all over the set, normalised for the student and for the teacher."""
+    spaced = torch.linspace(0, len(data) - 1, min(SAMPLE_IMAGES, len(data))).long()
+    images, *_ = next(data.subset(spaced).evaluation_batches())
     student, teacher = (
         pixel_statistics(role).to(data.device) for role in (cfg.STUDENT, cfg.TEACHER)
     )

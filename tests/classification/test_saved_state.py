@@ -127,11 +127,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed(
     run, changed, message
 ):
     change(run, changed)
-    before = run.checkpoint.read_bytes()
+    before = contents(run.folder)
     with pytest.raises(ConfigError, match=message) as refused:
         run(**{"SOLVER.EPOCHS": 3})
     assert str(run.folder) in str(refused.value) and "another OUTPUT_DIR" in str(refused.value)
-    assert run.checkpoint.read_bytes() == before
+    assert contents(run.folder) == before
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"text"])
