@@ -55,6 +55,14 @@ def learning_rate(cfg: CfgNode, progress: float) -> float:
     return solver.BASE_LR * factor
 
 
+def unreached_milestones(cfg: CfgNode) -> list[int]:
+    """Return the milestones of a multistep schedule that lie at or behind its last epoch."""
+    solver = cfg.SOLVER
+    if solver.SCHEDULE != "multistep":
+        return []
+    return [milestone for milestone in solver.MILESTONES if milestone >= solver.EPOCHS]
+
+
 def distillation_scale(cfg: CfgNode, progress: float) -> float:
     """Return the factor of the distillation terms: linear up to 1 in the share ``WARMUP`` of a run.
 
