@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import pcka
-from benchmarks.cases import Case, select
+from benchmarks.cases import CASES, Case, select
 from classification.environment import describe_environment
 
 _VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "sve", "asimd", "bf16")
@@ -31,6 +32,10 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="write the figures (JSON) and a plot there"
     )
     return result
+
+
+def add_device(arguments: argparse.ArgumentParser, default: str = "cuda") -> None:
+    arguments.add_argument("--device", choices=["cuda", "cpu"], default=default)
 
 
 def add_cases(arguments: argparse.ArgumentParser) -> None:
@@ -51,10 +56,14 @@ def effort(options: argparse.Namespace) -> dict[str, Any]:
     return {"rounds": options.rounds, "loop_rounds": options.loop_rounds}
 
 
-def chosen_cases(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+def chosen_cases(
+    arguments: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    cases: Mapping[str, Case] = CASES,
+) -> list[Case]:
     """The cases asked for; ends the script with a message where there are none of that name."""
     try:
-        return select(options.cases, quick=options.quick)
+        return select(options.cases, quick=options.quick, cases=cases)
     except ValueError as error:
         arguments.error(str(error))
 
@@ -63,19 +72,30 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
     """Set threads and seed, print what the figures will be made with, and return it.
 
     Raises:
-        SystemExit: the operators are not compiled, so that there is nothing of theirs to measure.
+        SystemExit: the operators are not compiled, so that there is nothing of theirs to measure;
+            with 2: a GPU is asked for and not there.
     """
     if not pcka.build_info()["cuda_loaded" if device == "cuda" else "extension"]:
         raise SystemExit(f"the compiled operators are not in use on {device}: see the README")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no GPU here", file=sys.stderr)
+        raise SystemExit(2)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     environment = {
         **describe_environment(options.seed, torch.device(device)),
+        "command_line": [_from_root(sys.argv[0]), *sys.argv[1:]],
         "processor": _processor(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     print(_heading(environment), flush=True)
     return environment
+
+
+def _from_root(script: str) -> str:
+    """The script's path in the repository, which says the same on every machine."""
+    path, root = Path(script).resolve(), Path(__file__).resolve().parents[1]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
 def _heading(environment: Mapping[str, Any]) -> str:
@@ -110,13 +130,22 @@ def _processor() -> dict[str, object]:
 
 
 def write(
-    output: Path | None, name: str, environment: Mapping[str, Any], records: Sequence[Any]
+    output: Path | None,
+    name: str,
+    environment: Mapping[str, Any],
+    records: Sequence[Any],
+    summary: Sequence[str] = (),
 ) -> None:
-    """``name.json`` with ``environment`` and ``records``, where an output folder is given."""
+    """``name.json`` with what is given, where an output folder is. ``summary``: a few lines.
+
+    Replaced as a whole, so that a script that is stopped leaves what it wrote last.
+    """
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment, "records": records}
-        (output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        content = {"environment": environment, "records": records, "summary": list(summary)}
+        part = output / f"{name}.json.part"
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(output / f"{name}.json")
 
 
 def plot_points(

@@ -1,0 +1,82 @@
+"""What is checked on a GPU machine, in this order, and how long each may take.
+
+A stage is a module that is run as ``python -m MODULE --output FOLDER --device cuda|cpu [--quick]``
+and further arguments. It writes JSON into its folder, whatever it has each time that it has more:
+a stage that is stopped at its limit keeps what it wrote. ``summary`` in that JSON is a list of
+lines for the end of the run. A module that ends with another code than 0 has failed.
+
+To add one, write such a module and give it a line in ``STAGES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One module to run.
+
+    Attributes:
+        name: what ``--only`` and ``--skip`` call it.
+        module: run with ``python -m``.
+        seconds: it is stopped after so long.
+        arguments: further ones of the module.
+        alone: nothing else may run beside it, because it measures time. Neighbours that are not
+            alone run at the same time.
+        files: of its folder, that are kept beside the results.
+        needed: whether the run ends with 3 where this stage fails.
+    """
+
+    name: str
+    module: str
+    seconds: int
+    arguments: tuple[str, ...] = ()
+    alone: bool = True
+    files: tuple[str, ...] = ()
+    needed: bool = False
+
+
+STAGES = (
+    Stage("environment", "tools.gpu.environment", 25, needed=True),
+    Stage("ceilings", "benchmarks.ceilings", 25),
+    Stage("tests", "tools.gpu.tests", 95, alone=False, files=("tests.xml",)),
+    Stage("sanitizer", "tools.gpu.sanitizer", 95, alone=False, files=("sanitizer.txt",)),
+    Stage("accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), alone=False),
+    Stage("compiled", "benchmarks.compiled", 90, alone=False),
+    Stage("operators", "benchmarks.operators_gpu", 85, ("--seconds", "60")),
+    Stage("ncu", "tools.gpu.ncu", 40, files=("ncu.csv",)),
+    Stage(
+        "detector",
+        "benchmarks.detection_step",
+        50,
+        ("--batch", "2", "16", "--autocast", "bfloat16", "--methods", "PCKA",
+         "--short-side", "800", "--long-side", "1333"),
+    ),
+)  # fmt: skip
+
+
+def choose(only: Sequence[str], skip: Sequence[str]) -> list[Stage]:
+    """The stages asked for; those that the others need are always among them.
+
+    Raises:
+        ValueError: a name that no stage has.
+    """
+    names = [stage.name for stage in STAGES]
+    for name in (*only, *skip):
+        if name not in names:
+            raise ValueError(f"no stage is called {name!r}; there are {', '.join(names)}")
+    wanted = [name for name in names if name in (only or names) and name not in skip]
+    return [stage for stage in STAGES if stage.needed or stage.name in wanted]
+
+
+def together(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Groups that run one after the other; within a group at the same time."""
+    groups: list[list[Stage]] = []
+    for stage in stages:
+        if groups and not stage.alone and not groups[-1][-1].alone:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
