@@ -23,12 +23,19 @@ struct Tap {
   acc_t weight;
 };
 
-template <typename acc_t>
-PCKA_HOST_DEVICE inline Tap<acc_t> bilinear_tap(int64_t o, int64_t in, int64_t out) {
-  int64_t numerator = (2 * o + 1) * in - out;
+// Whether int holds every intermediate value of the functions below: divisions of 64 bits are slow
+// on a GPU.
+PCKA_HOST_DEVICE inline bool fits_int(int64_t in, int64_t out) {
+  const int64_t largest = in > out ? in : out;
+  return largest < (int64_t{1} << 14);  // (2 out + 1) in, out (2 in + 3) < 2^31
+}
+
+template <typename acc_t, typename index_t>
+PCKA_HOST_DEVICE inline Tap<acc_t> bilinear_tap(index_t o, index_t in, index_t out) {
+  index_t numerator = (2 * o + 1) * in - out;
   if (numerator < 0) numerator = 0;
-  const int64_t low = numerator / (2 * out);
-  const int64_t high = low + 1 < in ? low + 1 : low;
+  const index_t low = numerator / (2 * out);
+  const index_t high = low + 1 < in ? low + 1 : low;
   const acc_t weight = static_cast<acc_t>(numerator - low * 2 * out) / static_cast<acc_t>(2 * out);
   return {low, high, weight};
 }
