@@ -122,13 +122,9 @@ template <typename acc_t>
 __device__ inline void fill_taps(
     NearTap<acc_t>* taps, int64_t patch, int patches, int64_t size, int first, int width,
     int64_t in, int64_t out, int stride) {
-  const bool small = fits_int(in, out);
   for (int i = threadIdx.x; i < patches * width; i += kThreads) {
     const int64_t o = (patch + i / width) * size + first + i % width;
-    const Tap<acc_t> tap =
-        small
-            ? bilinear_tap<acc_t>(static_cast<int>(o), static_cast<int>(in), static_cast<int>(out))
-            : bilinear_tap<acc_t>(o, in, out);
+    const Tap<acc_t> tap = bilinear_tap<acc_t>(o, in, out);
     taps[i] = {static_cast<int>(tap.low) * stride, tap.weight};
   }
 }
