@@ -1,27 +1,26 @@
 """Images a second of CIFAR trainings: eager, recorded as a CUDA graph, compiled, side by side.
 
-``python -m benchmarks.classification_throughput [--runs NAME...] [--seconds S] [--output DIR]``.
+``python -m benchmarks.classification_throughput [--runs NAME...] [--seconds S] [--device cpu]``.
 The trainer's own steps, data and teacher included, on random images of CIFAR's size with a
 resnet56 of random weights as the teacher. A run trains one student or several side by side.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
+from benchmarks import report
 from benchmarks.classification_step import configure, random_images
 from benchmarks.harness import markdown
-from benchmarks.report import write
-from classification.environment import choose_device, describe_environment
 from classification.experiment import prepare_trainers
 from classification.steps import Steps
 
@@ -76,11 +75,11 @@ RUNS = {
 }
 
 
-def measure(run: Run, seconds: float, images: int, folder: Path) -> dict[str, float]:
+def measure(run: Run, on: str, seconds: float, images: int, folder: Path) -> dict[str, float]:
     """Milliseconds of a step, images a second (of each student, summed), and seconds to start."""
     sets = random_images(images, 100)
     cfgs = [configure(m, folder, *run.overrides()) for m in run.methods]
-    device = choose_device(cfgs[0].DEVICE)
+    device = torch.device(on)
     started = time.perf_counter()
     steps = Steps(prepare_trainers(cfgs, device, sets))
     stream = _endless(steps)
@@ -94,10 +93,10 @@ def measure(run: Run, seconds: float, images: int, folder: Path) -> dict[str, fl
         _synchronize(device)
         return time.perf_counter() - start
 
-    advance(2 * 8 + 1)
+    advance(3)  # records the step, or compiles it
     start_up = time.perf_counter() - started
-    per_step = advance(8) / 8
-    number = max(8, int(seconds / 3 / per_step))
+    per_step = advance(4) / 4
+    number = max(1, int(seconds / 3 / per_step))
     per_step = sorted(advance(number) / number for _ in range(3))[1]
     return {
         "ms_per_step": 1000 * per_step,
@@ -117,27 +116,50 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each run in its turn, and print a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = report.parser("Images a second of CIFAR trainings.")
+    report.add_device(parser)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=6, help="timed for each run")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of an epoch")
-    parser.add_argument("--output", type=Path, help="folder for classification_throughput.json")
-    options = parser.parse_args()
-    records = []
-    environment = describe_environment(0, choose_device("auto"))
+    parser.add_argument("--seconds", type=float, default=5, help="timed for each run")
+    options = parser.parse_args(arguments)
+    environment = report.start(options.device, options)
+    seconds, images = (0.0, 64) if options.quick else (options.seconds, IMAGES)
+    records: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         for name in options.runs:
-            figures = measure(RUNS[name], options.seconds, options.images, Path(folder))
-            records.append({"run": name, **asdict(RUNS[name]), **figures})
-            print(name, {key: round(value, 3) for key, value in figures.items()}, flush=True)
-            write(options.output, "classification_throughput", environment, records)
+            run = replace(RUNS[name], batch=8) if options.quick else RUNS[name]
+            try:
+                figures = measure(run, options.device, seconds, images, Path(folder))
+            except RuntimeError as error:  # the others are worth having
+                print(f"{name}: {error}", flush=True)
+                records.append({"run": name, **asdict(run), "error": str(error)})
+                continue
+            records.append({"run": name, **asdict(run), **figures})
+            line = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
+            print(f"{name}: {line}", flush=True)
+            report.write(
+                options.output, "classification_throughput", environment, records, _lines(records)
+            )
             gc.collect()  # of graphs and their memory
     rows = [
-        [r["run"], f"{r['ms_per_step']:.3f}", f"{r['images_per_second']:,.0f}"] for r in records
+        [r["run"], f"{r['ms_per_step']:.3f}", f"{r['images_per_second']:,.0f}"]
+        for r in records
+        if "error" not in r
     ]
     print(markdown(["run", "ms a step", "images a second"], rows))
+    if any("error" in record for record in records):
+        raise SystemExit(1)
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The figures of each run in a line."""
+    return [
+        f"{r['run']}: {r.get('error', '')}"
+        if "error" in r
+        else f"{r['run']}: {r['ms_per_step']:.3f} ms a step, {r['images_per_second']:,.0f} images/s"
+        for r in records
+    ]
 
 
 if __name__ == "__main__":

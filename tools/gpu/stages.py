@@ -48,6 +48,12 @@ STAGES = (
     Stage("operators", "benchmarks.operators_gpu", 85, ("--seconds", "60")),
     Stage("ncu", "tools.gpu.ncu", 40, files=("ncu.csv",)),
     Stage(
+        "throughput",
+        "benchmarks.classification_throughput",
+        150,
+        ("--seconds", "4"),
+    ),
+    Stage(
         "detector",
         "benchmarks.detection_step",
         50,
