@@ -42,18 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         stages = choose(given.only, given.skip)
+        manifest = bundle.manifest(given.bundle) if given.bundle else {}
     except ValueError as error:
         parser.error(str(error))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "log.txt").write_text("")
     with tempfile.TemporaryDirectory(prefix="pcka-gpu-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
-        try:
-            packed = bundle.unpack(given.bundle, work) if given.bundle else {}
-        except ValueError as error:
-            parser.error(str(error))
-        environment = _environment(packed, work, given.device)
-        runner = Runner(given.out, work, given.device, quick=given.quick, environment=environment)
+        packed = bundle.unpack(given.bundle, work) if given.bundle else {}
+        runner = Runner(
+            given.out,
+            work,
+            given.device,
+            quick=given.quick,
+            environment=_environment(packed, work, given.device),
+            bundle=manifest,
+        )
         complete = runner.run(stages)
     try:
         tables = report.markdown(runner.results)

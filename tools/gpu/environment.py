@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     info = found["build_info"]
     lines.append(
         f"torch {info['running_torch']} (CUDA {info['running_cuda']}); operators of torch "
-        f"{info['torch_version']}, CUDA {info['cuda_version']}, {' '.join(info['cuda_archs'])}; "
-        f"commit {str(found['commit'])[:12]}"
+        f"{info['torch_version']}, CUDA {info['cuda_version']}, {' '.join(info['cuda_archs'])}"
     )
     output.write(given.output, "environment", found, lines)
 
