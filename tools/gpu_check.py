@@ -79,6 +79,7 @@ def _environment(packed: dict[str, str], work: Path, device: str) -> dict[str, s
         "PYTHONUNBUFFERED": "1",
         "PCKA_REQUIRE": device,
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # several processes compile at the same time
         "TRITON_CACHE_DIR": str(work / "triton"),
         "MPLCONFIGDIR": str(work / "matplotlib"),
     }

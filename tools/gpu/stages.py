@@ -39,18 +39,18 @@ class Stage:
 
 
 STAGES = (
-    Stage("environment", "tools.gpu.environment", 25, needed=True),
-    Stage("ceilings", "benchmarks.ceilings", 25),
-    Stage("tests", "tools.gpu.tests", 95, alone=False, files=("tests.xml",)),
-    Stage("sanitizer", "tools.gpu.sanitizer", 95, alone=False, files=("sanitizer.txt",)),
+    Stage("environment", "tools.gpu.environment", 20, needed=True),
+    Stage("ceilings", "benchmarks.ceilings", 20),
+    Stage("tests", "tools.gpu.tests", 90, alone=False, files=("tests.xml",)),
+    Stage("sanitizer", "tools.gpu.sanitizer", 90, alone=False, files=("sanitizer.txt",)),
     Stage("accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), alone=False),
     Stage("compiled", "benchmarks.compiled", 90, alone=False),
-    Stage("operators", "benchmarks.operators_gpu", 85, ("--seconds", "60")),
-    Stage("ncu", "tools.gpu.ncu", 40, files=("ncu.csv",)),
+    Stage("operators", "benchmarks.operators_gpu", 90, ("--seconds", "50")),
+    Stage("ncu", "tools.gpu.ncu", 35, files=("ncu.csv",)),
     Stage(
         "detector",
         "benchmarks.detection_step",
-        50,
+        45,
         ("--batch", "2", "16", "--autocast", "bfloat16", "--methods", "PCKA",
          "--short-side", "800", "--long-side", "1333"),
     ),
