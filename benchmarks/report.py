@@ -87,7 +87,7 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     environment = {
         **describe_environment(options.seed, torch.device(device)),
-        "command_line": [_from_root(sys.argv[0]), *sys.argv[1:]],
+        "command_line": [_anywhere(word) for word in sys.argv],
         "processor": _processor(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -95,9 +95,11 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
     return environment
 
 
-def _from_root(script: str) -> str:
-    """The script's path in the repository, which says the same on every machine."""
-    path, root = Path(script).resolve(), Path(__file__).resolve().parents[1]
+def _anywhere(word: str) -> str:
+    """A word of the command line as it says the same on every machine: no absolute path."""
+    path, root = Path(word), Path(__file__).resolve().parents[1]
+    if not path.is_absolute():
+        return word
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 

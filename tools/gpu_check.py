@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = bundle.manifest(given.bundle) if given.bundle else {}
     except ValueError as error:
         parser.error(str(error))
+    # Stopped from outside, it still stops the stage at work.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "log.txt").write_text("")
     with tempfile.TemporaryDirectory(prefix="pcka-gpu-", ignore_cleanup_errors=True) as folder:

@@ -81,7 +81,7 @@ class Runner:
         self.out, self.work, self.device, self.quick = out, work, device, quick
         self.environment = {**os.environ, **environment}
         self.results: dict[str, Any] = {
-            "command": shlex.join(["python", "tools/gpu_check.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "tools/gpu_check.py", *map(_anywhere, sys.argv[1:])]),
             "device": device,
             "quick": quick,
             "bundle": dict(bundle or {}),
@@ -120,7 +120,8 @@ class Runner:
         folder = self.work / stage.name
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", stage.module, "--output", str(folder)]
-        command += ["--device", self.device, *stage.arguments, *(["--quick"] if self.quick else [])]
+        command += ["--device", self.device, *stage.arguments]
+        command += ["--quick", *stage.quick] if self.quick else []
         # A CPU only rehearses: there it matters that a stage ends, not when.
         limit = stage.seconds * (PATIENCE if self.device == "cpu" else 1)
         print(f"[{stage.name}] at most {limit} s", flush=True)
@@ -158,6 +159,11 @@ class Runner:
 
     def _status_of(self, name: str) -> str:
         return str(self.results["stages"][name]["status"])
+
+
+def _anywhere(word: str) -> str:
+    """A word of the command line without the machine's own folders."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _read(path: Path) -> Any:
