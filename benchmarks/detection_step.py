@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     environment = report.start(given.device, given)
     if given.quick:
         given.short_side, given.long_side, given.rounds = 160, 192, 1
+        given.batch = sorted({min(batch, 3) for batch in given.batch})
         given.opts = [*TINY, *given.opts]
     peaks = _peaks(given) if given.device == "cpu" and sys.platform.startswith("linux") else {}
     model, losses = _build(given.methods, given.opts, given.device)

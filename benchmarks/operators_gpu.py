@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for case, entry in zip(cases, records):  # last: a profiler that once ran slows launches down
         if case.shape[0] == 2 or case.name.startswith(("p2_rows", "p3_rows")):
             entry["launches"] = _launches(case, options)
-    report.write(options.output, "operators_gpu", environment, records, summary(records))
+            report.write(options.output, "operators_gpu", environment, records, summary(records))
     print(timing_table(records))
     return records
 

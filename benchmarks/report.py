@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -27,7 +28,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--threads", type=int, help="2; beside a GPU as many as 8")
     result.add_argument(
         "--output", type=Path, metavar="DIR", help="write the figures (JSON) and a plot there"
     )
@@ -80,11 +81,13 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         print("torch sees no GPU here", file=sys.stderr)
         raise SystemExit(2)
+    if options.threads is None:
+        options.threads = min(8, os.cpu_count() or 2) if device == "cuda" else 2
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     environment = {
         **describe_environment(options.seed, torch.device(device)),
-        "command_line": [_from_root(sys.argv[0]), *sys.argv[1:]],
+        "command_line": [_anywhere(word) for word in sys.argv],
         "processor": _processor(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -92,9 +95,11 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
     return environment
 
 
-def _from_root(script: str) -> str:
-    """The script's path in the repository, which says the same on every machine."""
-    path, root = Path(script).resolve(), Path(__file__).resolve().parents[1]
+def _anywhere(word: str) -> str:
+    """A word of the command line as it says the same on every machine: no absolute path."""
+    path, root = Path(word), Path(__file__).resolve().parents[1]
+    if not path.is_absolute():
+        return word
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_one_module_alone_touches_the_compiled_operators():
     users = {
         str(path.relative_to(ROOT))
-        for folder in ("pcka", "classification", "benchmarks")
+        for folder in ("pcka", "classification", "benchmarks", "tools")
         for path in (ROOT / folder).rglob("*.py")
         if "torch.ops.pcka" in path.read_text()
     }

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = sorted(path for path in given.out.rglob("*") if path.is_file())
     manifest = {
         "python": given.python,
+        "commit": commit(),
         "build": build,
         "files": {str(path.relative_to(given.out)): path.stat().st_size for path in files},
     }
@@ -60,6 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{total:8.2f} MiB  {given.out}")
     if total > LIMIT_MIB:
         raise SystemExit(f"the bundle is larger than {LIMIT_MIB} MiB: take fewer --data along")
+
+
+def commit() -> str:
+    """Of what is packed, which the machine need not have the history of."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"
 
 
 def libraries(folder: Path, *, build: bool) -> dict[str, str]:
@@ -113,7 +125,7 @@ def detectron2(archive: Path) -> None:
 def data(folder: Path, sets: Iterable[Path]) -> None:
     """Each data set as one archive."""
     for path in sets:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             _zip(folder / f"{path.name}.zip", path, path)
         elif zipfile.is_zipfile(path):

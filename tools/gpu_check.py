@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,18 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         stages = choose(given.only, given.skip)
+        manifest = bundle.manifest(given.bundle) if given.bundle else {}
     except ValueError as error:
         parser.error(str(error))
+    # Stopped from outside, it still stops the stage at work.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "log.txt").write_text("")
     with tempfile.TemporaryDirectory(prefix="pcka-gpu-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
-        try:
-            packed = bundle.unpack(given.bundle, work) if given.bundle else {}
-        except ValueError as error:
-            parser.error(str(error))
-        environment = _environment(packed, work, given.device)
-        runner = Runner(given.out, work, given.device, quick=given.quick, environment=environment)
+        packed = bundle.unpack(given.bundle, work) if given.bundle else {}
+        runner = Runner(
+            given.out,
+            work,
+            given.device,
+            quick=given.quick,
+            environment=_environment(packed, work, given.device),
+            bundle=manifest,
+        )
         complete = runner.run(stages)
     try:
         tables = report.markdown(runner.results)
@@ -75,6 +82,7 @@ def _environment(packed: dict[str, str], work: Path, device: str) -> dict[str, s
         "PYTHONUNBUFFERED": "1",
         "PCKA_REQUIRE": device,
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # several processes compile at the same time
         "TRITON_CACHE_DIR": str(work / "triton"),
         "MPLCONFIGDIR": str(work / "matplotlib"),
     }

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from tools.gpu.runner import ROOT
 
 LIBRARIES = ("_build_info.abi3.so", "_cpu.abi3.so", "_cuda.abi3.so")
+
+
+def manifest(bundle: Path) -> dict[str, Any]:
+    """What was packed, and from which commit.
+
+    Raises:
+        ValueError: not a bundle.
+    """
+    try:
+        found: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(
+            f"--bundle {bundle}: no manifest.json there; make a bundle by make gpu-bundle"
+        ) from None
+    return found
 
 
 def unpack(bundle: Path, work: Path) -> dict[str, str]:
@@ -17,12 +34,7 @@ def unpack(bundle: Path, work: Path) -> dict[str, str]:
     Returns:
         Environment variables under which the packages and the data are found: ``PYTHONPATH`` and,
         where there are data, ``PCKA_GPU_DATA``, a folder with one folder for each data set.
-
-    Raises:
-        ValueError: not a bundle.
     """
-    if not (bundle / "manifest.json").is_file():
-        raise ValueError(f"--bundle {bundle}: no manifest.json there; make one by make gpu-bundle")
     for name in LIBRARIES:
         if (bundle / name).exists():
             # Replaced, not overwritten: a process that has it loaded keeps its own.

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cores": os.cpu_count(),
         "card": _said_by("nvidia-smi", f"--query-gpu={CARD}", "--format=csv,noheader"),
         "versions": {name: _version(name) for name in PACKAGES},
-        "tools": {name: shutil.which(name) for name in TOOLS},
+        "tools": {name: shutil.which(name) is not None for name in TOOLS},
         "commit": _said_by("git", "rev-parse", "HEAD"),
     }
     lines = [f"{found['card'] or 'no GPU'}; python {found['python']}, {found['cores']} cores"]
@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     info = found["build_info"]
     lines.append(
         f"torch {info['running_torch']} (CUDA {info['running_cuda']}); operators of torch "
-        f"{info['torch_version']}, CUDA {info['cuda_version']}, {' '.join(info['cuda_archs'])}; "
-        f"commit {str(found['commit'])[:12]}"
+        f"{info['torch_version']}, CUDA {info['cuda_version']}, {' '.join(info['cuda_archs'])}"
     )
     output.write(given.output, "environment", found, lines)
 

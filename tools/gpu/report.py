@@ -49,7 +49,7 @@ def _made_with(results: Results) -> str:
         + " ".join(info.get("cuda_archs") or []),
         "software": f"Python {found.get('python')}, {shown}",
         "cores": found.get("cores"),
-        "commit": found.get("commit"),
+        "commit": found.get("commit") or results.get("bundle", {}).get("commit"),
         "command": f"`{results['command']}`",
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())

@@ -23,6 +23,7 @@ class Stage:
         module: run with ``python -m``.
         seconds: it is stopped after so long.
         arguments: further ones of the module.
+        quick: and further ones of a rehearsal.
         alone: nothing else may run beside it, because it measures time. Neighbours that are not
             alone run at the same time.
         files: of its folder, that are kept beside the results.
@@ -33,20 +34,32 @@ class Stage:
     module: str
     seconds: int
     arguments: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
     alone: bool = True
     files: tuple[str, ...] = ()
     needed: bool = False
 
 
+# A rehearsal has one thread: on a busy machine several wait for each other.
+_ONE_THREAD = ("--threads", "1")
+
 STAGES = (
-    Stage("environment", "tools.gpu.environment", 25, needed=True),
-    Stage("ceilings", "benchmarks.ceilings", 25),
-    Stage("tests", "tools.gpu.tests", 95, alone=False, files=("tests.xml",)),
-    Stage("sanitizer", "tools.gpu.sanitizer", 95, alone=False, files=("sanitizer.txt",)),
-    Stage("accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), alone=False),
-    Stage("compiled", "benchmarks.compiled", 90, alone=False),
-    Stage("operators", "benchmarks.operators_gpu", 85, ("--seconds", "60")),
-    Stage("ncu", "tools.gpu.ncu", 40, files=("ncu.csv",)),
+    Stage("environment", "tools.gpu.environment", 20, needed=True),
+    Stage("ceilings", "benchmarks.ceilings", 20, quick=_ONE_THREAD),
+    Stage("tests", "tools.gpu.tests", 90, alone=False, files=("tests.xml",)),
+    Stage("sanitizer", "tools.gpu.sanitizer", 90, alone=False, files=("sanitizer.txt",)),
+    Stage(
+        "accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), quick=_ONE_THREAD, alone=False
+    ),
+    Stage("compiled", "benchmarks.compiled", 90, quick=_ONE_THREAD, alone=False),
+    Stage(
+        "operators",
+        "benchmarks.operators_gpu",
+        90,
+        ("--seconds", "50"),
+        quick=(*_ONE_THREAD, "--seconds", "600", "--cases", "p3_rows*", "p6*", "p5_columns*"),
+    ),
+    Stage("ncu", "tools.gpu.ncu", 35, files=("ncu.csv",)),
     Stage(
         "throughput",
         "benchmarks.classification_throughput",
@@ -56,9 +69,10 @@ STAGES = (
     Stage(
         "detector",
         "benchmarks.detection_step",
-        50,
+        45,
         ("--batch", "2", "16", "--autocast", "bfloat16", "--methods", "PCKA",
          "--short-side", "800", "--long-side", "1333"),
+        quick=_ONE_THREAD,
     ),
 )  # fmt: skip
 

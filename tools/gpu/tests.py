@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run them, write ``tests.xml`` and ``tests.json``; end with 1 where one failed."""
     given = output.arguments(__doc__, arguments)
     report = given.output / "tests.xml"
-    command = [sys.executable, "-m", "pytest", *FILES, "-v", "--tb=short", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", "-m", "not slow" if given.quick else "slow or not slow"]
+    command = [sys.executable, "-m", "pytest", *FILES, "-vv", "--tb=short", f"--junitxml={report}"]
+    command += ["-p", "no:cacheprovider", "-m", "not slow" if given.quick else "slow or not slow"]
     if given.device == "cuda":
         command += ["-n", str(PROCESSES)]
     subprocess.run(command)
