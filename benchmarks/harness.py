@@ -92,6 +92,11 @@ _RATIOS = (
     ("loop", "pcka"),
     ("split loop", "pcka"),
     ("eager", "pcka"),
+    ("strong eager", "pcka"),
+    ("compiled eager", "pcka"),
+    ("eager graph", "pcka graph"),
+    ("strong eager graph", "pcka graph"),
+    ("compiled eager graph", "pcka graph"),
 )
 
 

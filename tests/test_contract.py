@@ -39,7 +39,7 @@ def test_what_counts_as_touching_the_operators(source, expected):
 def test_one_module_alone_touches_the_compiled_operators():
     users = {
         str(path.relative_to(ROOT))
-        for folder in ("pcka", "classification", "detection", "benchmarks")
+        for folder in ("pcka", "classification", "detection", "benchmarks", "tools")
         for path in (ROOT / folder).rglob("*.py")
         if names_operators(path.read_text())
     }
