@@ -77,10 +77,10 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not a positive finite number."""
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """Refuse a temperature, or another divisor or power, that is no positive finite number."""
     if not (_is_number(temperature) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
 
 
 def check_weights(**weights: float) -> None:

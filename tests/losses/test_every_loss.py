@@ -197,12 +197,7 @@ def test_one_weight_serves_all_stages(draw, name):
 
 @pytest.mark.parametrize(
     ("name", "keyword"),
-    [
-        (name, key)
-        for name in NAMES
-        for key in losses.defaults(name)
-        if key.endswith("weight") and name != "CRD"
-    ],
+    [(name, key) for name in NAMES for key in losses.defaults(name) if key.endswith("weight")],
 )
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "1"])
 def test_a_weight_that_trains_away_is_refused(name, keyword, value):

@@ -47,7 +47,11 @@ def test_build_passes_the_keywords_on():
 
 
 def test_defaults_are_those_of_the_module():
-    assert losses.defaults("KD") == {"weight": 1.0, "temperature": 4.0}
+    assert losses.defaults("KD") == {
+        "weight": 1.0,
+        "temperature": 4.0,
+        "standardize": False,
+    }
 
 
 def test_an_unknown_name_lists_the_known_ones():
