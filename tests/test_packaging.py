@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import pcka
 
@@ -167,3 +170,44 @@ def test_cuda_operators_stay_away_from_another_cuda_major(runtime, words):
     assert info["extension"] and not info["cuda_loaded"]
     assert words in info["fallback"]["cuda"]
     assert info["cuda_version"] in info["fallback"]["cuda"]
+
+
+OWN = {"pcka", "classification", "detection", "benchmarks", "tools"}
+ELSEWHERE = {"detectron2", "omegaconf"}  # by detection/install_detectron2.py
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of what a module imports, anywhere in it, beyond Python and this project."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(str(node.module))
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - OWN - ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("pcka", []),
+        ("pcka/analysis", ["train"]),
+        ("classification", ["train"]),
+        ("benchmarks", ["train"]),
+        ("detection", ["train", "detection"]),
+        ("tools", ["train"]),
+    ],
+)
+def test_every_import_is_declared(folder, extras):
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = [*project["dependencies"]]
+    for extra in extras:
+        stated += project["optional-dependencies"][extra]
+    declared = {Requirement(text).name.lower().replace("-", "_") for text in stated}
+    distributions = metadata.packages_distributions()
+    inner = "pcka/analysis" if folder == "pcka" else "none"  # has a row of its own
+    modules = [path for path in (ROOT / folder).rglob("*.py") if inner not in str(path)]
+    for name in set().union(*map(imported, modules)):
+        known = {d.lower().replace("-", "_") for d in distributions.get(name, [name])}
+        assert known & declared, f"{folder} imports {name}, and pyproject.toml has no {known}"
