@@ -64,7 +64,7 @@ STAGES = (
         "throughput",
         "benchmarks.classification_throughput",
         150,
-        ("--seconds", "4"),
+        ("--seconds", "3"),
     ),
     Stage(
         "detector",
