@@ -12,7 +12,7 @@ from typing import Any
 from tools.gpu import output
 
 FILES = ("tests/ops", "tests/cuda/test_on_gpu.py", "tests/classification/test_steps_on_gpu.py")
-PROCESSES = 6
+PROCESSES = 12
 SHOWN = 12  # failures and skips by name
 
 
