@@ -37,6 +37,7 @@ class Run:
         batch: images of a step.
         graph: the step is recorded.
         compile: and compiled before.
+        settings: further ``KEY VALUE`` words.
     """
 
     methods: tuple[str, ...]
@@ -44,6 +45,7 @@ class Run:
     batch: int = 64
     graph: bool = True
     compile: bool = False
+    settings: tuple[str, ...] = ()
 
     def overrides(self) -> list[str]:
         """As words of a command line."""
@@ -56,7 +58,7 @@ class Run:
             "SOLVER.BATCH_SIZE": self.batch,
             "LOG_EVERY": 1000,
         }
-        return [str(word) for pair in values.items() for word in pair]
+        return [*(str(word) for pair in values.items() for word in pair), *self.settings]
 
 
 FOUR = ("ce", "kd", "rcka", "kd_fcka")

@@ -33,9 +33,12 @@ class CapturedFunction:
     def __init__(
         self, function: Callable[[Any], Any], inputs: Any, changed: Iterable[Tensor]
     ) -> None:
-        self._inputs = map_tensors(torch.clone, inputs)
         changed = list(changed)
-        kept = [tensor.clone() for tensor in changed]
+        # Without a graph: one from the parameters would live through the recording, and tie their
+        # gradients to the stream that it was made on.
+        with torch.no_grad():
+            self._inputs = map_tensors(torch.clone, inputs)
+            kept = [tensor.clone() for tensor in changed]
         random = torch.cuda.get_rng_state()
         self._graph = torch.cuda.CUDAGraph()
         try:

@@ -93,6 +93,17 @@ def tiny_config(tiny_overrides):
     return config
 
 
+@pytest.fixture
+def pair_config(tiny_config, random_teacher):
+    """The same with that teacher, and a warm-up of the distillation."""
+
+    def config(method: str, name: str, **keys: object):
+        given = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.WARMUP": 0.6, **keys}
+        return tiny_config(method, name, **given)
+
+    return config
+
+
 @pytest.fixture(scope="session")
 def assert_same_run():
     """``assert_same_run(ours, theirs)``: two folders hold the same training, bit for bit."""

@@ -169,15 +169,6 @@ def recorded(monkeypatch):
     return ReplayedOnTheCpu
 
 
-@pytest.fixture
-def pair_config(tiny_config, random_teacher):
-    def config(method, name, **keys):
-        given = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.WARMUP": 0.6, **keys}
-        return tiny_config(method, name, **given)
-
-    return config
-
-
 def test_recorded_steps_train_as_plain_ones_do(
     pair_config, tmp_path, assert_same_run, monkeypatch, request
 ):
@@ -241,52 +232,3 @@ def test_epochs_between_evaluations_and_checkpoints_are_trained_all_the_same(
     torch.testing.assert_close(*models, rtol=0, atol=0)
     state = torch.load(tmp_path / "rare" / "checkpoint.pth", weights_only=True)
     assert state["epoch"] == 5
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@needs_gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_recorded_steps_train_as_plain_ones_do_on_a_gpu(pair_config, tmp_path, compile):
-    runs = {"kd": 0, "fcka": 0, "ce": 1}
-    for name, graph in (("plain", False), ("graph", True)):
-        cfgs = [
-            pair_config(m, f"{name}/{m}", SEED=seed, DEVICE="cuda", CUDA_GRAPH=graph,
-                        COMPILE=compile and graph)
-            for m, seed in runs.items()
-        ]  # fmt: skip
-        run_side_by_side(cfgs)
-    for method in runs:
-        assert_close_run(tmp_path / "graph" / method, tmp_path / "plain" / method)
-
-
-@needs_gpu
-def test_a_run_alone_on_a_gpu_is_recorded_and_goes_on(pair_config, tmp_path, caplog):
-    def config(name, epochs):
-        keys = {"SOLVER.EPOCHS": epochs, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0}
-        return pair_config("mgd", name, DEVICE="cuda", AUTOCAST="bfloat16", **keys)
-
-    run_experiment(config("whole", 3))
-    run_experiment(config("parts", 1))
-    run_experiment(config("parts", 3), resume=True)
-    assert "kernel by kernel" not in caplog.text
-    whole, parts = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("whole", "parts"))
-    for a, b in zip(whole, parts, strict=True):
-        assert a["loss_total"] == pytest.approx(b["loss_total"], rel=0.02)
-
-
-@needs_gpu
-@pytest.mark.parametrize("method", sorted(NOT_CAPTURABLE))
-def test_what_cannot_be_recorded_trains_on_a_gpu_and_says_so(pair_config, method, caplog):
-    run_experiment(pair_config(method, method, DEVICE="cuda"))
-    assert f"kernel by kernel: {method.upper()} cannot be part of one" in caplog.text
-
-
-@needs_gpu
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_recorded_on_a_gpu(pair_config, method, caplog):
-    keys = {"SOLVER.EPOCHS": 1, "DISTILL.WARMUP": 0, "DEVICE": "cuda", "AUTOCAST": "bfloat16"}
-    result = run_experiment(pair_config(method, method, **keys))
-    assert result["epochs"] == 1
-    assert "kernel by kernel" not in caplog.text

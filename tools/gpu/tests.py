@@ -11,8 +11,8 @@ from typing import Any
 
 from tools.gpu import output
 
-FILES = ("tests/ops", "tests/cuda/test_on_gpu.py", "tests/classification/test_steps.py")
-PROCESSES = 6
+FILES = ("tests/ops", "tests/cuda/test_on_gpu.py", "tests/classification/test_steps_on_gpu.py")
+PROCESSES = 12
 SHOWN = 12  # failures and skips by name
 
 

@@ -1,0 +1,67 @@
+"""Steps as CUDA graphs, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from classification.config import method_files
+from classification.experiment import run_experiment, run_side_by_side
+from classification.run_files import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+NOT_CAPTURABLE = ("crd", "kdsvd")
+UNRECORDED = "kernel by kernel"
+
+
+def losses(folder):
+    """Every loss term of every epoch."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k.startswith("loss_")} for record in records]
+
+
+def test_recorded_steps_train_as_plain_ones_do(pair_config, tmp_path, caplog):
+    runs = {"kd": 0, "fcka": 0, "ce": 1}
+    for name, graph in (("plain", False), ("graph", True)):
+        keys = {"DEVICE": "cuda", "CUDA_GRAPH": graph}
+        run_side_by_side(
+            [pair_config(m, f"{name}/{m}", SEED=seed, **keys) for m, seed in runs.items()]
+        )
+    assert UNRECORDED not in caplog.text
+    for method in runs:
+        plain, graph = (losses(tmp_path / name / method) for name in ("plain", "graph"))
+        for expected, recorded in zip(plain, graph, strict=True):
+            assert recorded == pytest.approx(expected, rel=0.02)
+
+
+def test_a_run_that_draws_random_masks_goes_on(pair_config, tmp_path, caplog):
+    def config(name, epochs):
+        keys = {"SOLVER.EPOCHS": epochs, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0}
+        return pair_config("mgd", name, DEVICE="cuda", AUTOCAST="bfloat16", **keys)
+
+    run_experiment(config("whole", 3))
+    run_experiment(config("parts", 1))
+    run_experiment(config("parts", 3), resume=True)
+    assert UNRECORDED not in caplog.text
+    for whole, parts in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+        assert parts == pytest.approx(whole, rel=0.02)
+
+
+def test_students_that_draw_are_not_recorded_side_by_side(pair_config, caplog):
+    run_side_by_side([pair_config(m, m, DEVICE="cuda") for m in ("mgd", "ce")])
+    assert f"{UNRECORDED}: it draws random numbers" in caplog.text
+
+
+@pytest.mark.parametrize("method", NOT_CAPTURABLE)
+def test_what_cannot_be_recorded_trains_and_says_so(pair_config, method, caplog):
+    run_experiment(pair_config(method, method, DEVICE="cuda"))
+    assert f"{UNRECORDED}: {method.upper()} cannot be part of one" in caplog.text
+
+
+@pytest.mark.parametrize("method", sorted(method_files().keys() - set(NOT_CAPTURABLE)))
+def test_every_other_method_is_recorded(pair_config, method, caplog):
+    keys = {"SOLVER.EPOCHS": 1, "DISTILL.WARMUP": 0, "DEVICE": "cuda", "AUTOCAST": "bfloat16"}
+    result = run_experiment(pair_config(method, method, **keys))
+    assert result["epochs"] == 1
+    assert UNRECORDED not in caplog.text
