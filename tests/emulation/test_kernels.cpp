@@ -120,6 +120,24 @@ void check_patches(const Case& s, ScalarType dtype, ScalarType rows_dtype, Layou
   }
 }
 
+// Means far from zero are subtracted to the last digit of the values, in float32 as in float64. No
+// value is rounded here but by centering, as the map is not resized.
+void check_far_means() {
+  const Tensor map = random_tensor({2, 3, 32, 24}, ScalarType::Float);
+  float* values = static_cast<float*>(map.mutable_data_ptr());
+  for (int64_t i = 0; i < map.numel(); ++i) values[i] += 1000;
+  const Tensor exact = torch::stable::to(map, ScalarType::Double);
+  const Patches p{8, 8, pcka::kChannel};
+  for (const int64_t center : {pcka::kOverRows, pcka::kOverColumns}) {
+    const Tensor ours = torch::stable::new_empty(map, {3, 12, 2 * 64});
+    const Tensor theirs = torch::stable::new_empty(exact, {3, 12, 2 * 64});
+    const Tensor energy = torch::stable::new_empty(exact, {3, 2});
+    dispatch::patchify("pcka", theirs, energy, exact, p, center);
+    dispatch::patchify("pcka_emulated", ours, energy, map, p, center);
+    CHECK(difference(ours, theirs) < tolerance(ScalarType::Float));
+  }
+}
+
 void check_grams(
     int64_t groups, int64_t n_k, int64_t n_l, bool with_cross, bool center, ScalarType dtype) {
   const auto pair = [&](int64_t height, int64_t width) {
@@ -186,6 +204,7 @@ int main() {
       {ScalarType::Half, ScalarType::Float}};
   const Layout layouts[] = {
       Layout::kPlanar, Layout::kChannelsLast, Layout::kSliced, Layout::kTransposed};
+  check_far_means();
   for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16}) {
     for (const bool center : {true, false}) {
       check_grams(3, 7, 7, false, center, dtype);
