@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = report.parser("Time the operators and their baselines on a GPU.")
     report.add_cases(parser)
     report.add_device(parser)
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each variant")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each variant")
     parser.add_argument("--seconds", type=float, default=600, help="begin no case after so long")
     options = parser.parse_args(arguments)
     cases = report.chosen_cases(parser, options, GPU_CASES)
@@ -83,7 +83,7 @@ def record(case: Case, options: Any, peaks: Mapping[str, float]) -> dict[str, An
     calls: dict[str, Call] = {}
     memory: dict[str, float] = {}
     compiled = case.name in compiled_names(quick=options.quick)
-    for name, alignment in _alignments(case, compiled=compiled).items():
+    for name, alignment in _alignments(case, on, compiled=compiled).items():
         call = Rotating(alignment, pairs)
         with _reported(name, failures):
             call()  # compiles, and chooses algorithms
@@ -120,10 +120,10 @@ def _repeated(call: Call, times: int) -> None:
         call()
 
 
-def _alignments(case: Case, *, compiled: bool) -> dict[str, Alignment]:
+def _alignments(case: Case, on: str, *, compiled: bool) -> dict[str, Alignment]:
     found = alignments(case)
     chosen: dict[str, Alignment] = {name: found[name] for name in VARIANTS if name in found}
-    return chosen | ({COMPILED: compiled_eager(case)} if compiled else {})
+    return chosen | ({COMPILED: compiled_eager(case, on)} if compiled else {})
 
 
 def _pairs(case: Case, on: str) -> int:

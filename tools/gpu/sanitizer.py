@@ -20,7 +20,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DRIVER = ("-m", "tools.gpu.small_shapes")
 OWN = "pcka"  # in the name of every kernel of this project
 PORT, PORTS = 49152, 64  # each tool its own range
-SECONDS = 80
+SECONDS = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
