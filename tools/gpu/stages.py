@@ -56,7 +56,7 @@ STAGES = (
         "operators",
         "benchmarks.operators_gpu",
         105,
-        ("--seconds", "72"),
+        ("--seconds", "68"),
         quick=(*_ONE_THREAD, "--seconds", "600", "--cases", "p3_rows*", "p6*", "p5_columns*"),
     ),
     Stage("ncu", "tools.gpu.ncu", 30, files=("ncu.csv",)),
