@@ -30,8 +30,8 @@ from classification.config import CONFIGS, load_config
 from classification.data import ResidentSet
 from classification.environment import choose_device, has_bfloat16
 from classification.experiment import ImageSets, prepare_trainers
-from classification.loop import prepare_inputs, teacher_observer
 from classification.models import create_model
+from classification.steps import Steps
 from pcka.losses import fcka_loss, kd_loss, lcka_loss
 from pcka.taps import FeatureTap
 
@@ -137,13 +137,14 @@ def own_step(cfg: CfgNode, sets: ImageSets) -> Step:
         while True:
             yield from trainer.batches()
 
-    batches, observe = forever(), teacher_observer([trainer])
+    batches, steps = forever(), Steps([trainer], ahead=1)
 
     def step() -> float:
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
-        trainer.step(prepare_inputs([trainer], batch, observe), 0)
+        for inputs in steps.inputs([(batch,)]):
+            steps.run(inputs, 0)
         return waited
 
     return step

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from classification.data import ImageSet
 from pcka import distributed
 from pcka.analysis import layerwise_cka
+from pcka.modes import evaluation_mode
 
 BATCH_SIZE = 256  # images at once; the accuracy does not depend on it
 CKA_IMAGES, CKA_BATCH_SIZE = 512, 128
@@ -21,8 +22,8 @@ CKA_IMAGES, CKA_BATCH_SIZE = 512, 128
 def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, float]:
     """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
 
-    Evaluated in float32 and evaluation mode; the model's mode is put back. Several processes share
-    the images and all get the figures.
+    Evaluated in float32 and evaluation mode; every module's mode is put back. Several processes
+    share the images and all get the figures.
 
     Args:
         model: (B, 3, S, S) -> logits (B, classes).
@@ -32,15 +33,13 @@ def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, f
     ranks = (1, 5) if len(data.classes) > 5 else (1,)
     hits = torch.zeros(max(ranks), dtype=torch.int64, device=data.device)
     part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    was_training = model.training
-    model.eval()
     quiet = True if distributed.rank() else None  # a bar in the first process, if it has a terminal
-    with tqdm(total=len(data), desc="evaluating", unit="img", leave=False, disable=quiet) as bar:
+    bar = tqdm(total=len(data), desc="evaluating", unit="img", leave=False, disable=quiet)
+    with bar, evaluation_mode(model):
         for images, labels, _ in data.evaluation_batches(BATCH_SIZE, **part):
             predicted = model(pixels(images)).topk(max(ranks), dim=1).indices
             hits += (predicted == labels[:, None]).sum(0)
             bar.update(len(labels) * part["world_size"])
-    model.train(was_training)
     distributed.sum_over_processes(hits)
     right_within = hits.cumsum(0).tolist()
     return {f"top{rank}": 100 * right_within[rank - 1] / len(data) for rank in ranks}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 
 
@@ -17,3 +18,8 @@ def create_local_process_group(processes_per_machine: int) -> None:
         group = dist.new_group(list(range(first, first + processes_per_machine)))
         if machine == own_machine:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def open_loader(trainer: SimpleTrainer) -> None:
+    """Let the trainer's loader start now; main starts it with the first step, 0.6 when built."""
+    trainer._data_loader_iter  # noqa: B018  (a property of main's, which starts it when read)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+Points = list[tuple[int, float]]  # step, value
+
+EVALUATED = ("bbox/AP", "bbox/AP50", "segm/AP", "sem_seg/mIoU")
 PANELS = (
     ("Weighted loss terms", "loss", lambda key: "loss" in key and key != "total_loss"),
-    ("COCO metrics", "AP (%)", lambda key: key.endswith(("bbox/AP", "bbox/AP50", "segm/AP"))),
+    ("Evaluations", "%", lambda key: key.endswith(EVALUATED)),
     ("Teacher-student CKA of the levels", "CKA", lambda key: key.startswith("cka/")),
 )
 
@@ -21,34 +27,57 @@ def plot_run(folder: str) -> None:
     Args:
         folder: ``OUTPUT_DIR`` of the run.
     """
-    entries = read_metrics(Path(folder, "metrics.json"))
-    known = sorted({key for entry in entries for key in entry})
-    panels = [(title, label, [k for k in known if wanted(k)]) for title, label, wanted in PANELS]
+    curves = read_metrics(Path(folder, "metrics.json"))
+    panels = [(title, label, [k for k in curves if wanted(k)]) for title, label, wanted in PANELS]
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return
     figure = Figure(figsize=(5.0 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
+    last = max(steps[-1][0] for steps in curves.values())
     for axes, (title, label, keys) in zip(row, panels):
-        for key in keys:
-            points = [(entry["iteration"], entry[key]) for entry in entries if key in entry]
-            axes.plot(*zip(*points), marker=".", markersize=4, label=key)
+        for key in sorted(keys):
+            _draw(axes, key, curves[key])
         axes.set(title=title, xlabel="step", ylabel=label)
+        axes.set_xlim(0, max(last, 1) * 1.02)  # the last point is drawn whole
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if label != "loss":  # some losses go below 0
+            largest = max(value for key in keys for _, value in curves[key])
+            axes.set_ylim(0, 1.05 * largest or 1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.savefig(Path(folder, "curves.png"), dpi=120)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The entries of a ``metrics.json`` by their steps; of steps that were trained twice the last.
+def _draw(axes: Axes, key: str, points: Points) -> None:
+    """A line; a single point is a line across, which can be read off and compared."""
+    if len(points) > 1:
+        axes.plot(*zip(*points), marker=".", markersize=4, label=key)
+        return
+    ((step, value),) = points
+    (line,) = axes.plot(step, value, marker="o", clip_on=False, label=f"{key}: {value:.3g}")
+    axes.axhline(value, color=line.get_color(), alpha=0.4, linestyle="--")
 
-    A run that was killed and resumed, or begun anew, writes steps again.
+
+def read_metrics(path: Path) -> dict[str, Points]:
+    """The points of every figure in a ``metrics.json``; of steps that were trained twice the last.
+
+    The lines of one writing are in no order of their steps, and a run that was killed and resumed,
+    or begun anew, writes steps again: each figure by itself begins anew where its steps go back.
+    Figures that could not be computed (NaN) are left out.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    entries: list[dict[str, float]] = []
-    for entry in (json.loads(line) for line in lines if line.endswith("\n")):
-        while entries and entries[-1]["iteration"] > entry["iteration"]:
-            entries.pop()
-        entries.append(entry)
-    return entries
+    curves: dict[str, Points] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a kill tore the line, and a resumed run wrote on behind it
+            continue
+        step = int(entry.pop("iteration"))
+        for key, value in entry.items():
+            points = curves.setdefault(key, [])
+            while points and points[-1][0] >= step:
+                points.pop()
+            if math.isfinite(value):
+                points.append((step, value))
+    return {key: points for key, points in curves.items() if points}

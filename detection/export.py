@@ -7,7 +7,6 @@ The folder then holds ``model.pth``, the student's weights alone, and its config
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +15,14 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from detection.checkpoint import load_weights
-from detection.config import load_config, student_architecture
+from detection.config import ConfigError, load_config, student_architecture
 from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
-from pcka.checkpoint import atomic_save
+from pcka.checkpoint import atomic_save, atomic_write
 
-logger = logging.getLogger("detectron2.pcka")
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
+OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder
+OF_FILES = (".onnx", ".pth", ".pt", ".pkl", ".safetensors", ".yaml", ".yml", ".ts")
 
 
 def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
@@ -31,13 +31,14 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     Args:
         cfg: the run's configuration.
         weights: a checkpoint of the run.
-        folder: made where it is missing.
+        folder: made where it is missing; an older export in it is replaced.
 
     Raises:
-        ValueError: weights that do not fill the student, or a student that plain detectron2 does
-            not know.
+        ValueError: weights that do not fill the student, a student that plain detectron2 does not
+            know, or a folder that cannot be one or holds a training run.
     """
     check_exportable(cfg)
+    check_folder(folder)
     architecture = student_architecture(cfg)
     on_cpu = cfg.clone()
     on_cpu.defrost()
@@ -45,13 +46,39 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     student = META_ARCH_REGISTRY.get(architecture)(on_cpu)
     load_weights(student, weights)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (YAML, LAZY):  # of an older export: no configuration may stand by other weights
+        (folder / name).unlink(missing_ok=True)
     atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
     if architecture == "FCOS":
         lazy = {"model": lazy_fcos(cfg), "input_format": cfg.INPUT.FORMAT}
         LazyConfig.save(OmegaConf.create(lazy), str(folder / LAZY))
         return folder / LAZY
-    (folder / YAML).write_text(_plain_config(cfg, architecture, folder / WEIGHTS).dump())
+    plain = _plain_config(cfg, architecture, folder / WEIGHTS).dump().encode()
+    atomic_write(lambda file: file.write(plain), folder / YAML)
     return folder / YAML
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a place that an export would spoil, or that was meant as a file.
+
+    Raises:
+        ConfigError: a file, a name that looks like one, or the folder of a training run.
+    """
+    if folder.suffix in OF_FILES or folder.is_file():
+        raise ConfigError(
+            f"--output: expected a folder, got {str(folder)!r}; {WEIGHTS} and a configuration go "
+            "into it. detectron2's tools/deploy/export_model.py makes ONNX and TorchScript of them"
+        )
+    if any((folder / name).exists() for name in OF_RUNS) or _of_a_run(folder / YAML):
+        raise ConfigError(
+            f"--output: {str(folder)!r} holds a training run, whose {YAML} a resume needs; take "
+            "another folder"
+        )
+
+
+def _of_a_run(config: Path) -> bool:
+    """A run's configuration holds this project's keys, an export's holds detectron2's alone."""
+    return config.is_file() and "DISTILL:" in config.read_text(errors="replace").split("\n")
 
 
 def _plain_config(cfg: CfgNode, architecture: str, weights: Path) -> CfgNode:

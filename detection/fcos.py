@@ -44,8 +44,11 @@ class TrainedFCOS(FCOSModel):
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> tuple[list[Tensor], list[Boxes]]:
-        """Class and box of every anchor; release 0.6 fails on an image without objects."""
+    ) -> tuple[list[Tensor], list[Boxes] | list[Tensor]]:
+        """Class and box of every anchor; release 0.6 fails on an image without objects.
+
+        The boxes come as detectron2 gives them: ``Boxes`` in 0.6, tensors ``(R, 4)`` in main.
+        """
         return super().label_anchors(anchors, [_with_a_box(image) for image in gt_instances])
 
 

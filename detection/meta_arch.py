@@ -18,6 +18,7 @@ from detection.levels import match_levels, match_map
 from detection.methods import build_losses
 from detection.teacher import TeacherBackbone, build_teacher
 from pcka.losses import Loss, Outputs
+from pcka.modes import evaluation_mode
 from pcka.ops import cka
 
 DRY_RUN_SIDE = 256
@@ -120,9 +121,11 @@ class DistilledDetector(nn.Module):
         """
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
+        # Both models bring the images to the device: moved here, they travel once.
+        images = [entry["image"].to(self.device) for entry in batched_inputs]
+        batched_inputs = [{**entry, "image": i} for entry, i in zip(batched_inputs, images)]
         with BackboneTap(self.student.backbone) as tap:
             terms = dict(self.student(batched_inputs))
-        images = [entry["image"] for entry in batched_inputs]
         logged = self._logs_now()
         own = {level: tap.features[level] for level in self.levels}
         if logged:
@@ -156,13 +159,11 @@ class DistilledDetector(nn.Module):
     def _fit_to_teacher(self, teacher: TeacherBackbone) -> None:
         """Size the adapters by a dry run: a 1x1 convolution where the widths differ."""
         backbone = self.student.backbone
-        was_training, canvas = backbone.training, (DRY_RUN_SIDE, DRY_RUN_SIDE)
-        backbone.eval()
-        with torch.no_grad():
+        canvas = (DRY_RUN_SIDE, DRY_RUN_SIDE)
+        with torch.no_grad(), evaluation_mode(backbone):
             device = next(backbone.parameters()).device
             own = backbone(torch.zeros(2, 3, *canvas, device=device))
             other = teacher([torch.zeros(3, *canvas)] * 2, canvas)
-        backbone.train(was_training)
         for level, teacher_level in self.levels.items():
             widths = own[level].shape[1], other[teacher_level].shape[1]
             if widths[0] != widths[1]:

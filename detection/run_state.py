@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,15 +29,8 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """The present states, as tensors and plain values."""
-        name, keys, *rest = np.random.get_state()
-        state: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": [name, keys.tolist(), *rest],
-            "torch": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return {"random": state, "loss_normalizer": getattr(self.student, "loss_normalizer", None)}
+        normalizer = getattr(self.student, "loss_normalizer", None)
+        return {"random": random_states(), "loss_normalizer": normalizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the random states for :meth:`restore_random`; set the normaliser."""
@@ -47,13 +42,41 @@ class RunState:
         """Set the generators, once everything that draws numbers at its start is built."""
         if self._random is None:
             return
-        version, keys, position = self._random["python"]
-        random.setstate((version, tuple(keys), position))
-        np.random.set_state(tuple(self._random["numpy"]))
-        torch.set_rng_state(self._random["torch"])
-        if "cuda" in self._random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self._random["cuda"])
+        set_random_states(self._random)
         if rank := comm.get_rank():
             random.seed(random.getrandbits(32) + rank)
             np.random.seed((int(np.random.randint(2**31)) + rank) % 2**32)
             torch.manual_seed(int(torch.randint(2**31, ()).item()) + rank)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set the generators to what :func:`random_states` gave."""
+    version, keys, position = states["python"]
+    random.setstate((version, tuple(keys), position))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextmanager
+def lent_random_states() -> Iterator[None]:
+    """Let a block draw numbers, and give the generators back as they were."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
@@ -27,7 +28,7 @@ class TeacherBackbone(nn.Module):
     own pixel statistics then: one decoded image serves both models.
 
     Args:
-        backbone: detectron2 backbone; frozen here.
+        backbone: detectron2 backbone; frozen here, and its batch norms folded.
         pixel_mean, pixel_std: of the teacher, in its channel order.
         swap_channels: the student's images are BGR and the teacher's RGB, or the other way round.
         autocast: dtype of the forward pass, or None for the student's.
@@ -45,7 +46,7 @@ class TeacherBackbone(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.model = FrozenTeacher(backbone, channels_last=channels_last)
+        self.model = FrozenTeacher(fold_batch_norms(backbone), channels_last=channels_last)
         self.size_divisibility = max(backbone.size_divisibility, 1)
         self.swap_channels = swap_channels
         self.autocast = autocast
@@ -107,6 +108,35 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
         autocast=_autocast_dtype(wanted.AUTOCAST),
         channels_last=wanted.CHANNELS_LAST,
     )
+
+
+@torch.no_grad()
+def fold_batch_norms(backbone: nn.Module) -> nn.Module:
+    """Put the batch norms of detectron2's convolutions into their weights; return the backbone.
+
+    ``BN(Wx + b) = (s W) x + (b - mean) s + beta`` with ``s = gamma / sqrt(var + eps)``: the same
+    maps up to rounding, in one pass over each instead of two. What is no detectron2 convolution
+    with a batch norm of its own statistics stays as it is.
+
+    Args:
+        backbone: changed in place; for inference only from here on.
+    """
+    for module in backbone.modules():
+        # A subclass may use its weight otherwise.
+        if type(module) is Conv2d and _has_statistics(module.norm):
+            norm = module.norm
+            module.weight, module.bias = fuse_conv_bn_weights(
+                module.weight, module.bias,
+                norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
+            )  # fmt: skip
+            module.norm = None
+    return backbone
+
+
+def _has_statistics(norm: nn.Module | None) -> bool:
+    if not isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d):
+        return False
+    return norm.running_mean is not None
 
 
 def _autocast_dtype(name: str) -> torch.dtype | None:

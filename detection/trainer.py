@@ -19,12 +19,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.checkpoint import SafeCheckpointer
+from detection.compat import open_loader
 from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
-from detection.run_state import RunState
+from detection.metrics_state import MetricsState, RestoreMetrics
+from detection.run_state import RunState, lent_random_states
 from pcka.distributed import OWN_BUFFERS, average_buffers
 
 logger = logging.getLogger("detectron2.pcka")
@@ -58,7 +60,13 @@ class DetectionTrainer(SimpleTrainer):
         optimizer = build_optimizer(cfg, model)
         self.scheduler = build_lr_scheduler(cfg, optimizer)
         self.run_state = RunState(student)
-        parts = {"optimizer": optimizer, "scheduler": self.scheduler, "run": self.run_state}
+        self.metrics = MetricsState(Path(cfg.OUTPUT_DIR, "metrics.json"))
+        parts = {
+            "optimizer": optimizer,
+            "scheduler": self.scheduler,
+            "run": self.run_state,
+            "metrics": self.metrics,
+        }
         if isinstance(model, DistilledDetector):
             parts["adapters"], parts["losses"] = model.adapters, model.losses
         self.cfg = cfg
@@ -87,10 +95,12 @@ class DetectionTrainer(SimpleTrainer):
 
     def train_all(self) -> dict[str, Any]:
         """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
+        open_loader(self)  # draws a seed
         self.run_state.restore_random()
         # detectron2's focal loss is TorchScript, which rounds otherwise once it has watched its
-        # first calls. A resumed run, which would watch anew, would leave the unbroken one.
-        with torch.jit.optimized_execution(False):
+        # first calls. A resumed run, which would watch anew, would leave the unbroken one. On a
+        # GPU, where nothing is equal bit for bit anyway, its fused kernels save traffic.
+        with torch.jit.optimized_execution(student_of(self.model).device.type != "cpu"):
             super().train(self.start, self.last)
         return self.results
 
@@ -108,14 +118,15 @@ class DetectionTrainer(SimpleTrainer):
         found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
             writers = default_writers(cfg.OUTPUT_DIR, self.last)
+            found.append(RestoreMetrics(self.metrics, writers))
             found.append(hooks.PeriodicWriter(writers, period=cfg.DISTILL.LOG_PERIOD or 20))
             found.append(hooks.CallbackHook(after_train=lambda _: plot_run(cfg.OUTPUT_DIR)))
         return found
 
     def _evaluate(self) -> dict[str, Any]:
-        # The loader draws a seed. A resumed run, which starts from the checkpoint before this
-        # evaluation, would go on with other numbers.
-        with torch.random.fork_rng(devices=[]):
+        # The loader draws a seed, detectron2's resizing a size. A resumed run, which starts from
+        # the checkpoint before this evaluation, would go on with other numbers.
+        with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
         return self.results
 

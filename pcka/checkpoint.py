@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import secrets
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,17 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pcka.distiller import Distiller
 
 ROLES = ("student", "teacher")
 SAFETENSORS = ".safetensors"  # files of this suffix are written and read by that package
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
+_CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys of files that hold more
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
+_ZIP = b"PK\x03\x04"  # how a file of torch.save begins
 # DenseNet's published files have names that torchvision itself renames when it loads them.
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
@@ -80,6 +86,9 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
     Args:
         write: writes the content into the open file that it is given.
         path: file to write; its folder is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written, for want of space or rights; the message names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +99,12 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save gives an error of its own, without the path, for what the file gave.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"{cause.strerror}; not written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -113,9 +128,15 @@ def save_student(model: nn.Module, path: str | Path) -> None:
         path: file to write, atomically: of safetensors if it ends so, else of ``torch.save``.
 
     Raises:
+        CheckpointError: the model keeps something other than tensors in its state.
         ImportError: a ``.safetensors`` file, and that package is not installed.
     """
-    state = extract_state_dict(model.state_dict())
+    state = _plain(model).state_dict()
+    if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(
+            f"model: a file of weights holds tensors alone, and {_abridge(others)} is something "
+            "else; save the whole state with atomic_save(model.state_dict(), path)"
+        )
     # Copies, because torch.save writes the whole storage that a view belongs to; contiguous ones,
     # because safetensors takes no others.
     copies = {
@@ -127,6 +148,19 @@ def save_student(model: nn.Module, path: str | Path) -> None:
         atomic_write(lambda file: file.write(content), path)
     else:
         atomic_save(copies, path)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model itself, out of everything that may be wrapped round it."""
+    while True:
+        if isinstance(model, Distiller):
+            model = model.student
+        elif isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif compiled := model._modules.get("_orig_mod"):  # what torch.compile gives
+            model = compiled
+        else:
+            return model
 
 
 def optional_package(name: str) -> Any:
@@ -147,6 +181,9 @@ def optional_package(name: str) -> Any:
 def load_file(path: str | Path) -> object:
     """Read a file of ``torch.save`` or safetensors to the CPU, without running code it may hold.
 
+    The checksums that ``torch.save`` writes are compared first, which ``torch.load`` does not do.
+    Formats without any (safetensors, files older than torch 1.6) are read as they are.
+
     Raises:
         CheckpointError: the file holds objects other than tensors and plain containers (they are
             not made), is damaged, or is no checkpoint.
@@ -157,6 +194,7 @@ def load_file(path: str | Path) -> object:
         return _load_safetensors(Path(path))
     with Path(path).open("rb") as file:
         try:
+            _check_sums(file)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # arbitrary bytes make torch.load raise nearly anything
             raise CheckpointError(_explain(error, path)) from error
@@ -165,9 +203,9 @@ def load_file(path: str | Path) -> object:
 def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
     """Find the weights in what a checkpoint file holds, under the model's own names.
 
-    Known: a bare state dict; one under ``'model'``, ``'state_dict'`` or the role's name; names
-    behind ``module.`` or ``_orig_mod.``; student and teacher side by side behind ``student.`` and
-    ``teacher.`` (in front of which ``module.`` may stand).
+    Known: a bare state dict; one under ``'model'``, ``'state_dict'``, ``'model_state_dict'`` or the
+    role's name; names behind ``module.`` or ``_orig_mod.``; student and teacher side by side behind
+    ``student.`` and ``teacher.`` (in front of which ``module.`` may stand).
 
     Args:
         obj: as :func:`load_file` returns it.
@@ -201,7 +239,8 @@ def load_weights(
 
     Raises:
         CheckpointError: an entry is missing, unexpected or of another shape (without
-            ``allow_partial``), or nothing fits at all. The model is left as it was.
+            ``allow_partial``), nothing fits at all, or an entry holds what is no weight (see
+            :func:`check_values`). The model is left as it was.
     """
     obj = load_file(path)
     try:
@@ -217,13 +256,72 @@ def load_weights(
             f"path: {str(path)!r} does not fit {type(model).__name__} ({way_out}): {report}\n"
             "The model is as it was."
         )
-    model.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
+    fitting = {name: state[name] for name in report.loaded}
+    try:
+        check_values(fitting, own)
+    except CheckpointError as error:
+        raise CheckpointError(f"path: {str(path)!r}: {error}") from error
+    model.load_state_dict(fitting, strict=False)
     return report
+
+
+def check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that would load and then give nothing but nonsense.
+
+    A floating-point entry of the model takes floating-point numbers that are finite in its dtype
+    (unless its own are not: masks hold infinities), and a variance takes none below 0. No entry
+    takes complex numbers for real ones, or a sparse, quantized or meta tensor.
+
+    Args:
+        state: name -> tensor, as a file gave it.
+        own: name -> tensor, of the model; names that either lacks are passed over.
+
+    Raises:
+        CheckpointError: the message names the entries.
+    """
+    faults = {name: _fault(name, value, own[name]) for name, value in state.items() if name in own}
+    if found := [f"{name} {fault}" for name, fault in faults.items() if fault]:
+        raise CheckpointError(
+            f"{len(found)} of {len(faults)} entries hold no weights: {_abridge(found)}; get a "
+            "file of a training that did not diverge, its weights in floating point"
+        )
+
+
+def _fault(name: str, value: Tensor, own: Tensor) -> str:
+    """What is wrong with the value of an entry, or an empty text."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
+        return f"is a tensor of another kind ({kind})"
+    if value.is_complex() and not own.is_complex():
+        return f"is {value.dtype}"
+    if not own.is_floating_point():
+        return ""
+    if not value.is_floating_point():
+        return f"is {value.dtype}"
+    if not value.to(own.dtype).isfinite().all() and own.isfinite().all():
+        return f"has NaN or infinite values in {own.dtype}"
+    if name.rpartition(".")[2] == "running_var" and (value < 0).any():
+        return "has negative variances"
+    return ""
 
 
 def _name_in(own: Mapping[str, Tensor], name: str) -> str:
     renamed = _DENSE_LAYER.sub(r"\1\2", name)
     return renamed if name not in own and renamed in own else name
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """Refuse a zip archive whose content is not what its checksums were made of."""
+    is_zip = file.read(len(_ZIP)) == _ZIP
+    file.seek(0)
+    if not is_zip:
+        return
+    with zipfile.ZipFile(file) as archive:
+        # torch.serialization.set_crc32_options(False) writes zeros in the place of all of them.
+        written = any(entry.CRC for entry in archive.infolist())
+        if written and (damaged := archive.testzip()):
+            raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+    file.seek(0)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -271,7 +369,7 @@ def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
 def _find_container(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
     if _is_state_dict(obj):
         return obj, "bare"
-    keys = ("model", "state_dict", role)
+    keys = (*_CONTAINERS, role)
     if isinstance(obj, Mapping):
         for key in keys:
             if _is_state_dict(obj.get(key)):
@@ -310,7 +408,7 @@ def _explain(error: Exception, path: str | Path) -> str:
         f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
         "c = c if isinstance(c, dict) else {'model': c}; "  # a whole model
         "torch.save({k: getattr(c[k], 'state_dict', lambda: c[k])() "
-        "for k in ('model', 'state_dict') if k in c}, 'weights.pth')"
+        f"for k in {_CONTAINERS} if k in c}}, 'weights.pth')"
     )
     return (
         f"path: expected tensors and plain containers, {str(path)!r} also holds "
@@ -322,7 +420,7 @@ def _explain(error: Exception, path: str | Path) -> str:
 def _damaged(error: Exception, path: str | Path, kind: str) -> str:
     return (
         f"path: expected a file of {kind}, {str(path)!r} is damaged or something else "
-        f"({type(error).__name__}); get it anew"
+        f"({type(error).__name__}); get it anew, or remove it where a run of yours wrote it"
     )
 
 

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from pcka.distributed import gather_batch, gather_outputs, world_size
 from pcka.losses import Context, Loss, Outputs
 from pcka.losses.base import NO_CONTEXT
+from pcka.modes import evaluation_mode
 from pcka.observer import Observer
 from pcka.teacher import FrozenTeacher
 
@@ -45,7 +46,8 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: a loss whose tap is missing from ``taps``, a path that a model lacks, a loss
-            that needs a teacher without one, or a teacher that shares parameters with the student.
+            that needs a teacher without one, or a teacher that shares parameters or buffers with
+            the student.
     """
 
     teacher: FrozenTeacher | None
@@ -85,18 +87,17 @@ class Distiller(nn.Module):
     ) -> None:
         """Let the losses size their adapters by a dry run; call it before making the optimizer.
 
-        The student's mode and its batch-norm statistics stay as they are.
+        The mode of each of the student's modules and its batch-norm statistics stay as they are.
 
         Args:
             images: two or more samples, as for :meth:`forward`.
             teacher_images: as for :meth:`forward`.
             context: what some losses need to know of the run.
         """
-        was_training = self.student.training
-        self.student.eval()
-        student = self._observe_student(images)
-        self.student.train(was_training)
+        with evaluation_mode(self.student):
+            student = self._observe_student(images)
         teacher = self.observe_teacher(images if teacher_images is None else teacher_images)
+        self._check_logits(student, teacher)
         for loss in cast(Iterable[Loss], self.losses):
             loss.prepare(student, teacher, context)
 
@@ -132,12 +133,13 @@ class Distiller(nn.Module):
             ``loss_...`` -> scalar, with a graph to the student and to the losses' own parameters.
 
         Raises:
-            ValueError: two losses give a term of the same name.
+            ValueError: two losses give a term of the same name, or a model gives no tensor.
         """
         student = replace(self._observe_student(images), indices=indices)
         teacher = teacher_outputs
         if teacher is None:
             teacher = self.observe_teacher(images if teacher_images is None else teacher_images)
+        self._check_logits(student, teacher)
         if teacher is not None:
             teacher = _cast_like(student, teacher)
         own = student, teacher, target
@@ -153,6 +155,21 @@ class Distiller(nn.Module):
             scale = self.distillation_scale if loss.needs_teacher else 1.0
             terms.update({name: scale * term for name, term in added.items()})
         return terms
+
+    def _check_logits(self, student: Outputs, teacher: Outputs | None) -> None:
+        """Refuse models that return a dict, a tuple or an object of their own."""
+        wrapped = None if self.teacher is None else self.teacher.model
+        for role, model, outputs in (
+            ("student", self.student, student),
+            ("teacher", wrapped, teacher),
+        ):
+            logits = None if outputs is None else outputs.logits
+            if not (logits is None or isinstance(logits, Tensor)):
+                raise ValueError(
+                    f"{role}: {type(model).__name__} returned {type(logits).__name__}, expected "
+                    "its logits, a tensor (B, P); pass a module whose forward() returns the "
+                    "tensor alone, such as model(images).logits or model(images)['logits']"
+                )
 
     def _gather(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
@@ -203,12 +220,17 @@ def _needed_taps(losses: Iterable[Loss], taps: Mapping[str, object]) -> list[str
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Freezing a teacher that shares parameters with the student would freeze the student."""
+    """Refuse what shares tensors: one cannot be frozen and the other trained."""
     if teacher is None:
         return
-    trained = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in trained for parameter in teacher.parameters()):
-        raise ValueError(
-            "teacher shares parameters with student, and freezing it would freeze both; "
-            "pass copy.deepcopy(teacher)"
-        )
+    kinds: tuple[tuple[str, Callable[[nn.Module], Iterable[Tensor]], str], ...] = (
+        ("parameters", nn.Module.parameters, "freezing it would freeze both"),
+        ("buffers", nn.Module.buffers, "training the student would change both"),
+    )
+    for kind, tensors_of, consequence in kinds:
+        trained = {id(tensor) for tensor in tensors_of(student)}
+        if any(id(tensor) in trained for tensor in tensors_of(teacher)):
+            raise ValueError(
+                f"teacher shares {kind} with student, and {consequence}; "
+                "pass copy.deepcopy(teacher)"
+            )

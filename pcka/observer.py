@@ -42,18 +42,27 @@ class Observer:
         self._root = model if root is None else root
         self._paths = dict(paths)
         FeatureTap(self._root, self._paths).remove()  # refuses unknown paths
-        self._run: Callable[[Tensor], Outputs] = self._tapped
+        self._compiled: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None
         if compile:
             self._features: dict[str, Tensor] = {}
             self._watching = False
             for name, path in self._paths.items():
                 self._hook(name, path)
             self._compiled = torch.compile(self._hooked)
-            self._run = self._watched
 
     def __call__(self, images: Tensor) -> Outputs:
         """Logits and tapped features of one forward pass on ``images (B, C, H, W)``."""
-        return self._run(images)
+        return self._tapped(images) if self._compiled is None else self._watched(images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: compiled code belongs to this very observer."""
+        return {**self.__dict__, "_compiled": None, "_compile": self._compiled is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compile = state.pop("_compile")
+        self.__dict__.update(state)
+        if compile:
+            self._compiled = torch.compile(self._hooked)
 
     def _tapped(self, images: Tensor) -> Outputs:
         with FeatureTap(self._root, self._paths) as tap:
@@ -61,6 +70,7 @@ class Observer:
             return Outputs(logits, tap.pop())
 
     def _watched(self, images: Tensor) -> Outputs:
+        assert self._compiled is not None
         self._watching = True
         try:
             return Outputs(*self._compiled(images))
@@ -77,16 +87,29 @@ class Observer:
 
     def _hook(self, name: str, path: str) -> None:
         module = self._root.get_submodule(path.removesuffix(INPUT_SUFFIX))
-
-        def keep_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._watching:
-                self._features[name] = inputs[0]
-
-        def keep_output(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._watching:
-                self._features[name] = output
-
         if path.endswith(INPUT_SUFFIX):
-            module.register_forward_pre_hook(keep_input)
+            module.register_forward_pre_hook(_KeepInput(self, name))
         else:
-            module.register_forward_hook(keep_output)
+            module.register_forward_hook(_KeepOutput(self, name))
+
+
+class _Keep:
+    """A hook as an object, so that a copied model's hook keeps for the copied observer."""
+
+    def __init__(self, observer: Observer, name: str) -> None:
+        self.observer = observer
+        self.name = name
+
+    def keep(self, feature: Any) -> None:
+        if self.observer._watching:
+            self.observer._features[self.name] = feature
+
+
+class _KeepInput(_Keep):
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.keep(inputs[0])
+
+
+class _KeepOutput(_Keep):
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.keep(output)

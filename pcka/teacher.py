@@ -52,6 +52,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
         """What the model gives for ``images (B, C, H, W)``, without a graph."""
+        if self.model.training:  # whoever holds the model itself has called its train()
+            self.eval()
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)

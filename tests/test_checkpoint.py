@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pcka.checkpoint import (
     CheckpointError,
     ShapeMismatch,
     atomic_save,
+    check_values,
     extract_state_dict,
     load_file,
     load_weights,
@@ -58,6 +61,7 @@ LAYOUTS = {
     "['model'] *": {"epoch": 240, "model": STUDENT.state_dict(), "optimizer": {"state": {}}},
     "['model'] module.student.*": {"model": BOTH, "best_acc": 71.5},
     "['state_dict'] module.*": {"state_dict": _prefixed("module.", STUDENT), "best_prec1": 93.6},
+    "['model_state_dict'] *": {"epoch": 3, "model_state_dict": STUDENT.state_dict()},
     "['state_dict'] *": {"model": "resnet56", "state_dict": STUDENT.state_dict()},
     "['student'] *": {"student": STUDENT.state_dict(), "epoch": 3},
     "bare student._orig_mod.*": _prefixed("student._orig_mod.", STUDENT),
@@ -228,6 +232,84 @@ def test_a_damaged_file_is_named(make, tmp_path):
         load_file(path)
 
 
+def _same_tree(one: object, other: object) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same_tree(one[k], other[k]) for k in one)
+    return one == other
+
+
+def _checkpoint() -> dict[str, object]:
+    """A student and its momentum, large enough that most bytes are of tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    momentum = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    return {"epoch": 3, "model": model.state_dict(), "momentum": momentum}
+
+
+@pytest.mark.parametrize(("content", "flips"), [(_checkpoint()["model"], 200), (_checkpoint(), 60)])
+def test_a_flipped_bit_is_refused_or_changes_nothing(content, flips, tmp_path):
+    """No checksum covers the padding between entries and the times of the archive."""
+    path, chance = tmp_path / "file.pth", random.Random(0)
+    torch.save(content, path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(flips):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert _same_tree(load_file(path), content)
+        except CheckpointError as error:
+            assert "file.pth' is damaged" in str(error)
+            refused += 1
+    assert refused >= 0.97 * flips
+
+
+def test_a_file_written_without_checksums_loads(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STUDENT.state_dict(), tmp_path / "file.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert _same(load_file(tmp_path / "file.pth"), STUDENT.state_dict())
+
+
+NO_WEIGHTS = {
+    "has NaN or infinite values": lambda x: x * float("nan"),
+    "has NaN or infinite values in torch.float32": lambda x: x.double().fill_(1e300),
+    "is torch.int8": lambda x: x.to(torch.int8),
+    "is torch.bool": lambda x: x > 0,
+    "is torch.complex64": lambda x: x.to(torch.complex64),
+    r"another kind \(torch.sparse_coo\)": lambda x: x.to_sparse(),
+    r"another kind \(meta\)": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("fault", NO_WEIGHTS)
+@pytest.mark.parametrize("allow_partial", [False, True])
+def test_what_is_no_weight_is_refused_with_file_and_entry(fault, allow_partial, tmp_path):
+    state = STUDENT.state_dict()
+    state["3.weight"] = NO_WEIGHTS[fault](state["3.weight"])
+    torch.save(state, tmp_path / "file.pth")
+    model = _model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"file\.pth': 1 of 9 .*: 3\.weight .*{fault}"):
+        load_weights(model, tmp_path / "file.pth", allow_partial=allow_partial)
+    assert _same(model.state_dict(), before)
+
+
+def test_a_negative_variance_is_refused():
+    state = {"norm.running_var": torch.tensor([1.0, -0.1]), "norm.running_mean": -torch.ones(2)}
+    with pytest.raises(CheckpointError, match=r"1 of 2 .* norm\.running_var has negative"):
+        check_values(state, state)
+
+
+def test_infinities_that_the_model_has_itself_are_no_fault():
+    mask = torch.full((2, 2), -torch.inf).triu(1)
+    check_values({"mask": mask, "count": torch.tensor(3)}, {"mask": mask, "count": torch.tensor(0)})
+
+
 def test_an_absent_file_is_an_ordinary_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         load_file(tmp_path / "none.pth")
@@ -291,6 +373,22 @@ def test_a_kill_during_a_save_leaves_a_whole_file(fraction, tmp_path):
     assert weights.min() == weights.max()
 
 
+def test_a_disk_that_is_full_is_told_with_the_path(tmp_path):
+    path = tmp_path / "model.pth"
+    atomic_save({"a": 1}, path)
+    before = path.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match=r"File too large; not written: '.*model\.pth'"):
+            atomic_save({"a": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_kill_before_the_last_step_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
     atomic_save({"generation": 1}, path)
@@ -321,6 +419,22 @@ def test_save_student_gives_what_a_plain_constructor_loads(wrap, tmp_path):
     fresh = _model()
     fresh.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True))
     assert _same(fresh.state_dict(), student.state_dict())
+
+
+@pytest.mark.parametrize("other", ["head", "teacher", "losses"])
+def test_save_student_of_a_model_with_a_part_called_student_writes_all_of_it(other, tmp_path):
+    model = nn.ModuleDict({"student": _model(), other: nn.Linear(3, 2)})
+    save_student(model, tmp_path / "student.pth")
+    assert _same(torch.load(tmp_path / "student.pth"), model.state_dict())
+
+
+def test_save_student_refuses_a_state_that_is_no_tensor(tmp_path):
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"step": 3}
+
+    with pytest.raises(CheckpointError, match="tensors alone, and _extra_state is something else"):
+        save_student(Stateful(2, 2), tmp_path / "student.pth")
 
 
 @pytest.mark.parametrize("layout", ["bare *", "bare module.*", "bare student._orig_mod.*"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pcka.distiller import Distiller
-from pcka.losses import CE, FCKA, KD, RCKA, Loss, Outputs, fcka_loss, kd_loss
+from pcka.losses import CE, FCKA, FITNET, KD, RCKA, Loss, Outputs, fcka_loss, kd_loss
 from pcka.teacher import FrozenTeacher
 
 IMAGES = torch.linspace(-2, 3, 6 * 3 * 8 * 8).sin().view(6, 3, 8, 8)
@@ -58,6 +58,15 @@ def test_terms_are_those_of_the_losses(student, teacher):
     }
     assert list(terms) == list(expected)
     torch.testing.assert_close(terms, expected)
+
+
+def test_the_distillation_scale_is_a_factor_of_what_needs_the_teacher_alone(student, teacher):
+    distiller = Distiller(student, teacher, [CE(), KD()]).eval()
+    whole = distiller(IMAGES, TARGET)
+    distiller.distillation_scale = 0.25
+    scaled = distiller(IMAGES, TARGET)
+    torch.testing.assert_close(scaled["loss_kd"], whole["loss_kd"] / 4)
+    torch.testing.assert_close(scaled["loss_ce"], whole["loss_ce"])
 
 
 def test_gradient_reaches_only_the_student(student, teacher):
@@ -189,6 +198,48 @@ def test_refusals_at_construction(student, teacher):
         Distiller(student, teacher, [FCKA(stages=("stage2",))], {"stage2": ("body", "bodi")})
     with pytest.raises(ValueError, match="teacher shares parameters with student"):
         Distiller(student, student, [KD()])
+    teacher.stem[1]._buffers["running_mean"] = student.stem[1].running_mean
+    with pytest.raises(ValueError, match=r"shares buffers with student, .*copy\.deepcopy"):
+        Distiller(student, teacher, [KD()])
+
+
+def test_preparing_gives_every_module_its_own_mode_back(student, teacher):
+    """Frozen batch norms stay frozen, and an error leaves nothing in evaluation mode."""
+    distiller = Distiller(student.train(), teacher, [FITNET(stages=("stage2",))], TAPS)
+    student.stem[1].eval()
+    statistics = {name: value.clone() for name, value in student.named_buffers()}
+    before = [module.training for module in student.modules()]
+    distiller.prepare(IMAGES)
+    assert [module.training for module in student.modules()] == before
+    with pytest.raises(RuntimeError):
+        distiller.prepare(IMAGES[:, :1])
+    assert [module.training for module in student.modules()] == before
+    assert all(torch.equal(value, statistics[name]) for name, value in student.named_buffers())
+
+
+class Answering(nn.Module):
+    """A model whose logits come in something."""
+
+    def __init__(self, model: nn.Module, wrap) -> None:
+        super().__init__()
+        self.model = model
+        self.wrap = wrap
+
+    def forward(self, images):
+        return self.wrap(self.model(images))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"logits": x}, lambda x: (x, x)])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_returns_no_tensor_is_named_with_the_way_out(student, teacher, role, wrap):
+    models = {"student": student, "teacher": teacher}
+    models[role] = Answering(models[role], wrap)
+    distiller = Distiller(models["student"], models["teacher"], [KD()])
+    message = rf"{role}: Answering returned (dict|tuple), expected its logits.*\.logits"
+    with pytest.raises(ValueError, match=message):
+        distiller(IMAGES, TARGET)
+    with pytest.raises(ValueError, match=message):
+        distiller.prepare(IMAGES)
 
 
 def test_two_losses_do_not_share_a_name(student):

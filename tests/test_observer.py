@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -115,3 +117,25 @@ def test_compiled_observers_of_like_models_keep_their_own_taps():
         expected = Observer(model, paths)(images)
         assert observed.features.keys() == paths.keys()
         torch.testing.assert_close(observed.features, expected.features)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+def test_a_copy_of_a_compiled_distiller_has_observers_of_its_own(duplicate):
+    images, target = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    taps = {"last": ("2", "2:input"), "pooled": ("4", "4")}
+    losses = [build("CE"), build("KD"), build("FCKA", stages=["last", "pooled"], weights=[1, 1])]
+    distiller = Distiller(small_model(), small_model(6), losses, taps, compile=True)
+    expected = distiller(images, target)
+    twin = duplicate(distiller)
+    torch.testing.assert_close(twin(images, target), expected)
+    with torch.no_grad():
+        for model in (twin.student, twin.teacher):
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    changed = twin(images, target)
+    assert all((changed[name] - expected[name]).abs() > 1e-6 for name in expected)
+    torch.testing.assert_close(distiller(images, target), expected)

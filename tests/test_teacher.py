@@ -46,3 +46,12 @@ def test_channels_last_reaches_weights_and_images(model):
     torch.testing.assert_close(teacher(IMAGES), expected)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_put_into_training_mode_behind_its_back_goes_to_eval_mode_again(model):
+    teacher = FrozenTeacher(model)
+    expected, before = teacher(IMAGES), model[1].running_mean.clone()
+    model.train()
+    torch.testing.assert_close(teacher(IMAGES), expected, rtol=0, atol=0)
+    assert torch.equal(model[1].running_mean, before)
+    assert not any(module.training for module in model.modules())

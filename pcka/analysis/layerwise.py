@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pcka.ops.reference import accumulation_dtype, unbiased_hsic
+from pcka.modes import evaluation_mode
+from pcka.ops.reference import accumulation_dtype, unbiased_hsic, without_autocast
 from pcka.taps import FeatureTap
 
-_MIN_SAMPLES = 4  # unbiased HSIC is not defined below
+MIN_SAMPLES = 4  # unbiased HSIC is not defined below
 
 
 class LayerwiseCKA:
@@ -48,18 +49,20 @@ class LayerwiseCKA:
                     f"{name}: student and teacher must hold the same samples; got student "
                     f"{tuple(feature.shape)} and teacher {tuple(teacher[name].shape)}"
                 )
-            if len(feature) >= _MIN_SAMPLES:
+            if len(feature) >= MIN_SAMPLES:
                 batch = _hsics(_gram(feature), _gram(teacher[name]))
                 self._sums[name] = self._sums[name] + batch if name in self._sums else batch
 
     def compute(self) -> dict[str, float]:
         """Layer name -> CKA of all batches so far; 0 where a layer is constant.
 
+        NaN where a feature was NaN or infinite.
+
         Raises:
             ValueError: no batch of at least 4 samples came.
         """
         if not self._sums:
-            raise ValueError(f"no batch of at least {_MIN_SAMPLES} samples was given to update()")
+            raise ValueError(f"no batch of at least {MIN_SAMPLES} samples was given to update()")
         return {name: _ratio(*sums.tolist()) for name, sums in self._sums.items()}
 
 
@@ -89,8 +92,8 @@ def layerwise_cka(
     student_paths = {name: paths[0] for name, paths in taps.items()}
     teacher_paths = {name: paths[1] for name, paths in taps.items()}
     with (
-        _inference(student),
-        _inference(teacher),
+        torch.no_grad(),
+        evaluation_mode(student, teacher),
         FeatureTap(student, student_paths) as student_tap,
         FeatureTap(teacher, teacher_paths) as teacher_tap,
     ):
@@ -99,18 +102,6 @@ def layerwise_cka(
             teacher(images)
             result.update(student_tap.pop(), teacher_tap.pop())
     return result.compute()
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _gram(feature: Tensor) -> Tensor:
@@ -122,7 +113,7 @@ def _gram(feature: Tensor) -> Tensor:
     rows = feature.detach().flatten(1)
     rows = rows.to(accumulation_dtype(rows.dtype))
     rows = rows - rows.mean(0)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         return (rows @ rows.T).double()[None]
 
 
@@ -132,4 +123,6 @@ def _hsics(k: Tensor, l: Tensor) -> Tensor:
 
 
 def _ratio(kl: float, kk: float, ll: float) -> float:
+    if not all(map(math.isfinite, (kl, kk, ll))):
+        return math.nan
     return kl / (kk * ll) ** 0.5 if kk > 0 and ll > 0 else 0.0

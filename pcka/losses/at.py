@@ -47,7 +47,7 @@ class AT(StagewiseLoss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         p: power of the activations.
     """
 
@@ -55,10 +55,12 @@ class AT(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("stage1", "stage2", "stage3"),
-        weights: Sequence[float] = (1000.0, 1000.0, 1000.0),
+        weights: float | Sequence[float] = (1000.0, 1000.0, 1000.0),
         p: float = 2.0,
     ) -> None:
         super().__init__(stages, weights)
+        if not p > 0:
+            raise ValueError(f"p must be above 0, got {p!r}")
         self.p = p
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class CC(StagewiseLoss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         form: ``"neighbours"`` (:func:`cc_neighbours_loss`), of both models' features embedded by a
             trained linear layer each, maps averaged over their positions; or ``"bilinear"``
             (:func:`cc_loss`), of the features themselves.
@@ -87,7 +87,7 @@ class CC(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("pooled",),
-        weights: Sequence[float] = (0.02,),
+        weights: float | Sequence[float] = (0.02,),
         form: str = "neighbours",
         embedding: int = 128,
     ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -77,18 +78,68 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    """Refuse a temperature that is not a positive finite number."""
+    if not (_is_number(temperature) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
 
 
-def check_levels(stages: Sequence[str], **settings: Sized) -> None:
-    """Refuse a stage named twice, and settings that do not hold one value for each stage."""
+def check_weights(**weights: float) -> None:
+    """Refuse factors that are not finite numbers from 0 on: a negative one trains away."""
+    for name, weight in weights.items():
+        if not (_is_number(weight) and 0 <= weight < math.inf):
+            raise ValueError(f"{name} must be a finite number from 0 on, got {weight!r}")
+
+
+def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
+    """The names of a loss's stages, a tuple.
+
+    Raises:
+        ValueError: text in the place of a list, no stage, or one named twice.
+    """
+    if isinstance(stages, str) or not isinstance(stages, Sequence):
+        raise ValueError(f"stages must be a list of names, got {stages!r}; write [{stages!r}]")
+    if not stages:
+        raise ValueError(
+            "stages names none, and the loss would have no term; name tapped features, or leave "
+            "the loss out"
+        )
+    if not all(isinstance(stage, str) for stage in stages):
+        raise ValueError(f"stages must be names of tapped features, got {list(stages)}")
     if len(set(stages)) != len(stages):
-        raise ValueError(f"stages must name each stage once, got {stages}")
-    for name, values in settings.items():
-        if len(values) != len(stages):
-            raise ValueError(
-                f"{name} must hold one value for each of the {len(stages)} stages {stages}; "
-                f"got {len(values)}: {values}"
-            )
+        raise ValueError(f"stages must name each stage once, got {list(stages)}")
+    return tuple(stages)
+
+
+def for_each(stages: Sequence[str], name: str, values: T | Sequence[T]) -> tuple[T, ...]:
+    """One value for each stage: a single number serves all of them.
+
+    Args:
+        stages: of the loss.
+        name: what the error calls the setting.
+        values: a number, or a sequence as long as ``stages``.
+
+    Raises:
+        ValueError: a sequence of another length, or text.
+    """
+    if not isinstance(values, Sequence):
+        return (values,) * len(stages)
+    if isinstance(values, str) or len(values) != len(stages):
+        raise ValueError(
+            f"{name} must hold one value for each of the {len(stages)} stages "
+            f"{', '.join(stages)}, or be a single number; got {values!r}"
+        )
+    return tuple(values)
+
+
+def as_weights(
+    stages: Sequence[str], weights: float | Sequence[float], name: str = "weights"
+) -> tuple[float, ...]:
+    """The factor of each stage's term; refuses what :func:`for_each` and no factor may be."""
+    each = for_each(stages, name, weights)
+    for weight in each:
+        check_weights(**{name: weight})
+    return each
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

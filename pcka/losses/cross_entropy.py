@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import require
+from pcka.losses.checks import check_weights, require
 from pcka.losses.outputs import Outputs
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -26,6 +26,9 @@ class CE(Loss):
 
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        check_weights(weight=weight)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
         self.weight = weight
         self.label_smoothing = label_smoothing
 

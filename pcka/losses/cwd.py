@@ -50,7 +50,7 @@ class CWD(MatchedMapsLoss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         temperature: ``T > 0``, divides the activations.
     """
 
@@ -58,7 +58,7 @@ class CWD(MatchedMapsLoss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (10.0,),
+        weights: float | Sequence[float] = (10.0,),
         temperature: float = 1.0,
     ) -> None:
         super().__init__(stages, weights)

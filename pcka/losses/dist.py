@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_temperature
+from pcka.losses.checks import check_logits, check_temperature, check_weights
 from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -76,6 +76,7 @@ class DIST(LogitLoss):
         temperature: float = 4.0,
     ) -> None:
         super().__init__(weight, temperature)
+        check_weights(beta=beta, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_levels, check_samples, require
+from pcka.losses.checks import as_stages, as_weights, check_samples, require
 from pcka.losses.degenerate import leave_out_constant
 from pcka.losses.outputs import Outputs
 from pcka.losses.registry import register
@@ -46,7 +46,7 @@ class FCKA(Loss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         center: center the Gram matrices.
     """
 
@@ -56,13 +56,12 @@ class FCKA(Loss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (10.0,),
+        weights: float | Sequence[float] = (10.0,),
         center: bool = True,
     ) -> None:
         super().__init__()
-        check_levels(stages, weights=weights)
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
+        self.taps = as_stages(stages)
+        self.weights = as_weights(stages, weights)
         self.center = center
 
     def forward(

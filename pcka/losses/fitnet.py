@@ -42,7 +42,7 @@ class FITNET(StagewiseLoss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         regressor: send the student's maps through a trained one first, which :meth:`prepare` makes
             (:func:`pcka.losses.adapters.regressor`); False for maps of the teacher's shape.
     """
@@ -51,7 +51,7 @@ class FITNET(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (100.0,),
+        weights: float | Sequence[float] = (100.0,),
         regressor: bool = True,
     ) -> None:
         super().__init__(stages, weights)

@@ -62,11 +62,11 @@ class ICKD(StagewiseLoss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
     """
 
     def __init__(
-        self, *, stages: Sequence[str] = ("last",), weights: Sequence[float] = (2.5,)
+        self, *, stages: Sequence[str] = ("last",), weights: float | Sequence[float] = (2.5,)
     ) -> None:
         super().__init__(stages, weights)
         self.adapters = nn.ModuleDict()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapted, fit_widths
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_levels, check_samples, require
+from pcka.losses.checks import as_stages, check_samples, check_weights, require
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.ops.reference import accumulation_dtype, without_autocast
 
 CANDIDATES = 3  # of the student's directions, beyond as many as the teacher has
 BANDWIDTH = 8.0
@@ -55,7 +55,7 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], k: int = 
         )
     for student, teacher in zip(students, teachers):
         _check_widths(student, teacher)
-    with torch.autocast(students[0].device.type, enabled=False):
+    with without_autocast(students[0].device):
         vectors = [_matched_vectors(s, t.detach(), k) for s, t in zip(students, teachers)]
         differences = [
             (_correlations(s, s_before) - _correlations(t, t_before)).square().sum()
@@ -136,6 +136,8 @@ class KDSVD(Loss):
         k: vectors of each stage.
     """
 
+    capturable = False  # eigh waits for its result
+
     def __init__(
         self,
         *,
@@ -144,8 +146,10 @@ class KDSVD(Loss):
         k: int = 1,
     ) -> None:
         super().__init__()
-        check_levels(stages)
-        self.taps = tuple(stages)
+        self.taps = as_stages(stages)
+        check_weights(weight=weight)
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k!r}")
         self.weight = weight
         self.k = k
         self.adapters = nn.ModuleDict()

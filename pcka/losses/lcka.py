@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_logits, check_temperature, require
+from pcka.losses.checks import check_logits, check_temperature, check_weights, require
 from pcka.losses.degenerate import leave_out_constant
 from pcka.losses.outputs import Outputs
 from pcka.losses.registry import register
@@ -27,6 +27,9 @@ def lcka_terms(
     """
     check_logits(student, teacher)
     student, teacher = _soften(student, temperature), _soften(teacher.detach(), temperature)
+    if temperature is None:
+        masked = student.isneginf() | teacher.isneginf()
+        student, teacher = student.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
     grams = {"center": center, "row_normalize": row_normalize}
     intra = _misalignment(student, teacher, level="loss_lcka_intra", **grams)
     inter = _misalignment(student.mT, teacher.mT, level="loss_lcka_inter", **grams)
@@ -46,7 +49,8 @@ def lcka_loss(
     r"""Weighted sum of ``1 - CKA`` over samples and ``1 - CKA`` over classes.
 
     ``w_intra (1 - CKA(Z_s, Z_t)) + w_inter (1 - CKA(Z_s', Z_t'))`` with ``Z (B, P)`` the logits,
-    or the class probabilities ``softmax(logits / T)`` (Zhou et al. 2024, section 4.1).
+    or the class probabilities ``softmax(logits / T)`` (Zhou et al. 2024, section 4.1). A logit of
+    minus infinity, which masks a class out, counts as 0 in both models.
 
     Args:
         student: ``(B, P)`` logits, any floating dtype.
@@ -109,6 +113,7 @@ class LCKA(Loss):
         row_normalize: bool = False,
     ) -> None:
         super().__init__()
+        check_weights(intra_weight=intra_weight, inter_weight=inter_weight)
         if temperature is not None:
             check_temperature(temperature)
         self.intra_weight = intra_weight

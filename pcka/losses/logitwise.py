@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_temperature, require
+from pcka.losses.checks import check_temperature, check_weights, require
 from pcka.losses.outputs import Outputs
 
 
@@ -23,6 +24,7 @@ class LogitLoss(Loss):
 
     def __init__(self, weight: float, temperature: float) -> None:
         super().__init__()
+        check_weights(weight=weight)
         check_temperature(temperature)
         self.weight = weight
         self.temperature = temperature
@@ -42,3 +44,19 @@ class LogitLoss(Loss):
             target,
         )
         return {f"loss_{method.lower()}": self.weight * loss}
+
+
+def without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """The logits of the classes that are not the sample's own.
+
+    By gathering, not by a mask: the host need not wait to learn how many entries a mask picks.
+
+    Args:
+        logits: ``(B, P)``.
+        target: ``(B,)`` class indices.
+
+    Returns:
+        ``(B, P - 1)``, in the order of the classes.
+    """
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, columns + (columns >= target[:, None]))

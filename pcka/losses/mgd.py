@@ -80,7 +80,7 @@ class MGD(StagewiseLoss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         mask_ratio: part of the channels or positions that is masked, in [0, 1).
         mask: ``"channels"`` or ``"positions"``.
     """
@@ -89,7 +89,7 @@ class MGD(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (7e-5,),
+        weights: float | Sequence[float] = (7e-5,),
         mask_ratio: float = 0.15,
         mask: str = "channels",
     ) -> None:

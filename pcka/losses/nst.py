@@ -49,14 +49,14 @@ class NST(StagewiseLoss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
     """
 
     def __init__(
         self,
         *,
         stages: Sequence[str] = ("stage1", "stage2", "stage3"),
-        weights: Sequence[float] = (50.0, 50.0, 50.0),
+        weights: float | Sequence[float] = (50.0, 50.0, 50.0),
     ) -> None:
         super().__init__(stages, weights)
 

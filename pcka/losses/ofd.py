@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_levels, check_maps, check_samples, require
+from pcka.losses.checks import as_stages, check_maps, check_samples, check_weights, require
 from pcka.losses.map_size import at_one_size
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
@@ -122,8 +122,8 @@ class OFD(Loss):
         weight: float = 1e-3,
     ) -> None:
         super().__init__()
-        check_levels(stages)
-        self.taps = tuple(stages)
+        self.taps = as_stages(stages)
+        check_weights(weight=weight)
         self.weight = weight
         self.connectors = nn.ModuleDict()
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_levels, check_maps, check_temperature, require
+from pcka.losses.checks import as_stages, as_weights, check_maps, check_temperature, require
 from pcka.losses.dist import dist_loss
 from pcka.losses.kd import kd_loss
 from pcka.losses.outputs import Outputs
-from pcka.losses.pcka import PatchSize
+from pcka.losses.pcka import PatchSize, as_patches
 from pcka.losses.pkd import pkd_loss
 from pcka.losses.registry import register
+from pcka.ops.functional import as_patch_size
 from pcka.ops.reference import accumulation_dtype, patchify, resize_to_patches
 
 
@@ -66,11 +67,9 @@ def patched_loss(
 
 def _rows(x: Tensor, patch_size: PatchSize) -> Tensor:
     """``(B, C, H, W)`` -> ``(C, N, B*P_H*P_W)``, in float32 or better."""
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if min(height, width) < 1:
-        raise ValueError(f"patch_size must be positive, got {patch_size!r}")
-    resized = resize_to_patches(x.to(accumulation_dtype(x.dtype)), (height, width))
-    return patchify(resized, (height, width), "channel")
+    patch = as_patch_size(patch_size)
+    resized = resize_to_patches(x.to(accumulation_dtype(x.dtype)), patch)
+    return patchify(resized, patch, "channel")
 
 
 def _at(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -118,8 +117,9 @@ class PATCHED(Loss):
     Args:
         method: ``"at"``, ``"kl"``, ``"pkd"`` or ``"dist"``.
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term.
-        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map.
+        weights: factor of each stage's term, or one of all.
+        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a single
+            ``P`` serves all.
         temperature: ``T > 0``, of ``"kl"`` and ``"dist"``.
     """
 
@@ -130,18 +130,17 @@ class PATCHED(Loss):
         *,
         method: str = "at",
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (1.0,),
-        patch_sizes: Sequence[PatchSize] = (16,),
+        weights: float | Sequence[float] = (1.0,),
+        patch_sizes: PatchSize | Sequence[PatchSize] = (16,),
         temperature: float = 4.0,
     ) -> None:
         super().__init__()
-        check_levels(stages, weights=weights, patch_sizes=patch_sizes)
         check_method(method)
         check_temperature(temperature)
         self.method = method
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
-        self.patch_sizes = tuple(patch_sizes)
+        self.taps = as_stages(stages)
+        self.weights = as_weights(stages, weights)
+        self.patch_sizes = as_patches(stages, patch_sizes)
         self.temperature = temperature
 
     def forward(

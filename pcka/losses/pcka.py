@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
 from pcka.losses.base import Loss
-from pcka.losses.checks import check_levels, require
+from pcka.losses.checks import as_stages, as_weights, for_each, require
 from pcka.losses.degenerate import leave_out_constant
 from pcka.losses.outputs import Outputs
 from pcka.losses.registry import register
@@ -64,10 +65,20 @@ def pcka_loss(
 def _gram_side(x: Tensor, patch_size: PatchSize, group_by: str, relation: str) -> int:
     """``N`` of ``X (G, N, D)``, the number of patches, for ``"rows"``; ``D`` for ``"columns"``."""
     b, c, h, w = x.shape
-    p_h, p_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    p_h, p_w = as_patch_size(patch_size)
     if relation == "rows":
         return -(-h // p_h) * -(-w // p_w)
     return {"channel": b * p_h * p_w, "batch": c * p_h * p_w, "position": b * c}[group_by]
+
+
+def as_patches(
+    stages: Sequence[str], patch_sizes: PatchSize | Sequence[PatchSize]
+) -> tuple[PatchSize, ...]:
+    """The patch of each stage; refuses what is none, and another number of them."""
+    each: tuple[PatchSize, ...] = for_each(stages, "patch_sizes", cast(Any, patch_sizes))
+    for patch in each:
+        as_patch_size(patch)
+    return each
 
 
 @register("PCKA")
@@ -76,8 +87,9 @@ class PCKA(Loss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's terms.
-        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map.
+        weights: factor of each stage's terms, or one of all.
+        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a single
+            ``P`` serves all.
         group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
         relations: which of ``"rows"`` and ``"columns"`` to align, one term each.
         center: center the Gram matrices.
@@ -92,24 +104,23 @@ class PCKA(Loss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (10.0,),
-        patch_sizes: Sequence[PatchSize] = (16,),
+        weights: float | Sequence[float] = (10.0,),
+        patch_sizes: PatchSize | Sequence[PatchSize] = (16,),
         group_by: str = "channel",
         relations: Sequence[str] = ("rows",),
         center: bool = True,
     ) -> None:
         super().__init__()
-        check_levels(stages, weights=weights, patch_sizes=patch_sizes)
-        for patch in patch_sizes:
-            as_patch_size(patch)
+        self.taps = as_stages(stages)
+        self.weights = as_weights(stages, weights)
+        self.patch_sizes = as_patches(stages, patch_sizes)
         check_choice("group_by", group_by, GROUPINGS)
+        if isinstance(relations, str):
+            raise ValueError(f"relations must be a list, got {relations!r}; write [{relations!r}]")
         for relation in relations:
             check_choice("relations", relation, RELATIONS)
         if not relations:
             raise ValueError(f"relations must hold one or more of {', '.join(RELATIONS)}; got none")
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
-        self.patch_sizes = tuple(patch_sizes)
         self.group_by = group_by
         self.relations = tuple(relations)
         self.center = center

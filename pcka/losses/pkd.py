@@ -49,13 +49,14 @@ class PKD(MatchedMapsLoss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term; 6 for Faster R-CNN and 10 for RetinaNet there.
+        weights: factor of each stage's term, or one of all; 6 for Faster R-CNN and 10 for
+            RetinaNet there.
     """
 
     relational = True
 
     def __init__(
-        self, *, stages: Sequence[str] = ("last",), weights: Sequence[float] = (10.0,)
+        self, *, stages: Sequence[str] = ("last",), weights: float | Sequence[float] = (10.0,)
     ) -> None:
         super().__init__(stages, weights)
 

@@ -51,7 +51,7 @@ class PKT(StagewiseLoss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
     """
 
     relational = True
@@ -60,7 +60,7 @@ class PKT(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("pooled",),
-        weights: Sequence[float] = (30000.0,),
+        weights: float | Sequence[float] = (30000.0,),
     ) -> None:
         super().__init__(stages, weights)
 

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
-import torch
 from torch import Tensor
+
+from pcka.ops import reference
 
 P = ParamSpec("P")
 LossFunction = Callable[Concatenate[Tensor, Tensor, P], Tensor]
@@ -18,7 +19,7 @@ def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
 
     @functools.wraps(loss)
     def exact(student: Tensor, teacher: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        with torch.autocast(student.device.type, enabled=False):
+        with reference.without_autocast(student.device):
             return loss(student, teacher, *args, **kwargs)
 
     return exact

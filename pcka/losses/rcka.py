@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcka.losses.base import Loss
+from pcka.losses.checks import as_stages, as_weights
 from pcka.losses.fcka import FCKA, fcka_loss
 from pcka.losses.lcka import LCKA, lcka_loss
 from pcka.losses.outputs import Outputs
@@ -68,7 +69,7 @@ class RCKA(Loss):
 
     Args:
         stages: names of the tapped features.
-        feature_weights: factor of each stage's term.
+        feature_weights: factor of each stage's term, or one of all.
         intra_weight: factor of the logit term over samples.
         inter_weight: factor of the logit term over classes.
         temperature: ``T > 0`` compares softened probabilities; None compares the logits.
@@ -83,7 +84,7 @@ class RCKA(Loss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        feature_weights: Sequence[float] = (10.0,),
+        feature_weights: float | Sequence[float] = (10.0,),
         intra_weight: float = 15.0,
         inter_weight: float = 15.0,
         temperature: float | None = None,
@@ -91,7 +92,8 @@ class RCKA(Loss):
         row_normalize: bool = False,
     ) -> None:
         super().__init__()
-        self.feature_loss = FCKA(stages=stages, weights=feature_weights, center=center)
+        weights = as_weights(as_stages(stages), feature_weights, "feature_weights")
+        self.feature_loss = FCKA(stages=stages, weights=weights, center=center)
         self.logit_loss = LCKA(
             intra_weight=intra_weight,
             inter_weight=inter_weight,

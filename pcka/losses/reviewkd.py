@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_levels, check_maps, check_samples, require
+from pcka.losses.checks import as_stages, check_maps, check_samples, check_weights, require
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -117,8 +117,8 @@ class REVIEWKD(Loss):
         max_width: int = 512,
     ) -> None:
         super().__init__()
-        self.taps = (*stages, pooled)
-        check_levels(self.taps)
+        self.taps = as_stages((*as_stages(stages), pooled))
+        check_weights(weight=weight)
         if max_width < 1:
             raise ValueError(f"max_width must be at least 1, got {max_width}")
         self.weight = weight

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_samples
+from pcka.losses.checks import check_samples, check_weights
 from pcka.losses.precision import without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
@@ -70,7 +70,7 @@ class RKD(StagewiseLoss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         distance_weight: factor of the distances.
         angle_weight: factor of the angles.
     """
@@ -81,11 +81,12 @@ class RKD(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("pooled",),
-        weights: Sequence[float] = (1.0,),
+        weights: float | Sequence[float] = (1.0,),
         distance_weight: float = 25.0,
         angle_weight: float = 50.0,
     ) -> None:
         super().__init__(stages, weights)
+        check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 

@@ -47,7 +47,7 @@ class SP(StagewiseLoss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
     """
 
     relational = True
@@ -56,7 +56,7 @@ class SP(StagewiseLoss):
         self,
         *,
         stages: Sequence[str] = ("last",),
-        weights: Sequence[float] = (3000.0,),
+        weights: float | Sequence[float] = (3000.0,),
     ) -> None:
         super().__init__(stages, weights)
 

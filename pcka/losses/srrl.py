@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_samples, require
+from pcka.losses.checks import check_samples, check_weights, require
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.ops.reference import accumulation_dtype, without_autocast
 
 
 def srrl_loss(
@@ -53,7 +52,7 @@ def srrl_loss(
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Adapt the width by a 1x1 "
             "convolution before the pooling"
         )
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         regression = F.mse_loss(classifier(student), classifier(teacher))
     return feature_weight * F.mse_loss(student, teacher) + regression_weight * regression
 
@@ -85,6 +84,7 @@ class SRRL(Loss):
         regression_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        check_weights(feature_weight=feature_weight, regression_weight=regression_weight)
         self.taps = (stage, "pooled")
         self.feature_weight = feature_weight
         self.regression_weight = regression_weight

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapted, fit_widths
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_levels, require
+from pcka.losses.checks import as_stages, as_weights, require
 from pcka.losses.map_size import at_one_size
 from pcka.losses.outputs import Context, Outputs
 
@@ -20,14 +20,13 @@ class StagewiseLoss(Loss):
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
     """
 
-    def __init__(self, stages: Sequence[str], weights: Sequence[float]) -> None:
+    def __init__(self, stages: Sequence[str], weights: float | Sequence[float]) -> None:
         super().__init__()
-        check_levels(stages, weights=weights)
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
+        self.taps = as_stages(stages)
+        self.weights = as_weights(stages, weights)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of one stage, a scalar without its weight."""
@@ -53,7 +52,7 @@ class MatchedMapsLoss(StagewiseLoss):
     pooled. Maps of one shape are compared as they are.
     """
 
-    def __init__(self, stages: Sequence[str], weights: Sequence[float]) -> None:
+    def __init__(self, stages: Sequence[str], weights: float | Sequence[float]) -> None:
         super().__init__(stages, weights)
         self.adapters = nn.ModuleDict()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_levels, check_maps, check_samples, require
+from pcka.losses.checks import as_stages, as_weights, check_maps, check_samples, require
 from pcka.losses.map_size import at_one_size
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
@@ -89,7 +89,7 @@ class VID(Loss):
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term.
+        weights: factor of each stage's term, or one of all.
         variance: the initial one, above ``epsilon``.
         epsilon: what the variance never falls below.
     """
@@ -98,18 +98,17 @@ class VID(Loss):
         self,
         *,
         stages: Sequence[str] = ("stage1", "stage2", "stage3"),
-        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        weights: float | Sequence[float] = (1.0, 1.0, 1.0),
         variance: float = 5.0,
         epsilon: float = 1e-5,
     ) -> None:
         super().__init__()
-        check_levels(stages, weights=weights)
         if not variance > epsilon > 0:
             raise ValueError(
                 f"variance must be above epsilon, and both positive; got {variance} and {epsilon}"
             )
-        self.taps = tuple(stages)
-        self.weights = tuple(weights)
+        self.taps = as_stages(stages)
+        self.weights = as_weights(stages, weights)
         self.variance = variance
         self.epsilon = epsilon
         self.predictors = nn.ModuleDict()

@@ -53,12 +53,30 @@ def patch_cka(
 
 
 def _refuse_tangents(*inputs: Tensor) -> None:
-    """Forward-mode derivatives (torch.func.jvp): without this they would silently be 0."""
+    """Forward-mode derivatives (torch.func.jvp): without this they would silently be 0.
+
+    And the backward ones of torch.func, of which torch says nothing that names the operator.
+    """
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
             "pcka: this operator has no forward-mode derivative. Differentiate backward, or use "
             "the functions of pcka.ops.reference"
         )
+    if torch._C._are_functorch_transforms_active() and any(map(_func_differentiates, inputs)):
+        raise RuntimeError(
+            "pcka: this operator has no derivative under torch.func (grad, vjp, jacrev, hessian). "
+            "Use torch.autograd.grad or .backward(), or the functions of pcka.ops.reference"
+        )
+
+
+def _func_differentiates(x: Tensor) -> bool:
+    """Whether torch.func takes a derivative by ``x``, be it within or around its vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _needs_grad(x: Tensor) -> bool:
@@ -176,6 +194,13 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 "pcka: this operator is differentiable once; create_graph=True asks for a second "
                 "derivative. Use the functions of pcka.ops.reference where one is needed"
+            )
+        batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd's own vmap
+        if any(batched(grad) for grad in grads if grad is not None):
+            raise RuntimeError(
+                "pcka: this operator takes one gradient at a time, and is_grads_batched=True or "
+                "vectorize=True asks for several. Leave it out, or use the functions of "
+                "pcka.ops.reference"
             )
         return backward(ctx, *grads)
 

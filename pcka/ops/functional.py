@@ -94,7 +94,7 @@ def patch_gram(
     if not _library.available(x.device):
         return reference.patch_gram(x, patch_size=patch, group_by=group_by, center=center)
     rows = _library.patchify(x, patch, GROUPINGS.index(group_by), center)
-    with torch.autocast(x.device.type, enabled=False):
+    with reference.without_autocast(x.device):
         return rows @ rows.mT
 
 
@@ -205,8 +205,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def as_patch_size(patch_size: int | tuple[int, int]) -> tuple[int, int]:
     """``(P_H, P_W)``; refuses what is no positive int or pair of them."""
-    pair = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    if len(pair) != 2 or not all(isinstance(p, int) and p >= 1 for p in pair):
+    pair = tuple(patch_size) if isinstance(patch_size, list | tuple) else (patch_size, patch_size)
+    # A bool is an int to Python, and nobody means it for a size.
+    if len(pair) != 2 or not all(
+        type(p) is not bool and isinstance(p, int) and p >= 1 for p in pair
+    ):
         raise ValueError(
             f"patch_size must be a positive int or a pair of them (P_H, P_W); got {patch_size!r}"
         )

@@ -20,6 +20,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A block in which autocast rounds no matrix product on ``device``."""
+    # torch refuses even to switch autocast off on the meta device, where nothing is computed.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 def patchify(x: Tensor, patch_size: tuple[int, int], group_by: str) -> Tensor:
     """Cut a map into patches: ``(B, C, H, W)`` -> ``(G, N, D)``, neither resized nor centered.
 
@@ -131,7 +137,7 @@ def cka(
     row_normalize: bool = False,
 ) -> Tensor:
     """Reference of :func:`pcka.cka`."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x, y = x.to(accumulation_dtype(x.dtype)), y.to(accumulation_dtype(y.dtype))
         grouped = x.dim() == 3
         if not grouped:
@@ -142,7 +148,7 @@ def cka(
 
 def patch_gram(x: Tensor, *, patch_size: tuple[int, int], group_by: str, center: bool) -> Tensor:
     """Reference of :func:`pcka.patch_gram`."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         rows, _ = _center(_rows(x, patch_size, group_by), center=center)
         return rows @ rows.mT
 
@@ -157,7 +163,7 @@ def patch_cka(
     center: bool,
 ) -> Tensor:
     """Reference of :func:`pcka.patch_cka`."""
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         x, y = _rows(student, patch_size, group_by), _rows(teacher, patch_size, group_by)
         if relation == "columns":
             x, y = x.mT, y.mT

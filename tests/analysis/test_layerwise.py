@@ -114,3 +114,14 @@ def test_models_are_compared_in_eval_mode_and_left_as_they_were():
         x, y = student[:2](images), teacher[0](images)
         expected.update({"a": x, "b": x}, {"a": teacher[1](y), "b": y})
     assert result == pytest.approx(expected.compute(), rel=1e-10)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_network_of_no_finite_values_is_like_none(bad):
+    """Not 0, which is the figure of layers that have nothing in common."""
+    result = LayerwiseCKA()
+    result.update(
+        {"a": draw(0, 8, 4) * bad, "b": draw(0, 8, 4)}, dict.fromkeys("ab", draw(1, 8, 5))
+    )
+    found = result.compute()
+    assert np.isnan(found["a"]) and np.isfinite(found["b"])

@@ -36,6 +36,18 @@ def test_top_1_and_top_5_are_percentages_of_all_images():
     assert model.training
 
 
+def test_modules_keep_their_own_modes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5), nn.BatchNorm1d(5))
+    model[2].eval()  # frozen while the rest is trained
+    data = numbered([1, 2], [1, 2], 5)
+    before = [module.training for module in model.modules()]
+    accuracy(model, PixelNormalize([0.0] * 3, [1.0] * 3), data)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        accuracy(model, nn.AvgPool2d(2), data)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_five_classes_have_no_top_5():
     pixels = PixelNormalize([0.0] * 3, [1 / 255] * 3)
     assert accuracy(ByFirstPixel(5), pixels, numbered([1, 1], [1, 2], 5)) == {"top1": 50.0}

@@ -126,6 +126,23 @@ def test_a_wider_teacher_gets_an_adapter_that_learns(build, batch, storage):
     assert all(conv.weight.grad.norm() > 0 for conv in model.adapters.values())
 
 
+def test_the_dry_run_gives_every_module_its_own_mode_back(build, monkeypatch):
+    model = build().train()
+    frozen = next(m for m in model.student.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    frozen.eval()
+    before = [module.training for module in model.student.modules()]
+    model._fit_to_teacher(model.teacher)
+    assert [module.training for module in model.student.modules()] == before
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model.teacher.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model._fit_to_teacher(model.teacher)
+    assert [module.training for module in model.student.modules()] == before
+
+
 def test_only_what_a_loss_reads_is_matched_and_adapted(build):
     """A convolution without a gradient would stop several processes at their second step."""
     wide = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 48])

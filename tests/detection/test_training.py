@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.layers import ROIAlign
 
 from detection import export, train_net, trainer
 from detection.config import PROJECT, ConfigError, load_config
+from detection.curves import read_metrics
 from detection.meta_arch import BackboneTap
 from pcka.folder_lock import FolderInUseError, lock_folder
 
@@ -51,6 +55,9 @@ def _checkpoint(folder, name="model_final"):
 
 
 def _assert_equal(one, other, path=""):
+    """Everything but times, and evaluations that came after the checkpoint."""
+    if path == ".metrics":
+        one, other = ({n: v for n, v in run.items() if "loss" in n} for run in (one, other))
     assert type(one) is type(other), path
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
@@ -66,15 +73,19 @@ def _assert_equal(one, other, path=""):
         assert one == other, path
 
 
+def _cut_after_step_2(whole, cut):
+    """What a run leaves that is killed after step 3: the checkpoint of step 2 is its last."""
+    shutil.copytree(whole, cut)
+    (cut / "model_final.pth").unlink()
+    (cut / "last_checkpoint").write_text("model_0000001.pth")
+
+
 @pytest.mark.parametrize("mixed", ["False", "True"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, mixed):
     keys = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
     keys += ("SOLVER.AMP.ENABLED", mixed)
     train_net.main(arguments(tmp_path / "whole", 4, *keys))
-    train_net.main(arguments(tmp_path / "cut", 4, *keys))
-    # As if killed after step 3: what came after the checkpoint of step 2 is gone.
-    (tmp_path / "cut" / "model_final.pth").unlink()
-    (tmp_path / "cut" / "last_checkpoint").write_text("model_0000001.pth")
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
     train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
     whole, cut = (_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert {"model", "optimizer", "scheduler", "adapters", "losses", "run"} <= whole.keys()
@@ -90,14 +101,16 @@ def test_the_checkpoint_is_the_bare_student(tmp_path, arguments, build):
 
 
 def test_a_run_leaves_figures_and_pictures(tmp_path, arguments):
-    results = train_net.main(arguments(tmp_path, 2, "DISTILL.LOG_PERIOD", "1"))
+    results = train_net.main(arguments(tmp_path, 4, "DISTILL.LOG_PERIOD", "2"))
     assert "AP" in results["bbox"]
     assert json.loads((tmp_path / "result.json").read_text())["bbox"].keys() == (
         results["bbox"].keys()
     )
     assert (tmp_path / "curves.png").stat().st_size > 5000
     logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    drawn = read_metrics(tmp_path / "metrics.json")
     for level in ("p3", "p4", "p5"):
+        assert [step for step, _ in drawn[f"loss_pcka_{level}_rows"]] == [1, 3]
         assert any(entry.get(f"distill_grad/{level}", 0) > 0 for entry in logged)
         assert any(f"cka/{level}" in entry for entry in logged)
 
@@ -111,13 +124,79 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation"}
 
 
-def test_evaluations_in_between_change_nothing(tmp_path, arguments, monkeypatch):
-    """An R-CNN draws its proposals at random; an evaluation's loader draws, too."""
+def test_evaluations_in_between_change_nothing(tmp_path, arguments):
+    """The flips are drawn from NumPy, as are the sizes of an evaluation's images."""
+    keys = ("INPUT.RANDOM_FLIP", "horizontal")
     for period in (0, 1):
-        monkeypatch.setattr(trainer, "evaluate", lambda *_: {"drawn": torch.rand(()).item()})
-        train_net.main(arguments(tmp_path / str(period), 2, "TEST.EVAL_PERIOD", str(period)))
-    states = [_checkpoint(tmp_path / str(period))["run"]["random"] for period in (0, 1)]
-    _assert_equal(*states)
+        folder = tmp_path / str(period)
+        train_net.main(arguments(folder, 4, *keys, "TEST.EVAL_PERIOD", str(period)))
+    without, between = (_checkpoint(tmp_path / str(period)) for period in (0, 1))
+    _assert_equal(without, between)
+
+
+def test_a_killed_run_with_evaluations_in_between_goes_on_bit_for_bit(tmp_path, arguments):
+    keys = ("INPUT.RANDOM_FLIP", "horizontal", "TEST.EVAL_PERIOD", "2")
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
+    train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
+    _assert_equal(*(_checkpoint(tmp_path / name) for name in ("whole", "cut")))
+
+
+def test_a_run_that_is_killed_before_it_writes_loses_no_figure(tmp_path, arguments, monkeypatch):
+    keys = ("DISTILL.LOG_PERIOD", "2", "TEST.EVAL_PERIOD", "1")
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    figures = read_metrics(tmp_path / "whole" / "metrics.json")
+    assert [step for step, _ in figures["total_loss"]] == [1, 3]
+    assert [step for step, _ in figures["cka/p3"]] == [0, 2]
+    for lost in ("from the checkpoint on", "nothing"):
+        _cut_after_step_2(tmp_path / "whole", tmp_path / lost)
+        path = tmp_path / lost / "metrics.json"
+        written = path.read_text().splitlines(keepends=True) if lost == "nothing" else []
+        path.write_text("".join(written))
+        train_net.main(arguments(tmp_path / lost, 4, *keys, flags=["--resume"]))
+        for name, points in read_metrics(path).items():
+            assert "time" in name or "eta" in name or points == figures[name], name
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert sum("total_loss" in line for line in lines[len(written) :]) == 1 + (not written)
+
+
+def test_a_killed_run_goes_on_bit_for_bit_where_the_loader_starts_late(
+    tmp_path, arguments, monkeypatch
+):
+    """As in detectron2's main branch, whose loader draws its seed at the first step."""
+
+    def init(self, model, data_loader, optimizer):
+        TrainerBase.__init__(self)
+        model.train()
+        self.model, self.data_loader, self.optimizer = model, data_loader, optimizer
+        self.started = None
+
+    def started(self):
+        if self.started is None:
+            self.started = iter(self.data_loader)
+        return self.started
+
+    monkeypatch.setattr(SimpleTrainer, "__init__", init)
+    monkeypatch.setattr(SimpleTrainer, "_data_loader_iter", property(started), raising=False)
+    train_net.main(arguments(tmp_path / "whole", 4))
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
+    train_net.main(arguments(tmp_path / "cut", 4, flags=["--resume"]))
+    _assert_equal(*(_checkpoint(tmp_path / name) for name in ("whole", "cut")))
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", False), ("cuda", True)])
+def test_torchscript_rounds_alike_on_cpus_and_fuses_on_gpus(monkeypatch, device, fused):
+    seen = []
+    monkeypatch.setattr(
+        trainer.SimpleTrainer, "train",
+        lambda *_: seen.append(torch._C._get_graph_executor_optimize()),
+    )  # fmt: skip
+    run = object.__new__(trainer.DetectionTrainer)
+    run.run_state = SimpleNamespace(restore_random=lambda: None)
+    run.model, run.results = SimpleNamespace(device=torch.device(device)), {}
+    run.start = run.last = 0
+    run.train_all()
+    assert seen == [fused]
 
 
 def test_statistics_are_averaged_before_they_are_saved_or_evaluated(monkeypatch):

@@ -42,17 +42,30 @@ def test_features_need_one_dtype():
         checks.check_samples(x, x.half())
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "4", None, True])
 def test_a_temperature_is_positive(temperature):
     with pytest.raises(ValueError, match="temperature must be positive"):
         checks.check_temperature(temperature)
 
 
-def test_levels_name_the_setting_of_another_length():
-    with pytest.raises(ValueError, match=r"patch_sizes must hold one value for each of the 2"):
-        checks.check_levels(("a", "b"), weights=(1, 1), patch_sizes=(16,))
+@pytest.mark.parametrize("weight", [-1, -1e-9, float("nan"), float("inf"), "1", None, True])
+def test_a_weight_is_a_finite_number_from_0_on(weight):
+    with pytest.raises(ValueError, match="beta must be a finite number from 0 on"):
+        checks.check_weights(alpha=0, beta=weight)
 
 
-def test_a_stage_is_named_once():
-    with pytest.raises(ValueError, match="once"):
-        checks.check_levels(("a", "a"), weights=(1, 1))
+def test_a_setting_holds_one_value_for_each_stage_or_one_for_all():
+    assert checks.for_each(("a", "b"), "weights", [1, 2]) == (1, 2)
+    assert checks.for_each(("a", "b"), "weights", 3.0) == (3.0, 3.0)
+    for values in ((16,), "16"):
+        with pytest.raises(ValueError, match=r"patch_sizes must hold one value .* 2 stages a, b"):
+            checks.for_each(("a", "b"), "patch_sizes", values)
+
+
+def test_stages_are_names():
+    assert checks.as_stages(["a", "b"]) == ("a", "b")
+    with pytest.raises(ValueError, match=r"stages must be a list of names, got 'last'.*\['last'\]"):
+        checks.as_stages("last")
+    for stages, message in (([], "names none"), (["a", "a"], "once"), ([1, 2], "names of tapped")):
+        with pytest.raises(ValueError, match=message):
+            checks.as_stages(stages)

@@ -32,3 +32,9 @@ def test_needs_a_target_and_no_teacher(draw):
         CE()(Outputs(draw(0, 4, 5)), None, None)
     with pytest.raises(ValueError, match=r"student\.logits: CE needs it"):
         CE()(Outputs(), None, TARGET)
+
+
+@pytest.mark.parametrize("smoothing", [7, -0.1, float("nan")])
+def test_smoothing_is_a_probability(smoothing):
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got"):
+        CE(label_smoothing=smoothing)

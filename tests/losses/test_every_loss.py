@@ -162,6 +162,50 @@ def test_a_loss_that_was_not_prepared_says_so(draw, name):
             loss(student, teacher, TARGET)
 
 
+def _with(keyword):
+    return [name for name in NAMES if keyword in losses.defaults(name)]
+
+
+@pytest.mark.parametrize("name", _with("stages"))
+def test_stages_are_a_list_of_one_or_more(name):
+    with pytest.raises(ValueError, match=r"stages must be a list of names, got 'last'"):
+        losses.build(name, stages="last")
+    with pytest.raises(ValueError, match="stages names none"):
+        losses.build(name, stages=[])
+
+
+@pytest.mark.parametrize("name", sorted({*_with("weights"), *_with("feature_weights")}))
+def test_one_weight_serves_all_stages(draw, name):
+    defaults = losses.defaults(name)
+    keyword = "weights" if "weights" in defaults else "feature_weights"
+    patches = {"patch_sizes": 4} if "patch_sizes" in defaults else {}
+    stages = ["stage1", "stage2"]
+    student, teacher = _pair(draw)
+    terms = []
+    for weights in (0.5, [0.5, 0.5]):
+        torch.manual_seed(0)
+        loss = losses.build(name, stages=stages, **{keyword: weights}, **patches)
+        loss.prepare(student, teacher)
+        terms.append(_seeded(loss, student, teacher))
+    torch.testing.assert_close(*terms, rtol=0, atol=0)
+    assert all(value > 0 for value in terms[0].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword"),
+    [
+        (name, key)
+        for name in NAMES
+        for key in losses.defaults(name)
+        if key.endswith("weight") and name != "CRD"
+    ],
+)
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "1"])
+def test_a_weight_that_trains_away_is_refused(name, keyword, value):
+    with pytest.raises(ValueError, match=f"{keyword} must be a finite number from 0 on"):
+        losses.build(name, **{keyword: value})
+
+
 def _seeded(loss, student, teacher):
     """The terms, with the samples and masks that any other such call draws."""
     torch.manual_seed(2)

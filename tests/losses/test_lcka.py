@@ -125,3 +125,21 @@ def test_refusals(draw):
         LCKA(temperature=0.0)
     with pytest.raises(ValueError, match=r"teacher\.logits: LCKA needs it"):
         LCKA()(Outputs(draw(0, 6, 5)), Outputs(), None)
+
+
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 4.0}, {"center": False}])
+def test_a_class_that_is_masked_out_leaves_loss_and_gradient_finite(draw, masked, options):
+    student, teacher = draw(0, 8, 5), draw(1, 8, 5)
+    for role, logits in (("student", student), ("teacher", teacher)):
+        if masked in (role, "both"):
+            logits[:, 2] = -torch.inf
+    student.requires_grad_()
+    loss = lcka_loss(student, teacher, **options)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite() and gradient.isfinite().all() and gradient.norm() > 0
+    if not options:
+        rest = [0, 1, 3, 4]
+        without = lcka_loss(student[:, rest], teacher[:, rest], inter_weight=0.0)
+        masked_loss = lcka_loss(student, teacher, inter_weight=0.0)
+        torch.testing.assert_close(masked_loss, without)

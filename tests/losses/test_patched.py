@@ -151,7 +151,7 @@ def test_settings_are_refused_when_the_loss_is_built(settings, message):
     ("shape", "options", "message"),
     [
         ((1, 3, 4, 5), {}, r"one shape \(B, C, H, W\)"),
-        ((1, 3, 4, 4), {"patch_size": 0}, "patch_size must be positive, got 0"),
+        ((1, 3, 4, 4), {"patch_size": 0}, "patch_size must be a positive int.*got 0"),
         ((1, 3, 4, 4), {"method": "pkd", "patch_size": 1}, "two entries.*take a larger patch"),
     ],
 )

@@ -117,7 +117,11 @@ def test_settings_of_each_level_are_complete():
     with pytest.raises(ValueError, match="patch_sizes must hold one value for each of the 2"):
         PCKA(stages=("a", "b"), weights=(1.0, 1.0))
     with pytest.raises(ValueError, match="weights must hold one value for each of the 2"):
-        PCKA(stages=("a", "b"), patch_sizes=(8, 8))
+        PCKA(stages=("a", "b"), patch_sizes=(8, 8), weights=(1.0,))
+    with pytest.raises(ValueError, match=r"patch_size must be a positive int.*got 1\.5"):
+        PCKA(patch_sizes=1.5)
+    with pytest.raises(ValueError, match=r"relations must be a list, got 'rows'.*\['rows'\]"):
+        PCKA(relations="rows")
 
 
 def test_needs_a_teacher(draw):

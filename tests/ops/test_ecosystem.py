@@ -175,6 +175,53 @@ def test_forward_mode_is_refused():
             torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
+# Of two maps, with more than one value each.
+OPERATORS = {
+    "cka": lambda x, y: pcka.cka(x.flatten(2).mT, y.flatten(2).mT),
+    "patch_cka": lambda x, y: pcka.patch_cka(x, y, patch_size=4),
+    "position": lambda x, y: pcka.patch_cka(x, y, patch_size=4, group_by="position"),
+    "patch_gram": lambda x, y: pcka.patch_gram(x, patch_size=4).sum((1, 2)),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda f, x: torch.func.grad(lambda s: f(s).sum())(x),
+        lambda f, x: torch.func.vjp(f, x),
+        lambda f, x: torch.func.jacrev(f)(x),
+        lambda f, x: torch.func.grad(lambda s: torch.vmap(f)(torch.stack([s, s])).sum())(x),
+    ],
+    ids=["grad", "vjp", "jacrev", "around vmap"],
+)
+def test_derivatives_of_torch_func_are_refused_in_words(operator, differentiate):
+    x, y = make(4, 3, 8, 8), make(4, 3, 8, 8, seed=1)
+    with pytest.raises(RuntimeError, match=r"no derivative under torch\.func.*autograd\.grad"):
+        differentiate(lambda s: operator(s, y), x)
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_several_gradients_at_once_are_refused_in_words(operator):
+    x, y = make(4, 3, 8, 8, grad=True), make(4, 3, 8, 8, seed=1)
+    message = r"one gradient at a time.*is_grads_batched.*pcka\.ops\.reference"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.functional.jacobian(lambda s: operator(s, y), x, vectorize=True)
+    values = operator(x, y)
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(values, x, torch.eye(len(values)), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_the_meta_device_gives_the_shapes_forward_and_backward(operator):
+    x, y = make(4, 3, 8, 8, grad=True), make(4, 3, 8, 8, seed=1)
+    on_meta = x.detach().to("meta").requires_grad_()
+    values = operator(on_meta, y.to("meta"))
+    assert values.is_meta and values.shape == operator(x, y).shape
+    values.sum().backward()
+    assert on_meta.grad.is_meta and on_meta.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("loss", [pcka_loss, fcka_loss])
 @pytest.mark.parametrize(
     ("other", "message"),

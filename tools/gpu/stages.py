@@ -61,6 +61,12 @@ STAGES = (
     ),
     Stage("ncu", "tools.gpu.ncu", 30, files=("ncu.csv",)),
     Stage(
+        "throughput",
+        "benchmarks.classification_throughput",
+        150,
+        ("--seconds", "3"),
+    ),
+    Stage(
         "detector",
         "benchmarks.detection_step",
         45,

@@ -11,7 +11,7 @@ from typing import Any
 
 from tools.gpu import output
 
-FILES = ("tests/ops", "tests/cuda/test_on_gpu.py")
+FILES = ("tests/ops", "tests/cuda/test_on_gpu.py", "tests/classification/test_steps.py")
 PROCESSES = 6
 SHOWN = 12  # failures and skips by name
 
