@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -142,23 +143,17 @@ def _pairs(case: Case, on: str) -> int:
     return max(1, min(MOST_PAIRS, -(-CACHES * cache // (2 * case.student_bytes))))
 
 
-class _reported:
+@contextmanager
+def _reported(name: str, failures: dict[str, str]) -> Iterator[None]:
     """Keep the first line of an exception instead of raising it, and give the memory back."""
-
-    def __init__(self, name: str, failures: dict[str, str]) -> None:
-        self.name, self.failures = name, failures
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if not isinstance(error, Exception):
-            return False
+    try:
+        yield
+    except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
-        self.failures[self.name] = f"{type(error).__name__}: {line[:200]}"
-        print(f"{self.name}: {self.failures[self.name]}", flush=True)
+        failures[name] = f"{type(error).__name__}: {line[:200]}"
+        print(f"{name}: {failures[name]}", flush=True)
         error.__traceback__ = None  # whose frames hold tensors
         _empty_cache()
-        return True
 
 
 def _runs(name: str, call: Call, on: str, failures: dict[str, str]) -> bool:
