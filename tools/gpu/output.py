@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 def arguments(description: str | None, given: Sequence[str] | None) -> argparse.Namespace:
-    """Parse what every stage takes; ``output`` exists afterwards."""
+    """Parse what every stage takes; ``output`` exists afterwards.
+
+    ``seconds``: the stage's limit. One that starts programs stops them a little before.
+    """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parsed = parser.parse_args(given)
     parsed.output.mkdir(parents=True, exist_ok=True)
+    parsed.seconds = float(os.environ.get("PCKA_STAGE_SECONDS", "600"))
     return parsed
 
 

@@ -130,7 +130,7 @@ class Runner:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, "PCKA_STAGE_SECONDS": str(limit)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
