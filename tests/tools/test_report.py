@@ -85,3 +85,8 @@ def test_a_run_that_ended_early_has_a_report_all_the_same():
     text = markdown({**RESULTS, "stages": {"environment": {**stage(), "status": "failed"}}})
     assert "| environment | failed | 2 | 5 |" in text
     assert "## " not in text
+
+
+def test_a_stage_without_a_table_says_what_it_says_in_the_summary():
+    stages = {"training": stage(run={"summary": ["91.2 %", "40 s"]}, other=[1])}
+    assert "## Training\n\n- 91.2 %\n- 40 s" in markdown({**RESULTS, "stages": stages})

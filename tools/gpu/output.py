@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,12 @@ def arguments(description: str | None, given: Sequence[str] | None) -> argparse.
     parsed.output.mkdir(parents=True, exist_ok=True)
     parsed.seconds = float(os.environ.get("PCKA_STAGE_SECONDS", "600"))
     return parsed
+
+
+def program(name: str) -> str | None:
+    """Where a tool of the CUDA toolkit is; its folder need not be on PATH."""
+    folders = ["/usr/local/cuda/bin", *sorted(glob("/opt/nvidia/nsight-compute/*"), reverse=True)]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def write(folder: Path, name: str, content: dict[str, Any], summary: Sequence[str]) -> None:

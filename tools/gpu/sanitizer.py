@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write ``sanitizer.txt`` and its JSON; end with 1 where a kernel of ours is at fault."""
     given = output.arguments(__doc__, arguments)
     driver = [sys.executable, *DRIVER, given.device, *(["--quick"] if given.quick else [])]
-    program = shutil.which("compute-sanitizer")
+    program = output.program("compute-sanitizer")
     if given.device == "cpu" or program is None:
         code = subprocess.run(driver).returncode
         why = "on a CPU" if given.device == "cpu" else "compute-sanitizer is not installed"
