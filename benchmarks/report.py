@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,23 @@ def add_cases(arguments: argparse.ArgumentParser) -> None:
 
 
 def add_rounds(arguments: argparse.ArgumentParser, rounds: int, loop_rounds: int) -> None:
-    arguments.add_argument("--rounds", type=int, default=rounds, help="samples of each variant")
-    arguments.add_argument("--loop-rounds", type=int, default=loop_rounds, help="of the loops")
+    arguments.add_argument(
+        "--rounds", type=_count(1), default=rounds, help="samples of each variant, 1 or more"
+    )
+    arguments.add_argument(
+        "--loop-rounds", type=_count(0), default=loop_rounds, help="of the loops; 0 leaves them out"
+    )
+
+
+def _count(minimum: int) -> Callable[[str], int]:
+    """How argparse reads a number of ``minimum`` or more."""
+
+    def count(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
+        return int(text)
+
+    return count
 
 
 def effort(options: argparse.Namespace) -> dict[str, Any]:

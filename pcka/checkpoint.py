@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import secrets
@@ -11,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcka.distiller import Distiller
+from pcka.extras import optional_package
 
 ROLES = ("student", "teacher")
 SAFETENSORS = ".safetensors"  # files of this suffix are written and read by that package
@@ -161,21 +161,6 @@ def _plain(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
-
-
-def optional_package(name: str) -> Any:
-    """Import a package of the extra ``export``.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name.partition('.')[0]} is not installed; pip install 'pcka[export]' (from a clone: "
-            "pip install -e '.[export]') adds what this file format needs"
-        ) from error
 
 
 def load_file(path: str | Path) -> object:

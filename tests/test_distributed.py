@@ -53,7 +53,6 @@ CASES = {
     for name in losses.names()
     for keywords in FORMS.get(name, [{}])
 }
-ONE_WIDTH = ("CWD", "PATCHED", "PCKA", "PKD")  # take no models of two widths
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -82,7 +81,7 @@ def net(width: int, seed: int) -> nn.Sequential:
 def make_distiller(name: str, keywords: dict) -> Distiller:
     """The loss beside cross-entropy, which keeps the whole student in use; all in float64."""
     student = net(WIDTH, 0)
-    teacher = net(WIDTH if name in ONE_WIDTH else TEACHER_WIDTH, 1)
+    teacher = net(TEACHER_WIDTH, 1)
     paths = [path for path, _ in teacher.named_children()]
     taps = {path: (path, path) for path in paths} | {"last": ("stage3", "stage3")}
     methods = [losses.build(name, **keywords)]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import pcka
 
@@ -80,11 +81,16 @@ def test_one_minimum_torch_everywhere(setup_py):
     assert f"TORCH_TARGET_VERSION={macro}" in (ROOT / "CMakeLists.txt").read_text()
 
 
+def test_the_architectures_are_those_of_the_environment(setup_py, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0+PTX;8.0")
+    assert setup_py["compiled_archs"]() == ["sm_80", "compute_90", "sm_90"]
+
+
 @needs_extension
 def test_build_info_says_what_was_compiled():
     info = pcka.build_info()
     assert info["torch_version"] and info["compiler"] and info["minimum_torch"] == "2.10"
-    assert info["cuda"] == bool(info["cuda_archs"])
+    assert info["cuda"] == Path(pcka.__file__).with_name("_cuda.abi3.so").exists()
     assert all(arch.startswith(("sm_", "compute_")) for arch in info["cuda_archs"])
     assert "cpu" not in info["fallback"]
 
@@ -166,28 +172,42 @@ def test_cuda_operators_stay_away_from_another_cuda_major(runtime, words):
     assert info["cuda_version"] in info["fallback"]["cuda"]
 
 
-@pytest.mark.slow
-def test_archives_carry_the_sources_and_the_configs(tmp_path):
-    """An sdist, and a wheel without the extension, hold csrc/ and configs/."""
-    copy = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "output", "data", "*.so", "*.egg-info")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(copy)],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PCKA_SKIP_EXTENSION": "1"},
-    )
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        sdist = {name.partition("/")[2] for name in archive.getnames()}
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
-        wheel = archive.namelist()
-    tracked = [p for folder in ("csrc", "configs") for p in (ROOT / folder).rglob("*.*")]
-    carried = [str(p.relative_to(ROOT)) for p in tracked if p.is_file()]
-    assert len(carried) > 20
-    for name in carried:
-        assert name in sdist
-        assert any(entry.endswith(f"share/pcka/{name}") for entry in wheel), name
-    for name in ("pcka/ops/functional.py", "classification/train.py"):
-        assert name in wheel
-    assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"} <= sdist
+OWN = {"pcka", "classification", "detection", "benchmarks", "tools"}
+ELSEWHERE = {"detectron2", "omegaconf"}  # by detection/install_detectron2.py
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of what a module imports, anywhere in it, beyond Python and this project."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(str(node.module))
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - OWN - ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("pcka", []),
+        ("pcka/analysis", ["train"]),
+        ("classification", ["train"]),
+        ("benchmarks", ["train"]),
+        ("detection", ["train", "detection"]),
+        ("tools", ["train"]),
+    ],
+)
+def test_every_import_is_declared(folder, extras):
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = [*project["dependencies"]]
+    for extra in extras:
+        stated += project["optional-dependencies"][extra]
+    declared = {Requirement(text).name.lower().replace("-", "_") for text in stated}
+    distributions = metadata.packages_distributions()
+    inner = "pcka/analysis" if folder == "pcka" else "none"  # has a row of its own
+    modules = [path for path in (ROOT / folder).rglob("*.py") if inner not in str(path)]
+    for name in set().union(*map(imported, modules)):
+        known = {d.lower().replace("-", "_") for d in distributions.get(name, [name])}
+        assert known & declared, f"{folder} imports {name}, and pyproject.toml has no {known}"

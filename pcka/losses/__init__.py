@@ -18,6 +18,7 @@ from pcka.losses.ikl import IKL, ikl_loss
 from pcka.losses.kd import KD, kd_loss
 from pcka.losses.kdsvd import KDSVD, kdsvd_loss
 from pcka.losses.lcka import LCKA, lcka_loss
+from pcka.losses.logitwise import standardized_logits
 from pcka.losses.mgd import MGD, mgd_loss
 from pcka.losses.nkd import NKD, nkd_loss
 from pcka.losses.nst import NST, nst_loss
@@ -34,6 +35,7 @@ from pcka.losses.rkd import RKD, rkd_loss
 from pcka.losses.sp import SP, sp_loss
 from pcka.losses.srrl import SRRL, srrl_loss
 from pcka.losses.vid import VID, vid_loss
+from pcka.losses.wttm import WTTM, wttm_loss
 
 __all__ = [
     "AT",
@@ -64,6 +66,7 @@ __all__ = [
     "SP",
     "SRRL",
     "VID",
+    "WTTM",
     "Context",
     "DegenerateLevelWarning",
     "Loss",
@@ -99,5 +102,7 @@ __all__ = [
     "rkd_loss",
     "sp_loss",
     "srrl_loss",
+    "standardized_logits",
     "vid_loss",
+    "wttm_loss",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_samples
 from pcka.losses.map_size import at_one_size
+from pcka.losses.precision import unit_length
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 
@@ -38,7 +38,7 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
 
 
 def _attention(x: Tensor, p: float) -> Tensor:
-    return F.normalize(x.abs().pow(p).mean(1).flatten(1), dim=1)
+    return unit_length(x.abs().pow(p).mean(1).flatten(1), dim=1)
 
 
 @register("AT")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -19,8 +20,12 @@ def require(value: T | None, argument: str, loss: str) -> T:
 
 
 def _check_comparable(student: Tensor, teacher: Tensor) -> None:
-    """Refuse integers, and models on two devices."""
+    """Refuse integers, what is empty or not dense, and models on two devices."""
     for name, tensor in (("student", student), ("teacher", teacher)):
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a floating dtype, got {tensor.dtype}")
     if student.device != teacher.device:
@@ -77,10 +82,10 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not a positive finite number."""
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """Refuse a temperature, or another divisor or power, that is no positive finite number."""
     if not (_is_number(temperature) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+        raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
 
 
 def check_weights(**weights: float) -> None:

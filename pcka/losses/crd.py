@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import PooledLinear, adapt, fit, prepared
 from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_temperature, require
+from pcka.losses.checks import check_temperature, check_weights, require
 from pcka.losses.outputs import Context, Outputs
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -173,6 +173,7 @@ class CRD(Loss):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_weights(weight=weight)
         check_temperature(temperature)
         for name, value, least in (("dim", dim, 1), ("negatives", negatives, 1), ("seed", seed, 0)):
             if value < least:

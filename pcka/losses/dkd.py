@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_target, check_temperature, require
+from pcka.losses.checks import check_logits, check_target, check_temperature, check_weights, require
 from pcka.losses.logitwise import LogitLoss, without_target
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -74,6 +74,7 @@ class DKD(LogitLoss):
         alpha: factor of the target part.
         beta: factor of the non-target part.
         temperature: ``T > 0``, divides the logits.
+        standardize: compare the z-scores of both models' logits.
     """
 
     needs_target = True
@@ -85,8 +86,10 @@ class DKD(LogitLoss):
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(weight, temperature)
+        super().__init__(weight, temperature, standardize=standardize)
+        check_weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
 

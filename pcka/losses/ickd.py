@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcka.losses.adapters import adapted, fit_maps, pointwise
 from pcka.losses.base import NO_CONTEXT
 from pcka.losses.checks import check_samples, require
 from pcka.losses.outputs import Context, Outputs
-from pcka.losses.precision import without_autocast
+from pcka.losses.precision import unit_length, without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
@@ -51,7 +50,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _correlations(x: Tensor) -> Tensor:
     """``(B, C, C)``, rows of unit length."""
     channels = x.to(accumulation_dtype(x.dtype)).flatten(2)
-    return F.normalize(torch.bmm(channels, channels.mT), dim=2)
+    return unit_length(torch.bmm(channels, channels.mT), dim=2)
 
 
 @register("ICKD")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_temperature
+from pcka.losses.checks import check_logits, check_temperature, check_weights
 from pcka.losses.logitwise import LogitLoss
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -26,7 +27,8 @@ def ikl_loss(
     its authors trained on CIFAR-100 (Cui et al. 2024, section 3, and public code): the
     cross-entropy has no factor ``T^2``, gradient of the second part reaches the student, and its
     weights are each sample's own. Their means over a class, which the authors have as an option,
-    hardly differ at ``T_2 = 100``, where ``w`` is nearly uniform.
+    hardly differ at ``T_2 = 100``, where ``w`` is nearly uniform. A logit of minus infinity in
+    either model masks its class out of both parts.
 
     Args:
         student: ``s (B, P)`` logits, any floating dtype.
@@ -47,9 +49,11 @@ def ikl_loss(
     check_temperature(weight_temperature)
     dtype = accumulation_dtype(student.dtype)
     student, teacher = student.to(dtype), teacher.detach().to(dtype)
+    masked = student.isneginf() | teacher.isneginf()
+    student, teacher = (x.masked_fill(masked, torch.finfo(dtype).min) for x in (student, teacher))
     cross_entropy = F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
     w = F.softmax(teacher / weight_temperature, dim=1)
-    difference = teacher - student
+    difference = (teacher - student).masked_fill(masked, 0)
     # As sum w = 1, the sum over pairs is twice the variance of the differences under w.
     centered = difference - (w * difference).sum(1, keepdim=True)
     square_error = (w * centered.square()).sum(1).mean() / 2
@@ -79,6 +83,7 @@ class IKL(LogitLoss):
     ) -> None:
         super().__init__(weight, temperature)
         check_temperature(weight_temperature)
+        check_weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
         self.weight_temperature = weight_temperature

@@ -45,10 +45,14 @@ class KD(LogitLoss):
     Args:
         weight: factor of the term.
         temperature: ``T > 0``, divides the logits.
+        standardize: compare the z-scores of both models' logits (there with ``weight=9`` and
+            ``temperature=2``).
     """
 
-    def __init__(self, *, weight: float = 1.0, temperature: float = 4.0) -> None:
-        super().__init__(weight, temperature)
+    def __init__(
+        self, *, weight: float = 1.0, temperature: float = 4.0, standardize: bool = False
+    ) -> None:
+        super().__init__(weight, temperature, standardize=standardize)
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`kd_loss`."""

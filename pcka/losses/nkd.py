@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_target, check_temperature, require
+from pcka.losses.checks import check_logits, check_target, check_temperature, check_weights, require
 from pcka.losses.logitwise import LogitLoss, without_target
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
@@ -59,14 +59,21 @@ class NKD(LogitLoss):
         weight: factor of the term.
         gamma: factor of the non-target part.
         temperature: ``T > 0``, divides the logits of the other classes.
+        standardize: compare the z-scores of both models' logits.
     """
 
     needs_target = True
 
     def __init__(
-        self, *, weight: float = 1.0, gamma: float = 1.5, temperature: float = 1.0
+        self,
+        *,
+        weight: float = 1.0,
+        gamma: float = 1.5,
+        temperature: float = 1.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(weight, temperature)
+        super().__init__(weight, temperature, standardize=standardize)
+        check_weights(gamma=gamma)
         self.gamma = gamma
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import as_stages, as_weights, check_maps, check_temperature, require
+from pcka.losses.checks import check_maps, check_temperature
 from pcka.losses.dist import dist_loss
 from pcka.losses.kd import kd_loss
 from pcka.losses.outputs import Outputs
 from pcka.losses.pcka import PatchSize, as_patches
 from pcka.losses.pkd import pkd_loss
 from pcka.losses.registry import register
+from pcka.losses.stagewise import MatchedMapsLoss
 from pcka.ops.functional import as_patch_size
 from pcka.ops.reference import accumulation_dtype, patchify, resize_to_patches
 
@@ -111,8 +111,10 @@ def check_method(method: str) -> None:
 
 
 @register("PATCHED")
-class PATCHED(Loss):
+class PATCHED(MatchedMapsLoss):
     """:func:`patched_loss` of several levels: ``{"loss_patched_<method>_<stage>"}``.
+
+    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         method: ``"at"``, ``"kl"``, ``"pkd"`` or ``"dist"``.
@@ -134,27 +136,21 @@ class PATCHED(Loss):
         patch_sizes: PatchSize | Sequence[PatchSize] = (16,),
         temperature: float = 4.0,
     ) -> None:
-        super().__init__()
+        super().__init__(stages, weights)
         check_method(method)
         check_temperature(temperature)
         self.method = method
-        self.taps = as_stages(stages)
-        self.weights = as_weights(stages, weights)
         self.patch_sizes = as_patches(stages, patch_sizes)
         self.temperature = temperature
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "PATCHED")
+        settings = zip(self.matched(student, teacher), self.weights, self.patch_sizes, strict=True)
         return {
             f"loss_patched_{self.method}_{stage}": weight
             * patched_loss(
-                student.feature(stage),
-                teacher.feature(stage),
-                method=self.method,
-                patch_size=patch,
-                temperature=self.temperature,
+                own, other, method=self.method, patch_size=patch, temperature=self.temperature
             )
-            for stage, weight, patch in zip(self.taps, self.weights, self.patch_sizes, strict=True)
+            for (stage, own, other), weight, patch in settings
         }

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import as_stages, as_weights, for_each, require
+from pcka.losses.checks import for_each
 from pcka.losses.degenerate import leave_out_constant
 from pcka.losses.outputs import Outputs
 from pcka.losses.registry import register
+from pcka.losses.stagewise import MatchedMapsLoss
 from pcka.ops import patch_cka
 from pcka.ops.functional import GROUPINGS, RELATIONS, as_patch_size, check_choice
 
@@ -82,8 +82,10 @@ def as_patches(
 
 
 @register("PCKA")
-class PCKA(Loss):
+class PCKA(MatchedMapsLoss):
     """:func:`pcka_loss` of several levels and relations: ``{"loss_pcka_<stage>_<relation>"}``.
+
+    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         stages: names of the tapped feature maps.
@@ -110,9 +112,7 @@ class PCKA(Loss):
         relations: Sequence[str] = ("rows",),
         center: bool = True,
     ) -> None:
-        super().__init__()
-        self.taps = as_stages(stages)
-        self.weights = as_weights(stages, weights)
+        super().__init__(stages, weights)
         self.patch_sizes = as_patches(stages, patch_sizes)
         check_choice("group_by", group_by, GROUPINGS)
         if isinstance(relations, str):
@@ -128,14 +128,14 @@ class PCKA(Loss):
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "PCKA")
         terms = {}
-        for stage, weight, patch in zip(self.taps, self.weights, self.patch_sizes, strict=True):
+        settings = zip(self.matched(student, teacher), self.weights, self.patch_sizes, strict=True)
+        for (stage, own, other), weight, patch in settings:
             for relation in self.relations:
                 name = f"loss_pcka_{stage}_{relation}"
                 loss = pcka_loss(
-                    student.feature(stage),
-                    teacher.feature(stage),
+                    own,
+                    other,
                     patch_size=patch,
                     group_by=self.group_by,
                     relation=relation,

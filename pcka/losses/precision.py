@@ -1,4 +1,4 @@
-"""Losses in full precision, whatever the models run in."""
+"""Losses in full precision, whatever the models run in and however large their features are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.ops import reference
@@ -23,3 +24,9 @@ def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
             return loss(student, teacher, *args, **kwargs)
 
     return exact
+
+
+def unit_length(x: Tensor, dim: int) -> Tensor:
+    """``x / ||x||`` along ``dim``, 0 where it is zero, for values whose squares would overflow."""
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1), dim=dim)

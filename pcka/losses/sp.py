@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_samples
-from pcka.losses.precision import without_autocast
+from pcka.losses.precision import unit_length, without_autocast
 from pcka.losses.registry import register
 from pcka.losses.stagewise import StagewiseLoss
 from pcka.ops.reference import accumulation_dtype
@@ -38,7 +37,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _similarities(x: Tensor) -> Tensor:
     rows = x.to(accumulation_dtype(x.dtype)).flatten(1)
-    return F.normalize(rows @ rows.T, dim=1)
+    return unit_length(rows @ rows.T, dim=1)
 
 
 @register("SP")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -68,6 +68,25 @@ class MatchedMapsLoss(StagewiseLoss):
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Tensor]:
-        if self.adapters:
-            student = adapted(student, self.adapters, type(self).__name__)
-        return super().forward(student, teacher, target)
+        return super().forward(self._adapted(student), teacher, target)
+
+    def matched(
+        self, student: Outputs, teacher: Outputs | None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each stage with the student's and the teacher's map, brought to one shape.
+
+        For losses that take maps of any dtype as they are: those of one shape stay so.
+        """
+        teacher = require(teacher, "teacher", type(self).__name__)
+        student = self._adapted(student)
+        for stage in self.taps:
+            own, other = student.feature(stage), teacher.feature(stage)
+            if own.shape[2:] != other.shape[2:]:
+                own, other = at_one_size(own, other)
+            if stage in self.adapters:  # which may have changed the dtype
+                other = other.to(own.dtype)
+            yield stage, own, other
+
+    def _adapted(self, student: Outputs) -> Outputs:
+        name = type(self).__name__
+        return adapted(student, self.adapters, name) if self.adapters else student

@@ -164,6 +164,8 @@ def patch_cka(
 def _check_tensor(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got {x.layout}; pass {name}.to_dense()")
     if x.dim() not in dims:
         wanted = " or ".join(str(d) for d in dims)
         raise ValueError(f"{name} must have {wanted} dimensions, got shape {tuple(x.shape)}")

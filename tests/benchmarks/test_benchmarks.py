@@ -11,7 +11,7 @@ import pcka
 from benchmarks import accuracy, ceilings, device, memory, operators, operators_gpu
 from benchmarks.baselines import Products
 from benchmarks.cases import CASES, GPU_CASES, MapCase, MatrixCase, select
-from benchmarks.harness import Spread, interleave, markdown, ratio
+from benchmarks.harness import Spread, compare, interleave, markdown, ratio
 from benchmarks.variants import alignments, step
 from pcka.ops.functional import GROUPINGS, RELATIONS
 
@@ -107,6 +107,19 @@ def test_variants_take_turns():
     seconds = interleave(calls, {"a": 1, "b": 3, "c": 3}, timer=timer)
     assert "".join(order) == "abc" + "abc" + "bc" + "cb"
     assert seconds == {"a": [2.0], "b": [2.0] * 3, "c": [2.0] * 3}
+
+
+def test_loops_without_rounds_are_left_out():
+    calls = dict.fromkeys(("loop", "split loop", "pcka", "products"), lambda: None)
+    record = compare(calls, rounds=2, loop_rounds=0, sample_seconds=0.0)
+    assert record["seconds"].keys() == record["median_ms"].keys() == {"pcka", "products"}
+    assert record["ratios"].keys() == {"pcka/products"}
+
+
+def test_rounds_are_counts(capsys):
+    with pytest.raises(SystemExit):
+        operators.main(["--rounds", "0"])
+    assert "--rounds: must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_markdown():

@@ -58,3 +58,33 @@ def meets_record(draw, records):
 def forget_warnings():
     """Degenerate levels warn once a process; each test starts anew."""
     degenerate._warn_once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def meets_numpy():
+    """Assert that ``loss(student, teacher)`` has value and gradient of a NumPy rewriting, to 1e-9.
+
+    The gradient is that of a complex step, ``Im f(s + i h e) / h``: exact to rounding for a
+    rewriting without ``abs``, comparisons and the like.
+    """
+
+    def check(
+        loss: Callable[[Tensor, Tensor], Tensor],
+        rewriting: Callable[[np.ndarray, np.ndarray], complex],
+        student: Tensor,
+        teacher: Tensor,
+    ) -> None:
+        value = loss(student.requires_grad_(), teacher)
+        (grad,) = torch.autograd.grad(value, student)
+        s, t = student.detach().numpy(), teacher.numpy()
+        expected = np.zeros_like(s)
+        for place in np.ndindex(s.shape):
+            moved = s.astype(complex)
+            moved[place] += 1e-30j
+            expected[place] = rewriting(moved, t).imag / 1e-30
+        assert value.item() == pytest.approx(rewriting(s, t), rel=1e-9)
+        np.testing.assert_allclose(
+            grad.numpy(), expected, rtol=1e-9, atol=1e-9 * abs(expected).max()
+        )
+
+    return check

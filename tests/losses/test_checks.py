@@ -34,6 +34,10 @@ def test_models_must_be_comparable(check):
         check(x, x.long())
     with pytest.raises(ValueError, match="one device; got student on cpu and teacher on meta"):
         check(x, x.to("meta"))
+    with pytest.raises(ValueError, match=r"teacher must be dense, got .*pass teacher\.to_dense"):
+        check(x, x.to_sparse())
+    with pytest.raises(ValueError, match=r"student must not be empty, got shape \(0, 3\)"):
+        check(x[:0], x[:0])
 
 
 def test_features_need_one_dtype():

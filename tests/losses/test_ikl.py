@@ -72,3 +72,17 @@ def test_temperatures_have_to_be_positive(draw, name):
         IKL(**{name: 0.0})
     with pytest.raises(ValueError, match="temperature must be positive"):
         ikl_loss(draw(0, 6, 5), draw(1, 6, 5), **{name: -1.0})
+
+
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+def test_a_class_that_is_masked_out_leaves_the_loss_of_the_others(draw, masked):
+    student, teacher = draw(0, 6, 5), draw(1, 6, 5)
+    for role, logits in (("student", student), ("teacher", teacher)):
+        if masked in (role, "both"):
+            logits[:, 2] = -torch.inf
+    student.requires_grad_()
+    loss = ikl_loss(student, teacher)
+    rest = [0, 1, 3, 4]
+    torch.testing.assert_close(loss, ikl_loss(student[:, rest], teacher[:, rest]))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all() and gradient.norm() > 0

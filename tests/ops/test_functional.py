@@ -22,6 +22,7 @@ ROWS = torch.zeros(6, 4)
         (ROWS.long(), ROWS.long(), {}, "x must be float16, bfloat16.*got torch.int64"),
         (ROWS[:0], ROWS[:0], {}, r"x must not be empty, got shape \(0, 4\)"),
         ("x", ROWS, {}, "x must be a tensor, got str"),
+        (ROWS, ROWS.to_sparse(), {}, r"y must be dense, got torch.sparse_coo; pass y\.to_dense"),
         (ROWS[:3], ROWS[:3], {"unbiased": True}, "at least 4 samples, got N = 3"),
         (ROWS, ROWS, {"unbiased": True, "center": False}, "needs center=True"),
         (ROWS, ROWS, {"unbiased": True, "row_normalize": True}, "not defined for row-normalised"),

@@ -1,0 +1,61 @@
+"""WTTM: match a teacher softened by a power, the more the softer (Zheng and Yang, ICLR 2024)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.losses.checks import check_logits, check_temperature
+from pcka.losses.logitwise import LogitLoss
+from pcka.losses.registry import register
+from pcka.ops.reference import accumulation_dtype
+
+
+def wttm_loss(student: Tensor, teacher: Tensor, gamma: float = 0.2) -> Tensor:
+    r"""Weighted divergence of the student's probabilities from the teacher's, power-transformed.
+
+    ``mean_i U_i KL(p_t^gamma / U_i || p_s)`` with ``p = softmax(logits)`` and ``U_i = sum_j
+    p_t[i, j]^gamma``, which is the larger the softer the teacher is about the sample (Zheng and
+    Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024, and the
+    authors' public code). The transformed teacher is the one at temperature ``1 / gamma``; the
+    student has none.
+
+    Args:
+        student: ``(B, P)`` logits, any floating dtype.
+        teacher: ``(B, P)`` logits; no gradient reaches it.
+        gamma: power of the teacher's probabilities, above 0; below 1 it softens them.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: logits of different shapes or devices, or a power that is not positive.
+    """
+    check_logits(student, teacher)
+    check_temperature(gamma, "gamma")
+    dtype = accumulation_dtype(student.dtype)
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
+    softness = (gamma * F.log_softmax(teacher, dim=1)).exp().sum(1)
+    transformed = F.log_softmax(gamma * teacher, dim=1)
+    log_student = F.log_softmax(student, dim=1)
+    divergence = F.kl_div(log_student, transformed, reduction="none", log_target=True).sum(1)
+    return (softness * divergence).mean()
+
+
+@register("WTTM")
+class WTTM(LogitLoss):
+    """:func:`wttm_loss` as a module: ``{"loss_wttm"}``; cross-entropy with the labels comes beside.
+
+    Args:
+        weight: factor of the term.
+        gamma: power of the teacher's probabilities, above 0.
+    """
+
+    def __init__(self, *, weight: float = 4.0, gamma: float = 0.2) -> None:
+        check_temperature(gamma, "gamma")
+        super().__init__(weight, temperature=1 / gamma)
+        self.gamma = gamma
+
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """:func:`wttm_loss`."""
+        return wttm_loss(student, teacher, self.gamma)
