@@ -63,6 +63,21 @@ class SafeCheckpointer(DetectionCheckpointer):
         name = last_filename_basename.encode()
         atomic_write(lambda file: file.write(name), Path(self.save_dir, "last_checkpoint"))
 
+    def way_on(self) -> str:
+        """What to do where the last checkpoint cannot be read, in words."""
+        last, folder = self.get_checkpoint_file(), Path(self.save_dir)
+        older = (path for path in folder.glob("*.pth") if str(path) != last)
+        for path in sorted(older, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                load_file(path)
+            except ValueError:
+                continue
+            return (
+                f"{path.name} beside it is whole: to go on from there, write that name into "
+                f"{folder / 'last_checkpoint'}"
+            )
+        return f"no other is whole: remove {folder / 'last_checkpoint'} to begin anew"
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights and parts; return what else the file holds.
 

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.checkpoint import SafeCheckpointer
+from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
 from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
@@ -27,6 +27,7 @@ from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.metrics_state import MetricsState, RestoreMetrics
 from detection.run_state import RunState, lent_random_states
+from pcka.checkpoint import CheckpointError
 from pcka.distributed import OWN_BUFFERS, average_buffers
 
 logger = logging.getLogger("detectron2.pcka")
@@ -51,7 +52,7 @@ class DetectionTrainer(SimpleTrainer):
         resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
 
     Raises:
-        ConfigError: a checkpoint of another configuration.
+        ConfigError: a checkpoint that is damaged or of another configuration.
     """
 
     def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
@@ -86,7 +87,14 @@ class DetectionTrainer(SimpleTrainer):
         if not resumed:
             return self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
         try:
-            return self.checkpointer.resume_or_load("", resume=True)
+            found = self.checkpointer.resume_or_load("", resume=True)
+            if "iteration" not in found:
+                raise WeightsError(
+                    f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
+                )
+            return found
+        except (CheckpointError, AssertionError) as error:  # damaged, or not there
+            raise ConfigError(f"{error}; {self.checkpointer.way_on()}") from error
         except ValueError as error:
             raise ConfigError(
                 f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration ({error}); "
@@ -165,22 +173,6 @@ def train_in_bfloat16(model: nn.Module) -> None:
         if isinstance(module, ROIAlign | ROIAlignRotated):
             # They bring the boxes to the features' dtype: bfloat16 would move them by pixels.
             module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
-
-
-def check_keys(cfg: CfgNode) -> None:
-    """Refuse keys of detectron2 that would be ignored.
-
-    Raises:
-        ConfigError: one of them, and what to set it to.
-    """
-    for key in ("PRECISE_BN", "AUG"):
-        if cfg.TEST[key].ENABLED:
-            raise ConfigError(f"TEST.{key}.ENABLED: not supported; set it to False")
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
-        raise ConfigError(
-            "SOLVER.REFERENCE_WORLD_SIZE: batch, learning rate and schedule are not scaled here; "
-            f"set it to 0 and give those of {comm.get_world_size()} process(es)"
-        )
 
 
 def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:

@@ -77,10 +77,22 @@ def scenes(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("scenes")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_arguments(scenes):
     """``small_arguments(*overrides)``: overrides that make a digits configuration small."""
     return lambda *more: small_overrides(scenes, *more)
+
+
+@pytest.fixture(scope="session")
+def arguments(small_arguments):
+    """``arguments(folder, steps, *overrides, config=, flags=)``: of the training command."""
+
+    def make(folder, steps, *more, config="pcka", flags=()):
+        keys = ["OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", str(steps), *more]
+        file = str(DIGITS / f"{config}.yaml")
+        return ["--config-file", file, *flags, *small_arguments(*keys)]
+
+    return make
 
 
 @pytest.fixture
