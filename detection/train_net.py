@@ -23,10 +23,11 @@ import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
 from detection.config import ConfigError, load_config, student_architecture
 from detection.data import register_datasets
+from detection.evaluation import evaluate
 from detection.launch import run
 from detection.preflight import check_run, check_teacher_place, usable_device
 from detection.settings import check_resumed
-from detection.trainer import DetectionTrainer, evaluate
+from detection.trainer import DetectionTrainer
 from pcka.checkpoint import atomic_write
 from pcka.folder_lock import lock_folder
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.layers import ROIAlign, ROIAlignRotated
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -23,6 +21,7 @@ from detection.compat import open_loader
 from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
+from detection.evaluation import evaluate, without_nan
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.metrics_state import MetricsState, RestoreMetrics
@@ -136,7 +135,7 @@ class DetectionTrainer(SimpleTrainer):
         # the checkpoint before this evaluation, would go on with other numbers.
         with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
-        return self.results
+        return without_nan(self.results)  # JSON, which the figures are written as, has no NaN
 
 
 class _AverageBuffers(HookBase):
@@ -173,27 +172,6 @@ def train_in_bfloat16(model: nn.Module) -> None:
         if isinstance(module, ROIAlign | ROIAlignRotated):
             # They bring the boxes to the features' dtype: bfloat16 would move them by pixels.
             module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
-
-
-def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
-    """Return COCO's metrics of the student on ``DATASETS.TEST``; empty in processes but the first.
-
-    Args:
-        cfg: ``DATASETS.TEST`` and the loader's keys are read.
-        student: a detectron2 detector.
-    """
-    results: dict[str, Any] = {}
-    for name in cfg.DATASETS.TEST:
-        # A folder for each set: the evaluator's files have the same names for all.
-        folder = Path(cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
-        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-        evaluator = COCOEvaluator(name, output_dir=str(folder), kpt_oks_sigmas=sigmas)
-        loader = build_detection_test_loader(cfg, name)
-        found = inference_on_dataset(student, loader, evaluator) or {}
-        if comm.is_main_process():
-            print_csv_format(found)
-        results.update(found if len(cfg.DATASETS.TEST) == 1 else {name: found})
-    return results
 
 
 def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
 from detection.config import ConfigError
+from detection.data.mapper import NamingMapper
 
 
 class ContinuedSampler(Sampler[int]):
@@ -49,7 +50,8 @@ def training_loader(cfg: CfgNode, start: int) -> DataLoader:
     )
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     sampler = ContinuedSampler(_sampler(cfg, dataset), used)
-    return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler)
+    mapper = NamingMapper(cfg, True)
+    return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler, mapper=mapper)
 
 
 def _sampler(cfg: CfgNode, dataset: list[dict[str, Any]]) -> Sampler[int]:
