@@ -21,8 +21,8 @@ from torch import nn
 
 from detection.config import student_architecture
 from detection.data.mapper import NamingMapper
+from detection.data.targets import SEGMENTERS
 
-SEGMENTERS = ("SemanticSegmentor", "PanopticFPN")  # give a class for every pixel
 EVERY_AREA = (0.0, 1e5**2)
 AREAS = {"APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, 1e5**2)}  # COCO's
 METRICS = {

@@ -23,6 +23,7 @@ import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
 from detection.config import ConfigError, load_config, student_architecture
 from detection.data import register_datasets
+from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
 from detection.launch import run
 from detection.preflight import check_run, check_teacher_place, usable_device
@@ -101,6 +102,7 @@ def _held(folder: Path) -> Iterator[None]:
 def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
+    check_test_sets(cfg)
     student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     return evaluate(cfg, student)

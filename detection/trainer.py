@@ -21,6 +21,7 @@ from detection.compat import open_loader
 from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
+from detection.data.targets import check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
@@ -55,6 +56,8 @@ class DetectionTrainer(SimpleTrainer):
     """
 
     def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
+        dataset = training_set(cfg)
+        check_test_sets(cfg)
         model = build_model(cfg)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
@@ -78,7 +81,7 @@ class DetectionTrainer(SimpleTrainer):
         start = found["iteration"] + 1 if resumed else 0
         if cfg.SOLVER.AMP.ENABLED:
             train_in_bfloat16(model)
-        super().__init__(_distributed(model, cfg), training_loader(cfg, start), optimizer)
+        super().__init__(_distributed(model, cfg), training_loader(cfg, dataset, start), optimizer)
         self.start, self.last = start, cfg.SOLVER.MAX_ITER
         self.register_hooks(self._hooks_of_run())
 

@@ -92,7 +92,8 @@ def test_a_run_that_is_killed_before_it_writes_loses_no_figure(tmp_path, argumen
         path.write_text("".join(written))
         train_net.main(arguments(tmp_path / lost, 4, *keys, flags=["--resume"]))
         for name, points in read_metrics(path).items():
-            assert "time" in name or "eta" in name or points == figures[name], name
+            if name.startswith(("total_loss", "loss", "cka", "distill_grad")):
+                assert points == figures[name], name
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert sum("total_loss" in line for line in lines[len(written) :]) == 1 + (not written)
 
