@@ -1,6 +1,7 @@
 # make demo   from a fresh clone to distilled students, in one command
 # make test   every check: format, types, import contract, C++ tests, Python tests
-# Both make .venv and compile the operators first. PYTHON=... names another interpreter.
+# make gpu-bundle   what tools/gpu_check.py needs on a GPU machine without network
+# All make .venv and compile the operators first. PYTHON=... names another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 CPP_TESTS := $(wildcard tests/csrc/* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 
-.PHONY: demo test install lint ctest pytest clean
+.PHONY: demo test install lint ctest pytest gpu-bundle clean
 
 demo: install
 	$(BIN)/python classification/demo.py
@@ -44,6 +45,9 @@ ctest: install
 
 pytest: install
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+gpu-bundle: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu_bundle.py $(BUNDLE)
 
 clean:
 	rm -rf .venv build dist output *.egg-info pcka/*.so

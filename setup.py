@@ -172,19 +172,10 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     return built, {"build_ext": BuildExtension}
 
 
-def shared_files(*roots: str) -> list[tuple[str, list[str]]]:
-    """Folders that travel in the wheel under share/pcka."""
-    folders = [path for root in roots for path in (Path(root), *Path(root).rglob("*"))]
-    return [
-        (f"share/pcka/{folder}", sorted(str(f) for f in folder.iterdir() if f.is_file()))
-        for folder in sorted(folders)
-        if folder.is_dir()
-    ]
-
-
 ext_modules, cmdclass = extensions()
 setup(
     ext_modules=ext_modules,
     cmdclass=cmdclass,
-    data_files=shared_files("csrc", "configs"),
+    # The operators' tag, e.g. cp310-abi3: they hold no symbol of Python, so any version loads them.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )

@@ -61,28 +61,32 @@ _LOSS_SCALE = {torch.float16: 4096.0}
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print the tables and write the files; returns the records."""
     parser = report.parser("Errors of the operators and of eager PyTorch against float64.")
+    report.add_device(parser, default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     options = parser.parse_args(arguments)
-    environment = report.start("cpu", options)
+    environment = report.start(options.device, options)
     cases = [case.quick() for case in CASES] if options.quick else CASES
     seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
     records = [
-        record(case, dtype, inputs, seeds)
+        record(case, dtype, inputs, seeds, options.device)
         for dtype in DTYPES
         for case in cases
         for inputs in INPUTS
     ]
     print(accuracy_table(records))
     print(summary(records))
-    report.write(options.output, "accuracy", environment, records)
+    lines = summary(records).splitlines()
+    report.write(options.output, "accuracy", environment, records, lines)
     if options.output is not None:
         _plot(options.output / "accuracy.png", records)
     return records
 
 
-def record(case: Case, dtype: torch.dtype, inputs: str, seeds: Sequence[int]) -> dict[str, Any]:
+def record(
+    case: Case, dtype: torch.dtype, inputs: str, seeds: Sequence[int], device: str = "cpu"
+) -> dict[str, Any]:
     """``errors``: variant -> quantity -> error; ``ratios``: of the operator's to eager's."""
-    each = [_errors(case, dtype, inputs, seed) for seed in seeds]
+    each = [_errors(case, dtype, inputs, seed, device) for seed in seeds]
     errors = {
         variant: {
             quantity: _root_mean_square([of_seed[variant][quantity] for of_seed in each])
@@ -112,10 +116,12 @@ def record(case: Case, dtype: torch.dtype, inputs: str, seeds: Sequence[int]) ->
     }
 
 
-def _errors(case: Case, dtype: torch.dtype, inputs: str, seed: int) -> dict[str, dict[str, float]]:
+def _errors(
+    case: Case, dtype: torch.dtype, inputs: str, seed: int, device: str
+) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(seed)
     pair = INPUTS[inputs](*(torch.randn(case.shape, generator=generator) for _ in range(2)))
-    student, teacher = (t.to(dtype) for t in pair)
+    student, teacher = (t.to(device, dtype) for t in pair)
     functions, scale = alignments(case), _LOSS_SCALE.get(dtype, 1.0)
     exact = _evaluate(reference_of(case), student, teacher, scale, torch.float64)
     results = {

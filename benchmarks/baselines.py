@@ -7,6 +7,7 @@ what no implementation by matrix products can do without.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,63 @@ def _each_group(x: Tensor, patch: int, group_by: str) -> Iterator[Tensor]:
     for part in x.split(1, dim=1 if group_by == "channel" else 0):
         windows = F.unfold(_resize(part, patch), patch, stride=patch)  # (b, c*P*P, N)
         yield windows.permute(2, 0, 1).flatten(1)
+
+
+def strong_patch_cka(
+    student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
+) -> Tensor:
+    """The best that eager code can do: the operator's own algebra, without its kernels.
+
+    The gradient is formed in the forward pass by its closed form, with one product for each
+    operand, and the cheaper Grams of the two sides are taken.
+    """
+    x, y = (_patches(t, patch_size, group_by) for t in (student, teacher))
+    n, d = x.shape[1:]
+    if relation == "columns":
+        x, y = x.mT, y.mT
+        direct = 3 * d < 5 * n
+    else:
+        direct = 3 * n <= 5 * d
+    return _ClosedForm.apply(x, y, direct)
+
+
+class _ClosedForm(torch.autograd.Function):
+    """CKA of ``(G, m, k)`` twice over the ``m`` samples, with its gradient by the first.
+
+    Direct: the ``m x m`` Grams. Otherwise ``<Z Z', W W'> = |Z' W|^2`` of the ``k x k`` ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, w: Tensor, direct: bool) -> Tensor:
+        z, w = z - z.mean(-2, keepdim=True), w - w.mean(-2, keepdim=True)
+        if direct:
+            k, l, cross = z @ z.mT, w @ w.mT, None
+            inner = _inner(k, l)
+        else:
+            k, l, cross = z.mT @ z, w.mT @ w, w.mT @ z
+            inner = _inner(cross, cross)
+        own, other = _inner(k, k), _inner(l, l)
+        alignment = inner * (own * other).rsqrt()
+        if ctx.needs_input_grad[0]:
+            a = (2 * (own * other).rsqrt())[:, None, None].to(k.dtype)
+            b = (2 * alignment / own)[:, None, None].to(k.dtype)
+            if cross is None:
+                gradient = (a * l - b * k) @ z
+            else:
+                gradient = torch.baddbmm(w @ (a * cross), z, b * k, alpha=-1)
+            ctx.save_for_backward(gradient)
+        return alignment
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None, None].to(gradient.dtype), None, None
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """``(G,)`` of two batches of matrices; at least in float32, where bfloat16 would be coarse."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return torch.linalg.vecdot(a.flatten(1).to(wide), b.flatten(1).to(wide))
 
 
 class Products:

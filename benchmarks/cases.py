@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,9 +53,10 @@ class Case:
 
     def inputs(self, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Normal student and teacher; those that a gradient is wanted for require it."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         student, teacher = (
-            torch.randn(self.shape, generator=generator).to(device, self.dtype) for _ in range(2)
+            torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
+            for _ in range(2)
         )
         if self.channels_last:
             student, teacher = (t.to(memory_format=torch.channels_last) for t in (student, teacher))
@@ -164,18 +165,44 @@ CASES: dict[str, Case] = {
 }
 
 
-def select(patterns: Sequence[str], *, quick: bool = False) -> list[Case]:
+# The same levels as the configurations of configs/detection/coco cut them: P2 to P5 of two-stage
+# detectors, P3 to P6 of one-stage ones. Rows first: they are what every one of them aligns.
+_PATCHES = {"p2": 16, "p3": 16, "p4": 16, "p5": 8, "p6": 4}
+_SIZES = {"p2": (200, 336), "p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21)}
+_ORDER = ("p3", "p2", "p4", "p5", "p6")
+
+GPU_CASES: dict[str, MapCase] = {
+    case.name: case
+    for case in (
+        MapCase(
+            name=f"{level}_{relation}_{dtype_name(dtype)}_{batch}",
+            shape=(batch, 256, *_SIZES[level]),
+            patch=_PATCHES[level],
+            relation=relation,
+            dtype=dtype,
+        )
+        for relation, levels in (("rows", _ORDER), ("columns", ("p3", "p2", "p4", "p5")))
+        for level in levels
+        for batch in (2, 16)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+}
+
+
+def select(
+    patterns: Sequence[str], *, quick: bool = False, cases: Mapping[str, Case] = CASES
+) -> list[Case]:
     """The cases that match any of the shell patterns, in the order they are listed above.
 
     Raises:
         ValueError: a pattern that matches none.
     """
     for pattern in patterns:
-        if not fnmatch.filter(CASES, pattern):
-            raise ValueError(f"--cases: nothing matches {pattern!r}; there are {', '.join(CASES)}")
+        if not fnmatch.filter(cases, pattern):
+            raise ValueError(f"--cases: nothing matches {pattern!r}; there are {', '.join(cases)}")
     chosen = [
         case
-        for name, case in CASES.items()
+        for name, case in cases.items()
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
     ]
     return [case.quick() for case in chosen] if quick else chosen

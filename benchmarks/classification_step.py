@@ -24,13 +24,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks import device as on_device
 from benchmarks.harness import Spread, markdown, ratio
 from classification.config import CONFIGS, load_config
 from classification.data import ResidentSet
 from classification.environment import choose_device, has_bfloat16
 from classification.experiment import ImageSets, prepare_trainers
-from classification.loop import prepare_inputs, teacher_observer
 from classification.models import create_model
+from classification.steps import Steps
 from pcka.losses import fcka_loss, kd_loss, lcka_loss
 from pcka.taps import FeatureTap
 
@@ -87,11 +88,11 @@ class _PilImages(Dataset):
         return image, int(self._labels[index])
 
 
-def plain_step(method: str, images: ResidentSet, batch_size: int) -> Step:
+def plain_step(method: str, images: ResidentSet, batch_size: int, device: torch.device) -> Step:
     """The step as a straightforward script has it."""
     torch.manual_seed(0)
-    student = create_model(STUDENT, 100).train()
-    teacher = create_model(TEACHER, 100).eval().requires_grad_(False)
+    student = create_model(STUDENT, 100).train().to(device)
+    teacher = create_model(TEACHER, 100).eval().requires_grad_(False).to(device)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(
         _PilImages(images),
@@ -100,6 +101,7 @@ def plain_step(method: str, images: ResidentSet, batch_size: int) -> Step:
         num_workers=2,
         drop_last=True,
         persistent_workers=True,
+        pin_memory=device.type == "cuda",
     )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     taps = [FeatureTap(model, {"last": "layer3"}) for model in (student, teacher)]
@@ -108,6 +110,7 @@ def plain_step(method: str, images: ResidentSet, batch_size: int) -> Step:
         asked = time.perf_counter()
         inputs, labels = next(batches)
         waited = time.perf_counter() - asked
+        inputs, labels = (t.to(device, non_blocking=True) for t in (inputs, labels))
         with torch.no_grad():
             target = teacher(inputs)
         logits = student(inputs)
@@ -134,27 +137,32 @@ def own_step(cfg: CfgNode, sets: ImageSets) -> Step:
         while True:
             yield from trainer.batches()
 
-    batches, observe = forever(), teacher_observer([trainer])
+    batches, steps = forever(), Steps([trainer], ahead=1)
 
     def step() -> float:
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
-        trainer.step(prepare_inputs([trainer], batch, observe), 0)
+        for inputs in steps.inputs([(batch,)]):
+            steps.run(inputs, 0)
         return waited
 
     return step
 
 
-def measure(steps: dict[str, Step], blocks: int, length: int) -> dict[str, list[tuple]]:
+def measure(
+    steps: dict[str, Step], blocks: int, length: int, device: str = "cpu"
+) -> dict[str, list[tuple]]:
     """Name -> (seconds of a step, share of it in data), a mean of each block."""
     figures: dict[str, list[tuple]] = {name: [] for name in steps}
     for _ in range(blocks):
         for name, step in steps.items():
             for _ in range(SKIPPED):
                 step()
+            on_device.synchronize(device)
             start = time.perf_counter()
             waited = sum(step() for _ in range(length))
+            on_device.synchronize(device)
             seconds = time.perf_counter() - start
             figures[name].append((seconds / length, waited / seconds))
     return figures
@@ -169,9 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[tup
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
+    device = choose_device("auto")
     sets = random_images(given.images, 100)
     variants = {"float32": [], "float32 compiled": ["COMPILE", "True"]}
-    if has_bfloat16(choose_device("auto")):
+    if has_bfloat16(device):
         variants["bfloat16"] = ["AUTOCAST", "bfloat16"]
     rows, figures = [], {}
     for method in METHODS:
@@ -180,9 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[tup
                 name: configure(method, Path(folder), "AUTOCAST", "", *words)
                 for name, words in variants.items()
             }
-            steps = {"plain": plain_step(method, sets[0], cfgs["float32"].SOLVER.BATCH_SIZE)}
+            batch_size = cfgs["float32"].SOLVER.BATCH_SIZE
+            steps = {"plain": plain_step(method, sets[0], batch_size, device)}
             steps |= {name: own_step(cfg, sets) for name, cfg in cfgs.items()}
-            figures[method] = measure(steps, given.blocks, given.steps)
+            figures[method] = measure(steps, given.blocks, given.steps, device.type)
         plain = [seconds for seconds, _ in figures[method]["plain"]]
         for name, blocks in figures[method].items():
             seconds = [block[0] for block in blocks]
@@ -193,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[tup
                     f"{100 * statistics.median(share for _, share in blocks):.2f}",
                 ]
             )
-    print(f"{TEACHER} -> {STUDENT}, batch 64, {given.threads} threads")
+    print(f"{TEACHER} -> {STUDENT}, batch 64, {device}, {given.threads} threads")
     print(markdown(["method", "step", "ms", "plain / it", "in data (%)"], rows))
     return figures
 

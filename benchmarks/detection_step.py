@@ -1,14 +1,15 @@
 """What distillation adds to a detector's training step: ``python -m benchmarks.detection_step``.
 
-RetinaNet R101 -> R50, batch 2, random weights and images, float32. In every round, one after the
+RetinaNet R101 -> R50, random weights and images. In every round, one after the
 other: the student's step alone, the teacher's backbone forward, and the distilled step of each
 method; medians over the rounds. The bound is student step + teacher forward, since both have to
-run whatever the method is.
+run whatever the method is. On a GPU each step lies between two synchronisations.
 
-The peak of each is measured as :mod:`benchmarks.memory` does it, before the timing, in a process
-of its own that has built the whole distilled model: weights and images are excluded in every row,
-the gradients of the weights are included. What a method's peak exceeds that of the student's step
-by is the memory that it adds, beyond the teacher's weights. Linux only.
+The peak of each is measured, on a CPU, as :mod:`benchmarks.memory` does it, before the timing, in
+a process of its own that has built the whole distilled model (Linux only); on a GPU it is what the
+allocator hands out at most. Weights and images are excluded in every row, the gradients of the
+weights are included. What a method's peak exceeds that of the student's step by is the memory that
+it adds, beyond the teacher's weights.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import argparse
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import detection.meta_arch  # noqa: F401  (registers itself)
+from benchmarks import device, report
 from benchmarks.harness import markdown
 from benchmarks.memory import in_fresh_process
 from detection.config import PROJECT, load_config
@@ -37,31 +39,97 @@ from pcka.analysis.memory import peak_growth
 CONFIG = PROJECT / "configs/detection/coco/retinanet_r50/from_r101_pcka.yaml"
 METHODS = ("PCKA", "PKD", "CWD", "FITNET")
 STUDENT, TEACHER = "student step", "teacher forward"
-BATCH = 2
 OBJECTS = 8
 WARM_UP_SIDE = 128
+WARM_UP_ROUNDS = 3  # TorchScript watches the first calls of the focal loss, and compiles it then
 MIB = 1 << 20
+# For a rehearsal: a detector small enough to take a step in a second.
+TINY = [
+    "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
+    "MODEL.FPN.OUT_CHANNELS", "16", "DISTILL.TEACHER.OPTS",
+    str(["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+         "MODEL.FPN.OUT_CHANNELS", 16]),
+]  # fmt: skip
 Step = Callable[[], Any]
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure and print the table; returns of each step ``ms`` by round and ``peak_bytes``."""
-    parser = argparse.ArgumentParser(description="Cost of the distilled step.")
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure and print the tables; returns a record a batch size."""
+    parser = report.parser("Cost of the distilled step.")
+    report.add_device(parser, default="cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    parser.add_argument("--autocast", choices=["bfloat16"], help="of both models' forward pass")
     parser.add_argument("--short-side", type=int, default=480)
     parser.add_argument("--long-side", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="configuration")
     given = parser.parse_args(arguments)
-    peaks = _peaks(given) if sys.platform.startswith("linux") else {}
-    batch = _batch(given.short_side, given.long_side)
+    environment = report.start(given.device, given)
+    if given.quick:
+        given.short_side, given.long_side, given.rounds = 160, 192, 1
+        given.batch = sorted({min(batch, 3) for batch in given.batch})
+        given.opts = [*TINY, *given.opts]
+    peaks = _peaks(given) if given.device == "cpu" and sys.platform.startswith("linux") else {}
+    model, losses = _build(given.methods, given.opts, given.device)
+    records = []
+    for batch in given.batch:
+        try:
+            records.append(_record(model, losses, batch, given, peaks if batch == 2 else {}))
+        except torch.OutOfMemoryError as error:
+            print(f"batch {batch}: {str(error).splitlines()[0]}")
+            continue
+        lines = [line for entry in records for line in _summary(entry)]
+        report.write(given.output, "detection_step", environment, records, lines)
+    return records
+
+
+def _record(
+    model: Any,
+    losses: Mapping[str, Any],
+    batch: int,
+    given: argparse.Namespace,
+    peaks: Mapping[str, int],
+) -> dict[str, Any]:
+    """``steps``: name -> ``ms`` by round and ``peak_bytes``; also prints the table."""
+    images = _batch(batch, given.short_side, given.long_side)
     with EventStorage():
-        times = _time(_steps(*_build(given.methods, given.opts), batch), given.rounds)
-    print(
-        f"{given.short_side} x {given.long_side}, batch {BATCH}, {torch.get_num_threads()} threads"
-    )
-    print(_table(times, peaks))
-    return {name: {"ms": ms, "peak_bytes": peaks.get(name)} for name, ms in times.items()}
+        steps = _steps(model, losses, images, given.autocast)
+        times = _time(steps, given.rounds, given.device)
+        if given.device == "cuda":
+            peaks = {name: _peak_on_gpu(model, step) for name, step in steps.items()}
+    size = f"{given.short_side} x {given.long_side}"
+    precision = f"autocast to {given.autocast}" if given.autocast else "float32"
+    print(f"{size}, batch {batch}, {precision}, {given.device}, {torch.get_num_threads()} threads")
+    print(_table(times, peaks), flush=True)
+    return {
+        "size": size,
+        "batch": batch,
+        "precision": precision,
+        "steps": {name: {"ms": ms, "peak_bytes": peaks.get(name)} for name, ms in times.items()},
+    }
+
+
+def _peak_on_gpu(model: Any, step: Step) -> int:
+    """Bytes beyond weights and images."""
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _summary(entry: Mapping[str, Any]) -> list[str]:
+    """A line a method: its step, the bound, and its share of the step."""
+    medians = {name: statistics.median(step["ms"]) for name, step in entry["steps"].items()}
+    own, other = medians.pop(STUDENT), medians.pop(TEACHER)
+    return [
+        f"{entry['size']}, batch {entry['batch']}: student {own:.1f} ms, teacher {other:.1f} ms, "
+        f"with {name} {ms:.1f} ms ({100 * (ms - own - other) / ms:.1f} % its own)"
+        for name, ms in medians.items()
+    ]
 
 
 def measure(task: str) -> None:
@@ -69,19 +137,21 @@ def measure(task: str) -> None:
     warnings.simplefilter("ignore")  # levels that are too small for a patch while warming up
     settings = json.loads(task)
     torch.set_num_threads(settings["threads"])
-    model, losses = _build([settings["method"]], settings["opts"])
+    model, losses = _build([settings["method"]], settings["opts"], "cpu")
     with EventStorage():
-        _steps(model, losses, _batch(WARM_UP_SIDE, WARM_UP_SIDE))[settings["step"]]()
+        steps = partial(_steps, model, losses, autocast=settings["autocast"])
+        steps(_batch(2, WARM_UP_SIDE, WARM_UP_SIDE))[settings["step"]]()
         model.zero_grad(set_to_none=True)
-        print(peak_growth(_steps(model, losses, _batch(*settings["size"]))[settings["step"]]))
+        print(peak_growth(steps(_batch(2, *settings["size"]))[settings["step"]]))
 
 
 def _peaks(given: argparse.Namespace) -> dict[str, int]:
-    """Step -> bytes."""
+    """Step -> bytes, at batch 2."""
     models = {STUDENT: given.methods[0], TEACHER: given.methods[0], **{m: m for m in given.methods}}
     shared = {
         "size": [given.short_side, given.long_side],
         "opts": given.opts,
+        "autocast": given.autocast,
         "threads": torch.get_num_threads(),
     }
     return {
@@ -90,33 +160,38 @@ def _peaks(given: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def _config(method: str, opts: Sequence[str]) -> CfgNode:
+def _config(method: str, opts: Sequence[str], on: str) -> CfgNode:
     return load_config(
         str(CONFIG),
-        ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "DISTILL.METHODS", str([method]),
+        ["MODEL.WEIGHTS", "", "MODEL.DEVICE", on, "DISTILL.METHODS", str([method]),
          "DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True",
          "DISTILL.LOG_PERIOD", "0", *opts],
     )  # fmt: skip
 
 
-def _build(methods: Sequence[str], opts: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def _build(methods: Sequence[str], opts: Sequence[str], on: str) -> tuple[Any, dict[str, Any]]:
     """A distilled model, and the losses of each method for it."""
-    model: Any = build_model(_config(methods[0], opts)).train()
+    model: Any = build_model(_config(methods[0], opts, on)).train()
     losses = {methods[0]: model.losses}
-    losses |= {method: build_model(_config(method, opts)).losses for method in methods[1:]}
+    losses |= {method: build_model(_config(method, opts, on)).losses for method in methods[1:]}
     return model, losses
 
 
-def _steps(model: Any, losses: Mapping[str, Any], batch: list[dict[str, Any]]) -> dict[str, Step]:
+def _steps(
+    model: Any, losses: Mapping[str, Any], batch: list[dict[str, Any]], autocast: str | None
+) -> dict[str, Step]:
     """Name -> one step; all distilled steps share one student and one teacher."""
     images = [entry["image"] for entry in batch]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     step = model.student.backbone.size_divisibility
     canvas = (-(-height // step) * step, -(-width // step) * step)
+    precision = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=bool(autocast))
 
     def train(forward: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]) -> None:
         model.zero_grad(set_to_none=True)
-        torch.stack([term.sum() for term in forward(batch).values()]).sum().backward()
+        with precision():
+            terms = forward(batch)
+        torch.stack([term.sum() for term in terms.values()]).sum().backward()
 
     def distilled(method: str) -> Step:
         def run() -> None:
@@ -125,17 +200,18 @@ def _steps(model: Any, losses: Mapping[str, Any], batch: list[dict[str, Any]]) -
 
         return run
 
-    steps: dict[str, Step] = {
-        STUDENT: lambda: train(model.student),
-        TEACHER: lambda: model.teacher(images, canvas),
-    }
+    def teach() -> None:
+        with precision():
+            model.teacher(images, canvas)
+
+    steps: dict[str, Step] = {STUDENT: lambda: train(model.student), TEACHER: teach}
     return steps | {method: distilled(method) for method in losses}
 
 
-def _batch(short: int, long: int) -> list[dict[str, Any]]:
+def _batch(number: int, short: int, long: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     entries = []
-    for _ in range(BATCH):
+    for _ in range(number):
         corners = torch.rand(OBJECTS, 2, generator=generator) * torch.tensor([long, short]) * 0.6
         sizes = 20 + torch.rand(OBJECTS, 2, generator=generator) * 0.35 * short
         instances = Instances((short, long))
@@ -146,15 +222,15 @@ def _batch(short: int, long: int) -> list[dict[str, Any]]:
     return entries
 
 
-def _time(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round; an untimed round comes first."""
+def _time(steps: Mapping[str, Step], rounds: int, on: str) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round; untimed rounds come first."""
+    clock = device.timer(on)
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
-    for timed in (False, *[True] * rounds):
+    for turn in range(-(WARM_UP_ROUNDS if on == "cuda" else 1), rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if timed:
-                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+            taken = 1e3 * clock(step, 1)
+            if turn >= 0:
+                milliseconds[name].append(taken)
     return milliseconds
 
 

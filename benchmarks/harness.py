@@ -92,6 +92,11 @@ _RATIOS = (
     ("loop", "pcka"),
     ("split loop", "pcka"),
     ("eager", "pcka"),
+    ("strong eager", "pcka"),
+    ("compiled eager", "pcka"),
+    ("eager graph", "pcka graph"),
+    ("strong eager graph", "pcka graph"),
+    ("compiled eager graph", "pcka graph"),
 )
 
 
@@ -103,8 +108,12 @@ def compare(
     sample_seconds: float = 0.02,
     timer: Timer = wall_clock,
 ) -> dict[str, Any]:
-    """Time all variants of one case: ``seconds``, ``median_ms`` and ``ratios``, for JSON."""
+    """Time all variants of one case: ``seconds``, ``median_ms`` and ``ratios``, for JSON.
+
+    With ``loop_rounds=0`` the loops are left out.
+    """
     turns = {name: min(loop_rounds, rounds) if "loop" in name else rounds for name in calls}
+    calls = {name: call for name, call in calls.items() if turns[name]}
     seconds = interleave(calls, turns, sample_seconds=sample_seconds, timer=timer)
     return {
         "seconds": seconds,

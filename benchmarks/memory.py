@@ -38,7 +38,7 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 16),
     "MALLOC_ARENA_MAX": "1",
 }
-_VARIANTS = ("loop", "split loop", "eager", "pcka")
+_VARIANTS = ("loop", "split loop", "eager", "strong eager", "pcka")
 _MIB = 1 << 20
 
 

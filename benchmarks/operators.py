@@ -42,7 +42,7 @@ def plot_times(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         [record["case"]["name"] for record in records],
         {
             name: [ms[name] / ms["products"] if name in ms else None for ms in times]
-            for name in ("loop", "split loop", "eager", "pcka", "pcka graph")
+            for name in ("loop", "split loop", "eager", "strong eager", "pcka")
             if any(name in ms for ms in times)
         },
         "time / time of the bare products",

@@ -1,128 +1,236 @@
-"""How fast the operators are on a GPU, beside loops, eager PyTorch and the bare products.
+"""How fast the operators are on a GPU, beside eager and compiled PyTorch and the bare products.
 
-As ``operators.py``, and: CUDA events time each call, after a write that empties the L2 cache and
-keeps the GPU busy while the call is queued; ``pcka graph`` is the same step replayed as a CUDA
-graph; memory is what the allocator hands out at most beyond what was there before. GB/s count the
-least traffic (both maps read, the gradients written), TFLOP/s the operations of the bare products.
+Forward and backward of the mean alignment by the student, for the levels of an 800 x 1333 image as
+the detection configurations cut them. CUDA events time each variant twice: launched by the host,
+gaps included, and replayed as a CUDA graph, which leaves what the GPU needs. A call goes through
+several pairs of maps in turn, together larger than the cache. GB/s count the least traffic (both
+maps read, the gradient written), TFLOP/s the operations of the bare products; both stand beside
+the ceilings measured first. Memory is what the allocator hands out at most beyond what was there.
 
-Exits with 2 where there is no GPU.
+Last, the profiler counts what each variant launches, and how long each kernel takes.
+
+A variant that fails on a case (out of memory, say) is reported, and the rest goes on. Exits with 2
+where there is no GPU; ``--device cpu --quick`` shows that everything else runs.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import report
+from benchmarks import ceilings, device, report
 from benchmarks.baselines import Products
-from benchmarks.cases import Case
+from benchmarks.cases import GPU_CASES, Case, dtype_name
+from benchmarks.compiled import COMPILED, compiled_eager, compiled_names
 from benchmarks.harness import Call, compare, timing_table
-from benchmarks.operators import plot_times
-from benchmarks.variants import alignments, step, timed_calls
+from benchmarks.variants import Alignment, alignments, step
 
-_FLUSH_BYTES = 1 << 28  # more than any L2 cache holds
+VARIANTS = ("pcka", "eager", "strong eager")
+CACHES = 4  # the maps of a call are at least so many times as large as the cache
+MOST_PAIRS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print the table and write the files; returns the records."""
     parser = report.parser("Time the operators and their baselines on a GPU.")
     report.add_cases(parser)
-    report.add_rounds(parser, rounds=21, loop_rounds=3)
-    parser.add_argument("--peak-gbs", type=float, help="the GPU's memory bandwidth, GB/s")
-    parser.add_argument("--peak-tflops", type=float, help="its float32 matrix rate, TFLOP/s")
+    report.add_device(parser)
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each variant")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no case after so long")
     options = parser.parse_args(arguments)
-    cases = report.chosen_cases(parser, options)
-    if not torch.cuda.is_available():
-        print("benchmarks.operators_gpu: torch sees no GPU here", file=sys.stderr)
-        raise SystemExit(2)
-    environment = report.start("cuda", options)
-    timer, records = FlushedEvents(), []
+    cases = report.chosen_cases(parser, options, GPU_CASES)
+    began = time.monotonic()
+    environment = report.start(options.device, options)
+    environment["ceilings"] = ceilings.measure(options.device, quick=options.quick)
+    records: list[dict[str, Any]] = []
     for case in cases:
-        memory = _peak_memory(case, options.seed)
-        calls = timed_calls(case, options.seed, "cuda")
-        calls["pcka graph"] = captured(calls["pcka"])
-        timings = compare(calls, timer=timer, **report.effort(options))
-        achieved = rates(case, timings["median_ms"], options.peak_gbs, options.peak_tflops)
-        records.append({"case": case.describe(), **timings, "figures": {**achieved, **memory}})
-        del calls
-        torch.cuda.empty_cache()
+        if time.monotonic() - began > options.seconds:
+            print(f"out of time: left out {', '.join(c.name for c in cases[len(records) :])}")
+            break
+        records.append(record(case, options, environment["ceilings"]))
+        print(timing_table(records[-1:]), flush=True)
+        report.write(options.output, "operators_gpu", environment, records, summary(records))
+    for case, entry in zip(cases, records):  # last: a profiler that once ran slows launches down
+        if case.shape[0] == 2 or case.name.startswith(("p2_rows", "p3_rows")):
+            entry["launches"] = _launches(case, options)
+            report.write(options.output, "operators_gpu", environment, records, summary(records))
     print(timing_table(records))
-    peaks = {"peak_gbs": options.peak_gbs, "peak_tflops": options.peak_tflops}
-    report.write(options.output, "operators_gpu", {**environment, **peaks}, records)
-    if options.output is not None:
-        plot_times(options.output / "operators_gpu.png", records)
     return records
 
 
-class FlushedEvents:
-    """A timer by CUDA events; before every call the L2 cache is overwritten."""
+class Rotating:
+    """Steps on several pairs of maps, one after the other, so that no cache holds the next one."""
 
-    def __init__(self) -> None:
-        self._ballast = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    def __init__(self, alignment: Alignment, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.alignment, self.pairs = alignment, pairs
 
-    def __call__(self, call: Call, times: int) -> float:
-        pairs = []
-        for _ in range(times):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._ballast.zero_()
-            start.record()
-            call()
-            end.record()
-            pairs.append((start, end))
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in pairs) / times / 1e3
+    def __call__(self) -> None:
+        for student, teacher in self.pairs:
+            step(self.alignment, student, teacher)
 
 
-def captured(call: Call) -> Call:
-    """Replay of the call as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capture wants everything initialised, on another stream
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def record(case: Case, options: Any, peaks: Mapping[str, float]) -> dict[str, Any]:
+    """Times of all variants of a case; ``failures``: variant -> why it has none."""
+    on = options.device
+    pairs = [case.inputs(options.seed + index, on) for index in range(_pairs(case, on))]
+    failures: dict[str, str] = {}
+    calls: dict[str, Call] = {}
+    memory: dict[str, float] = {}
+    compiled = case.name in compiled_names(quick=options.quick)
+    for name, alignment in _alignments(case, compiled=compiled).items():
+        call = Rotating(alignment, pairs)
+        with _reported(name, failures):
+            call()  # compiles, and chooses algorithms
+            device.synchronize(on)
+            calls[name] = call
+            if on == "cuda":
+                memory[f"{name} (MiB)"] = _peak_memory(partial(step, alignment, *pairs[0]))
+        if on == "cuda" and name in calls:
+            with _reported(f"{name} graph", failures):
+                _check_room(memory[f"{name} (MiB)"])
+                calls[f"{name} graph"] = device.captured(call)
+    with _reported("products", failures):
+        products = Products(case, case.dtype, on)
+        calls["products"] = partial(_repeated, products, len(pairs))
+    calls = {name: call for name, call in calls.items() if _runs(name, call, on, failures)}
+    clock = device.timer(on)
+    timings = compare(
+        calls,
+        rounds=2 if options.quick else options.rounds,
+        loop_rounds=1,
+        sample_seconds=0.0 if options.quick else 0.01,
+        timer=lambda call, times: clock(call, times) / len(pairs),
+    )
+    best = min(timings["median_ms"].get(name, float("inf")) for name in ("pcka", "pcka graph"))
+    figures = {**rates(case, best, peaks), **memory}
+    calls.clear()
+    torch._dynamo.reset()
+    _empty_cache()
+    return {"case": case.describe(), **timings, "figures": figures, "failures": failures}
+
+
+def _repeated(call: Call, times: int) -> None:
+    for _ in range(times):
         call()
-    return graph.replay
 
 
-def _peak_memory(case: Case, seed: int) -> dict[str, float]:
-    """MiB of each variant beyond the inputs, the gradients included."""
-    inputs = case.inputs(seed, "cuda")
-    peaks = {}
-    for name, alignment in alignments(case).items():
-        call = partial(step, alignment, *inputs)
-        call()  # whatever libraries allocate once and keep
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def _alignments(case: Case, *, compiled: bool) -> dict[str, Alignment]:
+    found = alignments(case)
+    chosen: dict[str, Alignment] = {name: found[name] for name in VARIANTS if name in found}
+    return chosen | ({COMPILED: compiled_eager(case)} if compiled else {})
+
+
+def _pairs(case: Case, on: str) -> int:
+    """How many pairs of maps a call goes through."""
+    if on != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(MOST_PAIRS, -(-CACHES * cache // (2 * case.student_bytes))))
+
+
+class _reported:
+    """Keep the first line of an exception instead of raising it, and give the memory back."""
+
+    def __init__(self, name: str, failures: dict[str, str]) -> None:
+        self.name, self.failures = name, failures
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        line = (str(error).strip().splitlines() or [""])[0]
+        self.failures[self.name] = f"{type(error).__name__}: {line[:200]}"
+        print(f"{self.name}: {self.failures[self.name]}", flush=True)
+        error.__traceback__ = None  # whose frames hold tensors
+        _empty_cache()
+        return True
+
+
+def _runs(name: str, call: Call, on: str, failures: dict[str, str]) -> bool:
+    """Whether the call still works beside what the others hold."""
+    with _reported(name, failures):
         call()
-        torch.cuda.synchronize()
-        peaks[f"{name} (MiB)"] = (torch.cuda.max_memory_allocated() - before) / (1 << 20)
-    return peaks
+        device.synchronize(on)
+        return True
+    return False
 
 
-def rates(
-    case: Case,
-    median_ms: Mapping[str, float],
-    peak_gbs: float | None,
-    peak_tflops: float | None,
-) -> dict[str, float]:
-    """What the operator achieves, also in percent of the peaks that are given."""
-    seconds = median_ms["pcka"] / 1e3
-    gbs = (2 * case.student_bytes + case.gradient_bytes) / seconds / 1e9
-    tflops = Products.flops_of(case) / seconds / 1e12
-    result = {"GB/s": gbs, "TFLOP/s": tflops}
-    if peak_gbs is not None:
-        result["% of peak GB/s"] = 100 * gbs / peak_gbs
-    if peak_tflops is not None:
-        result["% of peak TFLOP/s"] = 100 * tflops / peak_tflops
-    return result
+def _empty_cache() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_room(needed: float) -> None:
+    """A capture that runs out of memory leaves the allocator unusable: refuse it before."""
+    _empty_cache()
+    free = torch.cuda.mem_get_info()[0] / (1 << 20)
+    if 1.5 * needed > free:
+        raise MemoryError(f"a graph of {needed:.0f} MiB beside {free:.0f} MiB of free memory")
+
+
+def _peak_memory(call: Call) -> float:
+    """MiB beyond the inputs, the gradient included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / (1 << 20)
+
+
+def rates(case: Case, milliseconds: float, peaks: Mapping[str, float]) -> dict[str, float]:
+    """What the operator achieves, also in percent of the measured ceilings."""
+    gbs = (2 * case.student_bytes + case.gradient_bytes) / milliseconds / 1e6
+    tflops = Products.flops_of(case) / milliseconds / 1e9
+    return {
+        "GB/s": gbs,
+        "% of copy": 100 * gbs / peaks["copy GB/s"],
+        "TFLOP/s": tflops,
+        "% of product": 100 * tflops / peaks[f"{dtype_name(case.dtype)} TFLOP/s"],
+    }
+
+
+def _launches(case: Case, options: Any) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> its kernels."""
+    pair, found, failures = case.inputs(options.seed, options.device), {}, dict[str, str]()
+    for name in VARIANTS[:2]:
+        call: Callable[[], object] = partial(step, alignments(case)[name], *pair)
+        with _reported(f"profile of {name}", failures):
+            found[name] = device.launches(call, options.device)
+    _empty_cache()
+    return found
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a case with rows: milliseconds as launched, and as a graph."""
+    lines = ["ms as launched / as a graph; last: launches of pcka, failures"]
+    for entry in records:
+        ms = entry["median_ms"]
+        cells = [
+            f"{name} {_ms(ms.get(name))}/{_ms(ms.get(f'{name} graph'))}"
+            for name in (*VARIANTS, COMPILED)
+            if name in ms
+        ]
+        kernels = entry.get("launches", {}).get("pcka", [])
+        count = sum(kernel["count"] for kernel in kernels)
+        lines.append(
+            f"{entry['case']['name']}: {', '.join(cells)}, products {_ms(ms.get('products'))}"
+            + (f"; {count:g}" if kernels else "")
+            + (f"; failed: {', '.join(entry['failures'])}" if entry["failures"] else "")
+        )
+    return lines
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 import pcka
-from benchmarks.cases import Case, select
+from benchmarks.cases import CASES, Case, select
 from classification.environment import describe_environment
 
 _VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "sve", "asimd", "bf16")
@@ -26,11 +28,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--threads", type=int, help="2; beside a GPU as many as 8")
     result.add_argument(
         "--output", type=Path, metavar="DIR", help="write the figures (JSON) and a plot there"
     )
     return result
+
+
+def add_device(arguments: argparse.ArgumentParser, default: str = "cuda") -> None:
+    arguments.add_argument("--device", choices=["cuda", "cpu"], default=default)
 
 
 def add_cases(arguments: argparse.ArgumentParser) -> None:
@@ -40,8 +46,23 @@ def add_cases(arguments: argparse.ArgumentParser) -> None:
 
 
 def add_rounds(arguments: argparse.ArgumentParser, rounds: int, loop_rounds: int) -> None:
-    arguments.add_argument("--rounds", type=int, default=rounds, help="samples of each variant")
-    arguments.add_argument("--loop-rounds", type=int, default=loop_rounds, help="of the loops")
+    arguments.add_argument(
+        "--rounds", type=_count(1), default=rounds, help="samples of each variant, 1 or more"
+    )
+    arguments.add_argument(
+        "--loop-rounds", type=_count(0), default=loop_rounds, help="of the loops; 0 leaves them out"
+    )
+
+
+def _count(minimum: int) -> Callable[[str], int]:
+    """How argparse reads a number of ``minimum`` or more."""
+
+    def count(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
+        return int(text)
+
+    return count
 
 
 def effort(options: argparse.Namespace) -> dict[str, Any]:
@@ -51,10 +72,14 @@ def effort(options: argparse.Namespace) -> dict[str, Any]:
     return {"rounds": options.rounds, "loop_rounds": options.loop_rounds}
 
 
-def chosen_cases(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+def chosen_cases(
+    arguments: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    cases: Mapping[str, Case] = CASES,
+) -> list[Case]:
     """The cases asked for; ends the script with a message where there are none of that name."""
     try:
-        return select(options.cases, quick=options.quick)
+        return select(options.cases, quick=options.quick, cases=cases)
     except ValueError as error:
         arguments.error(str(error))
 
@@ -63,19 +88,34 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
     """Set threads and seed, print what the figures will be made with, and return it.
 
     Raises:
-        SystemExit: the operators are not compiled, so that there is nothing of theirs to measure.
+        SystemExit: the operators are not compiled, so that there is nothing of theirs to measure;
+            with 2: a GPU is asked for and not there.
     """
     if not pcka.build_info()["cuda_loaded" if device == "cuda" else "extension"]:
         raise SystemExit(f"the compiled operators are not in use on {device}: see the README")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no GPU here", file=sys.stderr)
+        raise SystemExit(2)
+    if options.threads is None:
+        options.threads = min(8, os.cpu_count() or 2) if device == "cuda" else 2
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     environment = {
         **describe_environment(options.seed, torch.device(device)),
+        "command_line": [_anywhere(word) for word in sys.argv],
         "processor": _processor(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     print(_heading(environment), flush=True)
     return environment
+
+
+def _anywhere(word: str) -> str:
+    """A word of the command line as it says the same on every machine: no absolute path."""
+    path, root = Path(word), Path(__file__).resolve().parents[1]
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
 def _heading(environment: Mapping[str, Any]) -> str:
@@ -110,13 +150,22 @@ def _processor() -> dict[str, object]:
 
 
 def write(
-    output: Path | None, name: str, environment: Mapping[str, Any], records: Sequence[Any]
+    output: Path | None,
+    name: str,
+    environment: Mapping[str, Any],
+    records: Sequence[Any],
+    summary: Sequence[str] = (),
 ) -> None:
-    """``name.json`` with ``environment`` and ``records``, where an output folder is given."""
+    """``name.json`` with what is given, where an output folder is. ``summary``: a few lines.
+
+    Replaced as a whole, so that a script that is stopped leaves what it wrote last.
+    """
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment, "records": records}
-        (output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        content = {"environment": environment, "records": records, "summary": list(summary)}
+        part = output / f"{name}.json.part"
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(output / f"{name}.json")
 
 
 def plot_points(

@@ -17,6 +17,7 @@ from benchmarks.baselines import (
     eager_patch_cka,
     loop_patch_cka,
     split_loop_patch_cka,
+    strong_patch_cka,
 )
 from benchmarks.cases import Case, MapCase, dtype_name
 from benchmarks.harness import Call
@@ -32,6 +33,7 @@ def alignments(case: Case) -> dict[str, Alignment]:
         "loop": loop_patch_cka,
         "split loop": split_loop_patch_cka,
         "eager": eager_patch_cka,
+        "strong eager": strong_patch_cka,
         "pcka": pcka.patch_cka,
     }
     settings: dict[str, Any] = case.settings

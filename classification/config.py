@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from classification.defaults import default_config
+from classification.yaml_files import YamlFileError, flatten, read_leaves
 from pcka import losses
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
@@ -22,6 +24,7 @@ DATASETS = ("digits", "folder", "cifar10", "cifar100")
 HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
+    "SAVE_EVERY",
     "DATA.ROOT",
     "DATA.DOWNLOAD",
     "DATA.MEMORY_GB",
@@ -56,10 +59,10 @@ def load_config(
     cfg = default_config()
     if method:
         path = method_file(method, config_file)
-        of_method = flatten(_read_yaml(path))
+        of_method = _read(path)
         _merge(cfg, of_method.items(), source=str(path))
     if config_file is not None:
-        of_file = flatten(_read_yaml(Path(config_file)))
+        of_file = _read(config_file)
         if method:
             of_file.pop("DISTILL.METHODS", None)
             _refuse_saved(of_file, cfg, source=str(config_file))
@@ -111,18 +114,6 @@ def config_from_text(text: str) -> CfgNode:
     return cfg
 
 
-def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the leaves of a tree by their dotted keys."""
-    leaves: dict[str, object] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            leaves.update(flatten(value, f"{key}."))
-        else:
-            leaves[key] = value
-    return leaves
-
-
 def set_key(cfg: CfgNode, key: str, value: object) -> None:
     """Set the leaf at a dotted key."""
     *sections, leaf = key.split(".")
@@ -144,24 +135,11 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     return [key for key in after if key not in harmless and before[key] != after[key]]
 
 
-def _read_yaml(path: Path) -> Mapping[str, object]:
+def _read(path: str | Path) -> dict[str, object]:
     try:
-        tree = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
-        if not isinstance(tree, Mapping):
-            raise TypeError(f"a {type(tree).__name__}")
-        return tree
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(
-            f"{path}: only plain YAML values are read, never tags that make objects or run code: "
-            f"{error.problem}{error.problem_mark}"
-        ) from error
-    except (yaml.YAMLError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    except (TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: expected a mapping of keys to values (and a _BASE_ without a circle), "
-            f"got something else: {error}"
-        ) from error
+        return read_leaves(path)
+    except YamlFileError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, object]], source: str) -> None:
@@ -216,42 +194,63 @@ def _item(key: str, value: object, default: list) -> object:
     return default if is_pair else default[0]
 
 
+CHOICES = {
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "AUTOCAST": ("", "bfloat16", "auto"),
+    "DATA.NAME": DATASETS,
+    "SOLVER.SCHEDULE": ("multistep", "cosine"),
+}
+LEAST = {
+    "LOG_EVERY": 1,
+    "EVAL_EVERY": 1,
+    "SAVE_EVERY": 1,
+    "DATA.IMAGE_SIZE": 1,
+    "DATA.NUM_CLASSES": 0,
+    "DATA.TRAIN_IMAGES": 0,
+    "DATA.HOLDOUT": 0,
+    "DATA.CROP_PADDING": 0,
+    "DATA.MEMORY_GB": 0,
+    "DATA.WORKERS": 0,
+    "DATA.RESIZE": 0,
+    "DISTILL.WARMUP": 0,
+    "TEACHER.ACCURACY": 0,
+    "SEED": 0,
+    "DATA.SPLIT_SEED": 0,
+    "TEACHER.SEED": 0,
+    "TEACHER.EPOCHS": 1,
+    "SOLVER.EPOCHS": 1,
+    "SOLVER.BATCH_SIZE": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.MOMENTUM": 0,
+    "SOLVER.WEIGHT_DECAY": 0,
+    "SOLVER.GAMMA": 0,
+    "SOLVER.WARMUP_EPOCHS": 0,
+}
+MOST = {
+    "DISTILL.WARMUP": 1,  # a share of the epochs
+    "TEACHER.ACCURACY": 100,
+    "SOLVER.MOMENTUM": 1,
+    "SEED": 2**64 - 1,  # of torch's generators
+    "TEACHER.SEED": 2**64 - 1,
+    "DATA.SPLIT_SEED": 2**32 - 1,  # of numpy's legacy generator
+}
+
+
 def _check(cfg: CfgNode) -> None:
-    choices = {
-        "DEVICE": ("auto", "cpu", "cuda"),
-        "AUTOCAST": ("", "bfloat16", "auto"),
-        "DATA.NAME": DATASETS,
-        "SOLVER.SCHEDULE": ("multistep", "cosine"),
-    }
-    at_least = {
-        "LOG_EVERY": 1,
-        "DATA.IMAGE_SIZE": 1,
-        "DATA.NUM_CLASSES": 0,
-        "DATA.TRAIN_IMAGES": 0,
-        "DATA.HOLDOUT": 0,
-        "DATA.CROP_PADDING": 0,
-        "DATA.WORKERS": 0,
-        "DATA.RESIZE": 0,
-        "DISTILL.WARMUP": 0,
-        "TEACHER.ACCURACY": 0,
-        "SEED": 0,
-        "DATA.SPLIT_SEED": 0,
-        "TEACHER.SEED": 0,
-        "TEACHER.EPOCHS": 1,
-        "SOLVER.EPOCHS": 1,
-        "SOLVER.BATCH_SIZE": 1,
-        "SOLVER.WARMUP_EPOCHS": 0,
-    }
     values = flatten(cfg)
-    for key, allowed in choices.items():
-        if values[key] not in allowed:
-            raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
-    for key, least in at_least.items():
-        if values[key] < least:  # type: ignore[operator]
-            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
-    if cfg.DISTILL.WARMUP > 1:
+    _check_ranges(values)
+    if not cfg.OUTPUT_DIR:
+        raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
+    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+        raise ConfigError("SOLVER.NESTEROV: needs a SOLVER.MOMENTUM above 0, got 0")
+    if cfg.DATA.CROP_PADDING > 4 * cfg.DATA.IMAGE_SIZE:
         raise ConfigError(
-            f"DISTILL.WARMUP: expected a share of the epochs, at most 1, got {cfg.DISTILL.WARMUP}"
+            f"DATA.CROP_PADDING: expected at most {4 * cfg.DATA.IMAGE_SIZE}, four times "
+            f"DATA.IMAGE_SIZE, got {cfg.DATA.CROP_PADDING}"
+        )
+    if min(cfg.SOLVER.MILESTONES, default=1) < 1:
+        raise ConfigError(
+            f"SOLVER.MILESTONES: expected epochs, at least 1, got {cfg.SOLVER.MILESTONES}"
         )
     for role in ("STUDENT", "TEACHER"):
         mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
@@ -263,6 +262,25 @@ def _check(cfg: CfgNode) -> None:
     if not cfg.STUDENT.NAME:
         raise ConfigError("STUDENT.NAME: expected the name of a model, got an empty one")
     _check_methods(cfg.DISTILL.METHODS)
+
+
+def _check_ranges(values: Mapping[str, object]) -> None:
+    for key, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            # Infinite memory is no limit; elsewhere neither is a number to compute with.
+            if isinstance(number, float) and not math.isfinite(number):
+                if key == "DATA.MEMORY_GB" and number > 0:
+                    continue
+                raise ConfigError(f"{key}: expected a finite number, got {value}")
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
+    for key, least in LEAST.items():
+        if values[key] < least:  # type: ignore[operator]
+            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+    for key, most in MOST.items():
+        if values[key] > most:  # type: ignore[operator]
+            raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
 
 
 def _check_methods(methods: Sequence[str]) -> None:

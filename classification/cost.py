@@ -18,12 +18,11 @@ from classification.data import Batch
 from classification.environment import describe_environment
 from classification.experiment import ImageSets, prepare_trainers
 from classification.launch import process_group
-from classification.loop import prepare_inputs, teacher_observer
 from classification.run_files import write_text
+from classification.steps import Steps
 from classification.trainer import Trainer
 from pcka.analysis.memory import peak_growth
 from pcka.distributed import from_first_process, rank
-from pcka.observer import Observer
 
 ROUNDS, WARM_UP_ROUNDS = 15, 2
 
@@ -86,19 +85,19 @@ def _measure(trainers: Mapping[str, Trainer], rounds: int, device: torch.device)
     """Costs by method; every round has one batch, whose making counts for each method."""
     lead = next(iter(trainers.values()))
     batches = _endless(lead)
-    observers = {method: teacher_observer([trainer]) for method, trainer in trainers.items()}
+    steps = {method: Steps([trainer], ahead=1) for method, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {method: [] for method in trainers}
     for turn in range(rounds + WARM_UP_ROUNDS):
         start = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - start
-        for method, trainer in trainers.items():
-            taken = waited + _timed(partial(_step, trainer, batch, observers[method]), device)
+        for method in trainers:
+            taken = waited + _timed(partial(_step, steps[method], batch), device)
             if turn >= WARM_UP_ROUNDS:
                 seconds[method].append(taken)
     costs = {}
-    for method, trainer in trainers.items():
-        growth = peak_growth(partial(_step, trainer, batch, observers[method]), device)
+    for method in trainers:
+        growth = peak_growth(partial(_step, steps[method], batch), device)
         milliseconds = 1000 * statistics.median(seconds[method]) / lead.cfg.SOLVER.BATCH_SIZE
         costs[method] = Cost(milliseconds, growth / 2**20)
     return costs
@@ -109,9 +108,10 @@ def _endless(trainer: Trainer) -> Iterator[Batch]:
         yield from trainer.batches()
 
 
-def _step(trainer: Trainer, batch: Batch, observe: Observer | None) -> None:
+def _step(steps: Steps, batch: Batch) -> None:
     """The teacher's forward pass and the student's update."""
-    trainer.step(prepare_inputs([trainer], batch, observe), 0)
+    for inputs in steps.inputs([(batch,)]):
+        steps.run(inputs, 0)
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:

@@ -24,7 +24,10 @@ def default_config() -> CfgNode:
             "CHANNELS_LAST": False,  # memory format of images, student and teacher
             "AUTOCAST": "",  # "" (float32) | bfloat16 | auto: bfloat16 where the hardware has it
             "COMPILE": False,  # torch.compile of both models: minutes at the start, faster steps
+            "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
             "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
+            "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
+            "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
         }
     )
     cfg.DATA = CfgNode(

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from classification.config import ConfigError
 from classification.data import PixelNormalize
 from classification.models import create_model
+from classification.stage_search import resolution_ends
 from pcka import losses
 
 Taps = dict[str, tuple[str, str]]
 
 # What STAGES may hold beside names of taps: all stages but the stem.
 WILDCARDS = {"all": "", "all_preact": "_preact"}
+
+
+class UntappedError(ConfigError):
+    """A loss names stages that are not tapped."""
+
 
 # Settings of which a single value serves all stages.
 PER_STAGE = ("weights", "feature_weights", "patch_sizes")
@@ -29,13 +35,15 @@ def build_losses(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
         taps: what the losses may name as stages.
 
     Raises:
-        ConfigError: values that a loss refuses, a stage that is not tapped, or a loss that needs
-            a teacher where there is none.
+        ConfigError: values that a loss refuses, stages that are none or not tapped, or a loss
+            that needs a teacher where there is none.
     """
     built = []
     for name in cfg.DISTILL.METHODS:
         try:
-            loss = losses.build(name, **_keywords(cfg.DISTILL[name], taps))
+            loss = losses.build(name, **_keywords(name, cfg.DISTILL[name], taps))
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"DISTILL.{name}: {error}") from error
         if loss.needs_teacher and not cfg.TEACHER.NAME:
@@ -44,7 +52,7 @@ def build_losses(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
                 "with its TEACHER.WEIGHTS or with TEACHER.TRAIN True"
             )
         if missing := [tap for tap in loss.taps if tap not in taps and cfg.TEACHER.NAME]:
-            raise ConfigError(
+            raise UntappedError(
                 f"DISTILL.{name}: {', '.join(missing)} is not tapped; there are "
                 f"{', '.join(taps) or 'none'}, and DISTILL.TAPS adds more"
             )
@@ -52,7 +60,7 @@ def build_losses(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     return built
 
 
-def _keywords(section: CfgNode, taps: Taps) -> dict[str, object]:
+def _keywords(method: str, section: CfgNode, taps: Taps) -> dict[str, object]:
     """Return a section as keywords: wildcards replaced, single values repeated for all stages."""
     keywords: dict[str, object] = {}
     for key, value in section.items():
@@ -60,7 +68,10 @@ def _keywords(section: CfgNode, taps: Taps) -> dict[str, object]:
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         keywords[key.lower()] = value
     if "stages" in keywords:
-        stages = [stage for name in keywords["stages"] for stage in _expand(name, taps)]
+        key = f"DISTILL.{method}.STAGES"
+        stages = [stage for name in section.STAGES for stage in _expand(key, name, taps)]
+        if not stages:
+            raise ConfigError(f"{key}: expected one or more stages, got none: the loss is nothing")
         keywords["stages"] = tuple(stages)
         for key in PER_STAGE:
             if key in keywords and len(keywords[key]) == 1:
@@ -68,10 +79,15 @@ def _keywords(section: CfgNode, taps: Taps) -> dict[str, object]:
     return keywords
 
 
-def _expand(name: str, taps: Taps) -> list[str]:
+def _expand(key: str, name: str, taps: Taps) -> list[str]:
     if name not in WILDCARDS:
         return [name]
     stages = [stage for stage in numbered_stages(taps) if stage != "stage0"]
+    if not stages:
+        raise UntappedError(
+            f"{key}: {name!r} stands for all numbered stages but the stem, and there are none; "
+            f"there are {', '.join(taps) or 'no taps'}, and DISTILL.TAPS adds stage1, stage2, ..."
+        )
     return [stage + WILDCARDS[name] for stage in stages]
 
 
@@ -134,10 +150,28 @@ def _add_stages(
 
 
 def check_losses(cfg: CfgNode) -> None:
-    """Refuse what the losses would refuse, before data is read or a teacher trained."""
+    """Refuse what the losses would refuse, before data is read or a teacher trained.
+
+    Raises:
+        ConfigError: as :func:`build_losses` does; where taps are missing, it proposes them.
+    """
     student = create_model(cfg.STUDENT.NAME, 2)
     teacher = create_model(cfg.TEACHER.NAME, 2) if cfg.TEACHER.NAME else student
-    build_losses(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
+    try:
+        build_losses(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
+    except UntappedError as error:
+        raise ConfigError(f"{error}{_proposal(student, teacher)}") from None
+
+
+def _proposal(student: nn.Module, teacher: nn.Module) -> str:
+    """Say which DISTILL.TAPS would do: the last module of each resolution."""
+    taps: Taps = {}
+    ends = (model.stage_names or resolution_ends(model) for model in (student, teacher))
+    _add_stages(taps, *ends, "")
+    if not taps:
+        return ". model.named_modules() lists the modules' paths"
+    entries = ", ".join(f"[{name}, {s}, {t}]" for name, (s, t) in taps.items())
+    return f'. By the models\' resolutions, for example: DISTILL.TAPS "[{entries}]"'
 
 
 def loss_context(

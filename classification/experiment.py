@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.config import ConfigError, changed_keys, config_from_text, flatten
+from classification.config import ConfigError, changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
+    Taps,
     build_losses,
     check_losses,
     extra_taps,
@@ -28,16 +28,24 @@ from classification.launch import process_group
 from classification.loop import train
 from classification.models import create_model
 from classification.random_state import seed_everything
-from classification.run_files import RunFiles, read_metrics
-from classification.teacher import Teacher, check_teacher, prepare_teacher
+from classification.run_files import CHECKPOINT, RunFiles, read_metrics
+from classification.saved_state import check_fits, saved_config
+from classification.solver import unreached_milestones
+from classification.teacher import Teacher, check_teacher, check_teaching, prepare_teacher
 from classification.trainer import Trainer, TrainingFailedError
 from classification.weights import load_classifier
+from classification.yaml_files import flatten
+from pcka.analysis.layerwise import MIN_SAMPLES
 from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
 
+SAMPLE_IMAGES = 16  # on which the models are tried before the training
+
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
+
+OWN_KEYS = ("SEED", "STUDENT.", "DISTILL.", "OUTPUT_DIR")  # of each run side by side
 
 
 def run_experiment(
@@ -69,11 +77,11 @@ def run_side_by_side(
 ) -> list[Result | TrainingFailedError]:
     """Train several students on one teacher as :func:`run_experiment` would train each alone.
 
-    The batches are made once and the teacher runs once for all of them, which is much faster than
-    one after the other.
+    For all runs of one seed the batches are made once and the teacher runs once, which is much
+    faster than one after the other; on a GPU all students are trained at the same time.
 
     Args:
-        cfgs: configurations that differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
+        cfgs: configurations that differ in :data:`OWN_KEYS` only.
         resume: as in :func:`run_experiment`, for each run.
         image_sets: likewise.
 
@@ -149,27 +157,55 @@ class _Run:
         cfg, (train_set, evaluation_set) = self.cfg, sets
         if self.saved is not None:
             _check_images(self.saved, [part.fingerprint for part in sets])
-        if self.files is not None:
-            self.files.result.unlink(missing_ok=True)  # of a shorter run that goes on
-            self.files.write_text("config.yaml", cfg.dump())
-            self.files.write_json("environment.json", describe_environment(cfg.SEED, device))
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         frozen = teacher.model if teacher else None
         taps = model_taps(student, frozen.model if frozen else student, cfg.DISTILL.TAPS)
         losses = build_losses(cfg, taps)
         distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
+        followed = {}
         if teacher is not None:
-            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
-            distiller.prepare(*_sample_images(cfg, train_set), context)
             self.teacher_accuracy = teacher.accuracy
-        followed = numbered_stages(taps) if teacher else {}
+            ours, theirs = _sample_images(cfg, train_set)
+            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
+            distiller.prepare(ours[:2], theirs[:2], context)
+            logits = any(loss.needs_logits and loss.needs_teacher for loss in losses)
+            check_teaching(frozen, distiller.teacher_paths, theirs, logits=logits)
+            followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
         if self.saved is not None:
+            parts = {"student": distiller.student, "losses": distiller.losses}
+            path = Path(cfg.OUTPUT_DIR) / CHECKPOINT
+            check_fits(self.saved, parts, self.trainer.optimizer, path)
             self.trainer.restore(self.saved)
         if self.files is not None:
-            self.files.start_metrics(self.trainer.epoch)
+            self._start_files(self.files, device)
         return self.trainer
+
+    def _start_files(self, files: RunFiles, device: torch.device) -> None:
+        """Write down what is trained, now that nothing refuses it any more."""
+        files.result.unlink(missing_ok=True)  # of a shorter run that goes on
+        files.write_text("config.yaml", self.cfg.dump())
+        files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
+        files.start_metrics(self.trainer.epoch)
+        if unreached := unreached_milestones(self.cfg):
+            files.logger.warning(
+                "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
+                "not reach",
+                *(", ".join(map(str, unreached)), self.cfg.SOLVER.EPOCHS),
+            )
+
+    def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
+        """The stages whose CKA is measured after every epoch, on the evaluation images."""
+        if len(evaluation_set) >= MIN_SAMPLES:
+            return numbered_stages(taps)
+        if self.files is not None:
+            self.files.logger.warning(
+                "the CKA of the stages is not followed: it needs %d evaluation images or more, "
+                "there are %d (DATA.HOLDOUT, or the folder of test images)",
+                *(MIN_SAMPLES, len(evaluation_set)),
+            )
+        return {}
 
     def conclude(self) -> Result | TrainingFailedError:
         """Write what the run came to, in the first process; every one gets it."""
@@ -186,9 +222,9 @@ def _check_alike(cfgs: Sequence[CfgNode]) -> None:
     lead = flatten(cfgs[0])
     for cfg in cfgs[1:]:
         for key, value in flatten(cfg).items():
-            if value != lead[key] and key != "OUTPUT_DIR" and not key.startswith("DISTILL."):
+            if value != lead[key] and not key.startswith(OWN_KEYS):
                 raise ConfigError(
-                    f"{key}: runs side by side may differ in DISTILL and OUTPUT_DIR only, got "
+                    f"{key}: runs side by side may differ in {', '.join(OWN_KEYS)} only, got "
                     f"{lead[key]!r} and {value!r}"
                 )
 
@@ -201,17 +237,37 @@ def _open_run(cfg: CfgNode, resume: bool, stack: ExitStack) -> _Run:
             files = opened.enter_context(RunFiles(cfg.OUTPUT_DIR, resume=resume))
             saved = files.load_checkpoint()
             if saved is not None:
-                _check_configuration(cfg, saved)
-                if files.result.exists() and saved["epoch"] >= cfg.SOLVER.EPOCHS:
-                    result = json.loads(files.result.read_text())
+                _check_configuration(cfg, saved, files.checkpoint)
+                if saved["epoch"] >= cfg.SOLVER.EPOCHS:
+                    result = files.read_result()
+            elif traces := files.traces():
+                result = _result_alone(cfg, files, traces)
             if result is None:
                 stack.push(opened.pop_all())  # a finished run is left alone
     saved, result = from_first_process((saved, result))
     return _Run(cfg, files, saved, result)
 
 
-def _check_configuration(cfg: CfgNode, saved: dict) -> None:
-    if changed := changed_keys(config_from_text(saved["config"]), cfg):
+def _result_alone(cfg: CfgNode, files: RunFiles, traces: list[str]) -> Result:
+    """Return what a finished run came to whose checkpoint was removed since, to save room.
+
+    Raises:
+        ConfigError: it was another run, or did not finish: it can neither be taken for this one
+            nor continued, and to train it anew would overwrite it.
+    """
+    result, config = files.read_result(), files.directory / "config.yaml"
+    whole = result is not None and result.get("epochs") == cfg.SOLVER.EPOCHS
+    if whole and config.exists() and not changed_keys(load_config(config), cfg):
+        return result
+    raise ConfigError(
+        f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
+        f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
+        "choose another OUTPUT_DIR, or remove the folder to train anew"
+    )
+
+
+def _check_configuration(cfg: CfgNode, saved: dict, path: Path) -> None:
+    if changed := changed_keys(saved_config(saved, path), cfg):
         raise ConfigError(
             f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
             f"{', '.join(changed)}; continue it with its own (its config.yaml), or choose another "
@@ -264,8 +320,9 @@ def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
 
 
 def _sample_images(cfg: CfgNode, data: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two images, normalised for the student and for the teacher."""
-    images, *_ = next(data.subset(torch.arange(2)).evaluation_batches())
+    """Return some images from all over the set, normalised for the student and for the teacher."""
+    spaced = torch.linspace(0, len(data) - 1, min(SAMPLE_IMAGES, len(data))).long()
+    images, *_ = next(data.subset(spaced).evaluation_batches())
     student, teacher = (
         pixel_statistics(role).to(data.device) for role in (cfg.STUDENT, cfg.TEACHER)
     )

@@ -23,6 +23,7 @@ from classification.models import create_model
 from classification.weights import load_classifier
 from pcka.checkpoint import (
     SAFETENSORS,
+    CheckpointError,
     atomic_write,
     extract_state_dict,
     load_file,
@@ -76,8 +77,11 @@ def export_student(
 def _classes_of(name: str, weights: str) -> int:
     """Return the number of classes of a checkpoint's classifier."""
     classifier = f"{create_model(name, 1).classifier_name}.weight"
-    state = extract_state_dict(load_file(weights))
-    if classifier not in state:
+    try:
+        state = extract_state_dict(load_file(weights))
+    except CheckpointError as error:
+        raise ConfigError(f"weights: {weights!r}: {error}") from error
+    if classifier not in state or state[classifier].dim() == 0:
         raise ConfigError(
             f"DATA.NUM_CLASSES: {weights!r} does not say it (it has no {classifier!r} of a "
             f"{name}); set it to the number of classes that the student was trained on"

@@ -1,66 +1,49 @@
-"""The training loop: one pass over the batches and the teacher for all students beside it."""
+"""The training loop: epochs of students side by side."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from classification.config import ConfigError
-from classification.data import Batch, PixelNormalize
-from classification.environment import autocast
 from classification.loss_window import NonFiniteLossError
-from classification.trainer import StepInputs, Trainer
+from classification.steps import Steps
+from classification.trainer import Trainer
 from pcka.distributed import rank
-from pcka.observer import Observer
+
+T = TypeVar("T")
 
 
 def train(trainers: Sequence[Trainer]) -> None:
     """Train every student to its last epoch, or until it fails.
 
-    Students that have completed the same number of epochs are trained side by side: the batches
-    are made and the teacher runs once for all of them. What each one learns is what it would
-    learn alone.
+    Students that have completed the same number of epochs are trained side by side, see
+    :class:`classification.steps.Steps`. What each one learns is what it would learn alone.
 
     Args:
-        trainers: of one teacher, one training set, and configurations that differ in ``DISTILL``
-            only. A failure is kept in its ``Trainer.failure``.
+        trainers: of one teacher, one training set, and configurations that differ in ``SEED``,
+            ``STUDENT`` and ``DISTILL`` only. A failure is kept in its ``Trainer.failure``.
     """
-    observe = teacher_observer(trainers)
-    while waiting := [trainer for trainer in trainers if trainer.waiting]:
-        epoch = min(trainer.epoch for trainer in waiting)
-        _train_epoch([trainer for trainer in waiting if trainer.epoch == epoch], observe)
+    with trainers[0].own_random_state() if len(trainers) == 1 else nullcontext():
+        steps: Steps | None = None
+        while waiting := [trainer for trainer in trainers if trainer.waiting]:
+            epoch = min(trainer.epoch for trainer in waiting)
+            beside = tuple(trainer for trainer in waiting if trainer.epoch == epoch)
+            if steps is None or steps.trainers != beside:
+                steps = Steps(beside)
+            _train_epoch(steps)
 
 
-def teacher_observer(trainers: Sequence[Trainer]) -> Observer | None:
-    """The teacher with the taps of all students; None where none of them needs it.
-
-    Raises:
-        ConfigError: students that mean different modules of the teacher by the same tap.
-    """
-    learners = [trainer.distiller for trainer in trainers if trainer.distiller.runs_teacher]
-    if not learners:
-        return None
-    paths: dict[str, str] = {}
-    for tap, path in (item for learner in learners for item in learner.teacher_paths.items()):
-        if paths.setdefault(tap, path) != path:
-            raise ConfigError(
-                f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
-                f"{path!r} for another beside it; give them different names"
-            )
-    return learners[0].teacher.observer(paths, compile=trainers[0].cfg.COMPILE)
-
-
-def _train_epoch(trainers: list[Trainer], observe: Observer | None) -> None:
-    lead = trainers[0]
-    cfg, steps = lead.cfg, lead.steps_per_epoch
+def _train_epoch(steps: Steps) -> None:
+    trainers, lead = list(steps.trainers), steps.trainers[0]
+    cfg, count = lead.cfg, lead.steps_per_epoch
     clock = _Clock()
     bar = tqdm(
         desc=f"epoch {lead.epoch + 1}/{cfg.SOLVER.EPOCHS}",
-        total=steps * cfg.SOLVER.BATCH_SIZE,
+        total=count * cfg.SOLVER.BATCH_SIZE,
         unit="img",
         unit_scale=True,
         leave=False,
@@ -69,12 +52,10 @@ def _train_epoch(trainers: list[Trainer], observe: Observer | None) -> None:
     for trainer in trainers:
         trainer.start_epoch()
     with bar:
-        for step, batch in enumerate(clock.watch(lead.batches())):
-            inputs = prepare_inputs(trainers, batch, observe)
-            for trainer in trainers:
-                trainer.step(inputs, step)
+        for step, inputs in enumerate(steps.inputs(clock.watch(steps.batches()))):
+            steps.run(inputs, step)
             bar.update(cfg.SOLVER.BATCH_SIZE)
-            if (step + 1) % cfg.LOG_EVERY == 0 or step + 1 == steps:
+            if (step + 1) % cfg.LOG_EVERY == 0 or step + 1 == count:
                 trainers = _still_finite(trainers)
                 if not trainers:
                     return
@@ -98,29 +79,6 @@ def _still_finite(trainers: list[Trainer]) -> list[Trainer]:
     return [trainer for trainer in trainers if trainer.waiting]
 
 
-def prepare_inputs(
-    trainers: Sequence[Trainer], batch: Batch, observe: Observer | None
-) -> StepInputs:
-    """Normalise the images for both models, and run the teacher where one of the students needs it.
-
-    Args:
-        trainers: of the students.
-        batch: of this process.
-        observe: of :func:`teacher_observer`.
-    """
-    lead, teacher = trainers[0], None
-    images = _normalized(lead, lead.student_pixels, batch.images)
-    if observe is not None and any(trainer.distiller.runs_teacher for trainer in trainers):
-        with autocast(lead.cfg, images.device):
-            teacher = observe(_normalized(lead, lead.teacher_pixels, batch.images))
-    return StepInputs(images, batch.labels, batch.indices, teacher)
-
-
-def _normalized(lead: Trainer, pixels: PixelNormalize, images: Tensor) -> Tensor:
-    layout = torch.channels_last if lead.cfg.CHANNELS_LAST else torch.contiguous_format
-    return pixels(images).contiguous(memory_format=layout)
-
-
 class _Clock:
     """Times an epoch on the host; the first step, which warms up, does not count for the rate."""
 
@@ -130,7 +88,7 @@ class _Clock:
         self._steps = 0
         self._waiting = 0.0
 
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches; what they take to come is time in data."""
         asked = time.perf_counter()
         for batch in batches:

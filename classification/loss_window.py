@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +35,10 @@ class LossWindow:
         self._sum = torch.zeros(1, dtype=torch.float64)
         self._steps_read = 0
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Keep the scalars of one step."""
-        self._names = tuple(terms)
-        self._unread.append(torch.stack([term.detach().float() for term in terms.values()]))
+    def add(self, names: Sequence[str], terms: Tensor) -> None:
+        """Keep the scalars of one step, ``(T,)`` on the device, one for each name."""
+        self._names = tuple(names)
+        self._unread.append(terms)
 
     def read(self) -> dict[str, float]:
         """Return each term's mean over all steps and processes so far.

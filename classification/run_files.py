@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from classification.config import ConfigError
-from pcka.checkpoint import atomic_save, load_file, save_student
+from classification.saved_state import load_state
+from pcka.checkpoint import atomic_save, atomic_write, save_student
 from pcka.folder_lock import lock_folder
 
 logger = logging.getLogger("classification")
@@ -35,7 +36,7 @@ class RunFiles:
         logger: for what concerns this run and none beside it.
 
     Raises:
-        ConfigError: a run is there and ``resume`` is false.
+        ConfigError: a run is there and ``resume`` is false, or no folder can be made there.
         FolderInUseError: another process is at work there.
     """
 
@@ -44,7 +45,10 @@ class RunFiles:
         self.checkpoint = self.directory / CHECKPOINT
         self.metrics = self.directory / "metrics.jsonl"
         self.result = self.directory / "result.json"
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"OUTPUT_DIR: no folder can be made there: {error}") from error
         self._lock = lock_folder(self.directory)
         traces = (self.checkpoint, self.metrics, self.result)
         traces = [path.name for path in traces if path.exists()]
@@ -54,6 +58,7 @@ class RunFiles:
                 f"OUTPUT_DIR: {str(self.directory)!r} holds a run ({', '.join(traces)}); continue "
                 "it with --resume, or choose another OUTPUT_DIR"
             )
+        remove_temporaries(self.directory)
         self._log = logging.FileHandler(self.directory / "log.txt")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.logger = logging.LoggerAdapter(logger, {"run": self})
@@ -72,8 +77,30 @@ class RunFiles:
         os.close(self._lock)
 
     def load_checkpoint(self) -> dict | None:
-        """Return the state to continue from, or None where there is none yet."""
-        return load_file(self.checkpoint) if self.checkpoint.exists() else None
+        """Return the state to continue from, or None where there is none.
+
+        Raises:
+            ConfigError: it is damaged, or none of a run.
+        """
+        return load_state(self.checkpoint) if self.checkpoint.exists() else None
+
+    def traces(self) -> list[str]:
+        """Return the names of files that a run has only after its first checkpoint."""
+        later = [self.result, self.directory / "model_best.pth"]
+        names = [path.name for path in later if path.exists()]
+        # Of an epoch the metrics are written before the checkpoint.
+        return names + [self.metrics.name] * (len(_lines(self.metrics)) > 1)
+
+    def read_result(self) -> dict[str, object] | None:
+        """Return the content of ``result.json``; None where it is missing or damaged."""
+        try:
+            result = json.loads(self.result.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            self.logger.warning("%s is damaged, and is written anew", self.result)
+            return None
+        return result if isinstance(result, dict) else None
 
     def start_metrics(self, epochs: int) -> None:
         """Cut the metrics back to the first ``epochs`` epochs; the rest will be trained anew."""
@@ -114,13 +141,40 @@ class RunFiles:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the records of a ``metrics.jsonl``; a line torn by a kill is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the records of a ``metrics.jsonl``; a line torn by a kill is left out.
+
+    Raises:
+        ConfigError: a whole line that is no record; file and line are named.
+    """
+    records = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"OUTPUT_DIR: {str(path)!r}: line {number} is damaged; remove that line (its epoch "
+                "will be missing in the curves), or choose another OUTPUT_DIR"
+            ) from error
+    return records
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The whole lines of a file, none where it is missing."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    atomic_write(lambda file: file.write(text.encode()), path)
+
+
+def remove_temporaries(directory: Path, name: str = "*") -> None:
+    """Remove what killed processes left half written; no other may be at work there.
+
+    Args:
+        directory: of the files.
+        name: of the file that was being written, or a pattern.
+    """
+    for path in directory.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):  # as atomic_write names them
+        path.unlink(missing_ok=True)

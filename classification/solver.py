@@ -8,13 +8,21 @@ from collections.abc import Iterable
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 
-def build_optimizer(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
-    """Return SGD with the settings of ``SOLVER``."""
+def build_optimizer(
+    cfg: CfgNode, parameters: Iterable[nn.Parameter], rate: Tensor
+) -> torch.optim.SGD:
+    """Return SGD with the settings of ``SOLVER``.
+
+    Args:
+        cfg: the section ``SOLVER`` is read.
+        parameters: to train.
+        rate: the learning rate, a scalar on their device; every step reads it anew.
+    """
     solver = cfg.SOLVER
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters,
         fused=True,
         lr=solver.BASE_LR,
@@ -22,6 +30,9 @@ def build_optimizer(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> torch.o
         nesterov=solver.NESTEROV,
         weight_decay=solver.WEIGHT_DECAY,
     )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return optimizer
 
 
 def learning_rate(cfg: CfgNode, progress: float) -> float:
@@ -42,6 +53,14 @@ def learning_rate(cfg: CfgNode, progress: float) -> float:
     if progress < solver.WARMUP_EPOCHS:
         factor *= progress / solver.WARMUP_EPOCHS
     return solver.BASE_LR * factor
+
+
+def unreached_milestones(cfg: CfgNode) -> list[int]:
+    """Return the milestones of a multistep schedule that lie at or behind its last epoch."""
+    solver = cfg.SOLVER
+    if solver.SCHEDULE != "multistep":
+        return []
+    return [milestone for milestone in solver.MILESTONES if milestone >= solver.EPOCHS]
 
 
 def distillation_scale(cfg: CfgNode, progress: float) -> float:

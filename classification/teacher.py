@@ -5,26 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from classification.config import ConfigError, flatten
+from classification.config import ConfigError
 from classification.data import ImageSet
 from classification.defaults import default_config
 from classification.distillation import pixel_statistics
 from classification.evaluation import accuracy
+from classification.run_files import remove_temporaries
 from classification.weights import load_classifier
+from classification.yaml_files import flatten
 from pcka.checkpoint import atomic_save, load_file
 from pcka.distributed import from_first_process, rank
+from pcka.folder_lock import FolderInUseError, lock_folder
 from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("classification")
 
 PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
+WAITING_SECONDS = 2.0  # between two looks at whether another run has trained the teacher
 
 ImageSets = tuple[ImageSet, ImageSet]
 
@@ -89,6 +97,46 @@ def prepare_teacher(
     return Teacher(frozen, top1, norms)
 
 
+@torch.no_grad()
+def check_teaching(
+    teacher: FrozenTeacher, taps: Mapping[str, str], images: Tensor, *, logits: bool
+) -> None:
+    """Refuse a teacher that has nothing to teach: what it gives is one for all images, or none.
+
+    Args:
+        teacher: on the images' device.
+        taps: name -> path in the teacher of what the losses read.
+        images: (B, 3, S, S), normalised for the teacher. Where they are all the same, nothing can
+            be said.
+        logits: whether the losses read the logits too.
+
+    Raises:
+        ConfigError: the tap is named.
+    """
+    if _is_constant(images):
+        return
+    outputs = teacher.observer(taps)(images)
+    read = {f"{name} ({taps[name]})": feature for name, feature in outputs.features.items()}
+    for name, feature in {**read, **({"logits": outputs.logits} if logits else {})}.items():
+        if not feature.isfinite().all():
+            fault = "are not finite"
+        elif _is_constant(feature):
+            fault = "are the same for every image, so that no alignment with them can be learned"
+        else:
+            continue
+        raise ConfigError(
+            f"TEACHER: its {name} {fault}; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and "
+            "PIXEL_STD, or leave this tap out"
+        )
+
+
+def _is_constant(feature: Tensor) -> bool:
+    """Whether nothing but rounding is left of the features once their mean is subtracted."""
+    rows = feature.flatten(1).double()
+    bound = 8 * torch.finfo(torch.float32).eps * rows.norm()
+    return bool((rows - rows.mean(0)).norm() <= bound)
+
+
 def _preactivation_norms(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     norms = {path: model.get_submodule(path) for path in model.preactivation_norms if path}
     return {path: (norm.weight.detach(), norm.bias.detach()) for path, norm in norms.items()}
@@ -108,17 +156,53 @@ def _preflight(cfg: CfgNode, top1: float) -> None:
 def _trained_teacher(
     cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
 ) -> Path:
-    """Return the file of the finished teacher; train it, or go on training it, if there is none."""
+    """Return the file of the finished teacher; train it, or go on training it, if there is none.
+
+    Of several runs that need the same teacher one trains it, and the others wait.
+    """
     run, weights = teacher_run(cfg, image_sets[0])
+    folder = Path(run.OUTPUT_DIR)
     if from_first_process(weights.exists()):
         logger.info("teacher %s: trained before, %s", cfg.TEACHER.NAME, weights)
-        return weights
-    logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, run.OUTPUT_DIR)
-    trained = train_run(run, image_sets)
-    if rank() == 0:
-        atomic_save(load_file(trained), weights)
-    from_first_process(None)  # the others read the file once it is there
+    told = False
+    while not from_first_process(weights.exists()):
+        if from_first_process(_is_in_use(folder)):
+            if not told:
+                logger.info("teacher %s: another run trains it in %s", cfg.TEACHER.NAME, folder)
+            told = True
+            time.sleep(WAITING_SECONDS)
+            continue
+        logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, folder)
+        trained = train_run(run, image_sets)
+        if rank() == 0:
+            _keep(trained, weights)
     return weights
+
+
+def _is_in_use(folder: Path) -> bool:
+    try:
+        os.close(lock_folder(folder))
+    except FileNotFoundError:
+        return False
+    except FolderInUseError:
+        return True
+    return False
+
+
+def _keep(trained: Path, weights: Path) -> None:
+    """Copy the weights of a finished training to where runs look for them."""
+    with suppress(FolderInUseError):  # another run is just doing the same
+        handle = lock_folder(trained.parent)
+        try:
+            remove_temporaries(weights.parent, weights.name)
+            atomic_save(load_file(trained), weights)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"TEACHER.CACHE_DIR: the finished training of the teacher has lost its {trained}; "
+                f"remove {str(trained.parent)!r} to train it anew"
+            ) from error
+        finally:
+            os.close(handle)
 
 
 def check_teacher(cfg: CfgNode) -> None:

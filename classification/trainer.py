@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.data import Batch, ImageSet, steps_per_epoch
+from classification.data import Batch, ImageSet, PixelNormalize, steps_per_epoch
 from classification.data.batches import PROCESS_STREAM, stream_seed
 from classification.distillation import pixel_statistics
 from classification.environment import autocast
@@ -40,7 +40,7 @@ class StepInputs:
     """What a step trains on.
 
     Attributes:
-        images: (B, 3, S, S), normalised for the student.
+        images: (B, 3, S, S), float32 in [0, 1].
         labels: (B,) int64.
         indices: (B,) int64, positions in the training set.
         teacher: the teacher's outputs on the same samples, or None where no loss needs them.
@@ -81,7 +81,14 @@ class Trainer:
         self.files = files
         self.student_pixels = pixel_statistics(cfg.STUDENT).to(train_set.device)
         self.teacher_pixels = pixel_statistics(cfg.TEACHER).to(train_set.device)
-        self.optimizer = build_optimizer(cfg, distiller.parameters())
+        # On the device, so that a recorded step reads what is written here: the learning rate,
+        # and the factor of the distillation terms.
+        self._rate = torch.zeros((), device=self.device)
+        self._scale = torch.zeros((), device=self.device)
+        self._scheduled = (0.0, 0.0)
+        self.optimizer = build_optimizer(cfg, distiller.parameters(), self._rate)
+        if cfg.DISTILL.WARMUP:
+            distiller.distillation_scale = self._scale
         self.steps_per_epoch = steps_per_epoch(train_set, cfg, world_size())
         self.epoch = 0  # epochs completed
         self.best = {"best_accuracy": -1.0, "best_epoch": 0}
@@ -90,6 +97,13 @@ class Trainer:
         self.failure: TrainingFailedError | None = None
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
         self._random = capture_random_state()
+        self._draws_own = False
+        self._terms: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """That trains."""
+        return self.train_set.device
 
     @property
     def waiting(self) -> bool:
@@ -115,22 +129,61 @@ class Trainer:
             inputs: of this process.
             step: of the epoch, from 0.
         """
+        self.set_schedule(step)
+        with self.own_random_state():
+            terms = self.update(inputs)
+        self.keep_losses(terms)
+
+    def set_schedule(self, step: int) -> None:
+        """Set what the step of the epoch trains with: the rate, and the warm-up's scale."""
         progress = self.epoch + step / self.steps_per_epoch
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, progress)
-        self.distiller.distillation_scale = distillation_scale(self.cfg, progress)
-        with self.own_random_state(), autocast(self.cfg, inputs.images.device):
+        values = learning_rate(self.cfg, progress), distillation_scale(self.cfg, progress)
+        if values != self._scheduled:  # mostly they stay
+            self._rate.fill_(values[0])
+            self._scale.fill_(values[1])
+            self._scheduled = values
+
+    def update(self, inputs: StepInputs) -> Tensor:
+        """One step of the optimizer, by work on the device alone: it can be recorded and replayed.
+
+        Returns:
+            The loss terms and, last, their sum, ``(T + 1,)`` float32; for :meth:`keep_losses`.
+        """
+        images = self._normalized(self.student_pixels, inputs.images)
+        with autocast(self.cfg, images.device):
             terms = self._model(
-                inputs.images,
-                inputs.labels,
-                indices=inputs.indices,
-                teacher_outputs=inputs.teacher,
+                images, inputs.labels, indices=inputs.indices, teacher_outputs=inputs.teacher
             )
-        total = torch.stack(list(terms.values())).sum()
+        values = torch.stack(list(terms.values()))
+        total = values.sum()
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
-        self.window.add({**terms, "loss_total": total})
+        self._terms = (*terms, "loss_total")
+        return torch.cat([values.detach(), total.detach()[None]]).float()
+
+    def keep_losses(self, terms: Tensor) -> None:
+        """Keep what :meth:`update` returned for the epoch's means."""
+        self.window.add(self._terms, terms)
+
+    def changed_tensors(self) -> list[Tensor]:
+        """All that :meth:`update` changes in place: the model, the losses, the momentum."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                # What a first step starts from; made here, so that it is there to be put back.
+                self.optimizer.state[parameter].setdefault(
+                    "momentum_buffer", torch.zeros_like(parameter)
+                )
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        return [*self.distiller.parameters(), *self.distiller.buffers(), *momenta]
+
+    def for_teacher(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1], normalised for the teacher."""
+        return self._normalized(self.teacher_pixels, images)
+
+    def _normalized(self, pixels: PixelNormalize, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.cfg.CHANNELS_LAST else torch.contiguous_format
+        return pixels(images).contiguous(memory_format=layout)
 
     def finish_epoch(self, figures: dict[str, float]) -> None:
         """Evaluate and write the epoch; :meth:`restore` mends what a kill leaves undone.
@@ -144,24 +197,32 @@ class Trainer:
         student = self.distiller.student
         average_buffers(student)  # before the check, which then finds the same in all processes
         self._check_student(means)
-        top1 = accuracy(student, self.student_pixels, self.evaluation_set)["top1"]
         self.epoch += 1
-        is_best = top1 > self.best["best_accuracy"]
-        if is_best:
-            self.best = {"best_accuracy": top1, "best_epoch": self.epoch}
+        record: dict[str, float] = {"epoch": self.epoch}
+        is_best = False
+        if self._due(self.cfg.EVAL_EVERY):
+            top1 = accuracy(student, self.student_pixels, self.evaluation_set)["top1"]
+            is_best = top1 > self.best["best_accuracy"]
+            if is_best:
+                self.best = {"best_accuracy": top1, "best_epoch": self.epoch}
+            record |= {"accuracy": top1, "best_accuracy": self.best["best_accuracy"]}
+            if self.files is not None and self.taps:
+                record |= self._alignment()
         if self.files is None:
             return
-        alignment = self._alignment() if self.taps else {}
         self.seconds += figures["seconds"] + time.perf_counter() - start
-        best = self.best["best_accuracy"]
-        record = {"epoch": self.epoch, "accuracy": top1, "best_accuracy": best}
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], **means, **figures, **alignment}
+        record |= {"lr": float(self._rate), **means, **figures}
         self.files.add_metrics(record)
-        self.files.save_last(student)
-        self.files.save_state(self.state())
+        if self._due(self.cfg.SAVE_EVERY):
+            self.files.save_last(student)
+            self.files.save_state(self.state())
         if is_best:
             self.files.save_best(student)
         self._log(record)
+
+    def _due(self, every: int) -> bool:
+        """Whether what is done every so many epochs, and after the last one, is to be done."""
+        return self.epoch % every == 0 or self.epoch == self.cfg.SOLVER.EPOCHS
 
     def fail(self, error: NonFiniteLossError) -> None:
         """Train no further, because of a loss that is not finite."""
@@ -182,6 +243,8 @@ class Trainer:
 
     def state(self) -> dict[str, object]:
         """Return all that the next epoch depends on, loadable without running code."""
+        if self._draws_own:
+            self._random = capture_random_state()
         return {
             "epoch": self.epoch,
             "best": self.best,
@@ -200,6 +263,8 @@ class Trainer:
         self.distiller.student.load_state_dict(state["student"])
         self.distiller.losses.load_state_dict(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
         self._random = state["random"]
         if self.files is not None:  # a kill may have come between the three files of an epoch
             self.files.save_last(self.distiller.student)
@@ -208,29 +273,40 @@ class Trainer:
 
     @contextmanager
     def own_random_state(self) -> Iterator[None]:
-        """Draw from this run's random state, as if no other run trained beside it."""
-        outside = capture_random_state()
+        """Draw from this run's random state, as if no other run trained beside it.
+
+        Within itself it does nothing: a run that is alone takes it once, for its whole training.
+        """
+        if self._draws_own:
+            yield
+            return
+        outside, self._draws_own = capture_random_state(), True
         restore_random_state(self._random)
         try:
             yield
             self._random = capture_random_state()
         finally:
+            self._draws_own = False
             restore_random_state(outside)
 
     def _check_student(self, means: dict[str, float]) -> None:
         """Refuse to keep a student that the last step broke: no loss has seen it yet."""
-        for name, value in self.distiller.state_dict().items():
-            if not value.isfinite().all():
+        state = self.distiller.state_dict()
+        finite = torch.stack([value.isfinite().all() for value in state.values()])
+        for name, is_finite in zip(state, finite.tolist(), strict=True):
+            if not is_finite:
                 terms = {key: v for key, v in means.items() if key.startswith("loss_")}
                 raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
 
     def _log(self, record: dict[str, float]) -> None:
-        terms = " ".join(f"{k} {v:.4f}" for k, v in record.items() if k.startswith("loss_"))
+        parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
+        if "accuracy" in record:
+            parts += ["", f"accuracy {record['accuracy']:.2f} %"]
+            parts += [f" best {record['best_accuracy']:.2f} %"]
         self.files.logger.info(
-            "epoch %d/%d  %s  accuracy %.2f %%  best %.2f %%  lr %.4g  %.1f s, %.0f img/s",
-            *(self.epoch, self.cfg.SOLVER.EPOCHS, terms, record["accuracy"]),
-            *(record["best_accuracy"], record["lr"], record["seconds"]),
-            record["images_per_second"],
+            "epoch %d/%d  %s  lr %.4g  %.1f s, %.0f img/s",
+            *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"]),
+            *(record["seconds"], record["images_per_second"]),
         )
 
 

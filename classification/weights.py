@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from classification.config import ConfigError
 from classification.models import create_model
-from pcka.checkpoint import load_weights
+from pcka.checkpoint import CheckpointError, load_weights
 
 logger = logging.getLogger("classification")
 
@@ -23,19 +24,22 @@ def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: s
         role: "student" or "teacher": which of the two where the file holds both.
 
     Raises:
-        ValueError: the checkpoint's classifier has another number of classes (both are named), or
-            the checkpoint does not fill the model.
+        ConfigError: the checkpoint's classifier has another number of classes (both are named),
+            the checkpoint does not fill the model, is damaged, or holds what is no weight.
     """
     model = create_model(name, num_classes)
-    report = load_weights(model, weights, role=role, allow_partial=True)
     key = f"{role.upper()}.WEIGHTS"
+    try:
+        report = load_weights(model, weights, role=role, allow_partial=True)
+    except CheckpointError as error:
+        raise ConfigError(f"{key}: {error}") from error
     for entry in report.mismatched:
-        if entry.name == f"{model.classifier_name}.weight":
-            raise ValueError(
+        if entry.name == f"{model.classifier_name}.weight" and entry.in_file:
+            raise ConfigError(
                 f"{key}: {str(weights)!r} is a classifier of {entry.in_file[0]} classes, the data "
                 f"has {num_classes}; give the weights of a {name} trained on these classes"
             )
     if not report.complete:
-        raise ValueError(f"{key}: {str(weights)!r} is not the checkpoint of a {name}: {report}")
+        raise ConfigError(f"{key}: {str(weights)!r} is not the checkpoint of a {name}: {report}")
     logger.info("%s %s: %s", role, name, report)
     return model

@@ -23,24 +23,38 @@ struct Tap {
   acc_t weight;
 };
 
-template <typename acc_t>
-PCKA_HOST_DEVICE inline Tap<acc_t> bilinear_tap(int64_t o, int64_t in, int64_t out) {
-  int64_t numerator = (2 * o + 1) * in - out;
-  if (numerator < 0) numerator = 0;
-  const int64_t low = numerator / (2 * out);
-  const int64_t high = low + 1 < in ? low + 1 : low;
-  const acc_t weight = static_cast<acc_t>(numerator - low * 2 * out) / static_cast<acc_t>(2 * out);
-  return {low, high, weight};
+// Calls f(o, in, out) with integers that hold what is computed of them: divisions of 64 bits are
+// slow on a GPU.
+template <typename F>
+PCKA_HOST_DEVICE inline auto with_narrow(int64_t o, int64_t in, int64_t out, F&& f) {
+  if (in < (1 << 14) && out < (1 << 14)) {  // (2 out + 1) in, out (2 in + 3) < 2^31
+    return f(static_cast<int32_t>(o), static_cast<int32_t>(in), static_cast<int32_t>(out));
+  }
+  return f(o, in, out);
 }
 
-// The weight with which source index `i` enters output index `o`.
+template <typename acc_t>
+PCKA_HOST_DEVICE inline Tap<acc_t> bilinear_tap(int64_t index, int64_t source, int64_t resized) {
+  return with_narrow(index, source, resized, [](auto o, auto in, auto out) -> Tap<acc_t> {
+    auto numerator = (2 * o + 1) * in - out;
+    if (numerator < 0) numerator = 0;
+    const auto low = numerator / (2 * out);
+    const auto high = low + 1 < in ? low + 1 : low;
+    const acc_t weight =
+        static_cast<acc_t>(numerator - low * 2 * out) / static_cast<acc_t>(2 * out);
+    return {low, high, weight};
+  });
+}
+
+// The weight with which source index `i` enters output index `o`: 1 less their distance.
 template <typename acc_t>
 PCKA_HOST_DEVICE inline acc_t adjoint_weight(int64_t i, int64_t o, int64_t in, int64_t out) {
-  const Tap<acc_t> tap = bilinear_tap<acc_t>(o, in, out);
-  acc_t weight = 0;
-  if (tap.low == i) weight += 1 - tap.weight;
-  if (tap.high == i) weight += tap.weight;
-  return weight;
+  const int64_t position = (2 * o + 1) * in - out, here = 2 * out * i;
+  if (i == 0 && position < 0) return 1;
+  if (i == in - 1 && position > here) return 1;
+  const int64_t distance = position < here ? here - position : position - here;
+  if (distance >= 2 * out) return 0;
+  return static_cast<acc_t>(2 * out - distance) / static_cast<acc_t>(2 * out);
 }
 
 struct Range {
@@ -48,15 +62,20 @@ struct Range {
   int64_t end;
 };
 
-// The outputs that read source index `i`: those with low or high equal to i.
+// The first output that reads source index `i`.
+PCKA_HOST_DEVICE inline int64_t first_reader(int64_t index, int64_t source, int64_t resized) {
+  return with_narrow(index, source, resized, [](auto i, auto in, auto out) -> int64_t {
+    // low >= i - 1  <=>  (2o + 1) in >= out (2i - 1), that is o >= first / (2 in).
+    const auto first = out * (2 * i - 1) - in;
+    return first <= 0 ? 0 : (first + 2 * in - 1) / (2 * in);
+  });
+}
+
+// The outputs that read source index `i`: those with low or high equal to i, that is those before
+// the first with low > i.
 PCKA_HOST_DEVICE inline Range readers(int64_t i, int64_t in, int64_t out) {
-  // low >= i - 1  <=>  (2o + 1) in >= out (2i - 1);  low <= i  <=>  (2o + 1) in < out (2i + 3).
-  // Both bounds are ceil(a / (2 in)) of an `a` that is positive once the clamp at 0 is left.
-  const int64_t first = out * (2 * i - 1) - in;
-  const int64_t last = out * (2 * i + 3) - in;
-  const int64_t begin = first <= 0 ? 0 : (first + 2 * in - 1) / (2 * in);
-  const int64_t end = (last + 2 * in - 1) / (2 * in);
-  return {begin, end < out ? end : out};
+  const int64_t end = first_reader(i + 2, in, out);
+  return {first_reader(i, in, out), end < out ? end : out};
 }
 
 }  // namespace pcka

@@ -2,12 +2,27 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pcka import losses
+from pcka.checkpoint import load_weights, save_student
 from pcka.distiller import Distiller
 from pcka.ops import build_info, cka, patch_cka, patch_gram
+from pcka.taps import FeatureTap
+from pcka.teacher import FrozenTeacher
 
 try:
     __version__ = version("pcka")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["Distiller", "build_info", "cka", "patch_cka", "patch_gram"]
+__all__ = [
+    "Distiller",
+    "FeatureTap",
+    "FrozenTeacher",
+    "build_info",
+    "cka",
+    "load_weights",
+    "losses",
+    "patch_cka",
+    "patch_gram",
+    "save_student",
+]

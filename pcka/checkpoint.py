@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import secrets
@@ -11,17 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcka.distiller import Distiller
+from pcka.extras import optional_package
 
 ROLES = ("student", "teacher")
 SAFETENSORS = ".safetensors"  # files of this suffix are written and read by that package
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
+_CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys of files that hold more
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
 _ZIP = b"PK\x03\x04"  # how a file of torch.save begins
@@ -85,6 +86,9 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
     Args:
         write: writes the content into the open file that it is given.
         path: file to write; its folder is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written, for want of space or rights; the message names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +99,12 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save gives an error of its own, without the path, for what the file gave.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"{cause.strerror}; not written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -153,21 +163,6 @@ def _plain(model: nn.Module) -> nn.Module:
             return model
 
 
-def optional_package(name: str) -> Any:
-    """Import a package of the extra ``export``.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name.partition('.')[0]} is not installed; pip install 'pcka[export]' (from a clone: "
-            "pip install -e '.[export]') adds what this file format needs"
-        ) from error
-
-
 def load_file(path: str | Path) -> object:
     """Read a file of ``torch.save`` or safetensors to the CPU, without running code it may hold.
 
@@ -193,9 +188,9 @@ def load_file(path: str | Path) -> object:
 def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
     """Find the weights in what a checkpoint file holds, under the model's own names.
 
-    Known: a bare state dict; one under ``'model'``, ``'state_dict'`` or the role's name; names
-    behind ``module.`` or ``_orig_mod.``; student and teacher side by side behind ``student.`` and
-    ``teacher.`` (in front of which ``module.`` may stand).
+    Known: a bare state dict; one under ``'model'``, ``'state_dict'``, ``'model_state_dict'`` or the
+    role's name; names behind ``module.`` or ``_orig_mod.``; student and teacher side by side behind
+    ``student.`` and ``teacher.`` (in front of which ``module.`` may stand).
 
     Args:
         obj: as :func:`load_file` returns it.
@@ -359,7 +354,7 @@ def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
 def _find_container(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
     if _is_state_dict(obj):
         return obj, "bare"
-    keys = ("model", "state_dict", role)
+    keys = (*_CONTAINERS, role)
     if isinstance(obj, Mapping):
         for key in keys:
             if _is_state_dict(obj.get(key)):
@@ -398,7 +393,7 @@ def _explain(error: Exception, path: str | Path) -> str:
         f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
         "c = c if isinstance(c, dict) else {'model': c}; "  # a whole model
         "torch.save({k: getattr(c[k], 'state_dict', lambda: c[k])() "
-        "for k in ('model', 'state_dict') if k in c}, 'weights.pth')"
+        f"for k in {_CONTAINERS} if k in c}}, 'weights.pth')"
     )
     return (
         f"path: expected tensors and plain containers, {str(path)!r} also holds "

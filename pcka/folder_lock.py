@@ -6,6 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
+_held: dict[int, tuple[int, int]] = {}  # handle -> device and inode of the folder
+
 
 class FolderInUseError(ValueError):
     """Another process works in the folder; the message names it and the way out."""
@@ -13,6 +15,9 @@ class FolderInUseError(ValueError):
 
 def lock_folder(directory: str | Path) -> int:
     """Return an open handle of a folder that is locked until it is closed or the process ends.
+
+    Processes that this one forks (the workers of a ``DataLoader``) have no part in the lock: one
+    that outlives a killed training keeps nobody from the folder.
 
     Raises:
         FolderInUseError: another process, or another handle of this one, holds the lock.
@@ -26,4 +31,24 @@ def lock_folder(directory: str | Path) -> int:
             f"OUTPUT_DIR: another process is at work in {str(directory)!r}; wait for it to end, or "
             "choose another folder"
         ) from error
+    _held[handle] = _identity(handle)
     return handle
+
+
+def _identity(handle: int) -> tuple[int, int]:
+    about = os.fstat(handle)
+    return about.st_dev, about.st_ino
+
+
+def _leave_to_the_parent() -> None:
+    """Close what was inherited, unless the handle's number serves for something else by now."""
+    for handle, folder in _held.items():
+        try:
+            if _identity(handle) == folder:
+                os.close(handle)
+        except OSError:
+            continue
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)

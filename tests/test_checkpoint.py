@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ LAYOUTS = {
     "['model'] *": {"epoch": 240, "model": STUDENT.state_dict(), "optimizer": {"state": {}}},
     "['model'] module.student.*": {"model": BOTH, "best_acc": 71.5},
     "['state_dict'] module.*": {"state_dict": _prefixed("module.", STUDENT), "best_prec1": 93.6},
+    "['model_state_dict'] *": {"epoch": 3, "model_state_dict": STUDENT.state_dict()},
     "['state_dict'] *": {"model": "resnet56", "state_dict": STUDENT.state_dict()},
     "['student'] *": {"student": STUDENT.state_dict(), "epoch": 3},
     "bare student._orig_mod.*": _prefixed("student._orig_mod.", STUDENT),
@@ -369,6 +371,22 @@ def test_a_kill_during_a_save_leaves_a_whole_file(fraction, tmp_path):
     weights = load_file(path)["w"]
     assert weights.numel() in (1, GENERATION_BYTES // 4)
     assert weights.min() == weights.max()
+
+
+def test_a_disk_that_is_full_is_told_with_the_path(tmp_path):
+    path = tmp_path / "model.pth"
+    atomic_save({"a": 1}, path)
+    before = path.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match=r"File too large; not written: '.*model\.pth'"):
+            atomic_save({"a": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_kill_before_the_last_step_leaves_the_old_file(tmp_path):

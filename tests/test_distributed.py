@@ -53,7 +53,7 @@ CASES = {
     for name in losses.names()
     for keywords in FORMS.get(name, [{}])
 }
-ONE_WIDTH = ("CWD", "PATCHED", "PCKA", "PKD")  # take no models of two widths
+ONE_WIDTH = ("PATCHED", "PCKA")  # have no adapters
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -1,13 +1,15 @@
 // patchify on CUDA: bilinear resize, cut into patches, center, and the energies.
 //
-// One pass over the map. A block owns a strip: for some channels of an image and one line of the
-// patches, all the rows (n) of the columns that these make. It blends the source lines that the
-// strip needs vertically into shared memory, in vectors of 16 bytes along whichever of x and c is
-// contiguous, and from there interpolates horizontally twice: once for the columns' means, once to
-// write the centered rows, in vectors again. Strips of the usual levels fit shared memory whole,
-// so that the map is read once; larger ones are staged tile by tile, once for each of the two.
+// A block owns some columns of an image: of `channels` channels, a rectangle of the patches'
+// pixels. A thread owns one column, or one of several slices of its rows, and walks over the
+// patches: once for the column's mean, once to write the centered rows. Neighbouring threads read
+// neighbouring pixels straight through the first-level cache, which holds what the second walk
+// reads again. Where the resized pixels read the map stands in small tables in shared memory, so
+// that the walk needs no division, no 64-bit product and no float64.
 
 #include <torch/csrc/stable/ops.h>
+
+#include <limits>
 
 #include "../dtypes.h"
 #include "../geometry.h"
@@ -19,63 +21,112 @@
 namespace pcka {
 namespace {
 
-constexpr int kStageBytes = 20 * 1024;  // of blended source lines
-constexpr int kMaxTaps = 512;           // resized pixels of a line that are staged together
-constexpr int kMaxLines = 128;          // of blended source lines
-constexpr int kMaxColumns = kThreads;   // of a strip
+constexpr int kMaxTaps = 512;  // resized pixels, down or across, whose taps are at hand together
+constexpr int kUnit = 16;      // columns of a patch's line whose energies are added up
 
-// How the map is cut into strips and tiles; the same for every block.
+// How the work is cut; the same for every block. What a sum is made of, and in which order, depends
+// on the sizes alone: a map's memory layout changes no bit of the result.
 struct Tiling {
-  bool channels_first_in, channels_first_out;  // the dimension that threads run along: c, or x
-  bool wide_in, wide_out;                      // whether it can be accessed in vectors
-  int channels;                                // of a strip
-  int pixels;                                  // of a patch's line, that belong to a strip
-  int patches;                                 // across, staged together
-  int64_t channel_blocks, pixel_blocks, strips;
+  bool channels_first;          // threads run along c, else along x
+  int channels, height, width;  // of a block: channels, and pixels of a patch
+  int slices;                   // threads that share a column
+  int lines, patches;           // down and across, whose taps are at hand together
+  unsigned channel_blocks, y_blocks, x_blocks, blocks;
+  int stride_x, last_x;              // between pixels of the map, and to the last of a line
+  int64_t line_units, units, parts;  // energies: of a patch's line, of a channel, of a group
 };
 
-template <typename scalar_t, typename rows_t>
-Tiling make_tiling(
-    const scalar_t* input, const rows_t* rows, const MapStrides& in, const PatchGeometry& g) {
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_by) {
   Tiling t{};
-  t.channels_first_in = in.x != 1 || (g.width == 1 && in.c == 1);
-  t.channels_first_out = g.stride_c == 1;
-  t.wide_in = t.channels_first_in ? in.c == 1 && vectors_aligned(input, in.b, in.y, in.x)
-                                  : vectors_aligned(input, in.b, in.c, in.y);
-  t.wide_out = t.channels_first_out
-                   ? vectors_aligned(rows, g.stride_b, g.stride_ny, g.stride_nx) &&
-                         vectors_aligned(rows, g.stride_py, g.stride_px)
-                   : vectors_aligned(rows, g.stride_b, g.stride_c, g.columns, g.patch_w);
-  const bool along_x = !t.channels_first_in && !t.channels_first_out;
-  const int64_t wanted = along_x ? 1 : g.patch_w == 1 ? 64 : 16;
-  t.channels = static_cast<int>(std::min(wanted, g.channels));
-  t.pixels = static_cast<int>(std::min<int64_t>(g.patch_w, kMaxColumns / t.channels));
-  // A tile reads at most two more source pixels than it has resized ones, and a vector's
-  // alignment adds some; one line of it must fit the stage.
-  const int64_t stage = kStageBytes / sizeof(acc_type<scalar_t>) / t.channels - 16;
-  const int64_t fitting = std::min<int64_t>(kMaxTaps, stage) / g.patch_w;
-  t.patches = t.pixels < g.patch_w ? 1 : static_cast<int>(std::clamp<int64_t>(fitting, 1, g.n_w));
-  t.channel_blocks = (g.channels + t.channels - 1) / t.channels;
-  t.pixel_blocks = (g.patch_w + t.pixels - 1) / t.pixels;
-  t.strips = g.batch * t.channel_blocks * g.patch_h * t.pixel_blocks;
+  const int64_t area = g.patch_h * g.patch_w;
+  const auto share = [](int64_t wanted, int64_t least, int64_t most) {
+    return static_cast<int>(std::clamp<int64_t>(wanted, least, std::max(least, most)));
+  };
+  t.slices = share(kThreads / std::max<int64_t>(area, 32), 1, g.n_h);
+  const int threads = kThreads / t.slices;
+  t.channels_first = in.c < in.x || (in.c == 1 && area == 1);
+  const int64_t unit = std::min<int64_t>(g.patch_w, kUnit);
+  t.channels =
+      share(t.channels_first ? 32 : threads / area, 1, std::min(g.channels, threads / unit));
+  const int64_t columns = threads / t.channels;
+  t.width = static_cast<int>(g.patch_w <= columns ? g.patch_w : columns / kUnit * kUnit);
+  t.height = share(columns / t.width, 1, g.patch_h);
+  t.lines = share(kMaxTaps / std::min<int64_t>(g.patch_h, kThreads), 1, g.n_h);
+  t.patches = share(kMaxTaps / std::min<int64_t>(g.patch_w, kThreads), 1, g.n_w);
+  const int64_t channel_blocks = ceil_div(g.channels, t.channels);
+  const int64_t y_blocks = ceil_div(g.patch_h, t.height), x_blocks = ceil_div(g.patch_w, t.width);
+  const int64_t blocks = g.batch * channel_blocks * y_blocks * x_blocks;
+  STD_TORCH_CHECK(
+      blocks <= std::numeric_limits<int>::max(), "input has too many channels: split it");
+  t.channel_blocks = static_cast<unsigned>(channel_blocks);
+  t.y_blocks = static_cast<unsigned>(y_blocks), t.x_blocks = static_cast<unsigned>(x_blocks);
+  t.blocks = static_cast<unsigned>(blocks);
+  t.stride_x = g.width == 1 ? 0 : static_cast<int>(in.x);
+  t.last_x = static_cast<int>(t.stride_x * (g.width - 1));
+  t.line_units = ceil_div(g.patch_w, kUnit);
+  t.units = g.patch_h * t.line_units;
+  t.parts = group_by == kPosition  ? g.columns
+            : group_by == kChannel ? g.batch * t.units
+                                   : g.channels * t.units;
   return t;
 }
 
-// The strip of a block: channels [c, c + channels) of image b, pixels [px, px + pixels) of line py.
-struct Strip {
-  int64_t b, c, py, px;
-  int channels, pixels;
+// The columns of a block: channels [c, c + channels) of image b, and a rectangle of a patch's
+// pixels.
+struct Block {
+  int64_t b, c;
+  int channels, py, px, height, width;
 };
 
-__device__ inline Strip make_strip(int64_t i, const Tiling& t, const PatchGeometry& g) {
-  Strip s;
-  s.px = i % t.pixel_blocks * t.pixels, i /= t.pixel_blocks;
-  s.py = i % g.patch_h, i /= g.patch_h;
-  s.c = i % t.channel_blocks * t.channels;
-  s.b = i / t.channel_blocks;
-  s.channels = static_cast<int>(min(static_cast<int64_t>(t.channels), g.channels - s.c));
-  s.pixels = static_cast<int>(min(static_cast<int64_t>(t.pixels), g.patch_w - s.px));
-  return s;
+__device__ inline Block make_block(unsigned i, const Tiling& t, const PatchGeometry& g) {
+  Block block;
+  block.px = static_cast<int>(i % t.x_blocks) * t.width, i /= t.x_blocks;
+  block.py = static_cast<int>(i % t.y_blocks) * t.height, i /= t.y_blocks;
+  block.c = static_cast<int64_t>(i % t.channel_blocks) * t.channels;
+  block.b = i / t.channel_blocks;
+  block.channels = static_cast<int>(min(static_cast<int64_t>(t.channels), g.channels - block.c));
+  block.height = static_cast<int>(min(static_cast<int64_t>(t.height), g.patch_h - block.py));
+  block.width = static_cast<int>(min(static_cast<int64_t>(t.width), g.patch_w - block.px));
+  return block;
+}
+
+// What a thread does: rows slice, slice + slices, ... of lines of patches, of one column.
+struct Share {
+  int slice, k, y, x;  // channel and pixel of the block
+  bool works;          // a few threads may be left over
+
+  __device__ int column(const Block& b) const { return (k * b.height + y) * b.width + x; }
+};
+
+__device__ inline Share make_share(const Block& b, const Tiling& t) {
+  const unsigned area = b.height * b.width, columns = b.channels * area;
+  const unsigned slice = threadIdx.x / columns, column = threadIdx.x % columns;
+  const unsigned k = t.channels_first ? column % b.channels : column / area;
+  const unsigned pixel = t.channels_first ? column / b.channels : column % area;
+  return {
+      static_cast<int>(slice), static_cast<int>(k), static_cast<int>(pixel / b.width),
+      static_cast<int>(pixel % b.width), static_cast<int>(slice) < t.slices};
+}
+
+// How a resized pixel reads its line: one load.
+template <typename acc_t>
+struct alignas(2 * sizeof(acc_t)) NearTap {
+  int low;  // down, the source line; across, the offset in a line
+  acc_t weight;
+};
+
+// The taps of pixels [first, first + width) of the patches [patch, patch + patches) of an axis.
+template <typename acc_t>
+__device__ inline void fill_taps(
+    NearTap<acc_t>* taps, int64_t patch, int patches, int64_t size, int first, int width,
+    int64_t in, int64_t out, int stride) {
+  for (int i = threadIdx.x; i < patches * width; i += kThreads) {
+    const int64_t o = (patch + i / width) * size + first + i % width;
+    const Tap<acc_t> tap = bilinear_tap<acc_t>(o, in, out);
+    taps[i] = {static_cast<int>(tap.low) * stride, tap.weight};
+  }
 }
 
 template <typename acc_t>
@@ -83,232 +134,169 @@ __device__ inline acc_t interpolate(acc_t low, acc_t high, acc_t weight) {
   return low + weight * (high - low);
 }
 
-// Threads' shares of a strip: a vector of columns each, and every `slices`-th row of them.
-struct Share {
-  int columns, slices;  // vectors of columns, and threads for each
-  int slice;            // of this thread; none (>= slices) for the threads left over
-  int k, px, count;     // first column, and how many are there along the fast dimension
+// The two source lines of a line of resized pixels.
+template <typename scalar_t>
+class Line {
+ public:
+  using acc_t = acc_type<scalar_t>;
+
+  __device__ Line(const scalar_t* plane, const NearTap<acc_t>& tap, int64_t stride, int64_t height)
+      : upper_(plane + tap.low * stride),
+        lower_(tap.low + 1 < height ? upper_ + stride : upper_),
+        weight_(tap.weight) {
+    keep_in_registers(upper_);
+    keep_in_registers(lower_);
+  }
+
+  __device__ acc_t pixel(int offset) const { return load_constant(upper_ + offset); }
+
+  // f(value) for one pixel of each of `patches` patches, whose taps are `width` apart.
+  template <typename F>
+  __device__ void for_each(
+      const NearTap<acc_t>* taps, int width, int patches, const Tiling& t, F&& f) const {
+    for (int patch = 0; patch < patches; ++patch, taps += width) {
+      const NearTap<acc_t> x = *taps;
+      const int right = min(x.low + t.stride_x, t.last_x);
+      const acc_t above = interpolate<acc_t>(
+          load_constant(upper_ + x.low), load_constant(upper_ + right), x.weight);
+      const acc_t below = interpolate<acc_t>(
+          load_constant(lower_ + x.low), load_constant(lower_ + right), x.weight);
+      f(interpolate(above, below, weight_));
+    }
+  }
+
+ private:
+  const scalar_t *upper_, *lower_;
+  acc_t weight_;
 };
 
-template <int size>
-__device__ inline Share make_share(const Strip& s, bool channels_first) {
-  Share share;
-  const int fast = channels_first ? s.channels : s.pixels;
-  const int vectors = (fast + size - 1) / size;
-  share.columns = vectors * (channels_first ? s.pixels : s.channels);
-  share.slices = kThreads / share.columns;
-  share.slice = threadIdx.x / share.columns;
-  const int column = threadIdx.x % share.columns;
-  const int first = column % vectors * size, slow = column / vectors;
-  share.k = channels_first ? first : slow;
-  share.px = channels_first ? slow : first;
-  share.count = min(size, fast - first);
-  return share;
-}
+// The block's shared memory.
+template <typename acc_t>
+struct Shared {
+  NearTap<acc_t> down[kMaxTaps], across[kMaxTaps];
+  double sums[2][kThreads];
+};
 
-// Sums `values` over the threads that share a column, in a fixed order; slice 0 gets the sums.
-template <int size>
-__device__ inline void sum_slices(
-    double (&values)[size], double (*shared)[kThreads], const Share& share) {
-  for (int v = 0; v < size; ++v) shared[v][threadIdx.x] = values[v];
+// The sum of the slices' values, in their order, for each of them.
+__device__ inline double sum_slices(
+    double value, double* shared, const Share& share, const Block& b, const Tiling& t) {
+  const int columns = b.channels * b.height * b.width, column = share.column(b);
+  if (share.works) shared[share.slice * columns + column] = value;
   __syncthreads();
-  for (int step = 1; step < share.slices; step *= 2) {
-    if (share.slice % (2 * step) == 0 && share.slice + step < share.slices) {
-      for (int v = 0; v < size; ++v) {
-        shared[v][threadIdx.x] += shared[v][threadIdx.x + step * share.columns];
-      }
-    }
-    __syncthreads();
-  }
-  for (int v = 0; v < size; ++v) values[v] = shared[v][threadIdx.x];
+  double total = 0;
+  for (int slice = 0; slice < t.slices; ++slice) total += shared[slice * columns + column];
+  return total;
 }
 
-// Patches [nx, nx + patches) across of rows of patches [ny, ny + lines), and the source pixels
-// [first, first + span) that their line py reads.
-struct Tile {
-  int64_t ny, nx, first;
-  int lines, patches, span;
-  int width;  // of a staged line: odd, so that channels fall into different banks
-
-  __device__ bool operator==(const Tile& other) const { return ny == other.ny && nx == other.nx; }
-};
-
-__device__ inline int64_t resized_x(int tap, int64_t nx, const Strip& s, const PatchGeometry& g) {
-  return (nx + tap / s.pixels) * g.patch_w + s.px + tap % s.pixels;
-}
-
-// The tile at (ny, nx), as high as the stage of `capacity` values allows.
-__device__ inline Tile make_tile(
-    int64_t ny, int64_t nx, const Strip& s, const Tiling& t, const PatchGeometry& g, int vector,
-    int capacity) {
-  Tile tile;
-  tile.ny = ny, tile.nx = nx;
-  tile.patches = static_cast<int>(min(static_cast<int64_t>(t.patches), g.n_w - nx));
-  const int last = tile.patches * s.pixels - 1;
-  const int64_t left = bilinear_tap<float>(resized_x(0, nx, s, g), g.width, g.resized_w).low;
-  const int64_t right = bilinear_tap<float>(resized_x(last, nx, s, g), g.width, g.resized_w).high;
-  tile.first = t.channels_first_in ? left : left / vector * vector;
-  tile.span = static_cast<int>(right - tile.first) + 1;
-  tile.width = tile.span | 1;
-  const int fitting = min(capacity / (s.channels * tile.width), kMaxLines);
-  tile.lines = static_cast<int>(min(static_cast<int64_t>(fitting), g.n_h - ny));
-  return tile;
-}
-
-// The block's shared memory: source lines (lines, channels, width), blended vertically, and how
-// the resized pixels of a line read them.
+// Adds up the energies of the block's columns: those before centering in sums[0], after in sums[1].
 template <typename acc_t>
-struct Stage {
-  static constexpr int kCapacity = kStageBytes / sizeof(acc_t);
-  acc_t values[kCapacity];
-  int low[kMaxTaps];  // from the tile's first pixel
-  acc_t weight[kMaxTaps];
-  int64_t upper[kMaxLines], lower[kMaxLines];  // source lines, as offsets in the map
-  acc_t weight_lower[kMaxLines];
-
-  // Resized pixel `tap` of channel k in one of the tile's lines.
-  __device__ acc_t value(const Tile& tile, const Strip& s, int line, int k, int tap) const {
-    const acc_t* pixels = values + (line * s.channels + k) * tile.width;
-    return interpolate(pixels[low[tap]], pixels[min(low[tap] + 1, tile.span - 1)], weight[tap]);
-  }
-};
-
-template <typename acc_t>
-__device__ inline void fill_taps(
-    const MapStrides& in, const PatchGeometry& g, const Strip& s, const Tile& tile,
-    Stage<acc_t>& stage) {
-  for (int tap = threadIdx.x; tap < tile.patches * s.pixels; tap += kThreads) {
-    const Tap<acc_t> x = bilinear_tap<acc_t>(resized_x(tap, tile.nx, s, g), g.width, g.resized_w);
-    stage.low[tap] = static_cast<int>(x.low - tile.first);
-    stage.weight[tap] = x.weight;
-  }
-  for (int line = threadIdx.x; line < tile.lines; line += kThreads) {
-    const Tap<acc_t> y =
-        bilinear_tap<acc_t>((tile.ny + line) * g.patch_h + s.py, g.height, g.resized_h);
-    stage.upper[line] = y.low * in.y, stage.lower[line] = y.high * in.y;
-    stage.weight_lower[line] = y.weight;
-  }
-}
-
-// One item of work is a vector of one line: along c at a pixel, or along x in a channel.
-template <typename scalar_t, typename acc_t>
-__device__ inline void fill_stage(
-    const scalar_t* __restrict__ input, const MapStrides& in, const PatchGeometry& g,
-    const Tiling& t, const Strip& s, const Tile& tile, Stage<acc_t>& stage) {
-  constexpr int kSize = Vector<scalar_t>::kSize;
-  const int fast = t.channels_first_in ? s.channels : tile.span;
-  const int slow = t.channels_first_in ? tile.span : s.channels;
-  const int vectors = (fast + kSize - 1) / kSize;
-  for (int item = threadIdx.x; item < tile.lines * slow * vectors; item += kThreads) {
-    const int at = item % vectors * kSize, across = item / vectors % slow;
-    const int line = item / vectors / slow;
-    const int k = t.channels_first_in ? at : across, x = t.channels_first_in ? across : at;
-    const scalar_t* pixel = input + s.b * in.b + (s.c + k) * in.c + (tile.first + x) * in.x;
-    const int64_t stride = t.channels_first_in ? in.c : in.x;
-    // A vector along x may reach beyond the tile, but not beyond the line.
-    const int64_t left = t.channels_first_in ? g.channels - s.c - k : g.width - tile.first - x;
-    const int there = static_cast<int>(min(left, int64_t{kSize}));
-    const Vector<scalar_t> upper = load(pixel + stage.upper[line], there, stride, t.wide_in);
-    const Vector<scalar_t> lower = load(pixel + stage.lower[line], there, stride, t.wide_in);
-    acc_t* out = stage.values + (line * s.channels + k) * tile.width + x;
-    for (int v = 0; v < kSize; ++v) {
-      if (at + v >= fast) continue;
-      out[v * (t.channels_first_in ? tile.width : 1)] = interpolate(
-          static_cast<acc_t>(upper.values[v]), static_cast<acc_t>(lower.values[v]),
-          stage.weight_lower[line]);
+__device__ inline void write_energies(
+    const Shared<acc_t>& shared, const Block& b, const Tiling& t, const PatchGeometry& g,
+    int64_t group_by, double* __restrict__ part_energy) {
+  const bool by_position = group_by == kPosition;
+  const int unit = by_position ? 1 : min(b.width, kUnit), units = (b.width + unit - 1) / unit;
+  for (int i = threadIdx.x; i < b.channels * b.height * units; i += kThreads) {
+    const int first = i % units * unit, y = i / units % b.height, k = i / units / b.height;
+    const int column = (k * b.height + y) * b.width + first;
+    double total[2] = {0, 0};
+    for (int j = column; j < column + min(unit, b.width - first); ++j) {
+      total[0] += shared.sums[0][j], total[1] += shared.sums[1][j];
     }
+    const int64_t c = b.c + k, py = b.py + y, px = b.px + first;
+    const int64_t of_channel = py * t.line_units + px / kUnit;
+    const int64_t group = by_position ? py * g.patch_w + px : group_by == kChannel ? c : b.b;
+    const int64_t part = by_position            ? b.b * g.channels + c
+                         : group_by == kChannel ? b.b * t.units + of_channel
+                                                : c * t.units + of_channel;
+    double* pair = part_energy + 2 * (group * t.parts + part);
+    pair[0] = total[0], pair[1] = total[1];
   }
 }
 
 template <typename scalar_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads, 1) patchify_kernel(
-    const scalar_t* __restrict__ input, MapStrides in, PatchGeometry g, Tiling t, bool center,
-    rows_t* __restrict__ rows, double* __restrict__ column_energy) {
+__global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
+    const scalar_t* __restrict__ input, MapStrides in, PatchGeometry g, Tiling t, int64_t group_by,
+    bool center, rows_t* __restrict__ rows, double* __restrict__ part_energy) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int kSize = Vector<rows_t>::kSize;
-  __shared__ Stage<acc_t> stage;
-  __shared__ double sums[kSize][kThreads];
+  __shared__ Shared<acc_t> shared;
 
-  for (int64_t i = blockIdx.x; i < t.strips; i += gridDim.x) {
-    const Strip s = make_strip(i, t, g);
-    const Share share = make_share<kSize>(s, t.channels_first_out);
-    const int64_t stride = t.channels_first_out ? g.stride_c : g.stride_px;  // of its columns
-    const int64_t column = s.b * g.stride_b + (s.c + share.k) * g.stride_c + s.py * g.stride_py +
-                           (s.px + share.px) * g.stride_px;
-    acc_t mean_high[kSize] = {}, mean_low[kSize] = {};  // two parts, for means far from zero
-    Tile staged{-1, -1, 0, 0, 0, 0, 0};
-
-    // f(v, value, line, patch) for this thread's share of the strip, staging what it needs;
-    // after(line, patch) once its columns of a row are done.
-    const auto for_each_value = [&](auto&& f, auto&& after) {
-      for (int64_t nx = 0; nx < g.n_w; nx += t.patches) {
-        Tile tile;
-        for (int64_t ny = 0; ny < g.n_h; ny += tile.lines) {
-          tile = make_tile(ny, nx, s, t, g, Vector<scalar_t>::kSize, Stage<acc_t>::kCapacity);
-          if (!(tile == staged)) {
-            __syncthreads();  // the last tile's readers are done
-            fill_taps(in, g, s, tile, stage);
+  for (unsigned i = blockIdx.x; i < t.blocks; i += gridDim.x) {
+    const Block block = make_block(i, t, g);
+    const Share share = make_share(block, t);
+    const scalar_t* plane = input + block.b * in.b + (block.c + share.k) * in.c;
+    rows_t* column = rows + block.b * g.stride_b + (block.c + share.k) * g.stride_c +
+                     (block.py + share.y) * g.stride_py + (block.px + share.x) * g.stride_px;
+    acc_t high = 0, low = 0;  // the mean in two parts, for means far from zero
+    double total = 0;
+    int64_t staged_y = -1, staged_x = -1;
+    for (int walk = center ? 0 : 1; walk < 2; ++walk) {
+      total = 0;
+      for (int64_t ny = 0; ny < g.n_h; ny += t.lines) {
+        for (int64_t nx = 0; nx < g.n_w; nx += t.patches) {
+          const int lines = static_cast<int>(min(static_cast<int64_t>(t.lines), g.n_h - ny));
+          const int patches = static_cast<int>(min(static_cast<int64_t>(t.patches), g.n_w - nx));
+          if (ny != staged_y || nx != staged_x) {
+            __syncthreads();  // the last taps are read
+            fill_taps(
+                shared.down, ny, lines, g.patch_h, block.py, block.height, g.height, g.resized_h,
+                1);
+            fill_taps(
+                shared.across, nx, patches, g.patch_w, block.px, block.width, g.width, g.resized_w,
+                t.stride_x);
             __syncthreads();
-            fill_stage(input, in, g, t, s, tile, stage);
-            __syncthreads();
-            staged = tile;
+            staged_y = ny, staged_x = nx;
           }
-          if (share.slice >= share.slices) continue;
-          for (int row = share.slice; row < tile.lines * tile.patches; row += share.slices) {
-            const int line = row / tile.patches, patch = row % tile.patches;
-            for (int v = 0; v < kSize; ++v) {
-              if (v >= share.count) continue;
-              const int k = share.k + (t.channels_first_out ? v : 0);
-              const int px = share.px + (t.channels_first_out ? 0 : v);
-              f(v, stage.value(tile, s, line, k, patch * s.pixels + px));
+          if (!share.works) continue;
+          const NearTap<acc_t>* taps = shared.across + share.x;
+          for (int line = share.slice; line < lines; line += t.slices) {
+            const Line<scalar_t> source(
+                plane, shared.down[line * block.height + share.y], in.y, g.height);
+            rows_t* to = column + (ny + line) * g.stride_ny + nx * g.stride_nx;
+            // float32 sums over a line, of differences from a value near by, and float64 beyond.
+            const acc_t origin = patches > 1 ? source.pixel(taps->low) : acc_t(0);
+            acc_t sum = 0;
+            if (walk == 0) {
+              source.for_each(
+                  taps, block.width, patches, t, [&](acc_t value) { sum += value - origin; });
+              total += static_cast<double>(origin) * patches + sum;
+            } else {
+              source.for_each(taps, block.width, patches, t, [&](acc_t value) {
+                const acc_t centered = (value - high) - low;
+                sum += centered * centered;
+                *to = static_cast<rows_t>(centered);
+                to += g.stride_nx;
+              });
+              total += sum;
             }
-            after(ny + line, nx + patch);
           }
         }
       }
-    };
-
-    if (center) {
-      double total[kSize] = {};
-      for_each_value([&](int v, acc_t value) { total[v] += value; }, [](int64_t, int64_t) {});
-      sum_slices(total, sums, share);
-      for (int v = 0; v < kSize; ++v) {
-        const double mean = sums[v][threadIdx.x % share.columns] / static_cast<double>(g.rows);
-        mean_high[v] = static_cast<acc_t>(mean);
-        mean_low[v] = static_cast<acc_t>(mean - mean_high[v]);
-      }
-      __syncthreads();  // the sums are read
+      if (walk > 0) break;
+      total = sum_slices(total, shared.sums[0], share, block, t) / static_cast<double>(g.rows);
+      high = static_cast<acc_t>(total);
+      low = static_cast<acc_t>(total - high);
     }
-    double energy[kSize] = {};
-    Vector<rows_t> out;
-    for_each_value(
-        [&](int v, acc_t value) {
-          const acc_t centered = (value - mean_high[v]) - mean_low[v];
-          energy[v] += static_cast<double>(centered) * centered;
-          out.values[v] = static_cast<rows_t>(centered);
-        },
-        [&](int64_t ny, int64_t nx) {
-          rows_t* to = rows + column + ny * g.stride_ny + nx * g.stride_nx;
-          store(to, out, share.count, stride, t.wide_out);
-        });
-    sum_slices(energy, sums, share);
-    for (int v = 0; share.slice == 0 && v < share.count; ++v) {
-      const int64_t at = column + v * stride, size = g.rows * g.columns;
-      double* pair = column_energy + 2 * (at / size * g.columns + at % size);
-      const double mean = static_cast<double>(mean_high[v]) + mean_low[v];
-      pair[0] = energy[v] + mean * mean * static_cast<double>(g.rows);
-      pair[1] = energy[v];
+    const double energy = sum_slices(total, shared.sums[1], share, block, t);
+    const double mean = static_cast<double>(high) + low;
+    __syncthreads();
+    if (share.slice == 0) {
+      shared.sums[0][share.column(block)] = energy + mean * mean * static_cast<double>(g.rows);
+      shared.sums[1][share.column(block)] = energy;
     }
+    __syncthreads();
+    write_energies(shared, block, t, g, group_by, part_energy);
   }
 }
 
-// Centers every row of (G, N, D) over its columns, in place; one block a row.
+// Centers every row of (G, N, D) over its columns, in place; one block a row. Sums are formed of
+// what the values differ by from the row's first, a vector at a time before they are float64.
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
     acc_t* __restrict__ rows, PatchGeometry g, bool wide, double* __restrict__ row_energy) {
   constexpr int kSize = Vector<acc_t>::kSize;
   for (int64_t i = blockIdx.x; i < g.groups * g.rows; i += gridDim.x) {
     acc_t* row = rows + i * g.columns;
+    const acc_t origin = row[0];
     const auto for_each_vector = [&](auto&& f) {
       for (int64_t d = threadIdx.x * kSize; d < g.columns; d += kThreads * kSize) {
         const int count = static_cast<int>(min(g.columns - d, int64_t{kSize}));
@@ -316,19 +304,22 @@ __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
       }
     };
     double total[1] = {0};
-    for_each_vector([&](int64_t, int, const Vector<acc_t>& vector) {  // beyond its count, zeros
-      for (int v = 0; v < kSize; ++v) total[0] += vector.values[v];
+    for_each_vector([&](int64_t, int count, const Vector<acc_t>& vector) {
+      acc_t sum = 0;
+      for (int v = 0; v < kSize; ++v) sum += v < count ? vector.values[v] - origin : acc_t(0);
+      total[0] += sum;
     });
     block_sum(total);
-    const double mean = total[0] / static_cast<double>(g.columns);
+    const double mean = origin + total[0] / static_cast<double>(g.columns);
     const acc_t high = static_cast<acc_t>(mean), low = static_cast<acc_t>(mean - high);
     double energy[1] = {0};
     for_each_vector([&](int64_t d, int count, Vector<acc_t> vector) {
+      acc_t sum = 0;
       for (int v = 0; v < kSize; ++v) {
-        if (v >= count) continue;
         vector.values[v] = (vector.values[v] - high) - low;
-        energy[0] += static_cast<double>(vector.values[v]) * vector.values[v];
+        sum += v < count ? vector.values[v] * vector.values[v] : acc_t(0);
       }
+      energy[0] += sum;
       store(row + d, vector, count, 1, wide);
     });
     block_sum(energy);
@@ -354,6 +345,12 @@ __global__ void __launch_bounds__(kThreads) sum_energies_kernel(
   }
 }
 
+// The map, or a copy of it where the pixels of a line are too far apart for offsets of 32 bits.
+Tensor with_near_pixels(const Tensor& input) {
+  const int64_t farthest = (input.size(3) - 1) * input.stride(3);
+  return farthest < std::numeric_limits<int>::max() / 2 ? input : torch::stable::contiguous(input);
+}
+
 void patchify(
     const Tensor& rows,    // (G, N, D), contiguous; written
     const Tensor& energy,  // (G, 2); written
@@ -362,19 +359,20 @@ void patchify(
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
   check_patchify(rows, energy, input, g, group_by, center);
   const LaunchScope scope(input);
-  const MapStrides in = map_strides(input);
-  const int64_t parts = center == kOverColumns ? g.rows : g.columns;
+  const Tensor map = with_near_pixels(input);
+  const MapStrides in = map_strides(map);
+  const Tiling tiling = make_tiling(in, g, group_by);
+  const int64_t parts = center == kOverColumns ? g.rows : tiling.parts;
   const Tensor part_energy =
-      torch::stable::new_empty(energy, {g.groups, std::max(g.rows, g.columns), 2});
+      torch::stable::new_empty(energy, {g.groups, std::max(g.rows, tiling.parts), 2});
   double* part_data = static_cast<double*>(part_energy.mutable_data_ptr());
-  dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
-    using scalar_t = decltype(map);
+  dispatch_map_and_rows(map.scalar_type(), rows.scalar_type(), "input", [&](auto zero, auto row) {
+    using scalar_t = decltype(zero);
     using rows_t = decltype(row);
-    const scalar_t* source = static_cast<const scalar_t*>(input.const_data_ptr());
     rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr());
-    const Tiling tiling = make_tiling(source, values, in, g);
     launch(
-        scope, patchify_kernel<scalar_t, rows_t>, blocks_for(tiling.strips), source, in, g, tiling,
+        scope, patchify_kernel<scalar_t, rows_t>, blocks_for(tiling.blocks),
+        static_cast<const scalar_t*>(map.const_data_ptr()), in, g, tiling, group_by,
         center == kOverRows, values, part_data);
     if constexpr (std::is_same_v<rows_t, acc_type<scalar_t>>) {
       if (center == kOverColumns) {

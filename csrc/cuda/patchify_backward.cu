@@ -1,237 +1,176 @@
 // The adjoint of patchify on CUDA: put the patches back, adjoint of the resize.
 //
 // A gather: every source pixel adds up the resized pixels that read it, so that there is one order
-// of summation and no atomics. A block owns a tile of source pixels of some channels. It gathers
-// vertically from the rows into shared memory, in vectors of 16 bytes along whichever of x and c
-// is contiguous there, then horizontally from shared memory, and writes vectors again. Where a
-// tile has more readers than are staged at once (maps enlarged many times over), they are gone
-// through part by part.
+// of summation and no atomics. A thread owns some lines of one column of source pixels and walks
+// over the resized lines that read them: it gathers a resized line horizontally, from the few
+// pixels that read its column, whose places and weights it keeps, and shares the sum out between
+// the two source lines that the resized line reads. Where the resized lines lie and what they read
+// stands in a small table in shared memory.
 
 #include <torch/csrc/stable/ops.h>
+
+#include <limits>
 
 #include "../dtypes.h"
 #include "../geometry.h"
 #include "../resize.h"
 #include "launch.h"
 #include "library.h"
-#include "vectors.h"
 
 namespace pcka {
 namespace {
 
-constexpr int kStageBytes = 20 * 1024;  // of resized pixels, gathered vertically
-constexpr int kOutputBytes = 8 * 1024;  // of source pixels
-constexpr int kMaxTaps = 256;           // resized pixels, down or across, gone through together
-constexpr int kMaxSource = 256;         // source pixels of a tile, down or across
+constexpr int kMaxTaps = 256;  // resized lines that are at hand together
+constexpr int kReaders =
+    3;  // of a column, that a thread keeps; enough unless it is widened by half
 
-// How the map is cut into tiles; the same for every block.
+// How the work is cut; the same for every block. An item is a column of `lines` source pixels.
 struct Tiling {
-  bool channels_first_in, channels_first_out;  // the dimension that threads run along: c, or x
-  bool wide_in, wide_out;                      // whether it can be accessed in vectors
-  int channels, lines, pixels;                 // of a tile
-  int span;                                    // resized pixels across, staged together
-  int64_t channel_blocks, line_blocks, pixel_blocks, tiles;
+  bool channels_first;  // threads run along c, else along x
+  bool many_readers;    // some column has more than kReaders
+  int channels, items;  // of a block
+  int lines;
+  unsigned channel_blocks, item_blocks, blocks;
 };
 
-template <typename scalar_t, typename rows_t>
-Tiling make_tiling(
-    const rows_t* rows, const scalar_t* grad_input, const MapStrides& out, const PatchGeometry& g) {
-  constexpr int64_t size = sizeof(acc_type<scalar_t>);
+Tiling make_tiling(const MapStrides& out, const PatchGeometry& g) {
   Tiling t{};
-  t.channels_first_in = g.stride_c == 1;
-  t.channels_first_out = out.x != 1 || (g.width == 1 && out.c == 1);
-  t.wide_in = t.channels_first_in
-                  ? vectors_aligned(rows, g.stride_b, g.stride_ny, g.stride_nx) &&
-                        vectors_aligned(rows, g.stride_py, g.stride_px)
-                  : vectors_aligned(rows, g.stride_b, g.stride_c, g.columns, g.patch_w);
-  t.wide_out = t.channels_first_out ? out.c == 1 && vectors_aligned(grad_input, out.b, out.y, out.x)
-                                    : vectors_aligned(grad_input, out.b, out.c, out.y);
-  const bool along_x = !t.channels_first_in && !t.channels_first_out;
-  t.channels = static_cast<int>(std::min<int64_t>(along_x ? 1 : 16, g.channels));
-  t.span = static_cast<int>(
-      std::min<int64_t>(
-          kMaxTaps, std::min(kStageBytes / size / t.channels - 1, (g.resized_w + 7) / 8 * 8)) /
-      8 * 8);
-  // As many source pixels as have their readers within a span, in tiles of one width.
-  const int64_t most =
-      std::clamp<int64_t>((t.span - 8) * g.width / g.resized_w - 2, 1, along_x ? kMaxSource : 64);
-  const int64_t across = (g.width + most - 1) / most;
-  t.pixels = static_cast<int>((g.width + across - 1) / across);
-  t.pixels = static_cast<int>(std::min<int64_t>((t.pixels + 7) / 8 * 8, kMaxSource));
-  const int64_t staged = kStageBytes / size / (t.channels * (t.span | 1));
-  const int64_t held = kOutputBytes / size / (t.channels * t.pixels);
-  t.lines = static_cast<int>(
-      std::clamp<int64_t>(std::min(staged, held), 1, std::min<int64_t>(g.height, kMaxSource)));
-  t.channel_blocks = (g.channels + t.channels - 1) / t.channels;
-  t.line_blocks = (g.height + t.lines - 1) / t.lines;
-  t.pixel_blocks = (g.width + t.pixels - 1) / t.pixels;
-  t.tiles = g.batch * t.channel_blocks * t.line_blocks * t.pixel_blocks;
+  t.channels_first = out.c < out.x || (out.c == 1 && g.width == 1);
+  t.many_readers = 2 * g.resized_w > kReaders * g.width;
+  t.channels = static_cast<int>(std::min<int64_t>(t.channels_first ? 16 : 1, g.channels));
+  t.items = kThreads / t.channels;
+  // Few lines where there are few pixels: more threads then read at once.
+  const bool few = g.batch * g.channels * g.height * g.width < (int64_t{1} << 21);
+  t.lines = static_cast<int>(std::min<int64_t>(few ? 4 : 16, g.height));
+  const int64_t items = (g.height + t.lines - 1) / t.lines * g.width;
+  const int64_t channel_blocks = (g.channels + t.channels - 1) / t.channels;
+  const int64_t item_blocks = (items + t.items - 1) / t.items;
+  const int64_t blocks = g.batch * channel_blocks * item_blocks;
+  STD_TORCH_CHECK(
+      blocks <= std::numeric_limits<int>::max(), "grad_input has too many pixels: split it");
+  t.channel_blocks = static_cast<unsigned>(channel_blocks);
+  t.item_blocks = static_cast<unsigned>(item_blocks), t.blocks = static_cast<unsigned>(blocks);
   return t;
 }
 
-// Channels [c, c + channels) of image b, source pixels [y, y + lines) x [x, x + pixels).
-struct Tile {
-  int64_t b, c, y, x;
-  int channels, lines, pixels;
+// Where a resized line lies, and how it reads the source lines low and low + 1: one load.
+template <typename acc_t>
+struct alignas(16) LineTap {
+  int64_t offset;
+  int low;
+  acc_t weight;
 };
 
-__device__ inline Tile make_tile(int64_t i, const Tiling& t, const PatchGeometry& g) {
-  Tile tile;
-  tile.x = i % t.pixel_blocks * t.pixels, i /= t.pixel_blocks;
-  tile.y = i % t.line_blocks * t.lines, i /= t.line_blocks;
-  tile.c = i % t.channel_blocks * t.channels;
-  tile.b = i / t.channel_blocks;
-  tile.channels = static_cast<int>(min(static_cast<int64_t>(t.channels), g.channels - tile.c));
-  tile.lines = static_cast<int>(min(static_cast<int64_t>(t.lines), g.height - tile.y));
-  tile.pixels = static_cast<int>(min(static_cast<int64_t>(t.pixels), g.width - tile.x));
-  return tile;
+template <typename acc_t>
+__device__ inline void fill_taps(LineTap<acc_t>* taps, int64_t first, int count, PatchGeometry g) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int64_t o = first + i;
+    const Tap<acc_t> tap = bilinear_tap<acc_t>(o, g.height, g.resized_h);
+    const unsigned line = static_cast<unsigned>(o), height = static_cast<unsigned>(g.patch_h);
+    taps[i].offset = line / height * g.stride_ny + line % height * g.stride_py;
+    taps[i].low = static_cast<int>(tap.low);
+    taps[i].weight = tap.high == tap.low ? 0 : tap.weight;  // the last line is its own neighbour
+  }
 }
 
-// Resized pixels [begin, begin + count) of one axis, and which source pixels of a tile they read.
-template <typename acc_t>
-struct Readers {
-  int64_t offset[kMaxTaps];  // in the rows
-  int low[kMaxTaps];         // from the tile's first source pixel
-  acc_t weight[kMaxTaps];
-  int first[kMaxSource], last[kMaxSource];  // of a source pixel, [first, last) of those here
-
-  __device__ void fill(
-      int64_t begin, int count, int64_t source, int sources, int64_t in, int64_t out, int64_t patch,
-      int64_t stride_patch, int64_t stride_pixel) {
-    for (int j = threadIdx.x; j < count; j += kThreads) {
-      const Tap<acc_t> tap = bilinear_tap<acc_t>(begin + j, in, out);
-      offset[j] = (begin + j) / patch * stride_patch + (begin + j) % patch * stride_pixel;
-      low[j] = static_cast<int>(tap.low - source);
-      weight[j] = tap.high == tap.low ? 0 : tap.weight;  // the last pixel is its own neighbour
-    }
-    for (int i = threadIdx.x; i < sources; i += kThreads) {
-      const Range range = readers(source + i, in, out);
-      first[i] = static_cast<int>(max(range.begin - begin, int64_t{0}));
-      last[i] = static_cast<int>(min(range.end - begin, static_cast<int64_t>(count)));
-    }
-  }
-
-  // The weight with which source pixel i enters resized pixel j.
-  __device__ acc_t operator()(int i, int j) const {
-    return low[j] == i ? 1 - weight[j] : low[j] + 1 == i ? weight[j] : acc_t(0);
-  }
-};
-
-// The block's shared memory: resized pixels (lines, channels, width), gathered vertically, and the
-// sums of the source pixels (lines, channels, pixels).
-template <typename acc_t>
-struct Stage {
-  acc_t values[kStageBytes / sizeof(acc_t)];
-  acc_t sums[kOutputBytes / sizeof(acc_t)];
-  Readers<acc_t> down, across;
-};
-
-// The `count` resized pixels across that stand in `across`, for all lines of a tile, from the
-// resized lines in `down`. One item of work is a vector of one line: along c, or along x.
+// The resized pixels of a line that read source pixel x.
 template <typename rows_t, typename acc_t>
-__device__ inline void gather_vertically(
-    const rows_t* __restrict__ rows, const PatchGeometry& g, const Tiling& t, const Tile& tile,
-    int count, int width, Stage<acc_t>& stage) {
-  constexpr int kSize = Vector<rows_t>::kSize;
-  // Along x, patches of an odd width end within a vector: there pixels are taken one by one.
-  const int size = t.channels_first_in || t.wide_in ? kSize : 1;
-  const int fast = t.channels_first_in ? tile.channels : count;
-  const int slow = t.channels_first_in ? count : tile.channels;
-  const int vectors = (fast + size - 1) / size;
-  for (int item = threadIdx.x; item < tile.lines * slow * vectors; item += kThreads) {
-    const int at = item % vectors * size, across = item / vectors % slow;
-    const int line = item / vectors / slow, there = min(size, fast - at);
-    const int k = t.channels_first_in ? at : across, x = t.channels_first_in ? across : at;
-    const rows_t* pixel =
-        rows + tile.b * g.stride_b + (tile.c + k) * g.stride_c + stage.across.offset[x];
-    acc_t sums[kSize] = {};
-    for (int j = stage.down.first[line]; j < stage.down.last[line]; ++j) {
-      const Vector<rows_t> vector = load(pixel + stage.down.offset[j], there, 1, t.wide_in);
-      const acc_t weight = stage.down(line, j);
-      for (int v = 0; v < kSize; ++v) sums[v] += weight * static_cast<acc_t>(vector.values[v]);
-    }
-    acc_t* out = stage.values + (line * tile.channels + k) * width + x;
-    for (int v = 0; v < kSize; ++v) {
-      if (v < there) out[v * (t.channels_first_in ? width : 1)] = sums[v];
+class Readers {
+ public:
+  __device__ Readers(const rows_t* rows, int64_t x, const PatchGeometry& g)
+      : x_(x), first_(first_reader(x, g.width, g.resized_w)) {
+    for (int j = 0; j < kReaders; ++j) {
+      const bool there = first_ + j < g.resized_w;
+      pixels_[j] = pixel(rows, there ? first_ + j : first_, g);
+      weights_[j] = there ? weight(first_ + j, g) : acc_t(0);
+      keep_in_registers(pixels_[j]);
     }
   }
-}
 
-// Adds what stands in the stage to the source pixels; a thread keeps to its own of them.
-template <typename acc_t>
-__device__ inline void gather_horizontally(const Tile& tile, int width, Stage<acc_t>& stage) {
-  for (int o = threadIdx.x; o < tile.lines * tile.channels * tile.pixels; o += kThreads) {
-    const int x = o % tile.pixels;
-    const acc_t* line = stage.values + o / tile.pixels * width;
+  __device__ acc_t sum(int64_t offset) const {
     acc_t sum = 0;
-    for (int j = stage.across.first[x]; j < stage.across.last[x]; ++j) {
-      sum += stage.across(x, j) * line[j];
+    for (int j = 0; j < kReaders; ++j) {
+      sum += weights_[j] * static_cast<acc_t>(load_constant(pixels_[j] + offset));
     }
-    stage.sums[o] += sum;
+    return sum;
   }
-}
 
-template <typename scalar_t, typename acc_t>
-__device__ inline void write_tile(
-    scalar_t* __restrict__ grad_input, const MapStrides& out, const Tiling& t, const Tile& tile,
-    const Stage<acc_t>& stage) {
-  constexpr int kSize = Vector<scalar_t>::kSize;
-  const int fast = t.channels_first_out ? tile.channels : tile.pixels;
-  const int slow = t.channels_first_out ? tile.pixels : tile.channels;
-  const int vectors = (fast + kSize - 1) / kSize;
-  const int next = t.channels_first_out ? tile.pixels : 1;
-  for (int item = threadIdx.x; item < tile.lines * slow * vectors; item += kThreads) {
-    const int at = item % vectors * kSize, across = item / vectors % slow;
-    const int line = item / vectors / slow;
-    const int k = t.channels_first_out ? at : across, x = t.channels_first_out ? across : at;
-    const acc_t* sums = stage.sums + (line * tile.channels + k) * tile.pixels + x;
-    Vector<scalar_t> vector;
-    for (int v = 0; v < kSize; ++v) {
-      if (at + v < fast) vector.values[v] = static_cast<scalar_t>(sums[v * next]);
+  // Of those that are not kept.
+  __device__ acc_t sum_others(const rows_t* line, const PatchGeometry& g) const {
+    acc_t sum = 0;
+    for (int64_t o = first_ + kReaders; o < g.resized_w; ++o) {
+      const acc_t w = weight(o, g);
+      if (w == 0) break;
+      sum += w * static_cast<acc_t>(load_constant(pixel(line, o, g)));
     }
-    scalar_t* to = grad_input + tile.b * out.b + (tile.c + k) * out.c + (tile.y + line) * out.y +
-                   (tile.x + x) * out.x;
-    store(to, vector, fast - at, t.channels_first_out ? out.c : out.x, t.wide_out);
+    return sum;
   }
-}
+
+ private:
+  __device__ static const rows_t* pixel(const rows_t* line, int64_t o, const PatchGeometry& g) {
+    const unsigned at = static_cast<unsigned>(o), width = static_cast<unsigned>(g.patch_w);
+    return line + at / width * g.stride_nx + at % width * g.stride_px;
+  }
+  __device__ acc_t weight(int64_t o, const PatchGeometry& g) const {
+    return adjoint_weight<acc_t>(x_, o, g.width, g.resized_w);
+  }
+
+  int64_t x_, first_;
+  const rows_t* pixels_[kReaders];
+  acc_t weights_[kReaders];
+};
 
 template <typename scalar_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads, 1) patchify_backward_kernel(
+__global__ void __launch_bounds__(kThreads, 4) patchify_backward_kernel(
     const rows_t* __restrict__ rows, PatchGeometry g, Tiling t, MapStrides out,
     scalar_t* __restrict__ grad_input) {
   using acc_t = acc_type<scalar_t>;
-  __shared__ Stage<acc_t> stage;
-  for (int64_t i = blockIdx.x; i < t.tiles; i += gridDim.x) {
-    const Tile tile = make_tile(i, t, g);
-    const Range down{
-        readers(tile.y, g.height, g.resized_h).begin,
-        readers(tile.y + tile.lines - 1, g.height, g.resized_h).end};
-    const Range across{
-        readers(tile.x, g.width, g.resized_w).begin / 8 * 8,
-        readers(tile.x + tile.pixels - 1, g.width, g.resized_w).end};
-    __syncthreads();  // the last tile is written
-    for (int o = threadIdx.x; o < tile.lines * tile.channels * tile.pixels; o += kThreads) {
-      stage.sums[o] = 0;
-    }
-    for (int64_t oy = down.begin; oy < down.end; oy += kMaxTaps) {
-      for (int64_t ox = across.begin; ox < across.end; ox += t.span) {
-        const int height = static_cast<int>(min(down.end - oy, int64_t{kMaxTaps}));
-        const int count = static_cast<int>(min(across.end - ox, static_cast<int64_t>(t.span)));
-        __syncthreads();  // the last part is gathered
-        stage.down.fill(
-            oy, height, tile.y, tile.lines, g.height, g.resized_h, g.patch_h, g.stride_ny,
-            g.stride_py);
-        stage.across.fill(
-            ox, count, tile.x, tile.pixels, g.width, g.resized_w, g.patch_w, g.stride_nx,
-            g.stride_px);
-        __syncthreads();
-        gather_vertically(rows, g, t, tile, count, count | 1, stage);
-        __syncthreads();
-        gather_horizontally(tile, count | 1, stage);
+  __shared__ LineTap<acc_t> taps[kMaxTaps];
+  const unsigned k = t.channels_first ? threadIdx.x % t.channels : threadIdx.x / t.items;
+  const unsigned item = t.channels_first ? threadIdx.x / t.channels : threadIdx.x % t.items;
+  const unsigned width = static_cast<unsigned>(g.width);
+  for (unsigned i = blockIdx.x; i < t.blocks; i += gridDim.x) {
+    const unsigned first_item = i % t.item_blocks * t.items, j = i / t.item_blocks;
+    const int64_t c = j % t.channel_blocks * t.channels + k, b = j / t.channel_blocks;
+    const int64_t x = (first_item + item) % width;
+    const int top = static_cast<int>((first_item + item) / width) * t.lines;
+    const int bottom = static_cast<int>(min(static_cast<int64_t>(top) + t.lines, g.height));
+    const bool works = top < g.height && c < g.channels && item < static_cast<unsigned>(t.items);
+
+    // The resized lines that the block reads.
+    const int64_t block_top = static_cast<int64_t>(first_item / width) * t.lines;
+    const int64_t block_bottom =
+        min(static_cast<int64_t>((first_item + t.items - 1) / width + 1) * t.lines, g.height);
+    const int64_t begin = first_reader(block_top, g.height, g.resized_h);
+    const int64_t end = min(first_reader(block_bottom + 1, g.height, g.resized_h), g.resized_h);
+    const int64_t own = first_reader(top, g.height, g.resized_h);
+
+    const rows_t* plane = rows + b * g.stride_b + c * g.stride_c;
+    const Readers<rows_t, acc_t> readers(plane, x, g);
+    int y = top - 1;               // the source line whose sum is next to be complete
+    acc_t sum = 0, following = 0;  // of the lines y and y + 1
+    scalar_t* to = grad_input + b * out.b + c * out.c + y * out.y + x * out.x;
+    for (int64_t first = begin; first < end; first += kMaxTaps) {
+      const int count = static_cast<int>(min(end - first, int64_t{kMaxTaps}));
+      __syncthreads();  // the last taps are read
+      fill_taps(taps, first, count, g);
+      __syncthreads();
+      if (!works) continue;
+      for (int o = static_cast<int>(max(own - first, int64_t{0})); o < count; ++o) {
+        const LineTap<acc_t> tap = taps[o];
+        if (tap.low >= bottom) break;
+        acc_t line = readers.sum(tap.offset);
+        if (t.many_readers) line += readers.sum_others(plane + tap.offset, g);
+        if (tap.low > y) {  // by one: a map is never made smaller
+          if (y >= top) *to = static_cast<scalar_t>(sum);
+          ++y, to += out.y;
+          sum = following, following = 0;
+        }
+        sum += (1 - tap.weight) * line;
+        following += tap.weight * line;
       }
     }
-    __syncthreads();
-    write_tile(grad_input, out, t, tile, stage);
+    if (works) *to = static_cast<scalar_t>(sum);
   }
 }
 
@@ -243,16 +182,15 @@ void patchify_backward(
   check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
   const LaunchScope scope(grad_input);
   const MapStrides out = map_strides(grad_input);
+  const Tiling tiling = make_tiling(out, g);
   dispatch_map_and_rows(
       grad_input.scalar_type(), grad_rows.scalar_type(), "grad_input", [&](auto map, auto row) {
         using scalar_t = decltype(map);
         using rows_t = decltype(row);
-        const rows_t* rows = static_cast<const rows_t*>(grad_rows.const_data_ptr());
-        scalar_t* values = static_cast<scalar_t*>(grad_input.mutable_data_ptr());
-        const Tiling tiling = make_tiling(rows, values, out, g);
         launch(
-            scope, patchify_backward_kernel<scalar_t, rows_t>, blocks_for(tiling.tiles), rows, g,
-            tiling, out, values);
+            scope, patchify_backward_kernel<scalar_t, rows_t>, blocks_for(tiling.blocks),
+            static_cast<const rows_t*>(grad_rows.const_data_ptr()), g, tiling, out,
+            static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
       });
 }
 

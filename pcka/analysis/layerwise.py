@@ -12,7 +12,7 @@ from pcka.modes import evaluation_mode
 from pcka.ops.reference import accumulation_dtype, unbiased_hsic, without_autocast
 from pcka.taps import FeatureTap
 
-_MIN_SAMPLES = 4  # unbiased HSIC is not defined below
+MIN_SAMPLES = 4  # unbiased HSIC is not defined below
 
 
 class LayerwiseCKA:
@@ -49,7 +49,7 @@ class LayerwiseCKA:
                     f"{name}: student and teacher must hold the same samples; got student "
                     f"{tuple(feature.shape)} and teacher {tuple(teacher[name].shape)}"
                 )
-            if len(feature) >= _MIN_SAMPLES:
+            if len(feature) >= MIN_SAMPLES:
                 batch = _hsics(_gram(feature), _gram(teacher[name]))
                 self._sums[name] = self._sums[name] + batch if name in self._sums else batch
 
@@ -62,7 +62,7 @@ class LayerwiseCKA:
             ValueError: no batch of at least 4 samples came.
         """
         if not self._sums:
-            raise ValueError(f"no batch of at least {_MIN_SAMPLES} samples was given to update()")
+            raise ValueError(f"no batch of at least {MIN_SAMPLES} samples was given to update()")
         return {name: _ratio(*sums.tolist()) for name, sums in self._sums.items()}
 
 

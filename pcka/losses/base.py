@@ -23,6 +23,8 @@ class Loss(nn.Module):
         needs_logits: ``forward`` needs both models' logits.
         needs_indices: ``forward`` needs ``student.indices``.
         needs_context: ``prepare`` needs a part of its ``context``.
+        capturable: ``forward`` can be recorded in a CUDA graph and replayed: it waits for no value
+            of a tensor, and keeps no state but in its buffers, which it changes in place.
         relational: the loss is no mean over samples: it relates the samples of a batch to one
             another, and in several processes has to see the batches of all of them.
     """
@@ -33,6 +35,7 @@ class Loss(nn.Module):
     needs_logits: bool = False
     needs_indices: bool = False
     needs_context: bool = False
+    capturable: bool = True
     relational: bool = False
 
     def prepare(

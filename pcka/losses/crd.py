@@ -158,6 +158,7 @@ class CRD(Loss):
     needs_indices = True
     needs_context = True
     relational = True
+    capturable = False  # counts its draws in Python, and seeds a generator for each
     others: _OtherClasses
 
     def __init__(

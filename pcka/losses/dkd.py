@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_logits, check_target, check_temperature, require
-from pcka.losses.logitwise import LogitLoss
+from pcka.losses.logitwise import LogitLoss, without_target
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -57,18 +57,12 @@ def _divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
 
 def _target_or_not(logits: Tensor, target: Tensor) -> Tensor:
     """Log-probabilities ``(B, 2)`` of the target and of everything else."""
-    others = _without_target(logits, target).logsumexp(1, keepdim=True)
+    others = without_target(logits, target).logsumexp(1, keepdim=True)
     return F.log_softmax(torch.cat([logits.gather(1, target[:, None]), others], dim=1), dim=1)
 
 
 def _log_softmax_of_others(logits: Tensor, target: Tensor) -> Tensor:
-    return F.log_softmax(_without_target(logits, target), dim=1)
-
-
-def _without_target(logits: Tensor, target: Tensor) -> Tensor:
-    """``(B, P - 1)``: the logits of the classes that are not the sample's own."""
-    own = F.one_hot(target, logits.shape[1]).bool()
-    return logits[~own].view(len(logits), -1)
+    return F.log_softmax(without_target(logits, target), dim=1)
 
 
 @register("DKD")

@@ -136,6 +136,8 @@ class KDSVD(Loss):
         k: vectors of each stage.
     """
 
+    capturable = False  # eigh waits for its result
+
     def __init__(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pcka.losses.base import Loss
@@ -43,3 +44,19 @@ class LogitLoss(Loss):
             target,
         )
         return {f"loss_{method.lower()}": self.weight * loss}
+
+
+def without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """The logits of the classes that are not the sample's own.
+
+    By gathering, not by a mask: the host need not wait to learn how many entries a mask picks.
+
+    Args:
+        logits: ``(B, P)``.
+        target: ``(B,)`` class indices.
+
+    Returns:
+        ``(B, P - 1)``, in the order of the classes.
+    """
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, columns + (columns >= target[:, None]))

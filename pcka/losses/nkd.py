@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.checks import check_logits, check_target, check_temperature, require
-from pcka.losses.logitwise import LogitLoss
+from pcka.losses.logitwise import LogitLoss, without_target
 from pcka.losses.registry import register
 from pcka.ops.reference import accumulation_dtype
 
@@ -42,9 +42,11 @@ def nkd_loss(
     check_temperature(temperature)
     dtype = accumulation_dtype(student.dtype)
     student, teacher = student.to(dtype), teacher.detach().to(dtype)
-    own = F.one_hot(target, student.shape[1]).bool()
-    of_target = F.softmax(teacher, dim=1)[own] * F.log_softmax(student, dim=1)[own]
-    q_s, q_t = (x[~own].view(len(x), -1) / temperature for x in (student, teacher))
+    own = target[:, None]
+    of_target = F.softmax(teacher, dim=1).gather(1, own) * F.log_softmax(student, dim=1).gather(
+        1, own
+    )
+    q_s, q_t = (without_target(x, target) / temperature for x in (student, teacher))
     of_others = (F.softmax(q_t, dim=1) * F.log_softmax(q_s, dim=1)).sum(1)
     return -of_target.mean() - gamma * temperature**2 * of_others.mean()
 

@@ -6,27 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
-from fvcore.common.registry import Registry
-
 from pcka.losses.base import Loss
 
 L = TypeVar("L", bound=type[Loss])
 
 
-class _LossRegistry(Registry):
-    def add(self, name: str, loss: type[Loss]) -> None:
-        if name in self:
-            raise ValueError(f"name: a loss {name!r} is registered already; choose another name")
-        self._do_register(name, loss)
-
-    def find(self, name: str) -> type[Loss]:
-        if name not in self:
-            raise ValueError(f"name: no loss {name!r}; there are {', '.join(names())}")
-        found: type[Loss] = self.get(name)
-        return found
-
-
-_LOSSES = _LossRegistry("LOSS")
+_LOSSES: dict[str, type[Loss]] = {}
 
 
 def register(name: str) -> Callable[[L], L]:
@@ -37,7 +22,9 @@ def register(name: str) -> Callable[[L], L]:
     """
 
     def decorate(loss: L) -> L:
-        _LOSSES.add(name, loss)
+        if name in _LOSSES:
+            raise ValueError(f"name: a loss {name!r} is registered already; choose another name")
+        _LOSSES[name] = loss
         return loss
 
     return decorate
@@ -49,7 +36,7 @@ def build(name: str, **kwargs: object) -> Loss:
     Raises:
         ValueError: an unknown name or keyword; the message lists the known ones.
     """
-    loss = _LOSSES.find(name)
+    loss = _find(name)
     accepted = defaults(name)
     for keyword in kwargs:
         if keyword not in accepted:
@@ -59,7 +46,7 @@ def build(name: str, **kwargs: object) -> Loss:
 
 def names() -> list[str]:
     """The registered names, sorted."""
-    return sorted(name for name, _ in _LOSSES)
+    return sorted(_LOSSES)
 
 
 def defaults(name: str) -> dict[str, object]:
@@ -68,5 +55,11 @@ def defaults(name: str) -> dict[str, object]:
     Raises:
         ValueError: an unknown name.
     """
-    parameters = inspect.signature(_LOSSES.find(name)).parameters
+    parameters = inspect.signature(_find(name)).parameters
     return {keyword: parameter.default for keyword, parameter in parameters.items()}
+
+
+def _find(name: str) -> type[Loss]:
+    if name not in _LOSSES:
+        raise ValueError(f"name: no loss {name!r}; there are {', '.join(names())}")
+    return _LOSSES[name]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -7,16 +8,23 @@ import pytest
 import torch
 
 import pcka
-from benchmarks import accuracy, memory, operators, operators_gpu
+from benchmarks import accuracy, ceilings, device, memory, operators, operators_gpu
 from benchmarks.baselines import Products
-from benchmarks.cases import CASES, MapCase, MatrixCase, select
-from benchmarks.harness import Spread, interleave, markdown, ratio
+from benchmarks.cases import CASES, GPU_CASES, MapCase, MatrixCase, select
+from benchmarks.harness import Spread, compare, interleave, markdown, ratio
 from benchmarks.variants import alignments, step
 from pcka.ops.functional import GROUPINGS, RELATIONS
 
 needs_extension = pytest.mark.skipif(
     not pcka.build_info()["extension"], reason="the compiled operators are not loaded"
 )
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +109,19 @@ def test_variants_take_turns():
     assert seconds == {"a": [2.0], "b": [2.0] * 3, "c": [2.0] * 3}
 
 
+def test_loops_without_rounds_are_left_out():
+    calls = dict.fromkeys(("loop", "split loop", "pcka", "products"), lambda: None)
+    record = compare(calls, rounds=2, loop_rounds=0, sample_seconds=0.0)
+    assert record["seconds"].keys() == record["median_ms"].keys() == {"pcka", "products"}
+    assert record["ratios"].keys() == {"pcka/products"}
+
+
+def test_rounds_are_counts(capsys):
+    with pytest.raises(SystemExit):
+        operators.main(["--rounds", "0"])
+    assert "--rounds: must be 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_markdown():
     assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
 
@@ -146,17 +167,73 @@ def test_without_a_gpu_the_gpu_script_says_so_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as exit_info:
         operators_gpu.main(["--quick"])
     assert exit_info.value.code == 2
-    assert "no GPU" in capsys.readouterr().err
+    assert capsys.readouterr().err != ""
 
 
 @needs_extension
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_operators_on_a_gpu(tmp_path):
-    arguments = ["--quick", "--cases", "p5", "logits_64x100", "--output", str(tmp_path)]
-    operators_gpu.main([*arguments, "--peak-gbs", "1000", "--peak-tflops", "10"])
-    for record in read(tmp_path, "operators_gpu"):
-        assert {"pcka", "pcka graph", "products"} <= record["median_ms"].keys()
-        assert {"GB/s", "TFLOP/s", "% of peak GB/s", "pcka (MiB)"} <= record["figures"].keys()
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_of_a_gpu(tmp_path, device):
+    given = ["--quick", "--device", device, "--threads", "1", "--output", str(tmp_path)]
+    operators_gpu.main([*given, "--cases", "p3_rows_bfloat16_2", "p5_columns_float32_16"])
+    content = json.loads((tmp_path / "operators_gpu.json").read_text())
+    assert content["environment"]["ceilings"]["copy GB/s"] > 0
+    rows, columns = content["records"]
+    for record in (rows, columns):
+        assert record["failures"] == {}
+        assert {"pcka", "eager", "strong eager", "products"} <= record["median_ms"].keys()
+        assert {"GB/s", "% of copy", "TFLOP/s", "% of product"} <= record["figures"].keys()
+    assert "compiled eager" in rows["median_ms"]
+    assert sum(kernel["count"] for kernel in rows["launches"]["pcka"]) > 3
+    assert "launches" not in columns
+    assert content["summary"][1].startswith("p3_rows_bfloat16_2: pcka ")
+    if device == "cuda":
+        assert {"pcka graph", "eager graph", "compiled eager graph"} <= rows["median_ms"].keys()
+
+
+def test_a_variant_that_fails_is_named_and_the_rest_goes_on(monkeypatch):
+    def broken(student, teacher):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    real = operators_gpu.alignments
+    monkeypatch.setattr(operators_gpu, "alignments", lambda case: {**real(case), "eager": broken})
+    options = argparse.Namespace(device="cpu", seed=0, quick=True, rounds=1)
+    peaks = {"copy GB/s": 1.0, "float32 TFLOP/s": 1.0}
+    case = MapCase(name="map", shape=(2, 3, 8, 12), patch=4)
+    found = operators_gpu.record(case, options, peaks)
+    assert found["failures"] == {"eager": "OutOfMemoryError: CUDA out of memory."}
+    assert found["median_ms"].keys() == {"pcka", "strong eager", "products"}
+
+
+def test_no_case_begins_after_its_time(tmp_path, capsys):
+    given = ["--quick", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
+    assert operators_gpu.main([*given, "--cases", "p4*", "--seconds", "0"]) == []
+    assert "left out p4_rows_bfloat16_2, p4_rows_float32_2" in capsys.readouterr().out
+
+
+def test_the_cases_of_a_gpu_are_the_levels_as_the_configurations_cut_them():
+    assert {case.patch for name, case in GPU_CASES.items() if name.startswith("p5")} == {8}
+    groups, rows, columns = GPU_CASES["p6_rows_float32_16"].rows
+    assert (groups, rows, columns) == (256, 24, 16 * 16)
+    assert {name.split("_")[0] for name in GPU_CASES} == {"p2", "p3", "p4", "p5", "p6"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ceilings_are_what_the_device_can_do(device):
+    found = ceilings.measure(device, quick=True)
+    assert found.keys() == {
+        "copy GB/s", "bfloat16 TFLOP/s", "TF32 TFLOP/s", "float32 TFLOP/s",
+    }  # fmt: skip
+    assert all(value > 0 for value in found.values())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_launches_are_counted_by_call():
+    x = torch.randn(4, 4)
+    (found,) = (
+        k for k in device.launches(lambda: x.mm(x).mm(x), "cpu") if k["kernel"] == "aten::mm"
+    )
+    assert found["count"] == 2 and found["microseconds"] > 0
 
 
 def read(folder, name):

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 
 pytest.importorskip("detectron2")
 
-from benchmarks import detection_step
+import torch
+from detectron2.utils.events import EventStorage
 
-R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
-TINY = [
-    *R18, "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.RETINANET.NUM_CLASSES", "80",
-    "DISTILL.TEACHER.OPTS", str([R18[0], 18, R18[2], 64, "MODEL.FPN.OUT_CHANNELS", 16]),
-]  # fmt: skip
+from benchmarks import detection_step
 
 
 def test_the_table_has_time_and_memory_of_each_method():
@@ -28,12 +26,38 @@ def test_the_table_has_time_and_memory_of_each_method():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_tiny_step_is_timed_and_its_memory_measured(capsys):
-    size = ["--short-side", "160", "--long-side", "192", "--rounds", "1"]
-    found = detection_step.main([*size, "--methods", "PKD", "--opts", *TINY])
-    assert list(found) == ["student step", "teacher forward", "PKD"]
-    assert all(len(record["ms"]) == 1 for record in found.values())
-    peaks = {name: record["peak_bytes"] for name, record in found.items()}
+def test_a_tiny_step_is_timed_and_its_memory_measured(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    given = ["--quick", "--batch", "2", "3", "--methods", "PKD", "--output", str(tmp_path)]
+    try:
+        two, three = detection_step.main([*given, "--autocast", "bfloat16"])
+    finally:
+        torch.set_num_threads(threads)
+    for found in (two, three):
+        assert list(found["steps"]) == ["student step", "teacher forward", "PKD"]
+        assert all(len(step["ms"]) == 1 for step in found["steps"].values())
+    peaks = {name: step["peak_bytes"] for name, step in two["steps"].items()}
     # The student keeps its activations for the backward pass, the teacher does not.
     assert 0 < peaks["teacher forward"] < peaks["student step"]
     assert "beyond the student's step (MiB)" in capsys.readouterr().out
+    written = json.loads((tmp_path / "detection_step.json").read_text())
+    assert [entry["batch"] for entry in written["records"]] == [2, 3]
+    assert written["summary"][0].startswith("160 x 192, batch 2: student ")
+
+
+def test_the_summary_gives_each_method_its_share_of_the_step():
+    steps = {"student step": [60.0], "teacher forward": [30.0], "PKD": [100.0]}
+    entry = {"size": "8 x 8", "batch": 2, "steps": {n: {"ms": ms} for n, ms in steps.items()}}
+    (line,) = detection_step._summary(entry)
+    assert line.endswith("student 60.0 ms, teacher 30.0 ms, with PKD 100.0 ms (10.0 % its own)")
+
+
+def test_the_models_run_under_autocast_where_it_is_asked_for():
+    model, losses = detection_step._build(["PCKA"], detection_step.TINY, "cpu")
+    seen = []
+    model.student.backbone.register_forward_hook(lambda _, __, out: seen.append(out["p3"].dtype))
+    batch = detection_step._batch(2, 128, 128)
+    with EventStorage():
+        for autocast in (None, "bfloat16"):
+            detection_step._steps(model, losses, batch, autocast)["PCKA"]()
+    assert seen == [torch.float32, torch.bfloat16]

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from classification.config import ConfigError
 from classification.models import create_model
 from classification.weights import load_classifier
 
@@ -50,3 +51,38 @@ def test_densenets_published_names_are_understood(tmp_path):
 def test_another_models_weights_are_refused(weights):
     with pytest.raises(ValueError, match=r"TEACHER.WEIGHTS: .* not the checkpoint of a resnet14"):
         load_classifier("resnet14", weights, 7, role="teacher")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda value: value * float("nan"), "has NaN or infinite values"),
+        (lambda value: value.to(torch.int8), "is torch.int8"),
+        (lambda value: value > 0, "is torch.bool"),
+        (lambda value: value.to(torch.complex64), "is torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_what_is_no_weight_is_refused_with_key_file_and_entry(weights, change, fault, role):
+    state = torch.load(weights)
+    state["layer1.0.conv1.weight"] = change(state["layer1.0.conv1.weight"])
+    torch.save(state, weights)
+    expected = rf"^{role.upper()}\.WEIGHTS: .*seven\.pth': 1 of .* layer1\.0\.conv1\.weight {fault}"
+    with pytest.raises(ConfigError, match=expected):
+        load_classifier("resnet8", weights, 7, role=role)
+
+
+def test_a_flipped_bit_is_found(weights):
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 4
+    weights.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: .*seven\.pth' is damaged"):
+        load_classifier("resnet8", weights, 7, role="teacher")
+
+
+def test_a_classifier_without_a_shape_is_no_classifier(weights):
+    state = torch.load(weights)
+    state["fc.weight"] = torch.tensor(1.0)
+    torch.save(state, weights)
+    with pytest.raises(ConfigError, match=r"fc\.weight \(\) for \(7, 64\)"):
+        load_classifier("resnet8", weights, 7, role="student")

@@ -8,11 +8,11 @@ from classification.config import (
     ConfigError,
     changed_keys,
     config_from_text,
-    flatten,
     load_config,
     method_file,
     method_files,
 )
+from classification.yaml_files import flatten
 from pcka import losses
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
@@ -280,6 +280,46 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
     assert str(path) in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: {EPOCHS: 3}\nSOLVER: {BATCH_SIZE: 5}\n", "SOLVER stands twice, on line 3"),
+        ("SOLVER: {EPOCHS: 3, EPOCHS: 4}\n", "EPOCHS stands twice, on line 3 already; join the"),
+        ("SOLVER: &a {EPOCHS: 3, GAMMA: *a}\n", "a section contains itself, by an alias"),
+        ("LOG_EVERY: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("_BASE_: {a: b}\n", "_BASE_: expected a file or a list of files"),
+        ("_BASE_: nowhere.yaml\n", "nowhere.yaml: cannot be read"),
+        ("_BASE_: run.yaml\n", "is its own _BASE_"),
+    ],
+)
+def test_a_file_that_says_something_else_than_it_seems_to_is_refused(tmp_path, text, message):
+    refused = refusal(write(tmp_path, text))
+    assert message in refused and str(tmp_path) in refused
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_of_another_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("OUTPUT_DIR: größer\n".encode(encoding))
+    assert f"{path}: cannot be read as UTF-8 text" in refusal(path)
+
+
+def test_a_key_twice_in_a_base_names_the_base(tmp_path):
+    base = write(tmp_path, "SEED: 1\nSEED: 2\n", "base.yaml")
+    child = tmp_path / "child.yaml"
+    child.write_text("_BASE_: base.yaml\nSEED: 4\n")
+    assert f"{base}: cannot be read as YAML: SEED stands twice" in refusal(child)
+
+
+def test_of_several_bases_the_later_one_wins_key_by_key(tmp_path):
+    write(tmp_path, "SOLVER: {EPOCHS: 3, BATCH_SIZE: 5}\n", "one.yaml")
+    write(tmp_path, "SOLVER: {EPOCHS: 4}\n", "two.yaml")
+    child = tmp_path / "child.yaml"
+    child.write_text("_BASE_: [one.yaml, two.yaml]\nSOLVER: {GAMMA: 0.5}\n")
+    solver = load_config(child).SOLVER
+    assert (solver.EPOCHS, solver.BATCH_SIZE, solver.GAMMA) == (4, 5, 0.5)
+
+
 def test_a_missing_file_is_refused(tmp_path):
     assert "no.yaml: cannot be read" in refusal(tmp_path / "no.yaml")
 
@@ -327,12 +367,39 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (["DISTILL.PCKA.PATCH_SIZES", "[[4, 0.5]]"], "PATCH_SIZES expects a int .* got 0.5"),
         (["DISTILL.WARMUP", "-0.1"], "DISTILL.WARMUP: expected at least 0, got -0.1"),
         (["TEACHER.ACCURACY", "-1"], "TEACHER.ACCURACY: expected at least 0"),
+        (["SOLVER.BASE_LR", ".nan"], "SOLVER.BASE_LR: expected a finite number, got nan"),
+        (["SOLVER.WARMUP_EPOCHS", ".nan"], "SOLVER.WARMUP_EPOCHS: expected a finite number"),
+        (["DISTILL.WARMUP", ".nan"], "DISTILL.WARMUP: expected a finite number"),
+        (["DATA.MEMORY_GB", ".nan"], "DATA.MEMORY_GB: expected a finite number"),
+        (["TEACHER.ACCURACY", ".nan"], "TEACHER.ACCURACY: expected a finite number"),
+        (["STUDENT.PIXEL_MEAN", "[0.1, .nan, 0.1]"], "STUDENT.PIXEL_MEAN: expected a finite"),
+        (["DISTILL.FCKA.WEIGHTS", "[.inf]"], "DISTILL.FCKA.WEIGHTS: expected a finite number"),
+        (["SEED", str(2**64)], "SEED: expected at most 18446744073709551615"),
+        (["TEACHER.SEED", str(2**64)], "TEACHER.SEED: expected at most 18446744073709551615"),
+        (["DATA.SPLIT_SEED", str(2**32)], "DATA.SPLIT_SEED: expected at most 4294967295"),
+        (["SOLVER.BASE_LR", "-0.1"], "SOLVER.BASE_LR: expected at least 0, got -0.1"),
+        (["SOLVER.MOMENTUM", "-1"], "SOLVER.MOMENTUM: expected at least 0"),
+        (["SOLVER.WEIGHT_DECAY", "-1"], "SOLVER.WEIGHT_DECAY: expected at least 0"),
+        (["SOLVER.MILESTONES", "[-1, 5]"], "SOLVER.MILESTONES: expected epochs, at least 1"),
+        (
+            ["SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"],
+            "SOLVER.NESTEROV: needs a SOLVER.MOMENTUM above 0",
+        ),
+        (["DATA.CROP_PADDING", "1000000"], "DATA.CROP_PADDING: expected at most 128, four times"),
+        (["TEACHER.ACCURACY", "101"], "TEACHER.ACCURACY: expected at most 100"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR: expected the path of a folder"),
         (["DISTILL.METHODS", "[CE, RKCA]"], "no loss is called 'RKCA'; near matches: .*RCKA"),
     ],
 )
 def test_values_that_cannot_be_are_refused(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, ""), overrides)
+
+
+def test_values_at_the_edge_are_taken(tmp_path):
+    words = ["SEED", str(2**64 - 1), "DATA.SPLIT_SEED", str(2**32 - 1), "DATA.MEMORY_GB", ".inf"]
+    cfg = load_config(write(tmp_path, ""), [*words, "SOLVER.BASE_LR", "0"])
+    assert (2**64 - 1, float("inf")) == (cfg.SEED, cfg.DATA.MEMORY_GB)
 
 
 def test_a_saved_configuration_is_read_back(tiny_config):

@@ -146,6 +146,36 @@ def test_a_stage_that_is_not_tapped_is_refused(tiny_config):
     assert fcka.taps == ("stage4", "neck")
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "wildcard"),
+    [("at", "AT", "all"), ("kd_fcka", "FCKA", "all"), ("ofd", "OFD", "all_preact")],
+)
+def test_all_stages_of_models_without_any_are_refused(tiny_config, method, key, wildcard):
+    expected = rf"DISTILL\.{key}\.STAGES: '{wildcard}' stands for .* there are none; .* pooled"
+    with pytest.raises(ConfigError, match=expected):
+        build_losses(tiny_config(method), {"pooled": ("fc:input", "fc:input")})
+
+
+def test_a_loss_on_no_stage_at_all_is_refused(tiny_config):
+    with pytest.raises(ConfigError, match=r"DISTILL\.AT\.STAGES: expected one or more stages"):
+        build_losses(tiny_config("at", **{"DISTILL.AT.STAGES": "[]"}), TAPS)
+
+
+def test_taps_that_are_missing_are_proposed_and_would_do(tiny_config):
+    keys = {"STUDENT.NAME": "torchvision/shufflenet_v2_x0_5", "TEACHER.NAME": "resnet8"}
+    for method in ("at", "rcka"):
+        with pytest.raises(ConfigError) as refused:
+            check_losses(tiny_config(method, **keys))
+        proposed = str(refused.value).rpartition('DISTILL.TAPS "')[2]
+        assert "[last, conv5, layer3]" in proposed
+        cfg = tiny_config(method, **keys, **{"DISTILL.TAPS": proposed.removesuffix('"')})
+        check_losses(cfg)
+    taps = model_taps(*(create_model(n, 2) for n in keys.values()), cfg.DISTILL.TAPS)
+    assert [*numbered_stages(taps).values()] == [
+        ("maxpool", "relu"), ("stage2", "layer1"), ("stage3", "layer2"), ("conv5", "layer3"),
+    ]  # fmt: skip
+
+
 def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
     with pytest.raises(ValueError, match=r"RCKA needs a teacher and TEACHER.NAME is empty"):
         build_losses(tiny_config("rcka", **{"TEACHER.NAME": ""}), TAPS)

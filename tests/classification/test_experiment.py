@@ -5,7 +5,7 @@ import torch
 
 from classification.config import ConfigError
 from classification.experiment import run_experiment
-from classification.run_files import RunFiles
+from classification.run_files import RunFiles, read_metrics
 
 
 @pytest.mark.parametrize("method", ["add_metrics", "save_last", "save_state"])
@@ -100,3 +100,33 @@ def test_a_continuation_on_other_images_is_refused(tiny_config, monkeypatch):
     monkeypatch.setattr("classification.data.digits.HIGHEST_VALUE", 20)
     with pytest.raises(ConfigError, match="the images are not those that the run was started"):
         run_experiment(tiny_config(**keys, **{"SOLVER.EPOCHS": 3}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "milestones", "named"),
+    [
+        ("multistep", "[1, 2, 7]", "at 2, 7, which SOLVER.EPOCHS 2 does not"),
+        ("multistep", "[1]", None),
+        ("cosine", "[7]", None),
+    ],
+)
+def test_milestones_that_no_epoch_reaches_are_told_at_the_start(
+    tiny_config, caplog, schedule, milestones, named
+):
+    keys = {"SOLVER.SCHEDULE": schedule, "SOLVER.MILESTONES": milestones, "TEACHER.NAME": ""}
+    run_experiment(tiny_config(**keys))
+    told = [text for text in caplog.messages if "SOLVER.MILESTONES" in text]
+    assert len(told) == (named is not None)
+    assert all(named in text for text in told)
+
+
+@pytest.mark.parametrize(("images", "followed"), [(3, False), (4, True)])
+def test_too_few_evaluation_images_leave_the_alignment_out_and_are_told(
+    tiny_config, random_teacher, tmp_path, caplog, images, followed
+):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "DATA.HOLDOUT": images}
+    assert run_experiment(tiny_config("kd", **keys))["epochs"] == 2
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert ("cka_stage1" in record) == followed
+    told = [text for text in caplog.messages if "is not followed: it needs 4" in text]
+    assert len(told) == (not followed)

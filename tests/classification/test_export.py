@@ -124,6 +124,12 @@ def test_a_checkpoint_of_another_model_is_refused(weights, tmp_path):
         export.export_student(config(**{"DATA.NUM_CLASSES": 10}), weights, tmp_path / "out.pth")
 
 
+def test_a_file_without_weights_is_named(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"weights: '.*other.pth': expected a dict of named"):
+        export.export_student(config(), str(tmp_path / "other.pth"), tmp_path / "out.pth")
+
+
 def test_the_command_line_exports(digits_config, weights, tmp_path, capsys):
     given = ["--weights", weights, "--output", str(tmp_path / "out.pth"), "STUDENT.NAME", "resnet8"]
     path = export.main(["--config-file", str(digits_config), *given])

@@ -9,8 +9,8 @@ import pytest
 from classification.config import ConfigError
 from classification.data import ResidentSet
 from classification.experiment import run_experiment, run_side_by_side
-from classification.loop import teacher_observer
 from classification.run_files import read_metrics
+from classification.steps import teacher_observer
 from classification.trainer import Trainer, TrainingFailedError
 from pcka.losses.mgd import random_mask
 
@@ -184,7 +184,7 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
         return record
 
     monkeypatch.setattr(ResidentSet, "training_batches", counted)
-    monkeypatch.setattr("classification.loop.teacher_observer", counted_observer)
+    monkeypatch.setattr("classification.steps.teacher_observer", counted_observer)
     run_side_by_side([config(method, method) for method in ("ce", "kd", "fitnet", "rcka")])
     assert made == [0, 1]
     assert taught == [{"stage2", "last"}] * (2 * 4)  # what FitNet and RCKA read, in each step
@@ -193,7 +193,7 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
 def test_a_teacher_that_no_student_needs_does_not_run(config, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "classification.loop.teacher_observer", lambda trainers: seen.append(trainers)
+        "classification.steps.teacher_observer", lambda trainers: seen.append(trainers)
     )
     run_experiment(config("ce", "ce"))
     monkeypatch.undo()
@@ -214,8 +214,9 @@ def test_taps_of_one_name_and_two_places_are_refused(config, tmp_path):
 
 
 def test_runs_that_differ_in_more_than_their_method_are_refused(config):
-    cfgs = [config("kd", "a"), config("kd", "b", SEED=1)]
-    with pytest.raises(ConfigError, match=r"SEED: runs side by side may differ in .* 0 and 1"):
+    cfgs = [config("kd", "a"), config("kd", "b", **{"SOLVER.GAMMA": 0.5})]
+    expected = r"SOLVER\.GAMMA: runs side by side may differ in .* 0\.1 and 0\.5"
+    with pytest.raises(ConfigError, match=expected):
         run_side_by_side(cfgs)
 
 

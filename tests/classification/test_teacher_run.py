@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +11,14 @@ from classification.config import ConfigError
 from classification.data import ResidentSet
 from classification.experiment import run_experiment
 from classification.models import create_model
-from classification.teacher import check_teacher, prepare_teacher, teacher_run
+from classification.teacher import (
+    check_teacher,
+    check_teaching,
+    prepare_teacher,
+    teacher_run,
+)
+from pcka.folder_lock import lock_folder
+from pcka.teacher import FrozenTeacher
 
 
 @pytest.fixture
@@ -56,6 +67,61 @@ def test_what_determines_the_teacher_makes_another_one(tiny_config, images, key)
     assert teacher_run(tiny_config(**{key: 9}), images)[1] != ours
     other = ResidentSet(images.images + 1, images.labels, images.classes)
     assert teacher_run(tiny_config(), other)[1] != ours
+
+
+@pytest.fixture
+def to_train(tiny_config, images):
+    """``to_train(train_run)`` prepares a teacher that is to be trained; with its run's paths."""
+    cfg = tiny_config("kd")
+    run, weights = teacher_run(cfg, images)
+
+    def prepare(train_run):
+        return prepare_teacher(cfg, (images, images), train_run)
+
+    prepare.folder, prepare.weights = Path(run.OUTPUT_DIR), weights
+    prepare.folder.mkdir(parents=True)
+    return prepare
+
+
+def save_teacher(path):
+    torch.save(create_model("resnet8", 2).state_dict(), path)
+
+
+def test_a_teacher_that_another_run_trains_is_waited_for(to_train, monkeypatch, caplog):
+    caplog.set_level("INFO", "classification")
+    other, waited = lock_folder(to_train.folder), []
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:  # the other run is done
+            save_teacher(to_train.weights)
+            os.close(other)
+
+    monkeypatch.setattr("classification.teacher.time", SimpleNamespace(sleep=wait))
+    assert to_train(train_run=None) is not None
+    assert len(waited) == 3
+    assert sum("another run trains it" in text for text in caplog.messages) == 1
+
+
+def test_a_run_that_was_killed_while_it_trained_the_teacher_is_taken_over(to_train, monkeypatch):
+    other = lock_folder(to_train.folder)
+    left = to_train.weights.with_name(f".{to_train.weights.name}.01234567.tmp")
+    left.touch()
+    monkeypatch.setattr(
+        "classification.teacher.time", SimpleNamespace(sleep=lambda _: os.close(other))
+    )
+
+    def train_run(cfg, image_sets):
+        save_teacher(to_train.folder / "model_last.pth")
+        return to_train.folder / "model_last.pth"
+
+    assert to_train(train_run) is not None
+    assert to_train.weights.exists() and not left.exists()
+
+
+def test_a_finished_training_without_its_weights_is_named(to_train):
+    with pytest.raises(ConfigError, match=r"TEACHER\.CACHE_DIR: .*model_last.pth; remove '.*'"):
+        to_train(lambda *_: to_train.folder / "model_last.pth")
 
 
 @pytest.fixture
@@ -143,3 +209,31 @@ def test_the_refused_teacher_stops_a_run_before_it_begins(tiny_config, random_te
         run_experiment(tiny_config("kd", **keys))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run_experiment(tiny_config("kd", **keys | {"TEACHER.ACCURACY": 0}))
+
+
+def test_a_teacher_that_gives_the_same_for_all_images_is_refused_by_the_tap(tiny_config, tmp_path):
+    model = create_model("resnet8", 10)
+    torch.nn.init.zeros_(model.layer2[0].bn2.weight)
+    torch.nn.init.zeros_(model.layer2[0].downsample[1].weight)  # all is constant from here on
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    keys = {"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}
+    for method, tap in (("kd", "logits"), ("fitnet", r"stage2 \(layer2\)"), ("rcka", "last")):
+        with pytest.raises(ConfigError, match=rf"TEACHER: its {tap}.* are the same for every imag"):
+            run_experiment(tiny_config(method, **keys))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    stage1 = {"DISTILL.FITNET.STAGES": "[stage1]", "SOLVER.EPOCHS": 1}
+    run_experiment(tiny_config("fitnet", **keys, **stage1))  # before that it is not
+
+
+def test_a_teacher_whose_features_overflow_is_refused(tiny_config, tmp_path):
+    model = create_model("resnet8", 10)
+    torch.nn.init.constant_(model.layer3[0].bn2.weight, 1e38)
+    torch.nn.init.constant_(model.layer3[0].bn2.running_var, 1e-12)
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(ConfigError, match=r"TEACHER: its last .* are not finite; check TEACHER.W"):
+        run_experiment(tiny_config("rcka", **{"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}))
+
+
+def test_images_that_are_all_the_same_say_nothing_of_the_teacher():
+    teacher = FrozenTeacher(create_model("resnet8", 10))
+    check_teaching(teacher, {"last": "layer3"}, torch.ones(4, 3, 16, 16), logits=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from classification.experiment import prepare_trainers, run_experiment
-from classification.loop import teacher_observer
+from classification.steps import teacher_observer
 from classification.trainer import Trainer, TrainingFailedError
 from pcka.distiller import Distiller
 
@@ -68,7 +68,7 @@ def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeyp
     run_experiment(cfg)  # trains the teacher
     forward = Distiller.forward
     monkeypatch.setattr(Distiller, "forward", of_student)
-    monkeypatch.setattr("classification.loop.teacher_observer", recording_observer)
+    monkeypatch.setattr("classification.steps.teacher_observer", recording_observer)
     run_experiment(cfg_in(cfg, "again"))
     torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
     assert 0.99 < seen["student"].max() <= 1

@@ -40,7 +40,6 @@ COUNTED = {
 FORBIDDEN = ("local", "atomics")
 # What a kernel must have. Products go through the library's, so none has matrix instructions.
 EXPECTED = {
-    "patchify_kernel": ("wide loads", "wide stores"),
     "patchify_backward_kernel": ("wide loads", "wide stores"),
     "center_over_columns_kernel": ("wide loads", "wide stores"),
     "sum_parts_kernel": ("wide loads",),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ def test_a_missing_feature_lists_what_there_is():
         outputs.feature("stage3")
 
 
-def test_outputs_start_empty():
-    assert Outputs().logits is None
-    assert dict(Outputs().features) == {}
+def test_outputs_share_nothing_and_do_not_change():
+    outputs = Outputs(torch.zeros(2, 3))
+    assert outputs.features is not Outputs().features
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        outputs.logits = None

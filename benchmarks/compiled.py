@@ -1,0 +1,65 @@
+"""Eager code through ``torch.compile``, and its compilation ahead of the timing.
+
+``python -m benchmarks.compiled`` compiles the cases of ``operators_gpu.py`` in processes side by
+side, into the cache of TORCHINDUCTOR_CACHE_DIR that they share with the one that times.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import device, report
+from benchmarks.baselines import eager_patch_cka
+from benchmarks.cases import GPU_CASES, Case, MapCase
+from benchmarks.variants import Alignment, step
+
+COMPILED = "compiled eager"
+
+
+def compiled_names(*, quick: bool) -> list[str]:
+    """Compilation takes longer than all the rest: the rows of the two largest levels alone."""
+    names = [name for name in GPU_CASES if name.startswith(("p2_rows", "p3_rows"))]
+    return names[:1] if quick else names
+
+
+def compiled_eager(case: Case) -> Alignment:
+    """The eager baseline, compiled for the case's one shape."""
+    assert isinstance(case, MapCase)
+    torch._dynamo.reset()  # else all shapes count as recompilations of one function
+    settings: dict[str, Any] = case.settings
+    return torch.compile(partial(eager_patch_cka, **settings), dynamic=False, fullgraph=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile the cases, each in a process of its own, or the one that is named in this one."""
+    parser = report.parser("Compile eager code ahead of its timing.")
+    report.add_device(parser)
+    parser.add_argument("--case", help="in this process")
+    options = parser.parse_args(arguments)
+    if options.case:
+        case: Case = GPU_CASES[options.case]
+        case = case.quick() if options.quick else case
+        step(compiled_eager(case), *case.inputs(options.seed, options.device))
+        device.synchronize(options.device)
+        return
+    names = compiled_names(quick=options.quick)
+    command = [sys.executable, "-m", "benchmarks.compiled", "--device", options.device]
+    command += ["--quick"] if options.quick else []
+    environment = report.start(options.device, options)
+    running = {name: subprocess.Popen([*command, "--case", name]) for name in names}
+    failed = [name for name, process in running.items() if process.wait() != 0]
+    line = f"{len(names) - len(failed)} of {len(names)} compiled"
+    print(line, flush=True)
+    report.write(options.output, "compiled", environment, [{"failed": failed}], [line])
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

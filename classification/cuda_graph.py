@@ -1,0 +1,101 @@
+"""Work of one shape, recorded once as a CUDA graph and replayed: no launch waits for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # calls before the recording: libraries choose their algorithms, caches fill
+
+
+class CapturedFunction:
+    """A function on the current CUDA device, as one graph.
+
+    What it does must not depend on values of tensors, nor on anything but its inputs and the
+    tensors it reads: Python runs at the recording alone. It must not wait for the device.
+
+    Args:
+        function: of ``inputs``; whatever it returns consists of tensors in tuples, lists, mappings
+            and dataclasses.
+        inputs: likewise, on the device; of the shapes of all later calls.
+        changed: the tensors that the function changes in place. The calls that warm up leave no
+            trace in them.
+
+    Attributes:
+        draws: the function draws from the device's default random generator.
+    """
+
+    def __init__(
+        self, function: Callable[[Any], Any], inputs: Any, changed: Iterable[Tensor]
+    ) -> None:
+        self._inputs = map_tensors(torch.clone, inputs)
+        changed = list(changed)
+        kept = [tensor.clone() for tensor in changed]
+        random = torch.cuda.get_rng_state()
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            # Worth its time: what is replayed thousands of times is chosen by measurement.
+            with _cudnn_benchmark():
+                _warm_up(function, self._inputs)
+                self.draws = not torch.equal(random, torch.cuda.get_rng_state())
+                torch.cuda.set_rng_state(random)
+                with torch.cuda.graph(self._graph):
+                    self._outputs = function(self._inputs)
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(changed, kept, strict=True):
+                    tensor.copy_(value)
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run on new inputs; what is returned is overwritten by the next call."""
+        for static, fresh in zip(tensors_of(self._inputs), tensors_of(inputs), strict=True):
+            static.copy_(fresh, non_blocking=True)
+        self._graph.replay()
+        return self._outputs
+
+
+def _warm_up(function: Callable[[Any], Any], inputs: Any) -> None:
+    """Call the function a few times on a stream of its own, as a recording will."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            function(inputs)
+    current.wait_stream(side)
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same tree with ``function(tensor)`` for each tensor; what is no tensor stays."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        values = {
+            field.name: map_tensors(function, getattr(tree, field.name)) for field in fields(tree)
+        }
+        return type(tree)(**values)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return [map_tensors(function, value) for value in tree]
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in its order."""
+    leaves: list[Tensor] = []
+    map_tensors(lambda tensor: leaves.append(tensor) or tensor, tree)
+    return leaves

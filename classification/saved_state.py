@@ -1,0 +1,130 @@
+"""What a run goes on from, checked before anything is computed with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from classification.config import ConfigError, config_from_text
+from pcka.checkpoint import CheckpointError, load_file
+
+# What ``Trainer.state`` writes.
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "best": dict,
+    "seconds": (int, float),
+    "student": dict,
+    "losses": dict,
+    "optimizer": dict,
+    "random": dict,
+    "config": str,
+    "images": list,
+}
+BEST = {"best_accuracy", "best_epoch"}
+
+
+def load_state(path: Path) -> dict:
+    """Return the state in a run's checkpoint.
+
+    Raises:
+        ConfigError: the file is damaged, or none of a run; it is named, with the way out.
+    """
+    try:
+        state = load_file(path)
+    except CheckpointError as error:
+        raise _refusal(path, str(error)) from error
+    if not isinstance(state, dict):
+        raise _refusal(path, f"it holds a {type(state).__name__}")
+    for name, kind in PARTS.items():
+        if name not in state:
+            raise _refusal(path, f"it has no {name!r}")
+        if not isinstance(state[name], kind):
+            raise _refusal(path, f"its {name!r} is a {type(state[name]).__name__}")
+    if lacking := BEST - state["best"].keys():
+        raise _refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
+    return state
+
+
+def saved_config(state: Mapping[str, str], path: Path) -> CfgNode:
+    """Return the configuration that a checkpoint was written under.
+
+    Raises:
+        ConfigError: it cannot be read; the file is named, with the way out.
+    """
+    try:
+        return config_from_text(state["config"])
+    except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
+        raise _refusal(path, f"its configuration cannot be read ({error})") from error
+
+
+def check_fits(
+    state: Mapping, parts: Mapping[str, nn.Module], optimizer: Optimizer, path: Path
+) -> None:
+    """Refuse tensors of other shapes than what they would take the place of.
+
+    The fused optimizer reads its state without a look at the shapes, past the end of a tensor that
+    is too small.
+
+    Args:
+        state: of :func:`load_state`.
+        parts: name in the state -> module that will load it.
+        optimizer: whose state will be loaded.
+        path: of the checkpoint.
+
+    Raises:
+        ConfigError: the file and the entry are named, with the way out.
+    """
+    try:
+        for part, module in parts.items():
+            _check_entries(part, state[part], module.state_dict())
+        _check_optimizer(state["optimizer"], optimizer)
+    except CheckpointError as error:
+        raise _refusal(path, f"it does not fit the models: {error}") from error
+
+
+def _check_optimizer(saved: Mapping, optimizer: Optimizer) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        entries = {numbers.index(number): entry for number, entry in saved["state"].items()}
+        found = {(i, name): value for i, entry in entries.items() for name, value in entry.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"optimizer: its state is none of SGD ({error!r})") from error
+    if len(numbers) != len(parameters):
+        raise CheckpointError(f"optimizer: {len(numbers)} parameters for {len(parameters)}")
+    for (i, name), value in found.items():
+        own = parameters[i]
+        if value is not None and not (
+            isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
+        ):
+            raise CheckpointError(
+                f"optimizer: {name} of parameter {i} is {_described(value)} for {_described(own)}"
+            )
+
+
+def _check_entries(part: str, saved: Mapping, own: Mapping[str, Tensor]) -> None:
+    if saved.keys() != own.keys():
+        differing = sorted(map(str, saved.keys() ^ own.keys()))[:3]
+        raise CheckpointError(f"{part}: other entries: {', '.join(differing)}")
+    for name, value in saved.items():
+        if not isinstance(value, Tensor) or value.shape != own[name].shape:
+            raise CheckpointError(
+                f"{part}: {name} is {_described(value)} for {_described(own[name])}"
+            )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _refusal(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"OUTPUT_DIR: the run in {str(path.parent)!r} cannot be continued from {path.name}: "
+        f"{reason}; put the file back as it was, or choose another OUTPUT_DIR"
+    )

@@ -1,0 +1,41 @@
+"""Packages that only parts of the project need, and what installs them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+
+def optional_package(name: str, extra: str = "export") -> Any:
+    """Import a module of a package that an extra installs.
+
+    Args:
+        name: of the module, e.g. ``"safetensors.torch"``.
+        extra: of pyproject.toml.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(_message([name.partition(".")[0]], extra)) from error
+
+
+def require_packages(*names: str, extra: str) -> None:
+    """Refuse to go on where a package that an extra installs is missing; imports none of them.
+
+    Raises:
+        ImportError: the message names the missing ones and the extra.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ImportError(_message(missing, extra))
+
+
+def _message(missing: Sequence[str], extra: str) -> str:
+    return (
+        f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+        f"pip install 'pcka[{extra}]' (from a clone: pip install -e '.[{extra}]') installs it"
+    )

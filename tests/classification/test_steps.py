@@ -1,0 +1,292 @@
+"""Steps that a CUDA graph can hold, shown without a GPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from classification import cuda_graph
+from classification.config import load_config, method_files
+from classification.data import ResidentSet
+from classification.distillation import build_losses, loss_context, model_taps
+from classification.experiment import run_experiment, run_side_by_side
+from classification.models import create_model
+from classification.run_files import read_metrics
+from classification.steps import ask_teacher, teacher_observer
+from classification.trainer import StepInputs, Trainer
+from pcka.distiller import Distiller
+from pcka.teacher import FrozenTeacher
+
+PAIR = "configs/classification/cifar100/resnet56_resnet20.yaml"
+CUDA = torch.device("cuda", 0)
+ALL_TAPS = {name: ("layer1", "layer1") for name in ("stage1", "stage2", "stage3", "pooled")}
+NOT_CAPTURABLE = {"crd", "kdsvd"}
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts operators, and names those that move values between the device and the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.across = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        # Of the device alone by its signature: the rate is a tensor. It has no fake of its own.
+        if function is torch.ops.aten._fused_sgd_.tensor_lr:
+            assert kwargs["lr"].device == CUDA
+            return None
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor) and x.dim()]
+        if len({x.device.type for x in tensors}) > 1:
+            self.across.append(str(function))
+        return result
+
+
+@pytest.fixture
+def values_are_unknown(monkeypatch):
+    """Tensors have shapes and devices alone: whoever asks for a value or for a shape by it fails.
+
+    Modules stay where they are made, as such tensors cannot be swapped.
+    """
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, raising=False)
+    with FakeTensorMode():
+        yield
+
+
+def cifar_trainer(method, device):
+    """The trainer of a CIFAR-100 run, without its files."""
+    cfg = load_config(PAIR, ["AUTOCAST", "bfloat16"], method)
+    student, model = (create_model(name, 100) for name in ("resnet20", "resnet56"))
+    norms = (model.get_submodule(path) for path in model.preactivation_norms)
+    norms = {p: (n.weight, n.bias) for p, n in zip(model.preactivation_norms, norms)}
+    taps = model_taps(student, model, [])
+    distiller = Distiller(student, FrozenTeacher(model), build_losses(cfg, taps), taps)
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.zeros(64, dtype=torch.int64)
+    data = ResidentSet(images, labels, tuple(map(str, range(100))))
+    distiller.prepare(images[:2].float(), context=loss_context(model, norms, taps, labels))
+    return Trainer(cfg, distiller, {}, data, data, None)
+
+
+def step_inputs(trainer):
+    images, labels = torch.zeros(64, 3, 32, 32), trainer.train_set.labels
+    observe = teacher_observer([trainer])
+    outputs = None if observe is None else ask_teacher(trainer, observe, images)
+    return StepInputs(images, labels, labels, outputs)
+
+
+METHODS = sorted(method_files().keys() - NOT_CAPTURABLE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_on_a_gpu_asks_for_no_value_and_copies_nothing(
+    method, values_are_unknown, monkeypatch
+):
+    """All but the backward pass, which needs the device's driver; see the next test."""
+    with CUDA:
+        trainer = cifar_trainer(method, CUDA)
+        assert all(loss.capturable for loss in trainer.distiller.losses)
+        inputs = step_inputs(trainer)
+        trainer.changed_tensors()  # makes the momentum, as before a recording
+
+        def backward(total):
+            for parameter in trainer.distiller.parameters():
+                parameter.grad = torch.empty_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        with HostCopies() as seen:
+            terms = trainer.update(inputs)
+    assert terms.device == CUDA and len(terms) == len(trainer._terms) >= 2
+    assert seen.across == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_backward_pass_asks_for_no_value(method, values_are_unknown, monkeypatch):
+    trainer = cifar_trainer(method, torch.device("cpu"))
+    inputs = step_inputs(trainer)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)  # on a CPU it reads the rate
+    trainer.update(inputs)
+    assert all(p.grad is not None for p in trainer.distiller.student.parameters())
+
+
+def test_a_loss_that_cannot_be_recorded_says_so(tiny_config):
+    with FakeTensorMode():
+        for method in NOT_CAPTURABLE:
+            cfg = load_config(PAIR, [], method)
+            unfit = [loss for loss in build_losses(cfg, ALL_TAPS) if not loss.capturable]
+            assert [type(loss).__name__.lower() for loss in unfit] == [method]
+
+
+class ReplayedOnTheCpu:
+    """What a graph does, without one: static inputs, outputs that the next call overwrites."""
+
+    made = 0
+
+    def __init__(self, function, inputs, changed):
+        type(self).made += 1
+        self.function, self.draws = function, False
+        self.static = cuda_graph.map_tensors(torch.clone, inputs)
+        kept = [tensor.clone() for tensor in changed]
+        self.outputs = function(self.static)
+        with torch.no_grad():
+            for tensor, value in zip(changed, kept, strict=True):
+                tensor.copy_(value)
+
+    def __call__(self, inputs):
+        for static, fresh in zip(
+            cuda_graph.tensors_of(self.static), cuda_graph.tensors_of(inputs), strict=True
+        ):
+            static.copy_(fresh)
+        fresh = self.function(self.static)
+        for old, new in zip(
+            cuda_graph.tensors_of(self.outputs), cuda_graph.tensors_of(fresh), strict=True
+        ):
+            old.detach().copy_(new.detach())
+        return self.outputs
+
+
+class NoStream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are recorded and replayed, on the CPU."""
+    monkeypatch.setattr(ReplayedOnTheCpu, "made", 0)
+    monkeypatch.setattr("classification.steps.CapturedFunction", ReplayedOnTheCpu)
+    monkeypatch.setattr("classification.steps.obstacle", lambda _: None)
+    monkeypatch.setattr("torch.cuda.Stream", NoStream)
+    monkeypatch.setattr("torch.cuda.current_stream", NoStream)
+    monkeypatch.setattr("torch.cuda.stream", lambda _: nullcontext())
+    return ReplayedOnTheCpu
+
+
+@pytest.fixture
+def pair_config(tiny_config, random_teacher):
+    def config(method, name, **keys):
+        given = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.WARMUP": 0.6, **keys}
+        return tiny_config(method, name, **given)
+
+    return config
+
+
+def test_recorded_steps_train_as_plain_ones_do(
+    pair_config, tmp_path, assert_same_run, monkeypatch, request
+):
+    """40 images in batches of 10: the teacher's group of eight is never full."""
+    runs = {"kd": 0, "fcka": 0, "ce": 1}
+    for method, seed in runs.items():
+        run_experiment(pair_config(method, f"plain/{method}", SEED=seed))
+    recorded = request.getfixturevalue("recorded")
+    cfgs = [pair_config(m, f"recorded/{m}", SEED=seed) for m, seed in runs.items()]
+    run_side_by_side(cfgs)
+    assert recorded.made == 2  # the step of all students, and the teacher
+    for method in runs:
+        assert_close_run(tmp_path / "recorded" / method, tmp_path / "plain" / method)
+
+
+def assert_close_run(ours, theirs):
+    """The teacher sees several batches at once, which rounds otherwise."""
+    for name in ("model_last.pth", "checkpoint.pth"):
+        mine, other = (torch.load(folder / name, weights_only=True) for folder in (ours, theirs))
+        if name == "checkpoint.pth":
+            mine, other = (part["optimizer"]["state"] for part in (mine, other))
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(read_metrics(folder / "metrics.jsonl") for folder in (ours, theirs))):
+        shared = [key for key in a if key.startswith(("loss_", "lr", "accuracy"))]
+        assert {k: a[k] for k in shared} == pytest.approx({k: b[k] for k in shared}, rel=1e-4)
+
+
+def test_a_student_that_fails_does_not_stop_those_recorded_beside_it(
+    pair_config, recorded, tmp_path
+):
+    broken = {"DISTILL.KD.WEIGHT": 1e38, "DISTILL.WARMUP": 0}
+    failure, result = run_side_by_side([pair_config("kd", "a", **broken), pair_config("ce", "b")])
+    assert "epoch 1 is not finite" in str(failure)
+    assert result["epochs"] == 2
+
+
+def test_recorded_runs_go_on_after_a_kill(pair_config, recorded, tmp_path, assert_same_run):
+    def config(name, epochs):
+        keys = {"SOLVER.EPOCHS": epochs, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0}
+        return pair_config("kd", name, **keys)
+
+    run_experiment(config("whole", 3))
+    run_experiment(config("parts", 1))
+    run_experiment(config("parts", 3), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_epochs_between_evaluations_and_checkpoints_are_trained_all_the_same(
+    tiny_config, tmp_path, assert_same_run
+):
+    every = {"TEACHER.NAME": "", "SOLVER.EPOCHS": 5, "SOLVER.SCHEDULE": "multistep"}
+    run_experiment(tiny_config(name="always", **every))
+    rare = tiny_config(name="rare", EVAL_EVERY=2, SAVE_EVERY=3, **every)
+    result = run_experiment(rare)
+    always, seldom = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("always", "rare"))
+    assert ["accuracy" in record for record in seldom] == [False, True, False, True, True]
+    evaluated = [record["accuracy"] for record in seldom if "accuracy" in record]
+    assert evaluated == [always[epoch]["accuracy"] for epoch in (1, 3, 4)]
+    assert result["best_accuracy"] == max(evaluated) and result["last_accuracy"] == evaluated[-1]
+    models = [torch.load(tmp_path / n / "model_last.pth") for n in ("always", "rare")]
+    torch.testing.assert_close(*models, rtol=0, atol=0)
+    state = torch.load(tmp_path / "rare" / "checkpoint.pth", weights_only=True)
+    assert state["epoch"] == 5
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_recorded_steps_train_as_plain_ones_do_on_a_gpu(pair_config, tmp_path, compile):
+    runs = {"kd": 0, "fcka": 0, "ce": 1}
+    for name, graph in (("plain", False), ("graph", True)):
+        cfgs = [
+            pair_config(m, f"{name}/{m}", SEED=seed, DEVICE="cuda", CUDA_GRAPH=graph,
+                        COMPILE=compile and graph)
+            for m, seed in runs.items()
+        ]  # fmt: skip
+        run_side_by_side(cfgs)
+    for method in runs:
+        assert_close_run(tmp_path / "graph" / method, tmp_path / "plain" / method)
+
+
+@needs_gpu
+def test_a_run_alone_on_a_gpu_is_recorded_and_goes_on(pair_config, tmp_path, caplog):
+    def config(name, epochs):
+        keys = {"SOLVER.EPOCHS": epochs, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0}
+        return pair_config("mgd", name, DEVICE="cuda", AUTOCAST="bfloat16", **keys)
+
+    run_experiment(config("whole", 3))
+    run_experiment(config("parts", 1))
+    run_experiment(config("parts", 3), resume=True)
+    assert "kernel by kernel" not in caplog.text
+    whole, parts = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss_total"] == pytest.approx(b["loss_total"], rel=0.02)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", sorted(NOT_CAPTURABLE))
+def test_what_cannot_be_recorded_trains_on_a_gpu_and_says_so(pair_config, method, caplog):
+    run_experiment(pair_config(method, method, DEVICE="cuda"))
+    assert f"kernel by kernel: {method.upper()} cannot be part of one" in caplog.text
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_recorded_on_a_gpu(pair_config, method, caplog):
+    keys = {"SOLVER.EPOCHS": 1, "DISTILL.WARMUP": 0, "DEVICE": "cuda", "AUTOCAST": "bfloat16"}
+    result = run_experiment(pair_config(method, method, **keys))
+    assert result["epochs"] == 1
+    assert "kernel by kernel" not in caplog.text

@@ -1,0 +1,1 @@
+"""Commands of the repository itself, which no package carries."""

@@ -1,0 +1,27 @@
+"""What the modules of the stages share: their arguments, and their JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def arguments(description: str | None, given: Sequence[str] | None) -> argparse.Namespace:
+    """Parse what every stage takes; ``output`` exists afterwards."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parsed = parser.parse_args(given)
+    parsed.output.mkdir(parents=True, exist_ok=True)
+    return parsed
+
+
+def write(folder: Path, name: str, content: dict[str, Any], summary: Sequence[str]) -> None:
+    """``name.json``, and the summary on the screen."""
+    text = json.dumps({**content, "summary": list(summary)}, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n")
+    print("\n".join(summary), flush=True)
