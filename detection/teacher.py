@@ -98,7 +98,10 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
     registered(BACKBONE_REGISTRY, own.MODEL.BACKBONE.NAME, "the teacher's MODEL.BACKBONE.NAME")
     holder.backbone = build_backbone(own)
     if own.MODEL.WEIGHTS:
-        load_weights(holder, own.MODEL.WEIGHTS)
+        try:
+            load_weights(holder, own.MODEL.WEIGHTS)
+        except ValueError as error:
+            raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
     wanted = cfg.DISTILL.TEACHER
     return TeacherBackbone(
         holder.backbone,

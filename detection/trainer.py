@@ -87,7 +87,10 @@ class DetectionTrainer(SimpleTrainer):
 
     def _load(self, *, resumed: bool) -> dict[str, Any]:
         if not resumed:
-            return self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            try:
+                return self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            except (ValueError, AssertionError, OSError) as error:
+                raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
         try:
             found = self.checkpointer.resume_or_load("", resume=True)
             if "iteration" not in found:
