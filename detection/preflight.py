@@ -60,8 +60,8 @@ def usable_device(name: str) -> str:
     return name
 
 
-def check_teacher_place(cfg: CfgNode) -> None:
-    """Refuse a teacher's file where the student's checkpoints are written.
+def check_teacher_file(cfg: CfgNode) -> None:
+    """Refuse a teacher's file where the student's checkpoints are written; tell of a shared one.
 
     Raises:
         ConfigError: it lies in ``OUTPUT_DIR``, and would be replaced.
@@ -74,6 +74,11 @@ def check_teacher_place(cfg: CfgNode) -> None:
             f"DISTILL.TEACHER.WEIGHTS: {str(path)!r} lies in OUTPUT_DIR, where the student's files "
             "would replace it; take another OUTPUT_DIR"
         )
+    if cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS == cfg.DISTILL.TEACHER.WEIGHTS:
+        logger.warning(
+            "MODEL.WEIGHTS and DISTILL.TEACHER.WEIGHTS are one file, %s: the student starts as its "
+            "own teacher, and has nothing to learn from it", path,
+        )  # fmt: skip
 
 
 def _check_folder(name: str) -> None:

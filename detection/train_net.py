@@ -26,7 +26,7 @@ from detection.data import register_datasets
 from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
 from detection.launch import run
-from detection.preflight import check_run, check_teacher_place, usable_device
+from detection.preflight import check_run, check_teacher_file, usable_device
 from detection.settings import check_resumed
 from detection.trainer import DetectionTrainer
 from pcka.checkpoint import atomic_write
@@ -50,7 +50,7 @@ def configure(arguments: argparse.Namespace) -> CfgNode:
     if arguments.eval_only:  # leave the files of the run alone
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
     else:
-        check_teacher_place(cfg)
+        check_teacher_file(cfg)
     register_datasets(cfg, training=not arguments.eval_only)
     cfg.freeze()
     return cfg

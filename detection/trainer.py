@@ -27,6 +27,7 @@ from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.metrics_state import MetricsState, RestoreMetrics
 from detection.run_state import RunState, lent_random_states
+from detection.teacher_checks import check_features
 from pcka.checkpoint import CheckpointError
 from pcka.distributed import OWN_BUFFERS, average_buffers
 
@@ -78,6 +79,8 @@ class DetectionTrainer(SimpleTrainer):
         found = self._load(resumed=resumed)
         if not resumed and cfg.DISTILL.INHERIT:
             inherit_weights(student, teacher_config(cfg).MODEL.WEIGHTS, cfg.DISTILL.INHERIT)
+        if not resumed and isinstance(model, DistilledDetector) and model.teacher is not None:
+            check_features(model.teacher, cfg, dataset)
         start = found["iteration"] + 1 if resumed else 0
         if cfg.SOLVER.AMP.ENABLED:
             train_in_bfloat16(model)
