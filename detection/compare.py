@@ -20,6 +20,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from detection.command import TrainingFailedError, run_command
 from detection.config import PROJECT, ConfigError, load_config
 from detection.data.register import name_coco_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, changed_settings
@@ -84,7 +85,7 @@ def train(
 
     Raises:
         ConfigError: a run that was started with other settings.
-        RuntimeError: the training failed.
+        TrainingFailedError: the training failed.
     """
     keys = [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
     wanted = load_config(str(config_file), keys)
@@ -103,8 +104,12 @@ def train(
         command = [*launcher, script, "--resume", "--config-file", str(config_file), *keys]
         quiet = {"PYTHONWARNINGS": "ignore", **os.environ}  # release 0.6 calls deprecated names
         ended = subprocess.run(command, stdout=subprocess.DEVNULL, env=quiet, check=False)
+        if ended.returncode == 130:  # Ctrl-C, which torchrun passes on to its processes alone
+            raise KeyboardInterrupt
         if ended.returncode:
-            raise RuntimeError(f"the training in {str(folder)!r} failed; see the error above")
+            raise TrainingFailedError(
+                f"the training in {str(folder)!r} failed; see the error above"
+            )
     return _read_result(result)
 
 
@@ -228,4 +233,4 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, interrupted="the same command goes on where it stopped")

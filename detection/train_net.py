@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
+from detection.command import run_command
 from detection.config import ConfigError, load_config, student_architecture
 from detection.data import register_datasets
 from detection.data.targets import check_test_sets
@@ -109,4 +110,6 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    record(main)()
+    run_command(
+        record(main), interrupted="the same command with --resume goes on after the last checkpoint"
+    )
