@@ -22,6 +22,7 @@ from torch import nn
 from detection.config import student_architecture
 from detection.data.mapper import NamingMapper
 from detection.data.targets import SEGMENTERS
+from pcka.modes import evaluation_mode
 
 EVERY_AREA = (0.0, 1e5**2)
 AREAS = {"APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, 1e5**2)}  # COCO's
@@ -83,7 +84,8 @@ def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
         # A folder for each set: the evaluators' files have the same names for all.
         folder = Path(cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
         loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
-        found = inference_on_dataset(student, loader, _evaluators(cfg, name, str(folder))) or {}
+        with evaluation_mode(student):  # afterwards detectron2 puts all modules into one mode
+            found = inference_on_dataset(student, loader, _evaluators(cfg, name, str(folder))) or {}
         if comm.is_main_process():
             print_csv_format(found)
         results.update(found if len(cfg.DATASETS.TEST) == 1 else {name: found})

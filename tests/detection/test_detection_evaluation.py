@@ -77,6 +77,10 @@ def test_what_could_not_be_computed_is_left_out_at_every_depth():
 
 
 class _LeftIsOne(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = torch.nn.BatchNorm2d(1).eval()
+
     def forward(self, batch):
         scores = torch.zeros(2, batch[0]["height"], batch[0]["width"])
         scores[1, :, :4] = 1
@@ -95,9 +99,11 @@ def test_a_segmenter_is_evaluated_by_its_pixels(tmp_path, small_config):
     keys = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "DATASETS.TEST", f"('{name}',)"]
     try:
         cfg = small_config("student", *keys, "OUTPUT_DIR", str(tmp_path / "out"))
-        found = evaluate(cfg, _LeftIsOne())["sem_seg"]
+        model = _LeftIsOne()
+        found = evaluate(cfg, model)["sem_seg"]
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     assert found["pACC"] == 75
     assert found["IoU-one"] == 50
+    assert (model.training, model.frozen.training) == (True, False)  # as before
