@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from pcka.checkpoint import atomic_save, atomic_write, load_file
+from pcka.checkpoint import CheckpointError, atomic_save, atomic_write, load_file
 
 # What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
 _ALLOWED = {
@@ -83,11 +83,12 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             WeightsError: a file that cannot be used, or none of whose weights fits the model.
+            CheckpointError: a damaged file, or weights that are no numbers.
         """
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)
-        except WeightsError as error:
-            raise WeightsError(_named(path, error)) from error
+        except CheckpointError as error:
+            raise CheckpointError(_named(path, error)) from error
         if path and not self._fitted:
             raise WeightsError(
                 f"{path}: none of its weights has name and shape of one of the model's. Does the "
@@ -102,7 +103,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._fitted = state.keys() - unfilled
         broken = [n for n in state if n in self._fitted and _no_weight(n, state[n])]
         if broken:
-            raise WeightsError(
+            raise CheckpointError(
                 f"{len(broken)} of its weights are NaN, infinite or negative variances: "
                 f"{', '.join(broken[:3])}; take a file of a training that did not diverge"
             )
@@ -138,6 +139,7 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
 
     Raises:
         WeightsError: no such file, or weights that the file lacks or holds in another shape.
+        CheckpointError: a damaged file, or weights that are no numbers.
     """
     wanted = [name for name in model.state_dict() if name.startswith(tuple(prefixes))]
     checkpointer = SafeCheckpointer(model)
@@ -148,8 +150,8 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
         raise WeightsError(f"{path}: cannot be read: {error}") from error
     try:
         result = checkpointer._load_model(checkpoint)
-    except WeightsError as error:
-        raise WeightsError(_named(path, error)) from error
+    except CheckpointError as error:
+        raise CheckpointError(_named(path, error)) from error
     shapes = {name: (got, own) for name, got, own in result.incorrect_shapes}
     missing = [name for name in wanted if name in set(result.missing_keys) | shapes.keys()]
     if missing:
@@ -161,9 +163,9 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
         )
 
 
-def _named(path: str, error: WeightsError) -> str:
-    """The message with the file's name before it."""
-    return str(error) if str(error).startswith(path) else f"{path}: {error}"
+def _named(path: str, error: CheckpointError) -> str:
+    """The message with the file's name before it, which reading a file gives by itself."""
+    return str(error) if path in str(error) else f"{path}: {error}"
 
 
 def _no_weight(name: str, value: Tensor) -> bool:

@@ -151,7 +151,7 @@ def assert_same_boxes_in_plain_detectron2(tmp_path):
         boxes, scores = map(torch.tensor, json.loads(done.stdout.splitlines()[-1]))
         with torch.no_grad(), EventStorage():
             expected = student.eval()([{"image": image}])[0]["instances"]
-        assert len(scores) >= 10
+        assert len(scores)
         torch.testing.assert_close(boxes, expected.pred_boxes.tensor)
         torch.testing.assert_close(scores, expected.scores)
 

@@ -171,12 +171,17 @@ def test_a_checkpoint_of_another_configuration_is_refused(left, arguments):
         train_net.main(arguments(left, 4, flags=["--resume"]))
 
 
-@pytest.mark.parametrize("fault", ["truncated", "missing", "unnamed"])
+@pytest.mark.parametrize("fault", ["truncated", "diverged", "missing", "unnamed"])
 def test_beside_a_damaged_checkpoint_the_last_whole_one_is_named(left, arguments, fault):
     shutil.copy(left / "model_final.pth", left / "model_0000000.pth")
     (left / "model_0000001.pth").write_bytes(b"")
     whole = (left / "model_final.pth").read_bytes()
     (left / "model_final.pth").write_bytes(whole[: len(whole) // 2])
+    if fault == "diverged":
+        shutil.copy(left / "model_0000000.pth", left / "model_final.pth")
+        content = torch.load(left / "model_final.pth", weights_only=True)
+        next(iter(content["model"].values())).fill_(torch.nan)
+        torch.save(content, left / "model_final.pth")
     if fault == "missing":
         (left / "model_final.pth").unlink()
     if fault == "unnamed":

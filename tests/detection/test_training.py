@@ -8,9 +8,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ROIAlign
+from PIL import Image
 
 from detection import export, train_net, trainer
 from detection.config import PROJECT, ConfigError, load_config
@@ -132,6 +135,41 @@ def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):
     assert tuple(results) == sets
     for name in sets:
         assert (tmp_path / "inference" / name / "coco_instances_results.json").exists()
+
+
+@pytest.fixture
+def segmented(tmp_path):
+    """The name of a set of two images, the left half of each another class."""
+    truth = np.zeros((128, 128), np.uint8)
+    truth[:, :64] = 1
+    Image.fromarray(truth).save(tmp_path / "truth.png")
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((128, 128), 50).convert("RGB").save(tmp_path / name)
+    shared = {"height": 128, "width": 128, "sem_seg_file_name": str(tmp_path / "truth.png")}
+    name = "halves_to_train_on"
+    DatasetCatalog.register(
+        name,
+        lambda: [
+            {**shared, "file_name": str(tmp_path / image), "image_id": image}
+            for image in ("a.png", "b.png")
+        ],
+    )
+    MetadataCatalog.get(name).set(stuff_classes=["right", "left"], ignore_label=255)
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_a_segmenter_is_distilled_and_evaluated_by_its_pixels(tmp_path, arguments, segmented):
+    keys = [
+        "DISTILL.STUDENT", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.IN_FEATURES", "['p3', 'p4']",
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32",
+        "DATASETS.TRAIN", f"['{segmented}']", "DATASETS.TEST", f"['{segmented}']",
+    ]  # fmt: skip
+    results = train_net.main(arguments(tmp_path / "run", 2, *keys))
+    assert 0 <= results["sem_seg"]["mIoU"] <= 100
+    figures = read_metrics(tmp_path / "run" / "metrics.json")
+    assert {"loss_sem_seg", "loss_pcka_p3_rows", "sem_seg/mIoU"} <= figures.keys()
 
 
 def test_mixed_precision_leaves_the_boxes_of_regions_where_they_are():
