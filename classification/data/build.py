@@ -40,7 +40,10 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
                 f"got these in one of them only: {', '.join(differing)}"
             )
     _check_memory(cfg, len(kept) + len(tested))
-    return _open(cfg, train, kept), _open(cfg, test, tested)
+    return (
+        _open(cfg, train, kept, evaluated=False),
+        _open(cfg, test, tested, evaluated=True),
+    )
 
 
 def load_evaluation_set(cfg: CfgNode) -> ImageSet:
@@ -52,7 +55,7 @@ def load_evaluation_set(cfg: CfgNode) -> ImageSet:
         source = _source(cfg, "test")
         chosen = np.arange(len(source.labels))
     _check_memory(cfg, len(chosen))
-    return _open(cfg, source, chosen)
+    return _open(cfg, source, chosen, evaluated=True)
 
 
 def _source(cfg: CfgNode, split: str) -> Source:
@@ -100,19 +103,24 @@ def _check_memory(cfg: CfgNode, images: int) -> None:
         )
 
 
-def _open(cfg: CfgNode, source: Source, chosen: np.ndarray) -> ImageSet:
+def _open(cfg: CfgNode, source: Source, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
     """Return the chosen images of a source, resident or streaming as DATA.STREAM says."""
     labels, data = torch.from_numpy(source.labels[chosen]), cfg.DATA
-    if not data.STREAM:
+    resize = data.RESIZE or data.IMAGE_SIZE
+    if not isinstance(source, FolderSource):
+        if data.RESIZE:
+            raise ValueError(
+                f"DATA.RESIZE: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to 0"
+            )
         return ResidentSet(source.read(chosen), labels, source.classes)
-    assert isinstance(source, FolderSource)  # by _source
-    resize = data.RESIZE or round(data.IMAGE_SIZE * 8 / 7)
     if resize < data.IMAGE_SIZE:
         raise ValueError(
             f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut out "
-            f"of it, got {resize}; 0 takes 8/7 of DATA.IMAGE_SIZE"
+            f"of it, got {resize}; 0 takes DATA.IMAGE_SIZE"
         )
-    files = source.files.take(chosen)
-    return StreamingSet(
-        files, labels, source.classes, data.IMAGE_SIZE, resize, workers=data.WORKERS
-    )
+    if data.STREAM:
+        files = source.files.take(chosen)
+        size = (data.IMAGE_SIZE, resize)
+        return StreamingSet(files, labels, source.classes, *size, workers=data.WORKERS)
+    images = source.read_resized(chosen, resize) if evaluated else source.read(chosen)
+    return ResidentSet(images, labels, source.classes)

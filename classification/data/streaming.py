@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from fvcore.common.config import CfgNode
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -23,7 +24,7 @@ from classification.data.batches import (
     to_unit_range,
     training_share,
 )
-from classification.data.folder import ImageFiles
+from classification.data.folder import ImageFiles, cut_centre
 from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
 
 
@@ -87,8 +88,8 @@ class StreamingSet(ImageSet):
         self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """Yield :meth:`ImageSet.evaluation_batches`."""
-        centre = [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_size)]
-        pictures = _Pictures(self.files, v2.Compose([*centre, v2.PILToTensor()]))
+        centre = partial(cut_centre, resize=self.resize, image_size=self.image_size)
+        pictures = _Pictures(self.files, centre)
         yield from self._stream(pictures, evaluation_share(self, batch_size, rank, world_size))
 
     def _stream(self, pictures: Dataset[Tensor], batches: Sequence[Tensor]) -> Iterator[Batch]:
@@ -110,7 +111,7 @@ class StreamingSet(ImageSet):
 class _Pictures(Dataset[Tensor]):
     """Decoded and transformed images, (3, S, S) uint8, by position."""
 
-    def __init__(self, files: ImageFiles, transform: v2.Transform) -> None:
+    def __init__(self, files: ImageFiles, transform: Callable[[Image.Image], Tensor]) -> None:
         self.files = files
         self.transform = transform
 
