@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from classification.config import ConfigError
 from classification.data import PixelNormalize
-from classification.models import create_model
 from classification.stage_search import resolution_ends
+from classification.weights import named_model
 from pcka import losses
 
 Taps = dict[str, tuple[str, str]]
@@ -155,8 +155,8 @@ def check_losses(cfg: CfgNode) -> None:
     Raises:
         ConfigError: as :func:`build_losses` does; where taps are missing, it proposes them.
     """
-    student = create_model(cfg.STUDENT.NAME, 2)
-    teacher = create_model(cfg.TEACHER.NAME, 2) if cfg.TEACHER.NAME else student
+    student = named_model(cfg.STUDENT.NAME, 2, role="student")
+    teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
     try:
         build_losses(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
     except UntappedError as error:

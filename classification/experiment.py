@@ -21,17 +21,17 @@ from classification.distillation import (
     loss_context,
     model_taps,
     numbered_stages,
-    pixel_statistics,
 )
 from classification.environment import describe_environment
 from classification.launch import process_group
 from classification.loop import train
 from classification.models import create_model
+from classification.preflight import naming, prepare_distiller
 from classification.random_state import seed_everything
 from classification.run_files import CHECKPOINT, RunFiles, read_metrics
 from classification.saved_state import check_fits, saved_config
 from classification.solver import unreached_milestones
-from classification.teacher import Teacher, check_teacher, check_teaching, prepare_teacher
+from classification.teacher import Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer, TrainingFailedError
 from classification.weights import load_classifier
 from classification.yaml_files import flatten
@@ -39,8 +39,6 @@ from pcka.analysis.layerwise import MIN_SAMPLES
 from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
-
-SAMPLE_IMAGES = 16  # on which the models are tried before the training
 
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
@@ -160,15 +158,13 @@ class _Run:
         frozen = teacher.model if teacher else None
         taps = model_taps(student, frozen.model if frozen else student, cfg.DISTILL.TAPS)
         losses = build_losses(cfg, taps)
-        distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
+        with naming("DISTILL"):
+            distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
         followed = {}
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
-            ours, theirs = _sample_images(cfg, train_set)
             context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
-            distiller.prepare(ours[:2], theirs[:2], context)
-            logits = any(loss.needs_logits and loss.needs_teacher for loss in losses)
-            check_teaching(frozen, distiller.teacher_paths, theirs, logits=logits)
+            prepare_distiller(cfg, distiller, context, train_set)
             followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
         if self.saved is not None:
@@ -315,16 +311,6 @@ def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
         student = create_model(name, classes)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     return student.to(memory_format=layout)
-
-
-def _sample_images(cfg: CfgNode, data: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return some images from all over the set, normalised for the student and for the teacher."""
-    spaced = torch.linspace(0, len(data) - 1, min(SAMPLE_IMAGES, len(data))).long()
-    images, *_ = next(data.subset(spaced).evaluation_batches())
-    student, teacher = (
-        pixel_statistics(role).to(data.device) for role in (cfg.STUDENT, cfg.TEACHER)
-    )
-    return student(images), teacher(images)
 
 
 def _write_result(trainer: Trainer, files: RunFiles, teacher_accuracy: float | None) -> Result:

@@ -16,7 +16,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.command_line import config_arguments
+from classification.command_line import config_arguments, run
 from classification.config import ConfigError, load_config
 from classification.distillation import pixel_statistics
 from classification.models import create_model
@@ -126,4 +126,4 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from classification.config import ConfigError
 from classification.data import Batch, PixelNormalize
 from classification.environment import autocast
 from classification.loss_window import NonFiniteLossError
+from classification.progress import Progress
 from classification.trainer import StepInputs, Trainer
-from pcka.distributed import rank
 from pcka.observer import Observer
 
 
@@ -58,14 +57,8 @@ def _train_epoch(trainers: list[Trainer], observe: Observer | None) -> None:
     lead = trainers[0]
     cfg, steps = lead.cfg, lead.steps_per_epoch
     clock = _Clock()
-    bar = tqdm(
-        desc=f"epoch {lead.epoch + 1}/{cfg.SOLVER.EPOCHS}",
-        total=steps * cfg.SOLVER.BATCH_SIZE,
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        disable=None if rank() == 0 else True,
-    )
+    desc = f"epoch {lead.epoch + 1}/{cfg.SOLVER.EPOCHS}"
+    bar = Progress(desc, steps * cfg.SOLVER.BATCH_SIZE, unit_scale=True)
     for trainer in trainers:
         trainer.start_epoch()
     with bar:

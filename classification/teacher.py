@@ -7,12 +7,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
@@ -95,46 +94,6 @@ def prepare_teacher(
     logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
     _preflight(cfg, top1)
     return Teacher(frozen, top1, norms)
-
-
-@torch.no_grad()
-def check_teaching(
-    teacher: FrozenTeacher, taps: Mapping[str, str], images: Tensor, *, logits: bool
-) -> None:
-    """Refuse a teacher that has nothing to teach: what it gives is one for all images, or none.
-
-    Args:
-        teacher: on the images' device.
-        taps: name -> path in the teacher of what the losses read.
-        images: (B, 3, S, S), normalised for the teacher. Where they are all the same, nothing can
-            be said.
-        logits: whether the losses read the logits too.
-
-    Raises:
-        ConfigError: the tap is named.
-    """
-    if _is_constant(images):
-        return
-    outputs = teacher.observer(taps)(images)
-    read = {f"{name} ({taps[name]})": feature for name, feature in outputs.features.items()}
-    for name, feature in {**read, **({"logits": outputs.logits} if logits else {})}.items():
-        if not feature.isfinite().all():
-            fault = "are not finite"
-        elif _is_constant(feature):
-            fault = "are the same for every image, so that no alignment with them can be learned"
-        else:
-            continue
-        raise ConfigError(
-            f"TEACHER: its {name} {fault}; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and "
-            "PIXEL_STD, or leave this tap out"
-        )
-
-
-def _is_constant(feature: Tensor) -> bool:
-    """Whether nothing but rounding is left of the features once their mean is subtracted."""
-    rows = feature.flatten(1).double()
-    bound = 8 * torch.finfo(torch.float32).eps * rows.norm()
-    return bool((rows - rows.mean(0)).norm() <= bound)
 
 
 def _preactivation_norms(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -152,7 +152,8 @@ class Trainer:
         if self.files is None:
             return
         alignment = self._alignment() if self.taps else {}
-        self.seconds += figures["seconds"] + time.perf_counter() - start
+        whole = figures["seconds"] + time.perf_counter() - start
+        self.seconds += whole
         best = self.best["best_accuracy"]
         record = {"epoch": self.epoch, "accuracy": top1, "best_accuracy": best}
         record |= {"lr": self.optimizer.param_groups[0]["lr"], **means, **figures, **alignment}
@@ -161,7 +162,7 @@ class Trainer:
         self.files.save_state(self.state())
         if is_best:
             self.files.save_best(student)
-        self._log(record)
+        self._log(record, whole)
 
     def fail(self, error: NonFiniteLossError) -> None:
         """Train no further, because of a loss that is not finite."""
@@ -224,12 +225,13 @@ class Trainer:
                 terms = {key: v for key, v in means.items() if key.startswith("loss_")}
                 raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
 
-    def _log(self, record: dict[str, float]) -> None:
+    def _log(self, record: dict[str, float], seconds: float) -> None:
         terms = " ".join(f"{k} {v:.4f}" for k, v in record.items() if k.startswith("loss_"))
         self.files.logger.info(
-            "epoch %d/%d  %s  accuracy %.2f %%  best %.2f %%  lr %.4g  %.1f s, %.0f img/s",
+            "epoch %d/%d  %s  accuracy %.2f %%  best %.2f %%  lr %.4g  %.1f s (%.1f s of training, "
+            "%.0f img/s)",
             *(self.epoch, self.cfg.SOLVER.EPOCHS, terms, record["accuracy"]),
-            *(record["best_accuracy"], record["lr"], record["seconds"]),
+            *(record["best_accuracy"], record["lr"], seconds, record["seconds"]),
             record["images_per_second"],
         )
 

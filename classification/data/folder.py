@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 
+from classification.config import ConfigError
 from classification.data.image_set import Source
-from pcka.distributed import rank
+from classification.progress import Progress
 
 DECODING_THREADS = 4
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves
@@ -61,7 +61,7 @@ class ImageFiles:
             with Image.open(path) as file:
                 return _eight_bits(file).convert("RGB")
         except Exception as error:  # what a decoder meets in a broken file is of many types
-            raise ValueError(f"cannot decode the image {path!r}: {error}") from error
+            raise ConfigError(f"cannot decode the image {path!r}: {error}") from error
 
     def take(self, indices: np.ndarray) -> ImageFiles:
         """Return the files at ``indices``, (M,) int64, in that order."""
@@ -123,13 +123,13 @@ def folder_source(root: str, split: str, image_size: int) -> FolderSource:
             it and the centre cut out.
 
     Raises:
-        ValueError: no such folder, no class folders, a class without images, or a folder that a
+        ConfigError: no such folder, no class folders, a class without images, or a folder that a
             link leads to a second time.
     """
     folders = [Path(root).expanduser() / name for name in FOLDERS[split]]
     folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
-        raise ValueError(
+        raise ConfigError(
             f"DATA.ROOT: expected the folder {' or '.join(str(path) for path in folders)} with "
             "one folder of images per class in it, found none"
         )
@@ -138,7 +138,7 @@ def folder_source(root: str, split: str, image_size: int) -> FolderSource:
         classes, _ = find_classes(folder)
         found = make_dataset(folder, extensions=IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise ValueError(f"DATA.ROOT: {folder} is not a class-per-folder set: {error}") from error
+        raise ConfigError(f"DATA.ROOT: {folder} is not a class-per-folder set: {error}") from error
     names = [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path, _ in found]
     files = ImageFiles(folder, np.array(names))
     labels = np.array([label for _, label in found], dtype=np.int64)
@@ -153,7 +153,7 @@ def _refuse_second_visits(folder: Path) -> None:
         about = os.stat(path)
         other = first.setdefault((about.st_dev, about.st_ino), path)
         if other != path:
-            raise ValueError(
+            raise ConfigError(
                 f"DATA.ROOT: {other} and {path} are one folder, by a link, and its images would be "
                 "read twice; remove the link"
             )
@@ -165,9 +165,7 @@ def _read(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) 
     def fill(position: int) -> None:
         images[position] = cut_centre(files.open(indices[position]), resize, image_size)
 
-    quiet = True if rank() else None  # a bar in the first process, if that has a terminal
-    bar = tqdm(total=len(indices), desc="decoding", unit="img", leave=False, disable=quiet)
-    with bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
+    with Progress("decoding", len(indices)) as bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
         try:
             for _ in pool.map(fill, range(len(indices))):
                 bar.update()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from classification.config import ConfigError
 from classification.data.batches import (
     IMAGE_STREAM,
     Batch,
@@ -101,11 +102,19 @@ class StreamingSet(ImageSet):
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the default would draw from the global one
         )
-        for batch, images in zip(batches, loader):
+        for batch, images in zip(batches, _with_short_errors(loader)):
             # From pinned memory: the copy waits for the device's queue, and nobody for the copy.
             chosen = batch.to(self.device, non_blocking=True)
             images = to_unit_range(images.to(self.device, non_blocking=True))
             yield Batch(images, self.labels[chosen], chosen)
+
+
+def _with_short_errors(loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches; of what a worker has to refuse, keep the reason and no traceback."""
+    try:
+        yield from loader
+    except ConfigError as error:
+        raise ConfigError(str(error).rpartition("ConfigError: ")[2].rstrip()) from error
 
 
 class _Pictures(Dataset[Tensor]):

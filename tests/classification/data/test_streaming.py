@@ -162,8 +162,9 @@ def test_a_broken_image_names_its_file(streaming_config, noisy_root, workers):
     broken.write_bytes(broken.read_bytes()[:60])
     cfg = streaming_config(**{"DATA.WORKERS": workers, "SOLVER.BATCH_SIZE": 36})
     train, _ = load_image_sets(cfg)
-    with pytest.raises(ValueError, match=r"cannot decode the image '.*blue.03\.png'"):
+    with pytest.raises(ValueError, match=r"^cannot decode the image '.*blue.03\.png'") as refused:
         list(train.training_batches(cfg, 0))
+    assert "\n" not in str(refused.value)  # no traceback of the worker's
 
 
 def test_the_fingerprint_sees_names_sizes_labels_and_the_side_and_reads_nothing(
