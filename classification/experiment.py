@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from classification.config import ConfigError, changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
@@ -25,7 +25,7 @@ from classification.distillation import (
 from classification.environment import describe_environment
 from classification.launch import process_group
 from classification.loop import train
-from classification.models import create_model
+from classification.models import Classifier, create_model
 from classification.preflight import naming, prepare_distiller
 from classification.random_state import seed_everything
 from classification.run_files import CHECKPOINT, RunFiles, read_metrics
@@ -156,14 +156,15 @@ class _Run:
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         frozen = teacher.model if teacher else None
-        taps = model_taps(student, frozen.model if frozen else student, cfg.DISTILL.TAPS)
+        theirs = cast(Classifier, frozen.model) if frozen else student
+        taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
         losses = build_losses(cfg, taps)
         with naming("DISTILL"):
             distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
         followed = {}
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
-            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
+            context = loss_context(theirs, teacher.norms, taps, train_set.labels)
             prepare_distiller(cfg, distiller, context, train_set)
             followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
@@ -173,15 +174,15 @@ class _Run:
             check_fits(self.saved, parts, self.trainer.optimizer, path)
             self.trainer.restore(self.saved)
         if self.files is not None:
-            self._start_files(self.files, device)
+            self._start_files(self.files, self.trainer.epoch, device)
         return self.trainer
 
-    def _start_files(self, files: RunFiles, device: torch.device) -> None:
+    def _start_files(self, files: RunFiles, epoch: int, device: torch.device) -> None:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
         files.write_text("config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
-        files.start_metrics(self.trainer.epoch)
+        files.start_metrics(epoch)
         if unreached := unreached_milestones(self.cfg):
             files.logger.warning(
                 "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
@@ -204,6 +205,7 @@ class _Run:
     def conclude(self) -> Result | TrainingFailedError:
         """Write what the run came to, in the first process; every one gets it."""
         if self.trainer is None:
+            assert self.result is not None  # else it would have been trained
             return self.result
         if self.trainer.failure is not None:
             return self.trainer.failure
@@ -250,8 +252,12 @@ def _result_alone(cfg: CfgNode, files: RunFiles, traces: list[str]) -> Result:
             nor continued, and to train it anew would overwrite it.
     """
     result, config = files.read_result(), files.directory / "config.yaml"
-    whole = result is not None and result.get("epochs") == cfg.SOLVER.EPOCHS
-    if whole and config.exists() and not changed_keys(load_config(config), cfg):
+    if (
+        result is not None
+        and result.get("epochs") == cfg.SOLVER.EPOCHS
+        and config.exists()
+        and not changed_keys(load_config(config), cfg)
+    ):
         return result
     raise ConfigError(
         f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
@@ -303,7 +309,7 @@ def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
     return Path(cfg.OUTPUT_DIR) / "model_last.pth"
 
 
-def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
+def _build_student(cfg: CfgNode, classes: int) -> Classifier:
     name, weights = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS
     if weights:
         student = load_classifier(name, weights, classes, role="student")

@@ -103,6 +103,7 @@ def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
+    assert program is not None  # by dynamo=True
     return program.model_proto.SerializeToString()
 
 

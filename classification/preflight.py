@@ -41,6 +41,7 @@ def prepare_distiller(
     )
     with naming("DISTILL"):
         distiller.prepare(images[:2], teacher_images[:2], context)
+    assert distiller.teacher is not None
     logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
     check_teaching(distiller.teacher, distiller.teacher_paths, teacher_images, logits=logits)
     if cfg.COMPILE:  # the losses are tried by the first step: to compile for them takes minutes
@@ -84,7 +85,9 @@ def check_teaching(
         return
     outputs = teacher.observer(taps)(images)
     read = {f"{name} ({taps[name]})": feature for name, feature in outputs.features.items()}
-    for name, feature in {**read, **({"logits": outputs.logits} if logits else {})}.items():
+    if logits and outputs.logits is not None:
+        read["logits"] = outputs.logits
+    for name, feature in read.items():
         if not feature.isfinite().all():
             fault = "are not finite"
         elif _is_constant(feature):

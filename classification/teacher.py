@@ -11,15 +11,17 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.config import ConfigError
 from classification.data import ImageSet
 from classification.defaults import default_config
 from classification.distillation import pixel_statistics
 from classification.evaluation import accuracy
+from classification.models import Classifier
 from classification.run_files import remove_temporaries
 from classification.weights import load_classifier
 from classification.yaml_files import flatten
@@ -96,9 +98,12 @@ def prepare_teacher(
     return Teacher(frozen, top1, norms)
 
 
-def _preactivation_norms(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    norms = {path: model.get_submodule(path) for path in model.preactivation_norms if path}
-    return {path: (norm.weight.detach(), norm.bias.detach()) for path, norm in norms.items()}
+def _preactivation_norms(model: Classifier) -> dict[str, tuple[Tensor, Tensor]]:
+    norms: dict[str, tuple[Tensor, Tensor]] = {}
+    for path in filter(None, model.preactivation_norms):
+        norm: Any = model.get_submodule(path)
+        norms[path] = norm.weight.detach(), norm.bias.detach()
+    return norms
 
 
 def _preflight(cfg: CfgNode, top1: float) -> None:

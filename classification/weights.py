@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from torch import nn
-
 from classification.config import ConfigError
-from classification.models import create_model
+from classification.models import Classifier, create_model
 from pcka.checkpoint import CheckpointError, load_weights
 
 logger = logging.getLogger("classification")
 
 
-def named_model(name: str, num_classes: int, *, role: str) -> nn.Module:
+def named_model(name: str, num_classes: int, *, role: str) -> Classifier:
     """Return the model ``name`` as it is made.
 
     Args:
@@ -31,7 +29,7 @@ def named_model(name: str, num_classes: int, *, role: str) -> nn.Module:
         raise ConfigError(f"{role.upper()}.NAME: {str(error).removeprefix('name: ')}") from error
 
 
-def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: str) -> nn.Module:
+def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: str) -> Classifier:
     """Return the model ``name`` with the weights of a checkpoint.
 
     Args:
