@@ -26,7 +26,7 @@ from classification.run_files import remove_temporaries
 from classification.weights import load_classifier
 from classification.yaml_files import flatten
 from pcka.checkpoint import atomic_save, load_file
-from pcka.distributed import from_first_process, rank
+from pcka.distributed import from_first_process, rank, world_size
 from pcka.folder_lock import FolderInUseError, lock_folder
 from pcka.teacher import FrozenTeacher
 
@@ -130,14 +130,19 @@ def _trained_teacher(
         logger.info("teacher %s: trained before, %s", cfg.TEACHER.NAME, weights)
     told = False
     while not from_first_process(weights.exists()):
-        if from_first_process(_is_in_use(folder)):
+        if from_first_process(rank() == 0 and _is_in_use(folder)):
             if not told:
                 logger.info("teacher %s: another run trains it in %s", cfg.TEACHER.NAME, folder)
             told = True
             time.sleep(WAITING_SECONDS)
             continue
         logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, folder)
-        trained = train_run(run, image_sets)
+        try:
+            trained = train_run(run, image_sets)
+        except FolderInUseError:
+            if world_size() > 1:  # the first process alone knows
+                raise
+            continue  # another run was quicker
         if rank() == 0:
             _keep(trained, weights)
     return weights

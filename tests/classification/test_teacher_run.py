@@ -12,7 +12,7 @@ from classification.data import ResidentSet
 from classification.experiment import run_experiment
 from classification.models import create_model
 from classification.teacher import check_teacher, prepare_teacher, teacher_run
-from pcka.folder_lock import lock_folder
+from pcka.folder_lock import FolderInUseError, lock_folder
 
 
 @pytest.fixture
@@ -111,6 +111,28 @@ def test_a_run_that_was_killed_while_it_trained_the_teacher_is_taken_over(to_tra
 
     assert to_train(train_run) is not None
     assert to_train.weights.exists() and not left.exists()
+
+
+def test_of_two_runs_that_start_at_once_the_slower_one_waits(to_train, monkeypatch):
+    others = []
+
+    def train_run(cfg, image_sets):
+        others.append(lock_folder(to_train.folder))
+        raise FolderInUseError("another process is at work")
+
+    def wait(_):
+        save_teacher(to_train.weights)
+        os.close(others.pop())
+
+    monkeypatch.setattr("classification.teacher.time", SimpleNamespace(sleep=wait))
+    assert to_train(train_run) is not None
+
+
+def test_a_kept_teacher_that_is_damaged_is_named_with_the_way_out(to_train):
+    save_teacher(to_train.weights)
+    to_train.weights.write_bytes(to_train.weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: .*resnet8-.*damaged.* remove it"):
+        to_train(train_run=None)
 
 
 def test_a_finished_training_without_its_weights_is_named(to_train):
