@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     ]
     print(accuracy_table(records))
     print(summary(records))
-    lines = summary(records).splitlines()
+    lines = [line for line in summary(records).splitlines()[2:] if line]
     report.write(options.output, "accuracy", environment, records, lines)
     if options.output is not None:
         _plot(options.output / "accuracy.png", records)

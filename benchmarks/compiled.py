@@ -28,12 +28,17 @@ def compiled_names(*, quick: bool) -> list[str]:
     return names[:1] if quick else names
 
 
-def compiled_eager(case: Case) -> Alignment:
-    """The eager baseline, compiled for the case's one shape."""
+def compiled_eager(case: Case, on: str) -> Alignment:
+    """The eager baseline, compiled for the case's one shape.
+
+    By Inductor on a GPU. On a CPU, where it is only to be seen that it runs, traced alone.
+    """
     assert isinstance(case, MapCase)
     torch._dynamo.reset()  # else all shapes count as recompilations of one function
     settings: dict[str, Any] = case.settings
-    return torch.compile(partial(eager_patch_cka, **settings), dynamic=False, fullgraph=True)
+    backend = "inductor" if on == "cuda" else "aot_eager"
+    function = partial(eager_patch_cka, **settings)
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.case:
         case: Case = GPU_CASES[options.case]
         case = case.quick() if options.quick else case
-        step(compiled_eager(case), *case.inputs(options.seed, options.device))
+        compiled = compiled_eager(case, options.device)
+        step(compiled, *case.inputs(options.seed, options.device))
         device.synchronize(options.device)
         return
     names = compiled_names(quick=options.quick)

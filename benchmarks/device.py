@@ -52,7 +52,7 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
-def launches(call: Call, device: str, steps: int = 4) -> list[dict[str, Any]]:
+def launches(call: Call, device: str, steps: int = 2) -> list[dict[str, Any]]:
     """What one call launches: ``kernel``, ``count`` of a call and ``microseconds`` of them all.
 
     On a CPU, which launches nothing, the operators of PyTorch stand in for kernels.

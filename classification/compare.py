@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from classification.command_line import config_arguments, console_log
+from classification.command_line import config_arguments, console_log, run
 from classification.comparison import Comparison, write_comparison
 from classification.config import ConfigError, load_config
 from classification.cost import measure_costs
@@ -87,7 +87,11 @@ def _groups(methods: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:
-    """Compare as the arguments say; print the table."""
+    """Compare as the arguments say; print the table.
+
+    Raises:
+        TrainingFailedError: every run failed.
+    """
     parser = config_arguments("Train several methods with several seeds, and compare them.")
     parser.add_argument(
         "--methods", nargs="+", required=True, metavar="M", help="names that --list prints"
@@ -100,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
     parser.add_argument("--no-costs", action="store_true", help="do not measure what steps cost")
     # KEY VALUE pairs may follow the lists, which would swallow them: they come after "--".
     given = parser.parse_args(arguments)
+    if keys := [word for word in given.methods if "." in word]:
+        parser.error(f"{keys[0]} is no method; KEY VALUE pairs come last, behind a --")
     with console_log():
         comparison = compare(
             Path(given.config_file),
@@ -112,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         )
     if is_first():
         print(comparison.markdown())
+    if not comparison.results:
+        raise TrainingFailedError("no run came to a result; the reasons stand below the table")
     return comparison
 
 
@@ -122,4 +130,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, interrupted="the same command goes on after the last epoch of each run")

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ COLUMNS = (
     "published (%)", "step (ms/image)", "step / first row", "memory (MiB)",
 )  # fmt: skip
 
-Result = Mapping[str, object]
+Result = Mapping[str, Any]
 
 
 @dataclass

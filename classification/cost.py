@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -59,7 +60,7 @@ def measure_costs(
     lead = next(iter(cfgs.values()))
     with process_group(lead.DEVICE) as device:
         settings = {method: _digest(cfg, device) for method, cfg in cfgs.items()}
-        kept = from_first_process(json.loads(path.read_text()) if path.exists() else {})
+        kept = from_first_process(_read(path))
         if all(settings[method] == kept.get(method, {}).get("settings") for method in cfgs):
             return {method: Cost(**kept[method]["cost"]) for method in cfgs}
         trainers = prepare_trainers(list(cfgs.values()), device, image_sets)
@@ -69,6 +70,15 @@ def measure_costs(
         entries = {m: {"settings": settings[m], "cost": asdict(costs[m])} for m in costs}
         write_text(path, json.dumps(entries, indent=2))
     return costs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was kept; nothing where the file is missing or damaged, and is to be written anew."""
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _digest(cfg: CfgNode, device: torch.device) -> str:

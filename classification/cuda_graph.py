@@ -100,5 +100,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors of a tree, in its order."""
     leaves: list[Tensor] = []
-    map_tensors(lambda tensor: leaves.append(tensor) or tensor, tree)
+
+    def keep(tensor: Tensor) -> Tensor:
+        leaves.append(tensor)
+        return tensor
+
+    map_tensors(keep, tree)
     return leaves

@@ -45,7 +45,7 @@ def default_config() -> CfgNode:
             "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
             "STREAM": False,  # read the files of a folder batch by batch; RandomResizedCrop
             "WORKERS": 4,  # STREAM: decoding processes of each training process; 0: itself
-            "RESIZE": 0,  # STREAM, evaluation: shorter side, pixels; 0: 8/7 IMAGE_SIZE (256 of 224)
+            "RESIZE": 0,  # evaluating a folder: shorter side before the crop; 0: IMAGE_SIZE
         }
     )
     cfg.STUDENT = CfgNode(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from classification.command_line import console_log
+from classification.command_line import console_log, run
 from classification.compare import compare
 from classification.config import CONFIGS
 
@@ -38,4 +38,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, interrupted="the same command goes on after the last epoch of each run")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.config import ConfigError
 from classification.data import PixelNormalize
-from classification.models import create_model
+from classification.models import Classifier
 from classification.stage_search import resolution_ends
+from classification.weights import named_model
 from pcka import losses
 
 Taps = dict[str, tuple[str, str]]
@@ -60,9 +62,9 @@ def build_losses(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     return built
 
 
-def _keywords(method: str, section: CfgNode, taps: Taps) -> dict[str, object]:
+def _keywords(method: str, section: CfgNode, taps: Taps) -> dict[str, Any]:
     """Return a section as keywords: wildcards replaced, single values repeated for all stages."""
-    keywords: dict[str, object] = {}
+    keywords: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
@@ -96,7 +98,7 @@ def numbered_stages(taps: Taps) -> Taps:
     return {name: paths for name, paths in taps.items() if name.removeprefix("stage").isdigit()}
 
 
-def model_taps(student: nn.Module, teacher: nn.Module, extra: list[list[str]]) -> Taps:
+def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]]) -> Taps:
     """Return tap name -> (student path, teacher path).
 
     ``stage{i}`` and ``stage{i}_preact``, after and before the activation, ``i`` counting the
@@ -104,7 +106,7 @@ def model_taps(student: nn.Module, teacher: nn.Module, extra: list[list[str]]) -
     different numbers of stages are aligned at their last ones.
 
     Args:
-        student: has the attributes that ``classification.models`` gives every model.
+        student: of ``classification.models``.
         teacher: likewise.
         extra: ``DISTILL.TAPS``, triples of name, student path and teacher path.
 
@@ -155,19 +157,19 @@ def check_losses(cfg: CfgNode) -> None:
     Raises:
         ConfigError: as :func:`build_losses` does; where taps are missing, it proposes them.
     """
-    student = create_model(cfg.STUDENT.NAME, 2)
-    teacher = create_model(cfg.TEACHER.NAME, 2) if cfg.TEACHER.NAME else student
+    student = named_model(cfg.STUDENT.NAME, 2, role="student")
+    teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
     try:
         build_losses(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
     except UntappedError as error:
         raise ConfigError(f"{error}{_proposal(student, teacher)}") from None
 
 
-def _proposal(student: nn.Module, teacher: nn.Module) -> str:
+def _proposal(student: Classifier, teacher: Classifier) -> str:
     """Say which DISTILL.TAPS would do: the last module of each resolution."""
     taps: Taps = {}
-    ends = (model.stage_names or resolution_ends(model) for model in (student, teacher))
-    _add_stages(taps, *ends, "")
+    ours, theirs = (model.stage_names or resolution_ends(model) for model in (student, teacher))
+    _add_stages(taps, ours, theirs, "")
     if not taps:
         return ". model.named_modules() lists the modules' paths"
     entries = ", ".join(f"[{name}, {s}, {t}]" for name, (s, t) in taps.items())
@@ -175,7 +177,7 @@ def _proposal(student: nn.Module, teacher: nn.Module) -> str:
 
 
 def loss_context(
-    teacher: nn.Module,
+    teacher: Classifier,
     norms: Mapping[str, tuple[Tensor, Tensor]],
     taps: Taps,
     train_labels: Tensor,

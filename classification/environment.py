@@ -13,6 +13,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 import pcka
+from classification.config import ConfigError
 from pcka.distributed import world_size
 
 
@@ -23,11 +24,11 @@ def choose_device(name: str) -> torch.device:
     ``LOCAL_RANK``.
 
     Raises:
-        ValueError: cuda is asked for and not there.
+        ConfigError: cuda is asked for and not there.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ValueError("DEVICE: cuda is asked for and not available; set DEVICE cpu, or auto")
+        raise ConfigError("DEVICE: cuda is asked for and not available; set DEVICE cpu, or auto")
     if name == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

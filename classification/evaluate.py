@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from classification.command_line import config_arguments, console_log
+from classification.command_line import config_arguments, console_log, run
 from classification.config import ConfigError, load_config
 from classification.data import load_evaluation_set
 from classification.distillation import pixel_statistics
@@ -50,4 +50,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from classification.data import ImageSet
+from classification.progress import Progress
 from pcka import distributed
 from pcka.analysis import layerwise_cka
 from pcka.modes import evaluation_mode
@@ -33,9 +33,7 @@ def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, f
     ranks = (1, 5) if len(data.classes) > 5 else (1,)
     hits = torch.zeros(max(ranks), dtype=torch.int64, device=data.device)
     part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    quiet = True if distributed.rank() else None  # a bar in the first process, if it has a terminal
-    bar = tqdm(total=len(data), desc="evaluating", unit="img", leave=False, disable=quiet)
-    with bar, evaluation_mode(model):
+    with Progress("evaluating", len(data)) as bar, evaluation_mode(model):
         for images, labels, _ in data.evaluation_batches(BATCH_SIZE, **part):
             predicted = model(pixels(images)).topk(max(ranks), dim=1).indices
             hits += (predicted == labels[:, None]).sum(0)

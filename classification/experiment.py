@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from classification.config import ConfigError, changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
@@ -21,17 +21,17 @@ from classification.distillation import (
     loss_context,
     model_taps,
     numbered_stages,
-    pixel_statistics,
 )
 from classification.environment import describe_environment
 from classification.launch import process_group
 from classification.loop import train
-from classification.models import create_model
+from classification.models import Classifier, create_model
+from classification.preflight import naming, prepare_distiller
 from classification.random_state import seed_everything
 from classification.run_files import CHECKPOINT, RunFiles, read_metrics
 from classification.saved_state import check_fits, saved_config
 from classification.solver import unreached_milestones
-from classification.teacher import Teacher, check_teacher, check_teaching, prepare_teacher
+from classification.teacher import Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer, TrainingFailedError
 from classification.weights import load_classifier
 from classification.yaml_files import flatten
@@ -39,8 +39,6 @@ from pcka.analysis.layerwise import MIN_SAMPLES
 from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
-
-SAMPLE_IMAGES = 16  # on which the models are tried before the training
 
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
@@ -160,17 +158,16 @@ class _Run:
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         frozen = teacher.model if teacher else None
-        taps = model_taps(student, frozen.model if frozen else student, cfg.DISTILL.TAPS)
+        theirs = cast(Classifier, frozen.model) if frozen else student
+        taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
         losses = build_losses(cfg, taps)
-        distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
+        with naming("DISTILL"):
+            distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
         followed = {}
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
-            ours, theirs = _sample_images(cfg, train_set)
-            context = loss_context(frozen.model, teacher.norms, taps, train_set.labels)
-            distiller.prepare(ours[:2], theirs[:2], context)
-            logits = any(loss.needs_logits and loss.needs_teacher for loss in losses)
-            check_teaching(frozen, distiller.teacher_paths, theirs, logits=logits)
+            context = loss_context(theirs, teacher.norms, taps, train_set.labels)
+            prepare_distiller(cfg, distiller, context, train_set)
             followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
         if self.saved is not None:
@@ -179,15 +176,15 @@ class _Run:
             check_fits(self.saved, parts, self.trainer.optimizer, path)
             self.trainer.restore(self.saved)
         if self.files is not None:
-            self._start_files(self.files, device)
+            self._start_files(self.files, self.trainer.epoch, device)
         return self.trainer
 
-    def _start_files(self, files: RunFiles, device: torch.device) -> None:
+    def _start_files(self, files: RunFiles, epoch: int, device: torch.device) -> None:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
         files.write_text("config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
-        files.start_metrics(self.trainer.epoch)
+        files.start_metrics(epoch)
         if unreached := unreached_milestones(self.cfg):
             files.logger.warning(
                 "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
@@ -210,6 +207,7 @@ class _Run:
     def conclude(self) -> Result | TrainingFailedError:
         """Write what the run came to, in the first process; every one gets it."""
         if self.trainer is None:
+            assert self.result is not None  # else it would have been trained
             return self.result
         if self.trainer.failure is not None:
             return self.trainer.failure
@@ -256,8 +254,12 @@ def _result_alone(cfg: CfgNode, files: RunFiles, traces: list[str]) -> Result:
             nor continued, and to train it anew would overwrite it.
     """
     result, config = files.read_result(), files.directory / "config.yaml"
-    whole = result is not None and result.get("epochs") == cfg.SOLVER.EPOCHS
-    if whole and config.exists() and not changed_keys(load_config(config), cfg):
+    if (
+        result is not None
+        and result.get("epochs") == cfg.SOLVER.EPOCHS
+        and config.exists()
+        and not changed_keys(load_config(config), cfg)
+    ):
         return result
     raise ConfigError(
         f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
@@ -309,7 +311,7 @@ def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
     return Path(cfg.OUTPUT_DIR) / "model_last.pth"
 
 
-def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
+def _build_student(cfg: CfgNode, classes: int) -> Classifier:
     name, weights = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS
     if weights:
         student = load_classifier(name, weights, classes, role="student")
@@ -317,16 +319,6 @@ def _build_student(cfg: CfgNode, classes: int) -> nn.Module:
         student = create_model(name, classes)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     return student.to(memory_format=layout)
-
-
-def _sample_images(cfg: CfgNode, data: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return some images from all over the set, normalised for the student and for the teacher."""
-    spaced = torch.linspace(0, len(data) - 1, min(SAMPLE_IMAGES, len(data))).long()
-    images, *_ = next(data.subset(spaced).evaluation_batches())
-    student, teacher = (
-        pixel_statistics(role).to(data.device) for role in (cfg.STUDENT, cfg.TEACHER)
-    )
-    return student(images), teacher(images)
 
 
 def _write_result(trainer: Trainer, files: RunFiles, teacher_accuracy: float | None) -> Result:

@@ -16,7 +16,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.command_line import config_arguments
+from classification.command_line import config_arguments, run
 from classification.config import ConfigError, load_config
 from classification.distillation import pixel_statistics
 from classification.models import create_model
@@ -103,6 +103,7 @@ def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
+    assert program is not None  # by dynamo=True
     return program.model_proto.SerializeToString()
 
 
@@ -126,4 +127,4 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from classification.loss_window import NonFiniteLossError
+from classification.progress import Progress
 from classification.steps import Steps
 from classification.trainer import Trainer
-from pcka.distributed import rank
 
 T = TypeVar("T")
 
@@ -41,14 +39,8 @@ def _train_epoch(steps: Steps) -> None:
     trainers, lead = list(steps.trainers), steps.trainers[0]
     cfg, count = lead.cfg, lead.steps_per_epoch
     clock = _Clock()
-    bar = tqdm(
-        desc=f"epoch {lead.epoch + 1}/{cfg.SOLVER.EPOCHS}",
-        total=count * cfg.SOLVER.BATCH_SIZE,
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        disable=None if rank() == 0 else True,
-    )
+    desc = f"epoch {lead.epoch + 1}/{cfg.SOLVER.EPOCHS}"
+    bar = Progress(desc, count * cfg.SOLVER.BATCH_SIZE, unit_scale=True)
     for trainer in trainers:
         trainer.start_epoch()
     with bar:

@@ -50,8 +50,8 @@ class RunFiles:
         except OSError as error:
             raise ConfigError(f"OUTPUT_DIR: no folder can be made there: {error}") from error
         self._lock = lock_folder(self.directory)
-        traces = (self.checkpoint, self.metrics, self.result)
-        traces = [path.name for path in traces if path.exists()]
+        all_traces = (self.checkpoint, self.metrics, self.result)
+        traces = [path.name for path in all_traces if path.exists()]
         if traces and not resume:
             os.close(self._lock)
             raise ConfigError(
@@ -114,6 +114,7 @@ class RunFiles:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        assert self._tensorboard is not None  # since start_metrics
         for name, value in record.items():
             if name != "epoch":
                 self._tensorboard.add_scalar(name, value, record["epoch"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ from classification.data import Batch
 from classification.environment import autocast
 from classification.trainer import StepInputs, Trainer
 from pcka.distributed import world_size
-from pcka.losses import Outputs
+from pcka.losses import Loss, Outputs
 from pcka.observer import Observer
+from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("classification")
 
@@ -77,29 +80,32 @@ class Steps:
             inputs: of each ``SEED``.
             step: of the epoch, from 0.
         """
-        if self._captures and self._step is None:
-            self._capture(inputs)
-        if not self._captures:
+        recorded = self._recorded(inputs) if self._captures else None
+        if recorded is None:
             for trainer, seed in zip(self.trainers, self._seed_of):
                 if trainer.waiting:
                     trainer.step(inputs[seed], step)
             return
         for trainer in self.trainers:
             trainer.set_schedule(step)
-        for trainer, terms in zip(self.trainers, self._step(inputs), strict=True):
+        for trainer, terms in zip(self.trainers, recorded(inputs), strict=True):
             if trainer.waiting:
                 trainer.keep_losses(terms.clone())
 
-    def _capture(self, inputs: list[StepInputs]) -> None:
+    def _recorded(self, inputs: list[StepInputs]) -> CapturedFunction | None:
+        """The step of all students as a graph; None, and a warning, where it cannot be one."""
+        if self._step is not None:
+            return self._step
         changed = [tensor for trainer in self.trainers for tensor in trainer.changed_tensors()]
         streams = [torch.cuda.Stream() for _ in self.trainers]
         try:
             self._step = CapturedFunction(lambda own: self._update(own, streams), inputs, changed)
         except RuntimeError as error:
             self._give_up(f"recording it failed: {error}")
-            return
+            return None
         if self._step.draws and len(self.trainers) > 1:
             self._give_up("it draws random numbers, which students side by side must not share")
+        return self._step
 
     def _update(self, inputs: list[StepInputs], streams: list[torch.cuda.Stream]) -> list[Tensor]:
         """Every student's update on its own stream; their loss terms."""
@@ -119,25 +125,26 @@ class Steps:
 
     def _teach(self, group: list[tuple[Batch, ...]], ahead: int) -> Iterable[list[Outputs | None]]:
         """What the teacher says of the batches of some steps; None where nobody asks."""
-        if self._observe is None:
+        observe = self._observe
+        if observe is None:
             return [[None] * len(step) for step in group]
         padded = group + group[-1:] * (ahead - len(group))  # a graph is of one shape
         images = [step[seed].images for step in padded for seed in self._taught_seeds]
-        outputs = self._ask(images[0] if len(images) == 1 else torch.cat(images))
+        outputs = self._ask(observe, images[0] if len(images) == 1 else torch.cat(images))
         parts = iter(_split(outputs, len(images), len(images[0])))
         return [
             [next(parts) if seed in self._taught_seeds else None for seed in range(len(step))]
             for step in group
         ]
 
-    def _ask(self, images: Tensor) -> Outputs:
+    def _ask(self, observe: Observer, images: Tensor) -> Outputs:
+        ask = partial(ask_teacher, self._lead, observe)
         if not self._captures:
-            return ask_teacher(self._lead, self._observe, images)
+            return ask(images)
         if self._teacher is None:
-            self._teacher = CapturedFunction(
-                lambda own: ask_teacher(self._lead, self._observe, own), images, []
-            )
-        return self._teacher(images)
+            self._teacher = CapturedFunction(ask, images, [])
+        outputs: Outputs = self._teacher(images)
+        return outputs
 
 
 def obstacle(trainers: Sequence[Trainer]) -> str | None:
@@ -148,8 +155,8 @@ def obstacle(trainers: Sequence[Trainer]) -> str | None:
         return "CUDA_GRAPH is False"
     if world_size() > 1:
         return "several processes train together"
-    losses = {type(loss) for trainer in trainers for loss in trainer.distiller.losses}
-    if unfit := sorted(loss.__name__ for loss in losses if not loss.capturable):
+    losses = (cast(Loss, loss) for trainer in trainers for loss in trainer.distiller.losses)
+    if unfit := sorted({type(loss).__name__ for loss in losses if not loss.capturable}):
         return f"{', '.join(unfit)} cannot be part of one"
     return None
 
@@ -170,7 +177,8 @@ def teacher_observer(trainers: Sequence[Trainer]) -> Observer | None:
                 f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
                 f"{path!r} for another beside it; give them different names"
             )
-    return learners[0].teacher.observer(paths, compile=trainers[0].cfg.COMPILE)
+    teacher = cast(FrozenTeacher, learners[0].teacher)  # it runs
+    return teacher.observer(paths, compile=trainers[0].cfg.COMPILE)
 
 
 def ask_teacher(trainer: Trainer, observe: Observer, images: Tensor) -> Outputs:

@@ -7,25 +7,26 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.config import ConfigError
 from classification.data import ImageSet
 from classification.defaults import default_config
 from classification.distillation import pixel_statistics
 from classification.evaluation import accuracy
+from classification.models import Classifier
 from classification.run_files import remove_temporaries
 from classification.weights import load_classifier
 from classification.yaml_files import flatten
 from pcka.checkpoint import atomic_save, load_file
-from pcka.distributed import from_first_process, rank
+from pcka.distributed import from_first_process, rank, world_size
 from pcka.folder_lock import FolderInUseError, lock_folder
 from pcka.teacher import FrozenTeacher
 
@@ -97,49 +98,12 @@ def prepare_teacher(
     return Teacher(frozen, top1, norms)
 
 
-@torch.no_grad()
-def check_teaching(
-    teacher: FrozenTeacher, taps: Mapping[str, str], images: Tensor, *, logits: bool
-) -> None:
-    """Refuse a teacher that has nothing to teach: what it gives is one for all images, or none.
-
-    Args:
-        teacher: on the images' device.
-        taps: name -> path in the teacher of what the losses read.
-        images: (B, 3, S, S), normalised for the teacher. Where they are all the same, nothing can
-            be said.
-        logits: whether the losses read the logits too.
-
-    Raises:
-        ConfigError: the tap is named.
-    """
-    if _is_constant(images):
-        return
-    outputs = teacher.observer(taps)(images)
-    read = {f"{name} ({taps[name]})": feature for name, feature in outputs.features.items()}
-    for name, feature in {**read, **({"logits": outputs.logits} if logits else {})}.items():
-        if not feature.isfinite().all():
-            fault = "are not finite"
-        elif _is_constant(feature):
-            fault = "are the same for every image, so that no alignment with them can be learned"
-        else:
-            continue
-        raise ConfigError(
-            f"TEACHER: its {name} {fault}; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and "
-            "PIXEL_STD, or leave this tap out"
-        )
-
-
-def _is_constant(feature: Tensor) -> bool:
-    """Whether nothing but rounding is left of the features once their mean is subtracted."""
-    rows = feature.flatten(1).double()
-    bound = 8 * torch.finfo(torch.float32).eps * rows.norm()
-    return bool((rows - rows.mean(0)).norm() <= bound)
-
-
-def _preactivation_norms(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    norms = {path: model.get_submodule(path) for path in model.preactivation_norms if path}
-    return {path: (norm.weight.detach(), norm.bias.detach()) for path, norm in norms.items()}
+def _preactivation_norms(model: Classifier) -> dict[str, tuple[Tensor, Tensor]]:
+    norms: dict[str, tuple[Tensor, Tensor]] = {}
+    for path in filter(None, model.preactivation_norms):
+        norm: Any = model.get_submodule(path)
+        norms[path] = norm.weight.detach(), norm.bias.detach()
+    return norms
 
 
 def _preflight(cfg: CfgNode, top1: float) -> None:
@@ -166,14 +130,19 @@ def _trained_teacher(
         logger.info("teacher %s: trained before, %s", cfg.TEACHER.NAME, weights)
     told = False
     while not from_first_process(weights.exists()):
-        if from_first_process(_is_in_use(folder)):
+        if from_first_process(rank() == 0 and _is_in_use(folder)):
             if not told:
                 logger.info("teacher %s: another run trains it in %s", cfg.TEACHER.NAME, folder)
             told = True
             time.sleep(WAITING_SECONDS)
             continue
         logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, folder)
-        trained = train_run(run, image_sets)
+        try:
+            trained = train_run(run, image_sets)
+        except FolderInUseError:
+            if world_size() > 1:  # the first process alone knows
+                raise
+            continue  # another run was quicker
         if rank() == 0:
             _keep(trained, weights)
     return weights

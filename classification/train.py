@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from classification.command_line import config_arguments, console_log
+from classification.command_line import config_arguments, console_log, run
 from classification.config import load_config
 from classification.experiment import run_experiment
 
@@ -30,4 +30,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    record(main)()
+    run(record(main), interrupted="the same command with --resume goes on after the last epoch")

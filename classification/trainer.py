@@ -210,7 +210,8 @@ class Trainer:
                 record |= self._alignment()
         if self.files is None:
             return
-        self.seconds += figures["seconds"] + time.perf_counter() - start
+        whole = figures["seconds"] + time.perf_counter() - start
+        self.seconds += whole
         record |= {"lr": float(self._rate), **means, **figures}
         self.files.add_metrics(record)
         if self._due(self.cfg.SAVE_EVERY):
@@ -218,7 +219,7 @@ class Trainer:
             self.files.save_state(self.state())
         if is_best:
             self.files.save_best(student)
-        self._log(record)
+        self._log(record, whole)
 
     def _due(self, every: int) -> bool:
         """Whether what is done every so many epochs, and after the last one, is to be done."""
@@ -298,14 +299,14 @@ class Trainer:
                 terms = {key: v for key, v in means.items() if key.startswith("loss_")}
                 raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
 
-    def _log(self, record: dict[str, float]) -> None:
+    def _log(self, record: dict[str, float], seconds: float) -> None:
         parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
         if "accuracy" in record:
             parts += ["", f"accuracy {record['accuracy']:.2f} %"]
-            parts += [f" best {record['best_accuracy']:.2f} %"]
+            parts += ["", f"best {record['best_accuracy']:.2f} %"]
         self.files.logger.info(
-            "epoch %d/%d  %s  lr %.4g  %.1f s, %.0f img/s",
-            *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"]),
+            "epoch %d/%d  %s  lr %.4g  %.1f s (%.1f s of training, %.0f img/s)",
+            *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
 

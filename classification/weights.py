@@ -5,16 +5,31 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from torch import nn
-
 from classification.config import ConfigError
-from classification.models import create_model
+from classification.models import Classifier, create_model
 from pcka.checkpoint import CheckpointError, load_weights
 
 logger = logging.getLogger("classification")
 
 
-def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: str) -> nn.Module:
+def named_model(name: str, num_classes: int, *, role: str) -> Classifier:
+    """Return the model ``name`` as it is made.
+
+    Args:
+        name: of ``classification.models.model_names()``.
+        num_classes: number of logits.
+        role: "student" or "teacher": whose ``NAME`` it is.
+
+    Raises:
+        ConfigError: no model has this name; near ones are named.
+    """
+    try:
+        return create_model(name, num_classes)
+    except ValueError as error:
+        raise ConfigError(f"{role.upper()}.NAME: {str(error).removeprefix('name: ')}") from error
+
+
+def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: str) -> Classifier:
     """Return the model ``name`` with the weights of a checkpoint.
 
     Args:
@@ -27,7 +42,7 @@ def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: s
         ConfigError: the checkpoint's classifier has another number of classes (both are named),
             the checkpoint does not fill the model, is damaged, or holds what is no weight.
     """
-    model = create_model(name, num_classes)
+    model = named_model(name, num_classes, role=role)
     key = f"{role.upper()}.WEIGHTS"
     try:
         report = load_weights(model, weights, role=role, allow_partial=True)

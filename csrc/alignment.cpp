@@ -45,7 +45,22 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 // Buffers that one chunk of groups leaves to the next, by what they hold.
 class Buffers {
  public:
-  enum Slot { kX, kY, kGradX, kGradY, kGramX, kGramY, kCross, kTermsX, kTermsY, kSlots };
+  enum Slot {
+    kRows,
+    kEnergy,
+    kGramX,
+    kGramY,
+    kGrams,
+    kCross,
+    kFactorX,
+    kFactorY,
+    kFactorCross,
+    kTermsX,
+    kTermsY,
+    kGradX,
+    kGradY,
+    kSlots
+  };
 
   // (groups, rows, columns) on the device of `like`. A later request of a slot is of no more
   // groups.
@@ -63,8 +78,25 @@ class Buffers {
 
 struct Rows {
   Tensor values;  // (G, N, D)
-  Tensor energy;  // (G, 2)
+  Tensor energy;  // (G, parts, 2)
 };
+
+// The rows of two maps, which are one matrix (2 G, N, D) where they are of one shape: then one
+// product forms both Grams.
+struct Pair {
+  Rows x, y;
+  std::optional<Tensor> both;
+};
+
+// torch's narrow, of a handle that it may change.
+Tensor narrow(Tensor x, int64_t dim, int64_t start, int64_t length) {
+  return torch::stable::narrow(x, dim, start, length);
+}
+
+Tensor half(const Tensor& both, int64_t i) {
+  const int64_t groups = both.size(0) / 2;
+  return narrow(both, 0, i * groups, groups);
+}
 
 // bfloat16 rows for a bfloat16 map, where products of them are fast.
 ScalarType rows_dtype(const Tensor& map) {
@@ -80,11 +112,11 @@ ScalarType gram_dtype(const Tensor& rows) {
 }
 
 void call_patchify(
-    const Rows& rows, const Tensor& input, int64_t patch_h, int64_t patch_w, int64_t group_by,
+    const Tensor& rows, const Tensor& energy, const Tensor& input,
+    const std::optional<Tensor>& second, int64_t patch_h, int64_t patch_w, int64_t group_by,
     int64_t center) {
-  std::array<StableIValue, 7> stack{from(rows.values), from(rows.energy), from(input),
-                                    from(patch_h),     from(patch_w),     from(group_by),
-                                    from(center)};
+  std::array<StableIValue, 8> stack{from(rows),    from(energy),  from(input),    from(second),
+                                    from(patch_h), from(patch_w), from(group_by), from(center)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(PCKA_OPERATOR("patchify_"), "", stack.data(), TORCH_ABI_VERSION));
 }
@@ -122,80 +154,127 @@ Tensor cast(const Tensor& x, ScalarType dtype) {
 
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 1, 2); }
 
-struct Aligned {
-  Tensor alignment;                      // (G)
-  std::optional<Tensor> grad_x, grad_y;  // (G, N, D) of X and Y, where asked for
+Tensor call_gram_alignment(
+    const Tensor& alignment, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
+    const Pair& pair, bool center) {
+  std::array<StableIValue, 7> stack{
+      from(alignment),     from(k),     from(l), from(cross), from(pair.x.energy),
+      from(pair.y.energy), from(center)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(PCKA_OPERATOR("gram_alignment_"), "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+struct Factors {
+  std::optional<Tensor> x, y, cross;
 };
 
-// X (G, N, D_x), Y (G, N, D_y). The gradient by x may be written over Y where Y is done with.
-Aligned align(
-    const Rows& rows_x, const Rows& rows_y, bool columns, bool center, bool needs_grad_x,
-    bool needs_grad_y, Buffers& buffers) {
-  const Tensor &x = rows_x.values, &y = rows_y.values;
-  const int64_t groups = x.size(0), n = x.size(1), d_x = x.size(2), d_y = y.size(2);
-  const int64_t d = std::max(d_x, d_y);
-  // Products of 2 m m k operations each: 3 (direct) against 5 (cross, forward and gradient).
-  const bool direct = columns ? 3 * d < 5 * n : 3 * n <= 5 * d;
+void call_alignment_gradient(
+    const Factors& factors, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
+    const Tensor& coefficients) {
+  std::array<StableIValue, 7> stack{from(factors.x), from(factors.y), from(factors.cross), from(k),
+                                    from(l),         from(cross),     from(coefficients)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+      PCKA_OPERATOR("alignment_gradient_"), "", stack.data(), TORCH_ABI_VERSION));
+}
+
+struct Gradients {
+  std::optional<Tensor> x, y;  // (G, N, D), where asked for
+};
+
+// Products of 2 m m k operations each: 3 (direct) against 5 (cross, forward and gradient).
+bool is_direct(bool columns, int64_t n, int64_t d) {
+  return columns ? 3 * d < 5 * n : 3 * n <= 5 * d;
+}
+
+// X (G, N, D_x), Y (G, N, D_y) -> alignment (G), written, and the gradients, of the first `n` rows.
+// The one by x is written over Y with `over_y`, where Y is done with then.
+Gradients align(
+    const Tensor& alignment, const Pair& pair, int64_t n, bool columns, bool center,
+    bool needs_grad_x, bool needs_grad_y, bool over_y, Buffers& buffers) {
+  const Tensor &x = pair.x.values, &y = pair.y.values;
+  const int64_t groups = x.size(0), d_x = x.size(2), d_y = y.size(2);
+  const bool direct = is_direct(columns, x.size(1), std::max(d_x, d_y));
   const bool of_columns = columns == direct;  // the matrices formed: A' B (D x D), else A B'
 
-  const Tensor z = of_columns ? transposed(x) : x, w = of_columns ? transposed(y) : y;
   const auto gram = [&](Buffers::Slot slot, const Tensor& a, const Tensor& b) {
-    const Tensor out = buffers.get(slot, x, groups, a.size(1), b.size(1), gram_dtype(x));
-    return multiply(out, a, transposed(b));
+    const Tensor p = of_columns ? transposed(a) : a, q = of_columns ? b : transposed(b);
+    const Tensor out = buffers.get(slot, x, a.size(0), p.size(1), q.size(2), gram_dtype(x));
+    return multiply(out, p, q);
   };
-  const Tensor k = gram(Buffers::kGramX, z, z), l = gram(Buffers::kGramY, w, w);
-  std::optional<Tensor> cross;
-  if (!direct) cross = gram(Buffers::kCross, z, w);
+  std::optional<Tensor> both, cross;
+  if (pair.both) both = gram(Buffers::kGrams, *pair.both, *pair.both);
+  const Tensor k = both ? half(*both, 0) : gram(Buffers::kGramX, x, x);
+  const Tensor l = both ? half(*both, 1) : gram(Buffers::kGramY, y, y);
+  if (!direct) cross = gram(Buffers::kCross, x, y);
 
-  std::array<StableIValue, 6> stack{
-      from(k), from(l), from(cross), from(rows_x.energy), from(rows_y.energy), from(center)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(PCKA_OPERATOR("gram_alignment"), "", stack.data(), TORCH_ABI_VERSION));
-  Aligned result{to<Tensor>(stack[0]), std::nullopt, std::nullopt};
-  const Tensor coefficients = to<Tensor>(stack[1]);
-  if (!needs_grad_x && !needs_grad_y) return result;
+  const Tensor coefficients = call_gram_alignment(alignment, k, l, cross, pair, center);
+  if (!needs_grad_x && !needs_grad_y) return {};
 
-  std::array<StableIValue, 4> factors{from(k), from(l), from(cross), from(coefficients)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
-      PCKA_OPERATOR("alignment_gradient_"), "", factors.data(), TORCH_ABI_VERSION));
-  // dX = K X + M Y, or X K + Y M' by the columns, of the factors that now stand in K and M.
+  // In the rows' dtype, and in the Grams' own memory where that is theirs as well.
+  const auto factor = [&](bool needed, Buffers::Slot slot, const Tensor& of) {
+    std::optional<Tensor> result;
+    if (!needed) return result;
+    const bool own = of.scalar_type() == x.scalar_type();
+    result = own ? of : buffers.get(slot, x, groups, of.size(1), of.size(2), x.scalar_type());
+    return result;
+  };
+  Factors factors{
+      factor(needs_grad_x, Buffers::kFactorX, k), factor(needs_grad_y, Buffers::kFactorY, l), {}};
+  if (!direct) factors.cross = factor(true, Buffers::kFactorCross, *cross);
+  call_alignment_gradient(factors, k, l, cross, coefficients);
+
+  // dX = F X + M Y, or X F + Y M' by the columns, of the first n rows.
   const auto apply = [&](const Tensor& out, const Tensor& factor, const Tensor& rows) {
-    const Tensor rounded = cast(factor, rows.scalar_type());
-    return of_columns ? multiply(out, rows, rounded) : multiply(out, rounded, rows);
+    return of_columns ? multiply(out, narrow(rows, 1, 0, n), factor)
+                      : multiply(out, narrow(factor, 1, 0, n), rows);
   };
   const auto gradient = [&](Tensor out, Buffers::Slot slot, const Tensor& own, const Tensor& rows,
-                            const Tensor& mixed, const Tensor& other) {
-    if (direct) return apply(out, own, rows);
+                            const std::optional<Tensor>& mixed, const Tensor& other) {
+    if (!mixed) return apply(out, own, rows);
     Tensor terms = buffers.get(slot, out, 2 * groups, n, out.size(2), out.scalar_type());
-    apply(torch::stable::narrow(terms, 0, 0, groups), own, rows);
-    apply(torch::stable::narrow(terms, 0, groups, groups), mixed, other);
+    apply(half(terms, 0), own, rows);
+    apply(half(terms, 1), *mixed, other);
     const int64_t dim = 0;
     return torch::stable::sum_out(
         out, torch::stable::view(terms, {2, groups, n, out.size(2)}), Sizes(&dim, 1));
   };
-  const Tensor mixed = direct ? k : *cross, mixed_back = transposed(mixed);
+  const auto turned = [&](bool turn) {
+    return turn && factors.cross ? std::optional<Tensor>(transposed(*factors.cross))
+                                 : factors.cross;
+  };
+  Gradients result;
   if (needs_grad_x) {
-    const Tensor out = !needs_grad_y && d_x == d_y
-                           ? y
-                           : buffers.get(Buffers::kGradX, x, groups, n, d_x, x.scalar_type());
-    result.grad_x = gradient(out, Buffers::kTermsX, k, x, of_columns ? mixed_back : mixed, y);
+    const Tensor out =
+        over_y ? y : buffers.get(Buffers::kGradX, x, groups, n, d_x, x.scalar_type());
+    result.x = gradient(out, Buffers::kTermsX, *factors.x, x, turned(of_columns), y);
   }
   if (needs_grad_y) {
     const Tensor out = buffers.get(Buffers::kGradY, y, groups, n, d_y, y.scalar_type());
-    result.grad_y = gradient(out, Buffers::kTermsY, l, y, of_columns ? mixed : mixed_back, x);
+    result.y = gradient(out, Buffers::kTermsY, *factors.y, y, turned(!of_columns), x);
   }
   return result;
+}
+
+Tensor new_energy(
+    const Tensor& like, const PatchGeometry& g, int64_t maps, int64_t group_by, int64_t center) {
+  return torch::stable::new_empty(
+      like, {maps * g.groups, energy_parts(g, group_by, center), 2}, ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor> patchify(
     const Tensor& input,  // (B, C, H, W), any strides
     int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
-  const Rows rows{
-      torch::stable::new_empty(input, {g.groups, g.rows, g.columns}, dtype),
-      torch::stable::new_empty(input, {g.groups, 2}, ScalarType::Double)};
-  call_patchify(rows, input, patch_h, patch_w, group_by, center);
-  return {rows.values, rows.energy};
+  STD_TORCH_CHECK(
+      center >= kNone && center <= kOverColumns,
+      "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
+  const Tensor rows = torch::stable::new_empty(input, {g.groups, g.rows, g.columns}, dtype);
+  const Tensor energy = new_energy(input, g, 1, group_by, center);
+  call_patchify(rows, energy, input, std::nullopt, patch_h, patch_w, group_by, center);
+  Tensor total = torch::stable::new_empty(energy, {g.groups, 2});
+  const int64_t dim = 1;
+  return {rows, torch::stable::sum_out(total, energy, Sizes(&dim, 1))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> cka(
@@ -206,30 +285,59 @@ std::tuple<Tensor, Tensor, Tensor> cka(
       x.dim() == 3 && y.dim() == 3 && x.size(0) == y.size(0) && x.size(1) == y.size(1),
       "x and y must be (G, N, D_x) and (G, N, D_y)");
   STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
+  const int64_t n = x.size(1), stored = padded_rows(n), centering = center ? kOverRows : kNone;
+  const ScalarType dtype = accumulation_dtype(x.scalar_type());
   // (G, N, D) as G maps of D channels and N pixels, in patches of one pixel.
-  const auto rows = [&](const Tensor& t) {
-    const auto [values, energy] = patchify(
-        torch::stable::unsqueeze(transposed(t), 3), 1, 1, kBatch, center ? kOverRows : kNone,
-        accumulation_dtype(t.scalar_type()));
-    return Rows{values, energy};
+  const auto patchify_rows = [&](const Tensor& t, const std::optional<Tensor>& other) {
+    const auto as_map = [](const Tensor& m) { return torch::stable::unsqueeze(transposed(m), 3); };
+    const Tensor map = as_map(t);
+    std::optional<Tensor> second;
+    if (other) second = as_map(*other);
+    const PatchGeometry g = make_geometry(map, "x", 1, 1, kBatch);
+    const int64_t maps = other ? 2 : 1;
+    const Rows rows{
+        torch::stable::new_empty(t, {maps * g.groups, stored, g.columns}, dtype),
+        new_energy(t, g, maps, kBatch, centering)};
+    call_patchify(rows.values, rows.energy, map, second, 1, 1, kBatch, centering);
+    return rows;
   };
   Buffers buffers;
-  const Aligned aligned =
-      align(rows(x), rows(y), false, center, needs_grad_x, needs_grad_y, buffers);
+  const auto rows = [&]() -> Pair {
+    if (x.size(2) != y.size(2)) {
+      return {patchify_rows(x, std::nullopt), patchify_rows(y, std::nullopt), std::nullopt};
+    }
+    const Rows both = patchify_rows(x, y);
+    return {
+        {half(both.values, 0), half(both.energy, 0)},
+        {half(both.values, 1), half(both.energy, 1)},
+        both.values};
+  };
+  const Tensor alignment = torch::stable::new_empty(x, {x.size(0)}, dtype);
+  const Gradients gradients =
+      align(alignment, rows(), n, false, center, needs_grad_x, needs_grad_y, false, buffers);
   const auto output = [](const std::optional<Tensor>& grad, const Tensor& input) {
     return grad ? cast(*grad, gradient_dtype(input.scalar_type()))
                 : torch::stable::new_empty(input, {0});
   };
-  return {aligned.alignment, output(aligned.grad_x, x), output(aligned.grad_y, y)};
+  return {alignment, output(gradients.x, x), output(gradients.y, y)};
 }
 
-// Groups that are worked on together, so that their rows and Grams fit the cache or a bounded
-// buffer, and every thread has some.
-int64_t chunk_groups(const PatchGeometry& g, const Tensor& student, ScalarType dtype) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t bytes = student.is_cpu() ? kChunkBytesThread * threads : kChunkBytesAccelerator;
-  const int64_t per_group =
-      (dtype == ScalarType::BFloat16 ? 2 : 4) * 2 * (g.rows * g.columns + g.rows * g.rows);
+// Groups that are worked on together, so that their rows, Grams and what is formed of those fit the
+// cache or a bounded buffer, and every thread has some.
+int64_t chunk_groups(
+    const PatchGeometry& g, const Tensor& student, ScalarType dtype, int64_t parts, bool columns) {
+  const int64_t bytes = student.is_cpu() ? kChunkBytesThread * torch::stable::get_num_threads()
+                                         : kChunkBytesAccelerator;
+  const auto size = [](ScalarType type) {
+    return int64_t{type == ScalarType::BFloat16 ? 2 : type == ScalarType::Double ? 8 : 4};
+  };
+  const ScalarType gram = student.is_cpu() ? dtype : accumulation_dtype(dtype);
+  const bool direct = is_direct(columns, g.stored, g.columns);
+  const int64_t rows = g.stored * g.columns, m = columns == direct ? g.columns : g.stored;
+  const int64_t grams = direct ? 2 : 3;  // and as many factors less one, beside rounded rows
+  const int64_t per_group = (direct ? 2 : 4) * rows * size(dtype) + grams * m * m * size(gram) +
+                            (gram == dtype ? 0 : (grams - 1) * m * m * size(dtype)) +
+                            4 * parts * size(ScalarType::Double);
   return std::clamp<int64_t>(bytes / per_group, 1, g.groups);
 }
 
@@ -245,7 +353,7 @@ std::tuple<Tensor, Tensor> patch_cka(
     const Tensor& teacher,  // (B, C, H, W)
     int64_t patch_h, int64_t patch_w, int64_t group_by, bool columns, bool center,
     bool needs_grad) {
-  const PatchGeometry g = make_geometry(student, "student", patch_h, patch_w, group_by);
+  PatchGeometry g = make_geometry(student, "student", patch_h, patch_w, group_by);
   STD_TORCH_CHECK(
       teacher.dim() == 4 && teacher.size(0) == g.batch && teacher.size(1) == g.channels &&
           teacher.size(2) == g.height && teacher.size(3) == g.width,
@@ -254,42 +362,40 @@ std::tuple<Tensor, Tensor> patch_cka(
   STD_TORCH_CHECK(
       student.scalar_type() == teacher.scalar_type(), "student and teacher must have one dtype");
   const int64_t centering = !center ? kNone : columns ? kOverColumns : kOverRows;
+  // Every source pixel belongs to several groups there: the map cannot be cut, and its gradient is
+  // that by the rows.
   const bool by_position = group_by == kPosition;
-  const ScalarType dtype = by_position || centering == kOverColumns
-                               ? accumulation_dtype(student.scalar_type())
-                               : rows_dtype(student);
-  Buffers buffers;
-  const auto align_maps = [&](const Tensor& s, const Tensor& t, int64_t groups) {
-    const auto rows = [&](const Tensor& map, Buffers::Slot slot) {
-      const Rows result{
-          buffers.get(slot, map, groups, g.rows, g.columns, dtype),
-          torch::stable::new_empty(map, {groups, 2}, ScalarType::Double)};
-      call_patchify(result, map, patch_h, patch_w, group_by, centering);
-      return result;
-    };
-    return align(
-        rows(s, Buffers::kX), rows(t, Buffers::kY), columns, center, needs_grad, false, buffers);
-  };
-  const Tensor none = torch::stable::new_empty(student, {0});
-  if (by_position) {
-    // Every source pixel belongs to several groups, so the map cannot be cut.
-    const Aligned aligned = align_maps(student, teacher, g.groups);
-    return {aligned.alignment, needs_grad ? *aligned.grad_x : none};
-  }
-
-  Tensor alignment =
-      torch::stable::new_empty(student, {g.groups}, accumulation_dtype(student.scalar_type()));
-  const Tensor gradient = needs_grad ? new_gradient(student) : none;
+  const ScalarType dtype =
+      by_position ? accumulation_dtype(student.scalar_type()) : rows_dtype(student);
+  g.stored = padded_rows(g.rows);
+  const int64_t parts = energy_parts(g, group_by, centering);
+  const int64_t step = by_position ? g.groups : chunk_groups(g, student, dtype, parts, columns);
   const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
-  const int64_t step = chunk_groups(g, student, dtype);
+
+  const Tensor alignment =
+      torch::stable::new_empty(student, {g.groups}, accumulation_dtype(student.scalar_type()));
+  Tensor gradient = torch::stable::new_empty(student, {0});
+  if (needs_grad && !by_position) gradient = new_gradient(student);
+  Buffers buffers;
   for (int64_t first = 0; first < g.groups; first += step) {
     const int64_t count = std::min(step, g.groups - first);
-    const auto chunk = [&](Tensor map) { return torch::stable::narrow(map, dim, first, count); };
-    const Aligned aligned = align_maps(chunk(student), chunk(teacher), count);
-    Tensor part = torch::stable::narrow(alignment, 0, first, count);
-    torch::stable::copy_(part, aligned.alignment);
-    if (needs_grad) {
-      call_patchify_backward(chunk(gradient), *aligned.grad_x, patch_h, patch_w, group_by);
+    const auto chunk = [&](const Tensor& map) {
+      return by_position ? map : narrow(map, dim, first, count);
+    };
+    const Tensor rows = buffers.get(Buffers::kRows, student, 2 * count, g.stored, g.columns, dtype);
+    const Tensor energy =
+        buffers.get(Buffers::kEnergy, student, 2 * count, parts, 2, ScalarType::Double);
+    call_patchify(
+        rows, energy, chunk(student), chunk(teacher), patch_h, patch_w, group_by, centering);
+    const Pair pair{{half(rows, 0), half(energy, 0)}, {half(rows, 1), half(energy, 1)}, rows};
+    const Gradients gradients = align(
+        narrow(alignment, 0, first, count), pair, by_position ? g.rows : g.stored, columns, center,
+        needs_grad, false, !by_position, buffers);
+    if (!needs_grad) continue;
+    if (by_position) {
+      gradient = *gradients.x;
+    } else {
+      call_patchify_backward(chunk(gradient), *gradients.x, patch_h, patch_w, group_by);
     }
   }
   return {alignment, gradient};

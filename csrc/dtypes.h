@@ -69,4 +69,18 @@ void dispatch_rows(ScalarType dtype, const char* name, F&& f) {
   });
 }
 
+// Calls f(gram_t{}, factor_t{}) for the types of Grams and of the factors formed of them.
+template <typename F>
+void dispatch_gram_and_factor(ScalarType gram, ScalarType factor, F&& f) {
+  STD_TORCH_CHECK(
+      factor == gram || (gram == ScalarType::Float && factor == ScalarType::BFloat16),
+      "the factors must be of the Grams' dtype, or bfloat16 for float32");
+  dispatch_rows(gram, "k", [&](auto zero) {
+    if constexpr (std::is_same_v<decltype(zero), float>) {
+      if (factor == ScalarType::BFloat16) return f(zero, BFloat16{});
+    }
+    f(zero, zero);
+  });
+}
+
 }  // namespace pcka

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "dtypes.h"
 
@@ -19,6 +20,7 @@ struct PatchGeometry {
   int64_t n_h, n_w;               // patches down and across
   int64_t resized_h, resized_w;   // the next multiples of the patch
   int64_t groups, rows, columns;  // G, N, D
+  int64_t stored;                 // rows in memory: N, and after them rows of zeros
 
   // Offset in (G, N, D) of resized pixel (b, c, y, x), with y = ny * patch_h + py and the same
   // for x: linear in (b, c, ny, py, nx, px).
@@ -27,7 +29,7 @@ struct PatchGeometry {
 
 inline PatchGeometry make_geometry(
     int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t patch_h,
-    int64_t patch_w, int64_t group_by) {
+    int64_t patch_w, int64_t group_by, int64_t stored = 0) {
   STD_TORCH_CHECK(
       patch_h >= 1 && patch_w >= 1, "patch size must be positive, got ", patch_h, " x ", patch_w);
   STD_TORCH_CHECK(
@@ -41,22 +43,23 @@ inline PatchGeometry make_geometry(
   g.resized_h = g.n_h * patch_h;
   g.resized_w = g.n_w * patch_w;
   g.rows = g.n_h * g.n_w;
+  g.stored = stored > g.rows ? stored : g.rows;
   const int64_t area = patch_h * patch_w;
   switch (group_by) {
     case kChannel:
       g.groups = channels, g.columns = batch * area;
-      g.stride_b = area, g.stride_c = g.rows * g.columns;
+      g.stride_b = area, g.stride_c = g.stored * g.columns;
       g.stride_py = patch_w, g.stride_px = 1;
       break;
     case kBatch:
       g.groups = batch, g.columns = channels * area;
-      g.stride_b = g.rows * g.columns, g.stride_c = area;
+      g.stride_b = g.stored * g.columns, g.stride_c = area;
       g.stride_py = patch_w, g.stride_px = 1;
       break;
     case kPosition:
       g.groups = area, g.columns = batch * channels;
       g.stride_b = channels, g.stride_c = 1;
-      g.stride_py = patch_w * g.rows * g.columns, g.stride_px = g.rows * g.columns;
+      g.stride_py = patch_w * g.stored * g.columns, g.stride_px = g.stored * g.columns;
       break;
     default:
       STD_TORCH_CHECK(
@@ -65,6 +68,21 @@ inline PatchGeometry make_geometry(
   g.stride_ny = g.n_w * g.columns;
   g.stride_nx = g.columns;
   return g;
+}
+
+// Rows that the Grams of `rows` are formed of: products of sizes that are multiples of 8 are
+// faster, and the zeros of the rows that make up the number change no sum.
+inline int64_t padded_rows(int64_t rows) { return rows < 16 ? rows : (rows + 7) / 8 * 8; }
+
+constexpr int64_t kEnergyUnit = 16;  // columns of a patch's line whose energies make a part
+
+// Parts of a group's energies, each a sum over some of its columns, or over a row where the rows
+// are centered over the columns.
+inline int64_t energy_parts(const PatchGeometry& g, int64_t group_by, int64_t center) {
+  if (center == kOverColumns) return g.rows;
+  if (group_by == kPosition) return g.columns;
+  const int64_t of_channel = g.patch_h * ((g.patch_w + kEnergyUnit - 1) / kEnergyUnit);
+  return (group_by == kChannel ? g.batch : g.channels) * of_channel;
 }
 
 // table must be a contiguous float64 (G, width).
@@ -76,13 +94,25 @@ inline void check_table(
       name, " must be a contiguous float64 (", groups, ", ", width, ")");
 }
 
-// The same from a map; `name` is the argument named in the error.
+// energy must be a contiguous float64 (G, parts, 2).
+inline void check_energy(
+    const torch::stable::Tensor& energy, const char* name, int64_t groups, int64_t parts) {
+  STD_TORCH_CHECK(
+      energy.dim() == 3 && energy.size(0) == groups && energy.size(1) == parts &&
+          energy.size(2) == 2 && energy.is_contiguous() &&
+          energy.scalar_type() == ScalarType::Double,
+      name, " must be a contiguous float64 (", groups, ", ", parts, ", 2)");
+}
+
+// The same from a map; `name` is the argument named in the error. `rows`, where given, say how many
+// rows of zeros they hold.
 inline PatchGeometry make_geometry(
     const torch::stable::Tensor& map, const char* name, int64_t patch_h, int64_t patch_w,
-    int64_t group_by) {
+    int64_t group_by, const torch::stable::Tensor* rows = nullptr) {
   STD_TORCH_CHECK(map.dim() == 4, name, " must be (B, C, H, W), got ", map.dim(), " dimensions");
   return make_geometry(
-      map.size(0), map.size(1), map.size(2), map.size(3), patch_h, patch_w, group_by);
+      map.size(0), map.size(1), map.size(2), map.size(3), patch_h, patch_w, group_by,
+      rows != nullptr && rows->dim() == 3 ? rows->size(1) : 0);
 }
 
 // A map's element strides, in the order (b, c, y, x).
@@ -94,13 +124,16 @@ inline MapStrides map_strides(const torch::stable::Tensor& map) {
   return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
-// rows must be a contiguous (G, N, D) of this geometry, in a dtype for maps of `map`.
+// rows must be a contiguous (G, N, D) of this geometry for each map, in a dtype for maps of `map`;
+// N may be more than the patches.
 inline void check_rows(
-    const torch::stable::Tensor& rows, const char* name, const PatchGeometry& g, ScalarType map) {
+    const torch::stable::Tensor& rows, const char* name, const PatchGeometry& g, ScalarType map,
+    int64_t maps = 1) {
   STD_TORCH_CHECK(
-      rows.dim() == 3 && rows.size(0) == g.groups && rows.size(1) == g.rows &&
+      rows.dim() == 3 && rows.size(0) == maps * g.groups && rows.size(1) == g.stored &&
           rows.size(2) == g.columns && rows.is_contiguous(),
-      name, " must be a contiguous (", g.groups, ", ", g.rows, ", ", g.columns, ")");
+      name, " must be a contiguous (", maps * g.groups, ", ", g.rows, ", ", g.columns,
+      "), or of more rows");
   const ScalarType dtype = rows.scalar_type();
   STD_TORCH_CHECK(
       dtype == accumulation_dtype(map) || (dtype == map && map == ScalarType::BFloat16), name,
@@ -110,17 +143,26 @@ inline void check_rows(
 // What patchify_ is called with.
 inline void check_patchify(
     const torch::stable::Tensor& rows, const torch::stable::Tensor& energy,
-    const torch::stable::Tensor& input, const PatchGeometry& g, int64_t group_by, int64_t center) {
+    const torch::stable::Tensor& input, const std::optional<torch::stable::Tensor>& second,
+    const PatchGeometry& g, int64_t group_by, int64_t center) {
   STD_TORCH_CHECK(
       center >= kNone && center <= kOverColumns,
       "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
-  check_rows(rows, "rows", g, input.scalar_type());
-  check_table(energy, "energy", g.groups, 2);
+  if (second.has_value()) {
+    STD_TORCH_CHECK(
+        second->dim() == 4 && second->scalar_type() == input.scalar_type(),
+        "second must be a map of input's dtype");
+    for (int64_t i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(second->size(i) == input.size(i), "second must have input's shape");
+    }
+  }
+  const int64_t maps = second.has_value() ? 2 : 1;
+  check_rows(rows, "rows", g, input.scalar_type(), maps);
+  check_energy(energy, "energy", maps * g.groups, energy_parts(g, group_by, center));
   STD_TORCH_CHECK(
-      rows.scalar_type() != ScalarType::BFloat16 ||
-          (group_by != kPosition && center != kOverColumns),
+      rows.scalar_type() != ScalarType::BFloat16 || group_by != kPosition,
       "rows may be bfloat16 only where they are centered before they are rounded: not by "
-      "position, and not over the columns");
+      "position");
 }
 
 }  // namespace pcka

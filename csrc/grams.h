@@ -59,4 +59,53 @@ inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Te
   }
 }
 
+// What gram_alignment_ is called with.
+inline void check_gram_alignment(
+    const Tensor& alignment, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
+    const Tensor& energy_x, const Tensor& energy_y) {
+  check_grams(k, l, cross);
+  const int64_t groups = k.size(0);
+  check_energy(energy_x, "energy_x", groups, energy_x.dim() == 3 ? energy_x.size(1) : 1);
+  check_energy(energy_y, "energy_y", groups, energy_y.dim() == 3 ? energy_y.size(1) : 1);
+  STD_TORCH_CHECK(
+      alignment.dim() == 1 && alignment.size(0) == groups && alignment.is_contiguous() &&
+          alignment.scalar_type() == accumulation_dtype(k.scalar_type()),
+      "alignment must be a contiguous (", groups, ") of the dtype that sums are formed in");
+}
+
+// What alignment_gradient_ is called with: factors of the Grams' sizes, in one dtype.
+inline void check_alignment_gradient(
+    const std::optional<Tensor>& factor_x, const std::optional<Tensor>& factor_y,
+    const std::optional<Tensor>& factor_cross, const Tensor& k, const Tensor& l,
+    const std::optional<Tensor>& cross, const Tensor& coefficients) {
+  check_grams(k, l, cross);
+  check_table(coefficients, "coefficients", k.size(0), 3);
+  std::optional<ScalarType> dtype;
+  const auto check = [&](const std::optional<Tensor>& factor, const char* name,
+                         const Tensor& gram) {
+    if (!factor.has_value()) return;
+    if (!dtype) dtype = factor->scalar_type();
+    STD_TORCH_CHECK(
+        factor->dim() == 3 && factor->size(0) == gram.size(0) && factor->size(1) == gram.size(1) &&
+            factor->size(2) == gram.size(2) && factor->is_contiguous() &&
+            factor->scalar_type() == *dtype,
+        name, " must be a contiguous (", gram.size(0), ", ", gram.size(1), ", ", gram.size(2),
+        ") of the factors' dtype");
+  };
+  check(factor_x, "factor_x", k);
+  check(factor_y, "factor_y", l);
+  STD_TORCH_CHECK(!factor_cross.has_value() || cross.has_value(), "factor_cross asks for a cross");
+  if (cross.has_value()) check(factor_cross, "factor_cross", *cross);
+}
+
+// The dtype of the factors that are asked for, or of the Grams.
+inline ScalarType factor_dtype(
+    const std::optional<Tensor>& factor_x, const std::optional<Tensor>& factor_y,
+    const std::optional<Tensor>& factor_cross, const Tensor& k) {
+  for (const std::optional<Tensor>* factor : {&factor_x, &factor_y, &factor_cross}) {
+    if (factor->has_value()) return (*factor)->scalar_type();
+  }
+  return k.scalar_type();
+}
+
 }  // namespace pcka

@@ -48,13 +48,17 @@ PCKA_HOST_DEVICE inline Tap<acc_t> bilinear_tap(int64_t index, int64_t source, i
 
 // The weight with which source index `i` enters output index `o`: 1 less their distance.
 template <typename acc_t>
-PCKA_HOST_DEVICE inline acc_t adjoint_weight(int64_t i, int64_t o, int64_t in, int64_t out) {
-  const int64_t position = (2 * o + 1) * in - out, here = 2 * out * i;
-  if (i == 0 && position < 0) return 1;
-  if (i == in - 1 && position > here) return 1;
-  const int64_t distance = position < here ? here - position : position - here;
-  if (distance >= 2 * out) return 0;
-  return static_cast<acc_t>(2 * out - distance) / static_cast<acc_t>(2 * out);
+PCKA_HOST_DEVICE inline acc_t adjoint_weight(
+    int64_t index, int64_t reader, int64_t source, int64_t resized) {
+  return with_narrow(reader, source, resized, [index](auto o, auto in, auto out) -> acc_t {
+    const auto i = static_cast<decltype(o)>(index);
+    const auto position = (2 * o + 1) * in - out, here = 2 * out * i;
+    if (i == 0 && position < 0) return 1;
+    if (i == in - 1 && position > here) return 1;
+    const auto distance = position < here ? here - position : position - here;
+    if (distance >= 2 * out) return 0;
+    return static_cast<acc_t>(2 * out - distance) / static_cast<acc_t>(2 * out);
+  });
 }
 
 struct Range {

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
-from pcka.checkpoint import atomic_save, atomic_write, load_file
+from pcka.checkpoint import CheckpointError, atomic_save, atomic_write, load_file
 
 # What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
 _ALLOWED = {
@@ -63,13 +63,32 @@ class SafeCheckpointer(DetectionCheckpointer):
         name = last_filename_basename.encode()
         atomic_write(lambda file: file.write(name), Path(self.save_dir, "last_checkpoint"))
 
+    def way_on(self) -> str:
+        """What to do where the last checkpoint cannot be read, in words."""
+        last, folder = self.get_checkpoint_file(), Path(self.save_dir)
+        older = (path for path in folder.glob("*.pth") if str(path) != last)
+        for path in sorted(older, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                load_file(path)
+            except ValueError:
+                continue
+            return (
+                f"{path.name} beside it is whole: to go on from there, write that name into "
+                f"{folder / 'last_checkpoint'}"
+            )
+        return f"no other is whole: remove {folder / 'last_checkpoint'} to begin anew"
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights and parts; return what else the file holds.
 
         Raises:
             WeightsError: a file that cannot be used, or none of whose weights fits the model.
+            CheckpointError: a damaged file, or weights that are no numbers.
         """
-        rest: dict[str, Any] = super().load(path, checkpointables)
+        try:
+            rest: dict[str, Any] = super().load(path, checkpointables)
+        except CheckpointError as error:
+            raise CheckpointError(_named(path, error)) from error
         if path and not self._fitted:
             raise WeightsError(
                 f"{path}: none of its weights has name and shape of one of the model's. Does the "
@@ -80,7 +99,14 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         found = super()._load_model(checkpoint)
         unfilled = {*found.missing_keys, *(name for name, *_ in found.incorrect_shapes)}
-        self._fitted = self.model.state_dict().keys() - unfilled
+        state = self.model.state_dict()
+        self._fitted = state.keys() - unfilled
+        broken = [n for n in state if n in self._fitted and _no_weight(n, state[n])]
+        if broken:
+            raise CheckpointError(
+                f"{len(broken)} of its weights are NaN, infinite or negative variances: "
+                f"{', '.join(broken[:3])}; take a file of a training that did not diverge"
+            )
         return found
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -88,15 +114,19 @@ class SafeCheckpointer(DetectionCheckpointer):
             return _read_zoo_pickle(filename)
         loaded = load_file(filename)
         if not isinstance(loaded, dict):
-            raise WeightsError(f"{filename}: expected a mapping of weights, got {type(loaded)}")
+            raise WeightsError(
+                f"{filename}: expected a mapping of weights, got {type(loaded).__name__}"
+            )
         if "state_dict" in loaded:
             raise WeightsError(
                 f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
                 "detection/convert_mmdet.py gives a teacher's weights detectron2's names"
             )
         if "model_state" in loaded:  # of pycls; detectron2 matches its names, too
-            return {"model": loaded["model_state"], "matching_heuristics": True}
-        return loaded if "model" in loaded else {"model": loaded}
+            loaded = {"model": loaded["model_state"], "matching_heuristics": True}
+        found = loaded if "model" in loaded else {"model": loaded}
+        _check_mapping(filename, found["model"], Tensor)
+        return found
 
 
 def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)) -> None:
@@ -109,6 +139,7 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
 
     Raises:
         WeightsError: no such file, or weights that the file lacks or holds in another shape.
+        CheckpointError: a damaged file, or weights that are no numbers.
     """
     wanted = [name for name in model.state_dict() if name.startswith(tuple(prefixes))]
     checkpointer = SafeCheckpointer(model)
@@ -117,7 +148,10 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
         checkpoint = checkpointer._load_file(local)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error}") from error
-    result = checkpointer._load_model(checkpoint)
+    try:
+        result = checkpointer._load_model(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(_named(path, error)) from error
     shapes = {name: (got, own) for name, got, own in result.incorrect_shapes}
     missing = [name for name in wanted if name in set(result.missing_keys) | shapes.keys()]
     if missing:
@@ -129,22 +163,58 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
         )
 
 
+def _named(path: str, error: CheckpointError) -> str:
+    """The message with the file's name before it, which reading a file gives by itself."""
+    return str(error) if path in str(error) else f"{path}: {error}"
+
+
+def _no_weight(name: str, value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return False
+    variance = name.rpartition(".")[2] == "running_var"
+    return not value.isfinite().all().item() or (variance and (value < 0).any().item())
+
+
+def _check_mapping(filename: str, weights: object, kind: type) -> None:
+    """Refuse what is no name -> array, before detectron2 looks into it."""
+    if not isinstance(weights, dict):
+        raise WeightsError(
+            f"{filename}: expected weights by their names under 'model', got "
+            f"{type(weights).__name__}"
+        )
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, kind):
+            raise WeightsError(
+                f"{filename}: expected a {kind.__name__} under every name, got "
+                f"{type(value).__name__} under {name!r}"
+            )
+
+
 def _read_zoo_pickle(filename: str) -> dict[str, Any]:
     """A ``.pkl`` of detectron2's model zoo, or of Caffe2's with its own names."""
     try:
         with open(filename, "rb") as file:
             data = ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError) as error:
+    except WeightsError as error:
+        raise WeightsError(f"{filename}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # arbitrary bytes make a pickle raise nearly anything
         raise WeightsError(f"{filename}: is damaged, or no pickle: {error}") from error
     if not isinstance(data, dict):
-        raise WeightsError(f"{filename}: expected a mapping of weights, got {type(data)}")
+        raise WeightsError(f"{filename}: expected a mapping of weights, got {type(data).__name__}")
     if isinstance(data.get("model"), dict):
+        _check_mapping(filename, data["model"], np.ndarray)
         return data
     blobs = data.get("blobs", data)
+    if not isinstance(blobs, dict):
+        raise WeightsError(
+            f"{filename}: expected a mapping of weights under 'blobs', got {type(blobs).__name__}"
+        )
     arrays = {
         name: value
         for name, value in blobs.items()
-        if isinstance(value, np.ndarray) and not name.endswith("_momentum")
+        if isinstance(value, np.ndarray) and not str(name).endswith("_momentum")
     }
     if not arrays:
         raise WeightsError(f"{filename}: holds no arrays, but {', '.join(map(str, blobs))}")

@@ -10,23 +10,24 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 
+from detection.command import TrainingFailedError, run_command
 from detection.config import PROJECT, ConfigError, load_config
 from detection.data.register import name_coco_sets
+from detection.settings import CHECKPOINT_TAG, CONFIG, changed_settings
 from pcka.analysis.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
+from pcka.checkpoint import atomic_write
 
-WEIGHTS, RESULT, CONFIG = "model_final.pth", "result.json", "config.yaml"
-CHECKPOINT_TAG = "last_checkpoint"
+WEIGHTS, RESULT = "model_final.pth", "result.json"
 METRICS = ("AP", "AP50", "AP75")
 NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
 
@@ -67,8 +68,8 @@ def compare(
         for name, path in files.items():
             folder = output / name / f"seed{seed}"
             results[name][seed] = train(path, seed, folder, overrides, launcher=launcher)
-            (output / "comparison.md").write_text(markdown(results))
-            (output / "comparison.csv").write_text(_csv(results))
+            _write(output / "comparison.md", markdown(results))
+            _write(output / "comparison.csv", _csv(results))
     return results
 
 
@@ -84,7 +85,7 @@ def train(
 
     Raises:
         ConfigError: a run that was started with other settings.
-        RuntimeError: the training failed.
+        TrainingFailedError: the training failed.
     """
     keys = [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
     wanted = load_config(str(config_file), keys)
@@ -103,32 +104,45 @@ def train(
         command = [*launcher, script, "--resume", "--config-file", str(config_file), *keys]
         quiet = {"PYTHONWARNINGS": "ignore", **os.environ}  # release 0.6 calls deprecated names
         ended = subprocess.run(command, stdout=subprocess.DEVNULL, env=quiet, check=False)
+        if ended.returncode == 130:  # Ctrl-C, which torchrun passes on to its processes alone
+            raise KeyboardInterrupt
         if ended.returncode:
-            raise RuntimeError(f"the training in {str(folder)!r} failed; see the error above")
-    return json.loads(result.read_text())
+            raise TrainingFailedError(
+                f"the training in {str(folder)!r} failed; see the error above"
+            )
+    return _read_result(result)
+
+
+def _write(path: Path, text: str) -> None:
+    atomic_write(lambda file: file.write(text.encode()), path)
 
 
 def _check_settings(wanted: CfgNode, folder: Path) -> None:
     had = load_config(str(folder / CONFIG), [])
-    # By way of YAML, in which a tuple is a list.
-    before, now = (_flat(yaml.safe_load(cfg.dump())) for cfg in (had, wanted))
-    changed = [key for key, value in now.items() if before[key] != value]
-    if changed:
+    if changed := changed_settings(had, wanted, NOT_COMPARED):
         raise ConfigError(
             f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
             "own, or another folder"
         )
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value."""
-    flat: dict[str, object] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in NOT_COMPARED:
-            flat[prefix + key] = value
-    return flat
+def _read_result(path: Path) -> Metrics:
+    """The metrics of a finished run; what could not be computed is NaN.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        tasks = json.loads(path.read_text())
+        return {
+            task: {name: math.nan if value is None else value for name, value in found.items()}
+            for task, found in tasks.items()
+        }
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: is not what a finished run writes ({error}); remove it, and the run is "
+            "evaluated again from its last checkpoint"
+        ) from error
 
 
 def markdown(results: Results) -> str:
@@ -219,4 +233,4 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, interrupted="the same command goes on where it stopped")

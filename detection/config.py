@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fvcore.common.registry import Registry
 from pcka import losses
 
 MODEL_ZOO = "model_zoo"
+NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"
 DISTILLED = "DistilledDetector"  # the meta-architecture of detection/meta_arch.py
 PROJECT = Path(__file__).parents[1]
 
@@ -96,12 +98,29 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 
 def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
     """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
+    if config_file.endswith(".py"):
+        raise ConfigError(
+            f"{config_file}: a LazyConfig of detectron2's, and a YAML file is needed; give the "
+            "model's keys in one"
+        )
     try:
         cfg.merge_from_file(config_file, allow_unsafe=trusted)
         cfg.merge_from_list(list(overrides))
+    except RecursionError as error:
+        raise ConfigError(f"{config_file}: its _BASE_ leads back to itself; take it out") from error
+    except AttributeError as error:
+        raise ConfigError(f"{config_file}: {NO_MAPPING}") from error
     except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise ConfigError(f"{config_file}: {reason}") from error
+        raise ConfigError(f"{config_file}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> object:
+    """What yacs says, in one line."""
+    if isinstance(error, TypeError) and "is not iterable" in str(error):  # an empty file, a number
+        return NO_MAPPING
+    if section := re.search(r"\n.* for config key: (\S+)$", str(error), re.DOTALL):
+        return f"{section[1]}: expected a section of keys, or another type of value"
+    return error.args[0] if isinstance(error, KeyError) else error
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

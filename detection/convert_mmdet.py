@@ -22,6 +22,7 @@ from torch import Tensor
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import WeightsError
+from detection.command import run_command
 from detection.config import load_config
 from pcka.checkpoint import LoadReport, ShapeMismatch, atomic_save, extract_state_dict, load_file
 
@@ -146,4 +147,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from detection.checkpoint import load_weights
+from detection.command import run_command
 from detection.compare import CONFIG, WEIGHTS, compare, markdown, train
 from detection.config import PROJECT, load_config, student_architecture
 from detection.data import register_datasets
@@ -67,4 +68,4 @@ def _picture(folders: Mapping[str, Path], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, interrupted="the same command goes on where it stopped")

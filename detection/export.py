@@ -15,6 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from detection.checkpoint import load_weights
+from detection.command import run_command
 from detection.config import ConfigError, load_config, student_architecture
 from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
@@ -113,4 +114,4 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,6 +12,7 @@ Only the standard library is imported here: this runs before the rest is install
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import subprocess
@@ -127,8 +128,10 @@ setup(
 """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Install detectron2 the best way that is open, unless it is importable."""
+    about = __doc__.partition(":")[0]
+    argparse.ArgumentParser(description=f"{about}.").parse_args(arguments)
     if importlib.util.find_spec("detectron2") is not None:
         print("detectron2: kept as it is")
     elif not _install_official():

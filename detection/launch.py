@@ -12,6 +12,7 @@ import torch.distributed as dist
 from detectron2.engine import launch
 
 from detection.compat import create_local_process_group
+from detection.config import ConfigError
 
 
 def run(
@@ -28,7 +29,7 @@ def run(
         on_gpus: the processes train on GPUs, not on CPUs.
 
     Raises:
-        ValueError: more GPUs than the machine has.
+        ConfigError: more GPUs than the machine has.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join(on_gpus)
@@ -37,7 +38,7 @@ def run(
         finally:
             dist.destroy_process_group()
     if arguments.num_gpus > max(torch.cuda.device_count(), 1):
-        raise ValueError(
+        raise ConfigError(
             f"--num-gpus: {arguments.num_gpus} are asked for, this machine has "
             f"{torch.cuda.device_count()}; for several processes on CPUs start them by torchrun"
         )

@@ -33,6 +33,10 @@ def match_levels(
         wanted = sorted(student, key=lambda level: student[level].stride or 0)[:DEFAULT_LEVELS]
     pairs: dict[str, str] = {}
     for entry in wanted:
+        if not isinstance(entry, str):
+            raise ConfigError(
+                f"DISTILL.LEVELS: expected names like 'p3' or 'p3:p2', got {entry!r} in {wanted}"
+            )
         own, _, other = entry.partition(":")
         other = other or own
         for role, level, known in (("student", own, student), ("teacher", other, teacher)):

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
 from detection.config import ConfigError, registered, teacher_config
+from detection.teacher_checks import check_statistics, check_trained
 from pcka.teacher import FrozenTeacher
 
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -94,11 +95,17 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
         ValueError: a configuration that cannot be read, or weights that do not fill the backbone.
     """
     own = teacher_config(cfg)
+    check_statistics(own.MODEL.PIXEL_MEAN, own.MODEL.PIXEL_STD)
     holder = nn.Module()
     registered(BACKBONE_REGISTRY, own.MODEL.BACKBONE.NAME, "the teacher's MODEL.BACKBONE.NAME")
     holder.backbone = build_backbone(own)
     if own.MODEL.WEIGHTS:
-        load_weights(holder, own.MODEL.WEIGHTS)
+        try:
+            load_weights(holder, own.MODEL.WEIGHTS)
+            if not cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+                check_trained(holder.backbone, own.MODEL.WEIGHTS)
+        except ValueError as error:
+            raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
     wanted = cfg.DISTILL.TEACHER
     return TeacherBackbone(
         holder.backbone,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: F401  (registers its paths)
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -22,14 +21,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
+from detection.command import run_command
 from detection.config import ConfigError, load_config, student_architecture
 from detection.data import register_datasets
+from detection.data.targets import check_test_sets
+from detection.evaluation import evaluate
 from detection.launch import run
-from detection.trainer import DetectionTrainer, check_keys, evaluate
+from detection.preflight import check_run, check_teacher_file, usable_device
+from detection.settings import check_resumed
+from detection.trainer import DetectionTrainer
 from pcka.checkpoint import atomic_write
 from pcka.folder_lock import lock_folder
-
-logger = logging.getLogger("detectron2.pcka")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -37,19 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = default_argument_parser().parse_args(arguments)
     if not given.config_file:
         raise ConfigError("--config-file: expected a YAML file, got none")
-    device = load_config(given.config_file, given.opts).MODEL.DEVICE
-    return run(_work, given, on_gpus=device != "cpu" and torch.cuda.is_available())
+    device = usable_device(load_config(given.config_file, given.opts).MODEL.DEVICE)
+    return run(_work, given, on_gpus=device != "cpu")
 
 
 def configure(arguments: argparse.Namespace) -> CfgNode:
     """Return the frozen configuration of a run, with its data sets registered."""
     cfg = load_config(arguments.config_file, arguments.opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    check_run(cfg)
     if arguments.eval_only:  # leave the files of the run alone
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
-    student_architecture(cfg)  # refuses what cannot be built, before anything is written
-    check_keys(cfg)
+    else:
+        check_teacher_file(cfg)
     register_datasets(cfg, training=not arguments.eval_only)
     cfg.freeze()
     return cfg
@@ -58,15 +60,28 @@ def configure(arguments: argparse.Namespace) -> CfgNode:
 def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     cfg = configure(arguments)
     with _held(Path(cfg.OUTPUT_DIR)):
+        if arguments.resume and comm.is_main_process():
+            check_resumed(cfg)
         default_setup(cfg, arguments)
         if arguments.eval_only:
             results = _evaluate_only(cfg)
         else:
             results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
         if comm.is_main_process():
-            text = json.dumps(results, indent=1).encode()
-            atomic_write(lambda file: file.write(text), Path(cfg.OUTPUT_DIR, "result.json"))
+            write_result(results, Path(cfg.OUTPUT_DIR, "result.json"))
     return results
+
+
+def write_result(results: dict[str, Any], path: Path) -> None:
+    """Write metrics as JSON, which has no NaN: what could not be computed is null."""
+    text = json.dumps(_without_nan(results), indent=1, allow_nan=False).encode()
+    atomic_write(lambda file: file.write(text), path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    return None if math.isnan(value) else value
 
 
 @contextmanager
@@ -78,6 +93,8 @@ def _held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock_folder(folder)
     try:
+        for left in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):  # by a killed run's atomic_write
+            left.unlink(missing_ok=True)
         yield
     finally:
         os.close(handle)
@@ -86,10 +103,13 @@ def _held(folder: Path) -> Iterator[None]:
 def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
+    check_test_sets(cfg)
     student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     return evaluate(cfg, student)
 
 
 if __name__ == "__main__":
-    record(main)()
+    run_command(
+        record(main), interrupted="the same command with --resume goes on after the last checkpoint"
+    )

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.layers import ROIAlign, ROIAlignRotated
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -18,15 +16,19 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.checkpoint import SafeCheckpointer
+from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
 from detection.config import ConfigError, teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
+from detection.data.targets import check_test_sets, training_set
+from detection.evaluation import evaluate, without_nan
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.metrics_state import MetricsState, RestoreMetrics
 from detection.run_state import RunState, lent_random_states
+from detection.teacher_checks import check_features
+from pcka.checkpoint import CheckpointError
 from pcka.distributed import OWN_BUFFERS, average_buffers
 
 logger = logging.getLogger("detectron2.pcka")
@@ -51,10 +53,12 @@ class DetectionTrainer(SimpleTrainer):
         resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
 
     Raises:
-        ConfigError: a checkpoint of another configuration.
+        ConfigError: a checkpoint that is damaged or of another configuration.
     """
 
     def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
+        dataset = training_set(cfg)
+        check_test_sets(cfg)
         model = build_model(cfg)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
@@ -75,18 +79,30 @@ class DetectionTrainer(SimpleTrainer):
         found = self._load(resumed=resumed)
         if not resumed and cfg.DISTILL.INHERIT:
             inherit_weights(student, teacher_config(cfg).MODEL.WEIGHTS, cfg.DISTILL.INHERIT)
+        if not resumed and isinstance(model, DistilledDetector) and model.teacher is not None:
+            check_features(model.teacher, cfg, dataset)
         start = found["iteration"] + 1 if resumed else 0
         if cfg.SOLVER.AMP.ENABLED:
             train_in_bfloat16(model)
-        super().__init__(_distributed(model, cfg), training_loader(cfg, start), optimizer)
+        super().__init__(_distributed(model, cfg), training_loader(cfg, dataset, start), optimizer)
         self.start, self.last = start, cfg.SOLVER.MAX_ITER
         self.register_hooks(self._hooks_of_run())
 
     def _load(self, *, resumed: bool) -> dict[str, Any]:
         if not resumed:
-            return self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            try:
+                return self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            except (ValueError, AssertionError, OSError) as error:
+                raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
         try:
-            return self.checkpointer.resume_or_load("", resume=True)
+            found = self.checkpointer.resume_or_load("", resume=True)
+            if "iteration" not in found:
+                raise WeightsError(
+                    f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
+                )
+            return found
+        except (CheckpointError, AssertionError) as error:  # damaged, or not there
+            raise ConfigError(f"{error}; {self.checkpointer.way_on()}") from error
         except ValueError as error:
             raise ConfigError(
                 f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration ({error}); "
@@ -128,7 +144,7 @@ class DetectionTrainer(SimpleTrainer):
         # the checkpoint before this evaluation, would go on with other numbers.
         with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
-        return self.results
+        return without_nan(self.results)  # JSON, which the figures are written as, has no NaN
 
 
 class _AverageBuffers(HookBase):
@@ -165,43 +181,6 @@ def train_in_bfloat16(model: nn.Module) -> None:
         if isinstance(module, ROIAlign | ROIAlignRotated):
             # They bring the boxes to the features' dtype: bfloat16 would move them by pixels.
             module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
-
-
-def check_keys(cfg: CfgNode) -> None:
-    """Refuse keys of detectron2 that would be ignored.
-
-    Raises:
-        ConfigError: one of them, and what to set it to.
-    """
-    for key in ("PRECISE_BN", "AUG"):
-        if cfg.TEST[key].ENABLED:
-            raise ConfigError(f"TEST.{key}.ENABLED: not supported; set it to False")
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
-        raise ConfigError(
-            "SOLVER.REFERENCE_WORLD_SIZE: batch, learning rate and schedule are not scaled here; "
-            f"set it to 0 and give those of {comm.get_world_size()} process(es)"
-        )
-
-
-def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
-    """Return COCO's metrics of the student on ``DATASETS.TEST``; empty in processes but the first.
-
-    Args:
-        cfg: ``DATASETS.TEST`` and the loader's keys are read.
-        student: a detectron2 detector.
-    """
-    results: dict[str, Any] = {}
-    for name in cfg.DATASETS.TEST:
-        # A folder for each set: the evaluator's files have the same names for all.
-        folder = Path(cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
-        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-        evaluator = COCOEvaluator(name, output_dir=str(folder), kpt_oks_sigmas=sigmas)
-        loader = build_detection_test_loader(cfg, name)
-        found = inference_on_dataset(student, loader, evaluator) or {}
-        if comm.is_main_process():
-            print_csv_format(found)
-        results.update(found if len(cfg.DATASETS.TEST) == 1 else {name: found})
-    return results
 
 
 def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:

@@ -69,7 +69,7 @@ class Distiller(nn.Module):
         # Through __dict__, because assigning a module registers it as a submodule.
         self.__dict__["teacher"] = teacher
         self.losses = nn.ModuleList(losses)
-        self.distillation_scale = 1.0
+        self.distillation_scale: float | Tensor = 1.0
         with_teacher = [loss for loss in losses if loss.needs_teacher]
         if with_teacher and teacher is None:
             raise ValueError(f"teacher: {type(with_teacher[0]).__name__} needs one, got None")

@@ -46,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = bundle.manifest(given.bundle) if given.bundle else {}
     except ValueError as error:
         parser.error(str(error))
-    # Stopped from outside, it still stops the stage at work.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "log.txt").write_text("")
     with tempfile.TemporaryDirectory(prefix="pcka-gpu-", ignore_cleanup_errors=True) as folder:
@@ -89,4 +87,6 @@ def _environment(packed: dict[str, str], work: Path, device: str) -> dict[str, s
 
 
 if __name__ == "__main__":
+    # Stopped from outside, it still stops the stage at work.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main())

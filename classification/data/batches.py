@@ -10,6 +10,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from classification.config import ConfigError
+
 # Purposes that random numbers are drawn for, each with streams of its own.
 ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM, PROCESS_STREAM = 0, 1, 2, 3
 
@@ -37,18 +39,18 @@ def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
         world_size: number of processes that share every batch.
 
     Raises:
-        ValueError: the set is smaller than one batch, or the processes cannot share it evenly.
+        ConfigError: the set is smaller than one batch, or the processes cannot share it evenly.
     """
     batch_size = cfg.SOLVER.BATCH_SIZE
     if surplus := batch_size % world_size:
-        raise ValueError(
+        raise ConfigError(
             f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes that "
             f"share every batch, got {batch_size}; take {batch_size - surplus + world_size}, or "
             "another number of processes"
         )
     steps = len(data) // batch_size
     if steps == 0:
-        raise ValueError(
+        raise ConfigError(
             f"SOLVER.BATCH_SIZE: {batch_size} is more than the {len(data)} training "
             "images; take a smaller batch or more images (DATA.TRAIN_IMAGES)"
         )

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
+from classification.config import ConfigError
 from classification.data.cifar import cifar_source
 from classification.data.digits import digits_source
 from classification.data.folder import FolderSource, folder_source
@@ -22,7 +23,7 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
     depend on ``DATA.SPLIT_SEED`` alone.
 
     Raises:
-        ValueError: missing or damaged data, train and test of different classes, too few images,
+        ConfigError: missing or damaged data, train and test of different classes, too few images,
             a resident set beyond ``DATA.MEMORY_GB``, a contradicting ``DATA.NUM_CLASSES``, or
             ``DATA.STREAM`` where there are no files to stream.
     """
@@ -35,12 +36,15 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
         tested = np.arange(len(test.labels))
         if test.classes != train.classes:
             differing = sorted(set(train.classes) ^ set(test.classes))
-            raise ValueError(
+            raise ConfigError(
                 "DATA.ROOT: expected the same classes for training and evaluation, "
                 f"got these in one of them only: {', '.join(differing)}"
             )
     _check_memory(cfg, len(kept) + len(tested))
-    return _open(cfg, train, kept), _open(cfg, test, tested)
+    return (
+        _open(cfg, train, kept, evaluated=False),
+        _open(cfg, test, tested, evaluated=True),
+    )
 
 
 def load_evaluation_set(cfg: CfgNode) -> ImageSet:
@@ -52,13 +56,13 @@ def load_evaluation_set(cfg: CfgNode) -> ImageSet:
         source = _source(cfg, "test")
         chosen = np.arange(len(source.labels))
     _check_memory(cfg, len(chosen))
-    return _open(cfg, source, chosen)
+    return _open(cfg, source, chosen, evaluated=True)
 
 
 def _source(cfg: CfgNode, split: str) -> Source:
     data = cfg.DATA
     if data.STREAM and data.NAME != "folder":
-        raise ValueError(
+        raise ConfigError(
             f"DATA.STREAM: only image files stream (DATA.NAME folder), got {data.NAME!r}; set it "
             "to False"
         )
@@ -69,7 +73,7 @@ def _source(cfg: CfgNode, split: str) -> Source:
     else:
         source = cifar_source(data.NAME, data.ROOT, split, data.IMAGE_SIZE, data.DOWNLOAD)
     if data.NUM_CLASSES not in (0, len(source.classes)):
-        raise ValueError(
+        raise ConfigError(
             f"DATA.NUM_CLASSES: {data.NUM_CLASSES} classes are configured, the data has "
             f"{len(source.classes)}; set it to 0 to take the data's"
         )
@@ -80,7 +84,7 @@ def _split(cfg: CfgNode, train: Source) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices held out of the training data and those trained on."""
     holdout, wanted, total = cfg.DATA.HOLDOUT, cfg.DATA.TRAIN_IMAGES, len(train.labels)
     if holdout + max(wanted, 1) > total:
-        raise ValueError(
+        raise ConfigError(
             f"DATA.HOLDOUT and DATA.TRAIN_IMAGES: {holdout} + {wanted} images are asked for, "
             f"the training data has {total}"
         )
@@ -92,7 +96,7 @@ def _split(cfg: CfgNode, train: Source) -> tuple[np.ndarray, np.ndarray]:
 def _check_memory(cfg: CfgNode, images: int) -> None:
     gigabytes = images * 3 * cfg.DATA.IMAGE_SIZE**2 / 1e9
     if gigabytes > cfg.DATA.MEMORY_GB and not cfg.DATA.STREAM:
-        raise ValueError(
+        raise ConfigError(
             f"DATA.MEMORY_GB: {images} images of {cfg.DATA.IMAGE_SIZE} pixels need "
             f"{gigabytes:.3g} GB, allowed are {cfg.DATA.MEMORY_GB:.3g}; raise it if the memory is "
             "there, set DATA.STREAM True to read image files batch by batch instead, or take a "
@@ -100,19 +104,24 @@ def _check_memory(cfg: CfgNode, images: int) -> None:
         )
 
 
-def _open(cfg: CfgNode, source: Source, chosen: np.ndarray) -> ImageSet:
+def _open(cfg: CfgNode, source: Source, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
     """Return the chosen images of a source, resident or streaming as DATA.STREAM says."""
     labels, data = torch.from_numpy(source.labels[chosen]), cfg.DATA
-    if not data.STREAM:
+    resize = data.RESIZE or data.IMAGE_SIZE
+    if not isinstance(source, FolderSource):
+        if data.RESIZE:
+            raise ConfigError(
+                f"DATA.RESIZE: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to 0"
+            )
         return ResidentSet(source.read(chosen), labels, source.classes)
-    assert isinstance(source, FolderSource)  # by _source
-    resize = data.RESIZE or round(data.IMAGE_SIZE * 8 / 7)
     if resize < data.IMAGE_SIZE:
-        raise ValueError(
+        raise ConfigError(
             f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut out "
-            f"of it, got {resize}; 0 takes 8/7 of DATA.IMAGE_SIZE"
+            f"of it, got {resize}; 0 takes DATA.IMAGE_SIZE"
         )
-    files = source.files.take(chosen)
-    return StreamingSet(
-        files, labels, source.classes, data.IMAGE_SIZE, resize, workers=data.WORKERS
-    )
+    if data.STREAM:
+        files = source.files.take(chosen)
+        size = (data.IMAGE_SIZE, resize)
+        return StreamingSet(files, labels, source.classes, *size, workers=data.WORKERS)
+    images = source.read_resized(chosen, resize) if evaluated else source.read(chosen)
+    return ResidentSet(images, labels, source.classes)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from classification.config import ConfigError
 from classification.data.image_set import Source
 
 DATASETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -23,15 +24,15 @@ def cifar_source(name: str, root: str, split: str, image_size: int, download: bo
         download: fetch missing data.
 
     Raises:
-        ValueError: another image size, or missing or damaged data.
+        ConfigError: another image size, or missing or damaged data.
     """
     if image_size != SIDE:
-        raise ValueError(f"DATA.IMAGE_SIZE: {name} has images of {SIDE} pixels, got {image_size}")
+        raise ConfigError(f"DATA.IMAGE_SIZE: {name} has images of {SIDE} pixels, got {image_size}")
     dataset = DATASETS[name]
     try:
         data = dataset(root, train=split == "train", download=download)
     except RuntimeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"DATA.ROOT: no complete {name} in {root!r} (expected the folder "
             f"{dataset.base_folder!r} of the archive {dataset.filename!r} there); unpack the "
             "archive there, or set DATA.DOWNLOAD True to fetch it"

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 
+from classification.config import ConfigError
 from classification.data.image_set import Source
-from pcka.distributed import rank
+from classification.progress import Progress
 
 DECODING_THREADS = 4
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves
@@ -56,14 +56,44 @@ class ImageFiles:
         """Return one image in RGB; an image that cannot be decoded names its file."""
         path = self.path(position)
         try:
+            if not os.path.isfile(path):  # to open a pipe is to wait for ever
+                raise OSError("it is no regular file")
             with Image.open(path) as file:
-                return file.convert("RGB")
+                return _eight_bits(file).convert("RGB")
         except Exception as error:  # what a decoder meets in a broken file is of many types
-            raise ValueError(f"cannot decode the image {path!r}: {error}") from error
+            raise ConfigError(f"cannot decode the image {path!r}: {error}") from error
 
     def take(self, indices: np.ndarray) -> ImageFiles:
         """Return the files at ``indices``, (M,) int64, in that order."""
         return replace(self, names=self.names[indices])
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper eight of sixteen bits of grey, as Pillow takes them of colours; it would clip.
+
+    Raises:
+        ValueError: numbers whose range no format states.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are of 32 bits (mode {image.mode}), and which is white is not said; "
+            "save it with 8 or 16 bits"
+        )
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def cut_centre(image: Image.Image, resize: int, image_size: int) -> Tensor:
+    """Return the centre of an image, (3, image_size, image_size) uint8.
+
+    Args:
+        image: RGB.
+        resize: what the shorter side is resized to before, pixels.
+        image_size: side of the centre, pixels.
+    """
+    image = transforms.resize(image, resize, antialias=True)
+    return transforms.pil_to_tensor(transforms.center_crop(image, [image_size, image_size]))
 
 
 @dataclass(frozen=True)
@@ -72,9 +102,15 @@ class FolderSource(Source):
 
     Attributes:
         files: of the images, (N,).
+        image_size: side of the images that are read, pixels.
     """
 
     files: ImageFiles
+    image_size: int
+
+    def read_resized(self, indices: np.ndarray, resize: int) -> Tensor:
+        """Return images as ``read`` does, their shorter side resized to ``resize`` before."""
+        return _read(self.files, self.image_size, resize, indices)
 
 
 def folder_source(root: str, split: str, image_size: int) -> FolderSource:
@@ -87,37 +123,49 @@ def folder_source(root: str, split: str, image_size: int) -> FolderSource:
             it and the centre cut out.
 
     Raises:
-        ValueError: no such folder, no class folders, or a class without images.
+        ConfigError: no such folder, no class folders, a class without images, or a folder that a
+            link leads to a second time.
     """
     folders = [Path(root).expanduser() / name for name in FOLDERS[split]]
     folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
-        raise ValueError(
+        raise ConfigError(
             f"DATA.ROOT: expected the folder {' or '.join(str(path) for path in folders)} with "
             "one folder of images per class in it, found none"
         )
+    _refuse_second_visits(folder)
     try:
         classes, _ = find_classes(folder)
         found = make_dataset(folder, extensions=IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise ValueError(f"DATA.ROOT: {folder} is not a class-per-folder set: {error}") from error
+        raise ConfigError(f"DATA.ROOT: {folder} is not a class-per-folder set: {error}") from error
     names = [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path, _ in found]
     files = ImageFiles(folder, np.array(names))
     labels = np.array([label for _, label in found], dtype=np.int64)
-    return FolderSource(labels, tuple(classes), partial(_read, files, image_size), files)
+    read = partial(_read, files, image_size, image_size)
+    return FolderSource(labels, tuple(classes), read, files, image_size)
 
 
-def _read(files: ImageFiles, image_size: int, indices: np.ndarray) -> Tensor:
+def _refuse_second_visits(folder: Path) -> None:
+    """Links are followed; one into a folder that is read already would label its images anew."""
+    first: dict[tuple[int, int], str] = {}
+    for path, _, _ in os.walk(folder, followlinks=True):
+        about = os.stat(path)
+        other = first.setdefault((about.st_dev, about.st_ino), path)
+        if other != path:
+            raise ConfigError(
+                f"DATA.ROOT: {other} and {path} are one folder, by a link, and its images would be "
+                "read twice; remove the link"
+            )
+
+
+def _read(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
 
     def fill(position: int) -> None:
-        image = transforms.resize(files.open(indices[position]), image_size, antialias=True)
-        centre = transforms.center_crop(image, [image_size, image_size])
-        images[position] = transforms.pil_to_tensor(centre)
+        images[position] = cut_centre(files.open(indices[position]), resize, image_size)
 
-    quiet = True if rank() else None  # a bar in the first process, if that has a terminal
-    bar = tqdm(total=len(indices), desc="decoding", unit="img", leave=False, disable=quiet)
-    with bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
+    with Progress("decoding", len(indices)) as bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
         try:
             for _ in pool.map(fill, range(len(indices))):
                 bar.update()

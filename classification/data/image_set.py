@@ -83,7 +83,7 @@ class ImageSet(ABC):
             world_size: number of processes.
 
         Raises:
-            ValueError: a batch that the set or the processes cannot make up.
+            ConfigError: a batch that the set or the processes cannot make up.
         """
 
     @abstractmethod

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from fvcore.common.config import CfgNode
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from classification.config import ConfigError
 from classification.data.batches import (
     IMAGE_STREAM,
     Batch,
@@ -23,7 +25,7 @@ from classification.data.batches import (
     to_unit_range,
     training_share,
 )
-from classification.data.folder import ImageFiles
+from classification.data.folder import ImageFiles, cut_centre
 from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
 
 
@@ -87,8 +89,8 @@ class StreamingSet(ImageSet):
         self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """Yield :meth:`ImageSet.evaluation_batches`."""
-        centre = [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.image_size)]
-        pictures = _Pictures(self.files, v2.Compose([*centre, v2.PILToTensor()]))
+        centre = partial(cut_centre, resize=self.resize, image_size=self.image_size)
+        pictures = _Pictures(self.files, centre)
         yield from self._stream(pictures, evaluation_share(self, batch_size, rank, world_size))
 
     def _stream(self, pictures: Dataset[Tensor], batches: Sequence[Tensor]) -> Iterator[Batch]:
@@ -100,17 +102,25 @@ class StreamingSet(ImageSet):
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the default would draw from the global one
         )
-        for batch, images in zip(batches, loader):
+        for batch, images in zip(batches, _with_short_errors(loader)):
             # From pinned memory: the copy waits for the device's queue, and nobody for the copy.
             chosen = batch.to(self.device, non_blocking=True)
             images = to_unit_range(images.to(self.device, non_blocking=True))
             yield Batch(images, self.labels[chosen], chosen)
 
 
+def _with_short_errors(loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches; of what a worker has to refuse, keep the reason and no traceback."""
+    try:
+        yield from loader
+    except ConfigError as error:
+        raise ConfigError(str(error).rpartition("ConfigError: ")[2].rstrip()) from error
+
+
 class _Pictures(Dataset[Tensor]):
     """Decoded and transformed images, (3, S, S) uint8, by position."""
 
-    def __init__(self, files: ImageFiles, transform: v2.Transform) -> None:
+    def __init__(self, files: ImageFiles, transform: Callable[[Image.Image], Tensor]) -> None:
         self.files = files
         self.transform = transform
 

@@ -13,6 +13,6 @@ from classification.models import (  # noqa: F401
     vgg,
     wrn,
 )
-from classification.models.registry import create_model, model_names
+from classification.models.registry import Classifier, create_model, model_names
 
-__all__ = ["create_model", "model_names"]
+__all__ = ["Classifier", "create_model", "model_names"]

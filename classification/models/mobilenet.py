@@ -85,9 +85,10 @@ class MobileNetV2(nn.Module):
         self.blocks = nn.Sequential(*rows)
         self.conv2 = nn.Sequential(*conv_bn(channels, LAST_WIDTH, 1), nn.ReLU())
         self.avgpool = global_pool()
-        self.classifier = nn.Sequential(nn.Linear(LAST_WIDTH, num_classes))
+        linear = nn.Linear(LAST_WIDTH, num_classes)
+        self.classifier = nn.Sequential(linear)
         initialize_convolutions(self)
-        initialize_classifier(self.classifier[0])
+        initialize_classifier(linear)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` -> logits `(B, num_classes)`."""

@@ -120,6 +120,9 @@ class ShuffleNet(nn.Module):
     classifier_name = "linear"
     widths: tuple[int, ...]
     last_width: int | None = None
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

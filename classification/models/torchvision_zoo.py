@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torchvision.models
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class BottleneckStageEnd(Bottleneck):
         return self.last_relu(self.bn3(self.conv3(branch)) + shortcut)
 
 
-def _resnet_stages(model: nn.Module) -> Stages:
+def _resnet_stages(model: Any) -> Stages:
     """Stem and layers; the layers' last blocks change class, not parameters."""
     model.relu.inplace = False
     yield "relu", "relu:input", "bn1"
@@ -63,7 +64,7 @@ def _resnet_stages(model: nn.Module) -> Stages:
         yield name, f"{last}.last_relu{INPUT_SUFFIX}", f"{last}.{block.last_norm}"
 
 
-def _mobilenet_v2_stages(model: nn.Module) -> Stages:
+def _mobilenet_v2_stages(model: Any) -> Stages:
     """Stem and last rows, which end linearly: a row is its own feature before the activation."""
     model.features[0][2].inplace = False
     yield "features.0", f"features.0.2{INPUT_SUFFIX}", "features.0.1"
@@ -71,7 +72,7 @@ def _mobilenet_v2_stages(model: nn.Module) -> Stages:
         yield f"features.{index}", f"features.{index}", f"features.{index}.conv.3"
 
 
-def _vgg_stages(model: nn.Module) -> Stages:
+def _vgg_stages(model: Any) -> Stages:
     """The activations before the poolings."""
     for index, (activation, following) in enumerate(pairwise(model.features)):
         if isinstance(following, nn.MaxPool2d):
@@ -81,14 +82,14 @@ def _vgg_stages(model: nn.Module) -> Stages:
             yield path, f"{path}{INPUT_SUFFIX}", f"features.{index - 1}" if has_norm else ""
 
 
-STAGES: dict[type[nn.Module], Callable[[nn.Module], Stages]] = {
+STAGES: dict[type[nn.Module], Callable[[Any], Stages]] = {
     torchvision.models.ResNet: _resnet_stages,
     torchvision.models.MobileNetV2: _mobilenet_v2_stages,
     torchvision.models.VGG: _vgg_stages,
 }
 
 
-def _name_taps(model: nn.Module) -> nn.Module:
+def _name_taps(model: Any) -> nn.Module:
     """Give a model of torchvision the attributes that `register` asks for."""
     stages = list(STAGES[type(model)](model)) if type(model) in STAGES else []
     model.stage_names = tuple(stage for stage, _, _ in stages)
@@ -112,7 +113,7 @@ def _classifier_paths(model: nn.Module) -> tuple[str, str]:
     return classifier, classifier + INPUT_SUFFIX
 
 
-def _silence_auxiliary_heads(model: nn.Module) -> None:
+def _silence_auxiliary_heads(model: Any) -> None:
     """Give logits alone in training, too; the heads stay, because checkpoints have them."""
     model.aux_logits = False
     for head in ("aux1", "aux2", "AuxLogits"):

@@ -44,6 +44,8 @@ class VGG(nn.Module):
     preactivation_names = ("block0", "block1", "block2", "block3", "block4")
     pooled_name = "avgpool"
     classifier_name = "classifier"
+    relu4: nn.Module
+    block4: nn.Module
 
     def __init__(self, num_classes: int, *, depths: Sequence[int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-// The factors of the alignment's gradient, formed in the Grams' own memory, on the CPU.
+// The factors of the alignment's gradient, on the CPU.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -10,33 +10,44 @@
 namespace pcka {
 namespace {
 
+template <typename T>
+T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
 void alignment_gradient(
-    const Tensor& k,                     // (G, N_k, N_k); written
-    const Tensor& l,                     // (G, N_l, N_l); written
-    const std::optional<Tensor>& cross,  // (G, N_k, N_l); written
-    const Tensor& coefficients) {        // (G, 3)
-  check_grams(k, l, cross);
+    const std::optional<Tensor>& factor_x,      // (G, N_k, N_k); written
+    const std::optional<Tensor>& factor_y,      // (G, N_l, N_l); written
+    const std::optional<Tensor>& factor_cross,  // (G, N_k, N_l); written
+    const Tensor& k,                            // (G, N_k, N_k)
+    const Tensor& l,                            // (G, N_l, N_l)
+    const std::optional<Tensor>& cross,         // (G, N_k, N_l)
+    const Tensor& coefficients) {               // (G, 3)
+  check_alignment_gradient(factor_x, factor_y, factor_cross, k, l, cross, coefficients);
   const int64_t groups = k.size(0), n_k = k.size(1), n_l = l.size(1);
-  check_table(coefficients, "coefficients", groups, 3);
-  dispatch_rows(k.scalar_type(), "k", [&](auto zero) {
-    using gram_t = decltype(zero);
-    gram_t* k_data = static_cast<gram_t*>(k.mutable_data_ptr());
-    gram_t* l_data = static_cast<gram_t*>(l.mutable_data_ptr());
-    gram_t* cross_data =
-        cross.has_value() ? static_cast<gram_t*>(cross->mutable_data_ptr()) : nullptr;
+  const ScalarType dtype = factor_dtype(factor_x, factor_y, factor_cross, k);
+  dispatch_gram_and_factor(k.scalar_type(), dtype, [&](auto gram, auto factor) {
+    using gram_t = decltype(gram);
+    using factor_t = decltype(factor);
+    factor_t* to_x = data_or_null<factor_t>(factor_x);
+    factor_t* to_y = data_or_null<factor_t>(factor_y);
+    factor_t* to_cross = data_or_null<factor_t>(factor_cross);
+    const gram_t* of_k = static_cast<const gram_t*>(k.const_data_ptr());
+    const gram_t* of_l = static_cast<const gram_t*>(l.const_data_ptr());
+    const gram_t* of_cross = data_or_null<gram_t>(cross);
     const double* table = static_cast<const double*>(coefficients.const_data_ptr());
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         const double a = 2 * table[3 * g], b = 2 * table[3 * g + 1], c = 2 * table[3 * g + 2];
-        gram_t* kg = k_data + g * n_k * n_k;
-        gram_t* lg = l_data + g * n_l * n_l;
-        if (cross_data == nullptr) {
-          mix(kg, lg, n_k * n_k, a, b, c);
+        const int64_t at_k = g * n_k * n_k, at_l = g * n_l * n_l, at_cross = g * n_k * n_l;
+        if (of_cross == nullptr) {
+          mix(of_k + at_k, of_l + at_k, n_k * n_k, a, b, c, to_x ? to_x + at_k : nullptr,
+              to_y ? to_y + at_k : nullptr);
           continue;
         }
-        scale(cross_data + g * n_k * n_l, n_k * n_l, a);
-        scale(kg, n_k * n_k, -b);
-        scale(lg, n_l * n_l, -c);
+        if (to_x) scale(of_k + at_k, n_k * n_k, -b, to_x + at_k);
+        if (to_y) scale(of_l + at_l, n_l * n_l, -c, to_y + at_l);
+        if (to_cross) scale(of_cross + at_cross, n_k * n_l, a, to_cross + at_cross);
       }
     });
   });

@@ -5,8 +5,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <limits>
-#include <tuple>
 
 #include "../dtypes.h"
 #include "lines.h"
@@ -14,18 +14,25 @@
 namespace pcka {
 namespace {
 
-std::tuple<Tensor, Tensor> gram_alignment(
+// The energies of a group, of their parts.
+std::array<double, 2> add_parts(const Tensor& energy, int64_t group) {
+  const int64_t parts = energy.size(1);
+  const double* pair = static_cast<const double*>(energy.const_data_ptr()) + 2 * parts * group;
+  std::array<double, 2> total{0, 0};
+  for (int64_t i = 0; i < parts; ++i) total[0] += pair[2 * i], total[1] += pair[2 * i + 1];
+  return total;
+}
+
+Tensor gram_alignment(
+    const Tensor& alignment,             // (G); written
     const Tensor& k,                     // (G, N_k, N_k)
     const Tensor& l,                     // (G, N_l, N_l)
     const std::optional<Tensor>& cross,  // (G, N_k, N_l)
-    const Tensor& energy_x,              // (G, 2)
-    const Tensor& energy_y,              // (G, 2)
+    const Tensor& energy_x,              // (G, parts, 2)
+    const Tensor& energy_y,              // (G, parts, 2)
     bool center) {
-  check_grams(k, l, cross);
+  check_gram_alignment(alignment, k, l, cross, energy_x, energy_y);
   const int64_t groups = k.size(0), n_k = k.size(1), n_l = l.size(1);
-  check_table(energy_x, "energy_x", groups, 2);
-  check_table(energy_y, "energy_y", groups, 2);
-  Tensor alignment = torch::stable::new_empty(k, {groups}, accumulation_dtype(k.scalar_type()));
   Tensor coefficients = torch::stable::new_empty(k, {groups, 3}, ScalarType::Double);
   dispatch_rows(k.scalar_type(), "k", [&](auto zero) {
     using gram_t = decltype(zero);
@@ -34,13 +41,12 @@ std::tuple<Tensor, Tensor> gram_alignment(
     const gram_t* l_data = static_cast<const gram_t*>(l.const_data_ptr());
     const gram_t* cross_data =
         cross.has_value() ? static_cast<const gram_t*>(cross->const_data_ptr()) : nullptr;
-    const double* ex = static_cast<const double*>(energy_x.const_data_ptr());
-    const double* ey = static_cast<const double*>(energy_y.const_data_ptr());
     acc_t* alignments = static_cast<acc_t*>(alignment.mutable_data_ptr());
     double* table = static_cast<double*>(coefficients.mutable_data_ptr());
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
-        const double sx = 1 / ex[2 * g + 1], sy = 1 / ey[2 * g + 1];
+        const std::array<double, 2> ex = add_parts(energy_x, g), ey = add_parts(energy_y, g);
+        const double sx = 1 / ex[1], sy = 1 / ey[1];
         const gram_t* kg = k_data + g * n_k * n_k;
         const gram_t* lg = l_data + g * n_l * n_l;
         const gram_t* mg = cross_data ? cross_data + g * n_k * n_l : nullptr;
@@ -49,17 +55,17 @@ std::tuple<Tensor, Tensor> gram_alignment(
             mg ? scaled_dot(mg, mg, n_k * n_l, root, root) : scaled_dot(kg, lg, n_k * n_k, sx, sy);
         const GroupAlignment result = align_group(
             kl, scaled_dot(kg, kg, n_k * n_k, sx, sx), scaled_dot(lg, lg, n_l * n_l, sy, sy),
-            ex + 2 * g, ey + 2 * g, center, std::numeric_limits<acc_t>::epsilon());
+            ex.data(), ey.data(), center, std::numeric_limits<acc_t>::epsilon());
         alignments[g] = static_cast<acc_t>(result.alignment);
         table[3 * g] = result.a, table[3 * g + 1] = result.b, table[3 * g + 2] = result.c;
       }
     });
   });
-  return {alignment, coefficients};
+  return coefficients;
 }
 
 }  // namespace
 
-PCKA_LIBRARY_IMPL(CPU, m) { m.impl("gram_alignment", TORCH_BOX(&gram_alignment)); }
+PCKA_LIBRARY_IMPL(CPU, m) { m.impl("gram_alignment_", TORCH_BOX(&gram_alignment)); }
 
 }  // namespace pcka

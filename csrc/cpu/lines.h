@@ -194,23 +194,32 @@ PCKA_CLONES double scaled_dot(
   return add_lanes(lanes);
 }
 
-// x, y <- a y - b x, a x - c y
-template <typename T>
+// a y - b x and a x - c y, where they are asked for; either may be x's or y's own memory.
+template <typename T, typename to_t>
 PCKA_CLONES void mix(
-    T* __restrict__ x, T* __restrict__ y, int64_t count, double a, double b, double c) {
+    const T* x, const T* y, int64_t count, double a, double b, double c, to_t* to_x, to_t* to_y) {
   using acc_t = acc_type<T>;
-  for (int64_t i = 0; i < count; ++i) {
-    const double x_i = static_cast<acc_t>(x[i]), y_i = static_cast<acc_t>(y[i]);
-    x[i] = static_cast<T>(static_cast<acc_t>(a * y_i - b * x_i));
-    y[i] = static_cast<T>(static_cast<acc_t>(a * x_i - c * y_i));
+  const auto mixed = [](double f, const T& p, double g, const T& q) {
+    return static_cast<to_t>(
+        static_cast<acc_t>(f * static_cast<acc_t>(p) - g * static_cast<acc_t>(q)));
+  };
+  if (to_y == nullptr) {
+    for (int64_t i = 0; to_x != nullptr && i < count; ++i) to_x[i] = mixed(a, y[i], b, x[i]);
+  } else if (to_x == nullptr) {
+    for (int64_t i = 0; i < count; ++i) to_y[i] = mixed(a, x[i], c, y[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const to_t of_x = mixed(a, y[i], b, x[i]), of_y = mixed(a, x[i], c, y[i]);
+      to_x[i] = of_x, to_y[i] = of_y;
+    }
   }
 }
 
-template <typename T>
-PCKA_CLONES void scale(T* values, int64_t count, double factor) {
+template <typename T, typename to_t>
+PCKA_CLONES void scale(const T* values, int64_t count, double factor, to_t* to) {
   using acc_t = acc_type<T>;
   for (int64_t i = 0; i < count; ++i) {
-    values[i] = static_cast<T>(static_cast<acc_t>(factor * static_cast<acc_t>(values[i])));
+    to[i] = static_cast<to_t>(static_cast<acc_t>(factor * static_cast<acc_t>(values[i])));
   }
 }
 

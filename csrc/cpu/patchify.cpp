@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../dtypes.h"
@@ -27,15 +28,21 @@ struct Energy {
   double before = 0, after = 0;
 };
 
-// The energies of the groups: sums over their equally many parts, in order.
-void sum_energies(const std::vector<Energy>& parts, int64_t groups, double* energy) {
-  const int64_t units = static_cast<int64_t>(parts.size()) / groups;
-  std::fill_n(energy, 2 * groups, 0);
-  for (int64_t i = 0; i < groups * units; ++i) {
-    energy[2 * (i / units)] += parts[i].before;
-    energy[2 * (i / units) + 1] += parts[i].after;
+// Where the energies of the groups go (G, parts, 2).
+struct Energies {
+  double* data;
+  int64_t groups, parts;
+
+  // Sums over as many values for each group, in order. They are one part, and the others are 0.
+  void set(const std::vector<Energy>& values) const {
+    const int64_t units = static_cast<int64_t>(values.size()) / groups;
+    std::fill_n(data, 2 * groups * parts, 0);
+    for (int64_t i = 0; i < groups * units; ++i) {
+      double* pair = data + 2 * parts * (i / units);
+      pair[0] += values[i].before, pair[1] += values[i].after;
+    }
   }
-}
+};
 
 // What all threads share of one map.
 template <typename scalar_t, typename acc_t, typename rows_t>
@@ -195,7 +202,7 @@ class Worker {
 };
 
 template <typename scalar_t, typename acc_t, typename rows_t>
-void fill_rows(const Job<scalar_t, acc_t, rows_t>& job, int64_t group_by, double* energy) {
+void fill_rows(const Job<scalar_t, acc_t, rows_t>& job, int64_t group_by, const Energies& energy) {
   const PatchGeometry& g = job.g;
   const ChannelBlocks blocks(g, job.in);
   const bool by_channel = group_by == kChannel;
@@ -216,7 +223,7 @@ void fill_rows(const Job<scalar_t, acc_t, rows_t>& job, int64_t group_by, double
       }
     }
   });
-  if (group_by != kPosition) sum_energies(parts, g.groups, energy);
+  if (group_by != kPosition) energy.set(parts);
 }
 
 // Matrices (G, N, D) of any strides, a row's place being that of pixel (n / across, n % across).
@@ -231,10 +238,11 @@ struct Matrices {
   }
 };
 
-// Writes the matrices centered over their rows (or as they are) to `out` (G, N, D), which they
+// Writes the matrices centered over their rows (or as they are) to `out` (G, stored, D), which they
 // may themselves be.
 template <typename scalar_t, typename rows_t>
-void center_matrices(const Matrices<scalar_t>& m, bool center, rows_t* out, double* energy) {
+void center_matrices(
+    const Matrices<scalar_t>& m, bool center, rows_t* out, int64_t stored, const Energies& energy) {
   using acc_t = acc_type<scalar_t>;
   const int64_t blocks = (m.columns + kColumnBlock - 1) / kColumnBlock;
   std::vector<Energy> parts(m.groups * blocks);
@@ -263,41 +271,55 @@ void center_matrices(const Matrices<scalar_t>& m, bool center, rows_t* out, doub
         load(n);
         if (center) subtract(line, means_high, means_low, count);
         energy_of_block.after += sum_squares(line, count);
-        convert(line, count, out + (group * m.rows + n) * m.columns + first);
+        convert(line, count, out + (group * stored + n) * m.columns + first);
       }
       energy_of_block.before += energy_of_block.after;
     }
   });
-  sum_energies(parts, m.groups, energy);
+  energy.set(parts);
 }
 
 // Centers every row of (G, N, D) over its columns, in place.
 template <typename acc_t>
-void center_over_columns(acc_t* rows, const PatchGeometry& g, double* energy) {
+void center_over_columns(acc_t* rows, const PatchGeometry& g, const Energies& energy) {
   std::vector<Energy> parts(g.groups * g.rows);
   torch::stable::parallel_for(0, g.groups * g.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      acc_t* row = rows + i * g.columns;
+      acc_t* row = rows + (i / g.rows * g.stored + i % g.rows) * g.columns;
       const double mean = sum(row, g.columns) / static_cast<double>(g.columns);
       subtract(row, Mean<acc_t>(mean), g.columns);
       parts[i].after = sum_squares(row, g.columns);
       parts[i].before = parts[i].after + mean * mean * static_cast<double>(g.columns);
     }
   });
-  sum_energies(parts, g.groups, energy);
+  energy.set(parts);
 }
 
 template <typename scalar_t, typename rows_t>
 void run(
     const scalar_t* input, MapStrides in, const PatchGeometry& g, int64_t group_by, int64_t center,
-    rows_t* rows, double* energy) {
+    rows_t* rows, const Energies& energy) {
   using acc_t = acc_type<scalar_t>;
   const bool over_rows = center == kOverRows;
   if (group_by == kBatch && g.patch_h * g.patch_w == 1 && center != kOverColumns) {
     // Patches of one pixel: the map is a matrix as it stands.
     const Matrices<scalar_t> matrices{input, g.groups, g.rows, g.columns, g.width,
                                       in.b,  in.y,     in.x,   in.c};
-    return center_matrices(matrices, over_rows, rows, energy);
+    return center_matrices(matrices, over_rows, rows, g.stored, energy);
+  }
+  if constexpr (!std::is_same_v<acc_t, rows_t>) {
+    if (center == kOverColumns) {
+      // Centered in float32 before they are rounded.
+      const int64_t count = g.groups * g.stored * g.columns;
+      const std::unique_ptr<acc_t[]> wide(new acc_t[count]);
+      run(input, in, g, group_by, center, wide.get(), energy);
+      return torch::stable::parallel_for(0, g.groups, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t at = i * g.stored * g.columns;
+          convert(wide.get() + at, g.rows * g.columns, rows + at);
+        }
+      });
+    }
   }
   const bool fused = over_rows && group_by != kPosition;
   fill_rows(
@@ -314,26 +336,43 @@ void run(
     if (center == kOverColumns) {
       center_over_columns(rows, g, energy);
     } else if (group_by == kPosition) {
-      const Matrices<acc_t> matrices{rows, g.groups,  g.rows, g.columns, g.rows, g.rows * g.columns,
-                                     0,    g.columns, 1};
-      center_matrices(matrices, over_rows, rows, energy);
+      const Matrices<acc_t> matrices{
+          rows, g.groups, g.rows, g.columns, g.rows, g.stored * g.columns, 0, g.columns, 1};
+      center_matrices(matrices, over_rows, rows, g.stored, energy);
     }
   }
 }
 
+// The rows that are none of the map's.
+template <typename rows_t>
+void clear_further_rows(rows_t* rows, const PatchGeometry& g) {
+  for (int64_t i = 0; i < g.groups; ++i) {
+    rows_t* first = rows + (i * g.stored + g.rows) * g.columns;
+    std::fill_n(first, (g.stored - g.rows) * g.columns, rows_t(0));
+  }
+}
+
 void patchify(
-    const Tensor& rows,    // (G, N, D), contiguous; written
-    const Tensor& energy,  // (G, 2); written
-    const Tensor& input,   // (B, C, H, W), any strides
+    const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
+    const Tensor& energy,                 // (G or 2 G, parts, 2); written
+    const Tensor& input,                  // (B, C, H, W), any strides
+    const std::optional<Tensor>& second,  // the same
     int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
-  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
-  check_patchify(rows, energy, input, g, group_by, center);
+  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
+  check_patchify(rows, energy, input, second, g, group_by, center);
+  const int64_t size = g.groups * g.stored * g.columns, parts = energy.size(1);
   dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
     using scalar_t = decltype(map);
     using rows_t = decltype(row);
-    run(static_cast<const scalar_t*>(input.const_data_ptr()), map_strides(input), g, group_by,
-        center, static_cast<rows_t*>(rows.mutable_data_ptr()),
-        static_cast<double*>(energy.mutable_data_ptr()));
+    const auto run_map = [&](const Tensor& map, int64_t i) {
+      rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr()) + i * size;
+      double* energies = static_cast<double*>(energy.mutable_data_ptr()) + i * 2 * g.groups * parts;
+      run(static_cast<const scalar_t*>(map.const_data_ptr()), map_strides(map), g, group_by, center,
+          values, Energies{energies, g.groups, parts});
+      clear_further_rows(values, g);
+    };
+    run_map(input, 0);
+    if (second.has_value()) run_map(*second, 1);
   });
 }
 

@@ -151,7 +151,8 @@ void patchify_backward(
     const Tensor& grad_input,  // (B, C, H, W), any strides; written
     const Tensor& grad_rows,   // (G, N, D), contiguous
     int64_t patch_h, int64_t patch_w, int64_t group_by) {
-  const PatchGeometry g = make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by);
+  const PatchGeometry g =
+      make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by, &grad_rows);
   check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
   dispatch_map_and_rows(
       grad_input.scalar_type(), grad_rows.scalar_type(), "grad_input", [&](auto map, auto row) {

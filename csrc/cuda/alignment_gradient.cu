@@ -1,4 +1,7 @@
-// The factors of the alignment's gradient, formed in the Grams' own memory, on CUDA.
+// The factors of the alignment's gradient on CUDA.
+//
+// They may be the Grams' own memory: every thread reads the elements that it writes before it does,
+// and nobody else's.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -25,77 +28,94 @@ __device__ inline void for_each_vector_of_groups(
   }
 }
 
-// K, L <- 2 (a L - b K), 2 (a K - c L)
-template <typename gram_t>
+// 2 (a L - b K) and 2 (a K - c L), where they are asked for.
+template <typename gram_t, typename factor_t>
 __global__ void __launch_bounds__(kThreads) mix_kernel(
-    gram_t* __restrict__ k, gram_t* __restrict__ l, int64_t groups, int64_t elements, int64_t parts,
-    const double* __restrict__ coefficients) {
+    const gram_t* k, const gram_t* l, int64_t groups, int64_t elements, int64_t parts, bool wide,
+    const double* __restrict__ coefficients, factor_t* factor_x, factor_t* factor_y) {
   using acc_t = acc_type<gram_t>;
   constexpr int kSize = Vector<gram_t>::kSize;
   for_each_vector_of_groups<kSize>(
       groups, elements, parts, [&](int64_t group, int64_t first, int count) {
         const double a = 2 * coefficients[3 * group], b = 2 * coefficients[3 * group + 1];
         const double c = 2 * coefficients[3 * group + 2];
-        Vector<gram_t> x = load(k + first, count, 1, true), y = load(l + first, count, 1, true);
+        const auto of_k = load<Vector<gram_t>>(k + first, count, wide);
+        const auto of_l = load<Vector<gram_t>>(l + first, count, wide);
+        Vector<factor_t, kSize> to_x, to_y;
         for (int v = 0; v < kSize; ++v) {
-          const double x_v = static_cast<acc_t>(x.values[v]);
-          const double y_v = static_cast<acc_t>(y.values[v]);
-          x.values[v] = static_cast<gram_t>(static_cast<acc_t>(a * y_v - b * x_v));
-          y.values[v] = static_cast<gram_t>(static_cast<acc_t>(a * x_v - c * y_v));
+          const double k_v = static_cast<acc_t>(of_k.values[v]);
+          const double l_v = static_cast<acc_t>(of_l.values[v]);
+          to_x.values[v] = static_cast<factor_t>(static_cast<acc_t>(a * l_v - b * k_v));
+          to_y.values[v] = static_cast<factor_t>(static_cast<acc_t>(a * k_v - c * l_v));
         }
-        store(k + first, x, count, 1, true);
-        store(l + first, y, count, 1, true);
+        if (factor_x != nullptr) store(factor_x + first, to_x, count, wide);
+        if (factor_y != nullptr) store(factor_y + first, to_y, count, wide);
       });
 }
 
-// values <- factor * coefficients[group][column] * values
-template <typename gram_t>
+// scale * coefficients[group][column] * values
+template <typename gram_t, typename factor_t>
 __global__ void __launch_bounds__(kThreads) scale_kernel(
-    gram_t* __restrict__ values, int64_t groups, int64_t elements, int64_t parts,
-    const double* __restrict__ coefficients, int column, double factor) {
+    const gram_t* values, int64_t groups, int64_t elements, int64_t parts, bool wide,
+    const double* __restrict__ coefficients, int column, double scale, factor_t* factor) {
   using acc_t = acc_type<gram_t>;
   constexpr int kSize = Vector<gram_t>::kSize;
   for_each_vector_of_groups<kSize>(
       groups, elements, parts, [&](int64_t group, int64_t first, int count) {
-        const double scale = factor * coefficients[3 * group + column];
-        Vector<gram_t> x = load(values + first, count, 1, true);
+        const double by = scale * coefficients[3 * group + column];
+        const auto of = load<Vector<gram_t>>(values + first, count, wide);
+        Vector<factor_t, kSize> to;
         for (int v = 0; v < kSize; ++v) {
-          x.values[v] =
-              static_cast<gram_t>(static_cast<acc_t>(scale * static_cast<acc_t>(x.values[v])));
+          to.values[v] =
+              static_cast<factor_t>(static_cast<acc_t>(by * static_cast<acc_t>(of.values[v])));
         }
-        store(values + first, x, count, 1, true);
+        store(factor + first, to, count, wide);
       });
 }
 
 void alignment_gradient(
-    const Tensor& k,                     // (G, N_k, N_k); written
-    const Tensor& l,                     // (G, N_l, N_l); written
-    const std::optional<Tensor>& cross,  // (G, N_k, N_l); written
-    const Tensor& coefficients) {        // (G, 3)
-  check_grams(k, l, cross);
+    const std::optional<Tensor>& factor_x,      // (G, N_k, N_k); written
+    const std::optional<Tensor>& factor_y,      // (G, N_l, N_l); written
+    const std::optional<Tensor>& factor_cross,  // (G, N_k, N_l); written
+    const Tensor& k,                            // (G, N_k, N_k)
+    const Tensor& l,                            // (G, N_l, N_l)
+    const std::optional<Tensor>& cross,         // (G, N_k, N_l)
+    const Tensor& coefficients) {               // (G, 3)
+  check_alignment_gradient(factor_x, factor_y, factor_cross, k, l, cross, coefficients);
   const int64_t groups = k.size(0);
-  check_table(coefficients, "coefficients", groups, 3);
   const LaunchScope scope(k);
   const double* table = static_cast<const double*>(coefficients.const_data_ptr());
-  dispatch_rows(k.scalar_type(), "k", [&](auto zero) {
-    using gram_t = decltype(zero);
-    const auto data = [](const Tensor& t) { return static_cast<gram_t*>(t.mutable_data_ptr()); };
-    const auto elements = [&](const Tensor& t) { return t.size(1) * t.size(2); };
+  const ScalarType dtype = factor_dtype(factor_x, factor_y, factor_cross, k);
+  dispatch_gram_and_factor(k.scalar_type(), dtype, [&](auto gram, auto factor) {
+    using gram_t = decltype(gram);
+    using factor_t = decltype(factor);
+    const auto from = [](const Tensor& t) {
+      return static_cast<const gram_t*>(t.const_data_ptr());
+    };
+    const auto to = [](const std::optional<Tensor>& t) {
+      return t.has_value() ? static_cast<factor_t*>(t->mutable_data_ptr()) : nullptr;
+    };
+    const auto elements = [](const Tensor& t) { return t.size(1) * t.size(2); };
     const auto parts = [&](const Tensor& t) { return (elements(t) + kPart - 1) / kPart; };
     if (!cross.has_value()) {
+      const bool wide = vectors_aligned(from(k)) && vectors_aligned(from(l)) &&
+                        vectors_aligned(to(factor_x)) && vectors_aligned(to(factor_y));
       launch(
-          scope, mix_kernel<gram_t>, blocks_for(groups * parts(k)), data(k), data(l), groups,
-          elements(k), parts(k), table);
+          scope, mix_kernel<gram_t, factor_t>, blocks_for(groups * parts(k)), from(k), from(l),
+          groups, elements(k), parts(k), wide, table, to(factor_x), to(factor_y));
       return;
     }
-    const auto scale = [&](const Tensor& t, int column, double factor) {
+    const auto scale = [&](const Tensor& t, int column, double by,
+                           const std::optional<Tensor>& out) {
+      if (!out.has_value()) return;
       launch(
-          scope, scale_kernel<gram_t>, blocks_for(groups * parts(t)), data(t), groups, elements(t),
-          parts(t), table, column, factor);
+          scope, scale_kernel<gram_t, factor_t>, blocks_for(groups * parts(t)), from(t), groups,
+          elements(t), parts(t), vectors_aligned(from(t)) && vectors_aligned(to(out)), table,
+          column, by, to(out));
     };
-    scale(*cross, 0, 2);
-    scale(k, 1, -2);
-    scale(l, 2, -2);
+    scale(*cross, 0, 2, factor_cross);
+    scale(k, 1, -2, factor_x);
+    scale(l, 2, -2, factor_y);
   });
 }
 

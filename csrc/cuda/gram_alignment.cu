@@ -1,12 +1,12 @@
 // Alignment statistics of pairs of Grams on CUDA.
 //
-// Every Gram is cut into parts, so that few groups still fill the device. A block sums one part,
-// in vectors of 16 bytes; then one block a group adds its parts up, in their order.
+// Large Grams are cut into parts, so that few groups still fill the device: a block sums one part,
+// in vectors of 16 bytes; then one block a group adds its parts up, in their order. Of small ones a
+// block takes a whole group, and that is all.
 
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
-#include <tuple>
 
 #include "../dtypes.h"
 #include "../grams.h"
@@ -17,139 +17,184 @@
 namespace pcka {
 namespace {
 
-constexpr int64_t kPart = int64_t{1} << 13;  // elements of a Gram that a block sums
+constexpr int64_t kPart = int64_t{1} << 13;   // elements of a Gram that a block sums
+constexpr int64_t kSmall = int64_t{1} << 14;  // of Grams that a block takes whole
 
-// Scales by which sums neither overflow nor vanish.
-struct Scale {
-  const double* energy_a;  // (G, 2)
-  const double* energy_b;
+// The matrices of all groups and their elements; without cross, as many in l as in k.
+template <typename gram_t>
+struct Grams {
+  const gram_t *k, *l, *cross;
+  int64_t size_k, size_l, size_cross;
+  bool wide;  // can be read in vectors
+};
 
-  __device__ double of(int64_t group) const {
-    return sqrt(1 / energy_a[2 * group + 1]) * sqrt(1 / energy_b[2 * group + 1]);
+// |X|^2 and |X_c|^2 of both sides, in parts.
+struct Energies {
+  const double *x, *y;  // (G, parts, 2)
+  int64_t parts_x, parts_y;
+
+  // Of a group; every thread of the block gets them: x before and after centering, then y.
+  __device__ void add_parts(int64_t group, double (&total)[4]) const {
+    for (int64_t i = threadIdx.x; i < parts_x; i += kThreads) {
+      const double* pair = x + 2 * (group * parts_x + i);
+      total[0] += pair[0], total[1] += pair[1];
+    }
+    for (int64_t i = threadIdx.x; i < parts_y; i += kThreads) {
+      const double* pair = y + 2 * (group * parts_y + i);
+      total[2] += pair[0], total[3] += pair[1];
+    }
+    block_sum(total);
   }
 };
 
-// <A, B>, <A, A>, <B, B> of the scaled matrices, part by part: sums (G, parts, 3).
+// What the closing formula needs beside the sums, and where its results go.
+template <typename acc_t>
+struct Closing {
+  bool center;
+  double epsilon;
+  acc_t* alignment;      // (G)
+  double* coefficients;  // (G, 3)
+
+  __device__ void operator()(
+      int64_t group, const double (&sums)[3], const double (&energies)[4]) const {
+    const GroupAlignment result =
+        align_group(sums[0], sums[1], sums[2], energies, energies + 2, center, epsilon);
+    alignment[group] = static_cast<acc_t>(result.alignment);
+    coefficients[3 * group] = result.a;
+    coefficients[3 * group + 1] = result.b;
+    coefficients[3 * group + 2] = result.c;
+  }
+};
+
+// <K, L> or <M, M>, <K, K>, <L, L> over elements [begin, end) of a group's matrices, scaled so that
+// sums neither overflow nor vanish.
 template <typename gram_t>
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(
-    const gram_t* __restrict__ a, const gram_t* __restrict__ b, int64_t groups, int64_t size,
-    int64_t parts, Scale scale_a, Scale scale_b, double* __restrict__ sums) {
+__device__ inline void add_products(
+    const Grams<gram_t>& grams, int64_t group, int64_t begin, int64_t end,
+    const double (&energies)[4], double (&sums)[3]) {
   using acc_t = acc_type<gram_t>;
   constexpr int kSize = Vector<gram_t>::kSize;
+  const double of_k = 1 / energies[1], of_l = 1 / energies[3];
+  const double of_cross = sqrt(of_k) * sqrt(of_l);
+  const auto for_each = [&](int64_t size, auto&& f) {
+    for_each_vector<kSize>(group * size + min(begin, size), group * size + min(end, size), f);
+  };
+  const auto scaled = [](const gram_t& value, double scale) {
+    return scale * static_cast<acc_t>(value);
+  };
+  const auto add_squares = [&](const gram_t* values, int64_t size, double scale, double& sum) {
+    for_each(size, [&](int64_t first, int count) {
+      const auto x = load<Vector<gram_t>>(values + first, count, grams.wide);
+      for (int v = 0; v < kSize; ++v)
+        sum += scaled(x.values[v], scale) * scaled(x.values[v], scale);
+    });
+  };
+  if (grams.cross != nullptr) {
+    add_squares(grams.cross, grams.size_cross, of_cross, sums[0]);
+    add_squares(grams.k, grams.size_k, of_k, sums[1]);
+    add_squares(grams.l, grams.size_l, of_l, sums[2]);
+    return;
+  }
+  for_each(grams.size_k, [&](int64_t first, int count) {
+    const auto x = load<Vector<gram_t>>(grams.k + first, count, grams.wide);
+    const auto y = load<Vector<gram_t>>(grams.l + first, count, grams.wide);
+    for (int v = 0; v < kSize; ++v) {  // beyond the count, zeros
+      const double x_v = scaled(x.values[v], of_k), y_v = scaled(y.values[v], of_l);
+      sums[0] += x_v * y_v, sums[1] += x_v * x_v, sums[2] += y_v * y_v;
+    }
+  });
+}
+
+// The alignments of groups of one part, else the sums (G, parts, 3) of every part.
+template <typename gram_t>
+__global__ void __launch_bounds__(kThreads, 1) sum_parts_kernel(
+    Grams<gram_t> grams, Energies energies, int64_t groups, int64_t parts, int64_t part,
+    Closing<acc_type<gram_t>> close, double* __restrict__ part_sums) {
   for (int64_t i = blockIdx.x; i < groups * parts; i += gridDim.x) {
-    const int64_t group = i / parts, begin = group * size + i % parts * kPart;
-    const double of_a = scale_a.of(group), of_b = scale_b.of(group);
-    double total[3] = {0, 0, 0};
-    for_each_vector<kSize>(
-        begin, min(begin + kPart, (group + 1) * size), [&](int64_t first, int count) {
-          const Vector<gram_t> x = load(a + first, count, 1, true);
-          const Vector<gram_t> y = load(b + first, count, 1, true);
-          for (int v = 0; v < kSize; ++v) {  // beyond the count, zeros
-            const double x_v = of_a * static_cast<acc_t>(x.values[v]);
-            const double y_v = of_b * static_cast<acc_t>(y.values[v]);
-            total[0] += x_v * y_v, total[1] += x_v * x_v, total[2] += y_v * y_v;
-          }
-        });
-    block_sum(total);
-    if (threadIdx.x == 0) {
-      for (int j = 0; j < 3; ++j) sums[3 * i + j] = total[j];
+    const int64_t group = i / parts, begin = i % parts * part;
+    double of_group[4] = {0, 0, 0, 0}, sums[3] = {0, 0, 0};
+    energies.add_parts(group, of_group);
+    add_products(grams, group, begin, begin + part, of_group, sums);
+    block_sum(sums);
+    if (threadIdx.x != 0) continue;
+    if (parts == 1) {
+      close(group, sums, of_group);
+    } else {
+      for (int j = 0; j < 3; ++j) part_sums[3 * i + j] = sums[j];
     }
   }
 }
-
-// One of the three sums of every part of every group.
-struct PartSums {
-  const double* data;  // (G, parts, 3)
-  int64_t parts;
-  int which;
-
-  __device__ double of(int64_t group) const {
-    double total = 0;
-    for (int64_t i = threadIdx.x; i < parts; i += kThreads) {
-      total += data[3 * (group * parts + i) + which];
-    }
-    return total;
-  }
-};
 
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads) gram_alignment_kernel(
-    PartSums kl, PartSums kk, PartSums ll, int64_t groups, const double* __restrict__ energy_x,
-    const double* __restrict__ energy_y, bool center, double epsilon, acc_t* __restrict__ alignment,
-    double* __restrict__ coefficients) {
-  for (int64_t g = blockIdx.x; g < groups; g += gridDim.x) {
-    double total[3] = {kl.of(g), kk.of(g), ll.of(g)};
-    block_sum(total);
-    if (threadIdx.x == 0) {
-      const GroupAlignment result = align_group(
-          total[0], total[1], total[2], energy_x + 2 * g, energy_y + 2 * g, center, epsilon);
-      alignment[g] = static_cast<acc_t>(result.alignment);
-      coefficients[3 * g] = result.a;
-      coefficients[3 * g + 1] = result.b;
-      coefficients[3 * g + 2] = result.c;
+__global__ void __launch_bounds__(kThreads, 1) gram_alignment_kernel(
+    const double* __restrict__ part_sums, Energies energies, int64_t groups, int64_t parts,
+    Closing<acc_t> close) {
+  for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
+    double of_group[4] = {0, 0, 0, 0}, sums[3] = {0, 0, 0};
+    energies.add_parts(group, of_group);
+    for (int64_t i = threadIdx.x; i < parts; i += kThreads) {
+      for (int j = 0; j < 3; ++j) sums[j] += part_sums[3 * (group * parts + i) + j];
     }
+    block_sum(sums);
+    if (threadIdx.x == 0) close(group, sums, of_group);
   }
 }
 
-// The sums of all parts of a pair of matrices of one size: (G, parts, 3).
-template <typename gram_t>
-Tensor sum_parts(
-    const LaunchScope& scope, const Tensor& a, const Tensor& b, Scale scale_a, Scale scale_b) {
-  const int64_t groups = a.size(0), size = a.size(1) * a.size(2);
-  const int64_t parts = (size + kPart - 1) / kPart;
-  const Tensor sums = torch::stable::new_empty(a, {groups, parts, 3}, ScalarType::Double);
-  launch(
-      scope, sum_parts_kernel<gram_t>, blocks_for(groups * parts),
-      static_cast<const gram_t*>(a.const_data_ptr()),
-      static_cast<const gram_t*>(b.const_data_ptr()), groups, size, parts, scale_a, scale_b,
-      static_cast<double*>(sums.mutable_data_ptr()));
-  return sums;
-}
-
-std::tuple<Tensor, Tensor> gram_alignment(
+Tensor gram_alignment(
+    const Tensor& alignment,             // (G); written
     const Tensor& k,                     // (G, N_k, N_k)
     const Tensor& l,                     // (G, N_l, N_l)
     const std::optional<Tensor>& cross,  // (G, N_k, N_l)
-    const Tensor& energy_x,              // (G, 2)
-    const Tensor& energy_y,              // (G, 2)
+    const Tensor& energy_x,              // (G, parts, 2)
+    const Tensor& energy_y,              // (G, parts, 2)
     bool center) {
-  check_grams(k, l, cross);
+  check_gram_alignment(alignment, k, l, cross, energy_x, energy_y);
   const int64_t groups = k.size(0);
-  check_table(energy_x, "energy_x", groups, 2);
-  check_table(energy_y, "energy_y", groups, 2);
   const LaunchScope scope(k);
-  Tensor alignment = torch::stable::new_empty(k, {groups}, accumulation_dtype(k.scalar_type()));
   Tensor coefficients = torch::stable::new_empty(k, {groups, 3}, ScalarType::Double);
-  const double* x = static_cast<const double*>(energy_x.const_data_ptr());
-  const double* y = static_cast<const double*>(energy_y.const_data_ptr());
+  const Energies energies{
+      static_cast<const double*>(energy_x.const_data_ptr()),
+      static_cast<const double*>(energy_y.const_data_ptr()), energy_x.size(1), energy_y.size(1)};
   dispatch_rows(k.scalar_type(), "k", [&](auto zero) {
     using gram_t = decltype(zero);
     using acc_t = acc_type<gram_t>;
-    const auto which = [](const Tensor& sums, int index) {
-      return PartSums{static_cast<const double*>(sums.const_data_ptr()), sums.size(1), index};
+    const auto data = [](const Tensor& t) {
+      return static_cast<const gram_t*>(t.const_data_ptr());
     };
-    const auto align = [&](PartSums kl, PartSums kk, PartSums ll) {
+    const auto size = [](const Tensor& t) { return t.size(1) * t.size(2); };
+    const gram_t* of_cross = cross.has_value() ? data(*cross) : nullptr;
+    const Grams<gram_t> grams{
+        data(k),
+        data(l),
+        of_cross,
+        size(k),
+        size(l),
+        cross.has_value() ? size(*cross) : 0,
+        vectors_aligned(data(k)) && vectors_aligned(data(l)) && vectors_aligned(of_cross)};
+    const Closing<acc_t> close{
+        center, static_cast<double>(std::numeric_limits<acc_t>::epsilon()),
+        static_cast<acc_t*>(alignment.mutable_data_ptr()),
+        static_cast<double*>(coefficients.mutable_data_ptr())};
+    const int64_t largest = std::max({grams.size_k, grams.size_l, grams.size_cross});
+    const int64_t part = largest <= kSmall ? kSmall : kPart;
+    const int64_t parts = (largest + part - 1) / part;
+    const Tensor part_sums =
+        torch::stable::new_empty(k, {groups, parts > 1 ? parts : 0, 3}, ScalarType::Double);
+    double* sums = static_cast<double*>(part_sums.mutable_data_ptr());
+    launch(
+        scope, sum_parts_kernel<gram_t>, blocks_for(groups * parts), grams, energies, groups, parts,
+        part, close, sums);
+    if (parts > 1) {
       launch(
-          scope, gram_alignment_kernel<acc_t>, blocks_for(groups), kl, kk, ll, groups, x, y, center,
-          static_cast<double>(std::numeric_limits<acc_t>::epsilon()),
-          static_cast<acc_t*>(alignment.mutable_data_ptr()),
-          static_cast<double*>(coefficients.mutable_data_ptr()));
-    };
-    const Scale scale_k{x, x}, scale_l{y, y}, scale_cross{x, y};
-    if (!cross.has_value()) {
-      const Tensor sums = sum_parts<gram_t>(scope, k, l, scale_k, scale_l);
-      return align(which(sums, 0), which(sums, 1), which(sums, 2));
+          scope, gram_alignment_kernel<acc_t>, blocks_for(groups), static_cast<const double*>(sums),
+          energies, groups, parts, close);
     }
-    const Tensor mm = sum_parts<gram_t>(scope, *cross, *cross, scale_cross, scale_cross);
-    const Tensor kk = sum_parts<gram_t>(scope, k, k, scale_k, scale_k);
-    const Tensor ll = sum_parts<gram_t>(scope, l, l, scale_l, scale_l);
-    align(which(mm, 0), which(kk, 1), which(ll, 2));
   });
-  return {alignment, coefficients};
+  return coefficients;
 }
 
 }  // namespace
 
-PCKA_KERNELS(m) { m.impl("gram_alignment", TORCH_BOX(&gram_alignment)); }
+PCKA_KERNELS(m) { m.impl("gram_alignment_", TORCH_BOX(&gram_alignment)); }
 
 }  // namespace pcka

@@ -59,7 +59,7 @@ Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_b
   const int64_t y_blocks = ceil_div(g.patch_h, t.height), x_blocks = ceil_div(g.patch_w, t.width);
   const int64_t blocks = g.batch * channel_blocks * y_blocks * x_blocks;
   STD_TORCH_CHECK(
-      blocks <= std::numeric_limits<int>::max(), "input has too many channels: split it");
+      2 * blocks <= std::numeric_limits<int>::max(), "input has too many channels: split it");
   t.channel_blocks = static_cast<unsigned>(channel_blocks);
   t.y_blocks = static_cast<unsigned>(y_blocks), t.x_blocks = static_cast<unsigned>(x_blocks);
   t.blocks = static_cast<unsigned>(blocks);
@@ -67,9 +67,7 @@ Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_b
   t.last_x = static_cast<int>(t.stride_x * (g.width - 1));
   t.line_units = ceil_div(g.patch_w, kUnit);
   t.units = g.patch_h * t.line_units;
-  t.parts = group_by == kPosition  ? g.columns
-            : group_by == kChannel ? g.batch * t.units
-                                   : g.channels * t.units;
+  t.parts = energy_parts(g, group_by, kNone);
   return t;
 }
 
@@ -215,17 +213,21 @@ __device__ inline void write_energies(
 
 template <typename scalar_t, typename rows_t>
 __global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
-    const scalar_t* __restrict__ input, MapStrides in, PatchGeometry g, Tiling t, int64_t group_by,
-    bool center, rows_t* __restrict__ rows, double* __restrict__ part_energy) {
+    const scalar_t* __restrict__ input, const scalar_t* __restrict__ second, unsigned maps,
+    MapStrides in, PatchGeometry g, Tiling t, int64_t group_by, bool center,
+    rows_t* __restrict__ rows, double* __restrict__ part_energy) {
   using acc_t = acc_type<scalar_t>;
   __shared__ Shared<acc_t> shared;
 
-  for (unsigned i = blockIdx.x; i < t.blocks; i += gridDim.x) {
-    const Block block = make_block(i, t, g);
+  for (unsigned i = blockIdx.x; i < maps * t.blocks; i += gridDim.x) {
+    const unsigned map = i / t.blocks;
+    const Block block = make_block(i - map * t.blocks, t, g);
     const Share share = make_share(block, t);
-    const scalar_t* plane = input + block.b * in.b + (block.c + share.k) * in.c;
-    rows_t* column = rows + block.b * g.stride_b + (block.c + share.k) * g.stride_c +
-                     (block.py + share.y) * g.stride_py + (block.px + share.x) * g.stride_px;
+    const scalar_t* plane =
+        (map == 0 ? input : second) + block.b * in.b + (block.c + share.k) * in.c;
+    rows_t* column = rows + map * g.groups * g.stored * g.columns + block.b * g.stride_b +
+                     (block.c + share.k) * g.stride_c + (block.py + share.y) * g.stride_py +
+                     (block.px + share.x) * g.stride_px;
     acc_t high = 0, low = 0;  // the mean in two parts, for means far from zero
     double total = 0;
     int64_t staged_y = -1, staged_x = -1;
@@ -276,6 +278,9 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
       high = static_cast<acc_t>(total);
       low = static_cast<acc_t>(total - high);
     }
+    for (int64_t n = g.rows; share.works && share.slice == 0 && n < g.stored; ++n) {
+      column[n * g.columns] = rows_t(0);
+    }
     const double energy = sum_slices(total, shared.sums[1], share, block, t);
     const double mean = static_cast<double>(high) + low;
     __syncthreads();
@@ -284,23 +289,25 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
       shared.sums[1][share.column(block)] = energy;
     }
     __syncthreads();
-    write_energies(shared, block, t, g, group_by, part_energy);
+    if (part_energy == nullptr) continue;
+    write_energies(shared, block, t, g, group_by, part_energy + 2 * map * g.groups * t.parts);
   }
 }
 
-// Centers every row of (G, N, D) over its columns, in place; one block a row. Sums are formed of
-// what the values differ by from the row's first, a vector at a time before they are float64.
-template <typename acc_t>
+// Centers every row of (G, N, D) over its columns; one block a row. Sums are formed of what the
+// values differ by from the row's first, a vector at a time before they are float64.
+template <typename acc_t, typename rows_t>
 __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
-    acc_t* __restrict__ rows, PatchGeometry g, bool wide, double* __restrict__ row_energy) {
+    const acc_t* from, PatchGeometry g, int64_t rows, bool wide, rows_t* to,
+    double* __restrict__ row_energy) {
   constexpr int kSize = Vector<acc_t>::kSize;
-  for (int64_t i = blockIdx.x; i < g.groups * g.rows; i += gridDim.x) {
-    acc_t* row = rows + i * g.columns;
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const acc_t* row = from + i * g.columns;
     const acc_t origin = row[0];
     const auto for_each_vector = [&](auto&& f) {
       for (int64_t d = threadIdx.x * kSize; d < g.columns; d += kThreads * kSize) {
         const int count = static_cast<int>(min(g.columns - d, int64_t{kSize}));
-        f(d, count, load(row + d, count, 1, wide));
+        f(d, count, load<Vector<acc_t>>(row + d, count, wide));
       }
     };
     double total[1] = {0};
@@ -313,35 +320,24 @@ __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
     const double mean = origin + total[0] / static_cast<double>(g.columns);
     const acc_t high = static_cast<acc_t>(mean), low = static_cast<acc_t>(mean - high);
     double energy[1] = {0};
-    for_each_vector([&](int64_t d, int count, Vector<acc_t> vector) {
+    for_each_vector([&](int64_t d, int count, const Vector<acc_t>& vector) {
+      Vector<rows_t, kSize> centered;
       acc_t sum = 0;
       for (int v = 0; v < kSize; ++v) {
-        vector.values[v] = (vector.values[v] - high) - low;
-        sum += v < count ? vector.values[v] * vector.values[v] : acc_t(0);
+        const acc_t value = (vector.values[v] - high) - low;
+        sum += v < count ? value * value : acc_t(0);
+        centered.values[v] = static_cast<rows_t>(value);
       }
       energy[0] += sum;
-      store(row + d, vector, count, 1, wide);
+      store(to + i * g.columns + d, centered, count, wide);
     });
     block_sum(energy);
-    if (threadIdx.x == 0) {
-      row_energy[2 * i] = energy[0] + mean * mean * static_cast<double>(g.columns);
-      row_energy[2 * i + 1] = energy[0];
+    const int64_t group = i / g.stored, n = i % g.stored;
+    if (threadIdx.x == 0 && n < g.rows) {
+      double* pair = row_energy + 2 * (group * g.rows + n);
+      pair[0] = energy[0] + mean * mean * static_cast<double>(g.columns);
+      pair[1] = energy[0];
     }
-  }
-}
-
-// The energies of a group from those of its `parts` rows or columns; one block a group.
-__global__ void __launch_bounds__(kThreads) sum_energies_kernel(
-    const double* __restrict__ part_energy, int64_t groups, int64_t parts,
-    double* __restrict__ energy) {
-  for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
-    double total[2] = {0, 0};
-    for (int64_t i = threadIdx.x; i < parts; i += kThreads) {
-      const double* pair = part_energy + 2 * (group * parts + i);
-      total[0] += pair[0], total[1] += pair[1];
-    }
-    block_sum(total);
-    if (threadIdx.x == 0) energy[2 * group] = total[0], energy[2 * group + 1] = total[1];
   }
 }
 
@@ -351,40 +347,69 @@ Tensor with_near_pixels(const Tensor& input) {
   return farthest < std::numeric_limits<int>::max() / 2 ? input : torch::stable::contiguous(input);
 }
 
-void patchify(
-    const Tensor& rows,    // (G, N, D), contiguous; written
-    const Tensor& energy,  // (G, 2); written
-    const Tensor& input,   // (B, C, H, W), any strides
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
-  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
-  check_patchify(rows, energy, input, g, group_by, center);
-  const LaunchScope scope(input);
-  const Tensor map = with_near_pixels(input);
-  const MapStrides in = map_strides(map);
+bool same_strides(const Tensor& a, const Tensor& b) {
+  bool same = true;
+  for (int64_t i = 0; i < 4; ++i) same = same && a.stride(i) == b.stride(i);
+  return same;
+}
+
+// Rows of one or two maps of the same strides; without energies where `energy` is null.
+template <typename scalar_t, typename rows_t>
+void fill_rows(
+    const LaunchScope& scope, const Tensor& input, const Tensor* second, const PatchGeometry& g,
+    int64_t group_by, bool center, rows_t* rows, double* energy) {
+  if (second != nullptr && !same_strides(input, *second)) {
+    const int64_t size = g.groups * g.stored * g.columns;
+    const int64_t parts = energy_parts(g, group_by, kNone);
+    fill_rows<scalar_t>(scope, input, nullptr, g, group_by, center, rows, energy);
+    return fill_rows<scalar_t>(
+        scope, *second, nullptr, g, group_by, center, rows + size,
+        energy == nullptr ? nullptr : energy + 2 * g.groups * parts);
+  }
+  const unsigned maps = second == nullptr ? 1 : 2;
+  const Tensor first = with_near_pixels(input), other = second ? with_near_pixels(*second) : first;
+  const MapStrides in = map_strides(first);
   const Tiling tiling = make_tiling(in, g, group_by);
-  const int64_t parts = center == kOverColumns ? g.rows : tiling.parts;
-  const Tensor part_energy =
-      torch::stable::new_empty(energy, {g.groups, std::max(g.rows, tiling.parts), 2});
-  double* part_data = static_cast<double*>(part_energy.mutable_data_ptr());
-  dispatch_map_and_rows(map.scalar_type(), rows.scalar_type(), "input", [&](auto zero, auto row) {
-    using scalar_t = decltype(zero);
-    using rows_t = decltype(row);
-    rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr());
-    launch(
-        scope, patchify_kernel<scalar_t, rows_t>, blocks_for(tiling.blocks),
-        static_cast<const scalar_t*>(map.const_data_ptr()), in, g, tiling, group_by,
-        center == kOverRows, values, part_data);
-    if constexpr (std::is_same_v<rows_t, acc_type<scalar_t>>) {
-      if (center == kOverColumns) {
-        launch(
-            scope, center_over_columns_kernel<rows_t>, blocks_for(g.groups * g.rows), values, g,
-            vectors_aligned(values, g.columns), part_data);
-      }
-    }
-  });
   launch(
-      scope, sum_energies_kernel, blocks_for(g.groups), static_cast<const double*>(part_data),
-      g.groups, parts, static_cast<double*>(energy.mutable_data_ptr()));
+      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{tiling.blocks}),
+      static_cast<const scalar_t*>(first.const_data_ptr()),
+      static_cast<const scalar_t*>(other.const_data_ptr()), maps, in, g, tiling, group_by, center,
+      rows, energy);
+}
+
+void patchify(
+    const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
+    const Tensor& energy,                 // (G or 2 G, parts, 2); written
+    const Tensor& input,                  // (B, C, H, W), any strides
+    const std::optional<Tensor>& second,  // the same
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
+  check_patchify(rows, energy, input, second, g, group_by, center);
+  const LaunchScope scope(input);
+  const Tensor* other = second.has_value() ? &*second : nullptr;
+  double* energies = static_cast<double*>(energy.mutable_data_ptr());
+  dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
+    using scalar_t = decltype(map);
+    using rows_t = decltype(row);
+    using acc_t = acc_type<scalar_t>;
+    rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr());
+    if (center != kOverColumns) {
+      return fill_rows<scalar_t>(
+          scope, input, other, g, group_by, center == kOverRows, values, energies);
+    }
+    // Rows are centered before they are rounded, so those of bfloat16 come from others of float32.
+    const Tensor wide =
+        std::is_same_v<rows_t, acc_t>
+            ? rows
+            : torch::stable::new_empty(rows, rows.sizes(), accumulation_dtype(input.scalar_type()));
+    acc_t* from = static_cast<acc_t*>(wide.mutable_data_ptr());
+    fill_rows<scalar_t>(scope, input, other, g, group_by, false, from, nullptr);
+    const int64_t count = rows.size(0) * g.stored;
+    launch(
+        scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(count),
+        static_cast<const acc_t*>(from), g, count,
+        vectors_aligned(from, g.columns) && vectors_aligned(values), values, energies);
+  });
 }
 
 }  // namespace

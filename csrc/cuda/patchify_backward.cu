@@ -21,13 +21,12 @@ namespace pcka {
 namespace {
 
 constexpr int kMaxTaps = 256;  // resized lines that are at hand together
-constexpr int kReaders =
-    3;  // of a column, that a thread keeps; enough unless it is widened by half
+constexpr int kReaders = 3;    // of a column, that a thread keeps
+constexpr int64_t kThreadsWanted = int64_t{1} << 18;
 
 // How the work is cut; the same for every block. An item is a column of `lines` source pixels.
 struct Tiling {
   bool channels_first;  // threads run along c, else along x
-  bool many_readers;    // some column has more than kReaders
   int channels, items;  // of a block
   int lines;
   unsigned channel_blocks, item_blocks, blocks;
@@ -36,12 +35,12 @@ struct Tiling {
 Tiling make_tiling(const MapStrides& out, const PatchGeometry& g) {
   Tiling t{};
   t.channels_first = out.c < out.x || (out.c == 1 && g.width == 1);
-  t.many_readers = 2 * g.resized_w > kReaders * g.width;
   t.channels = static_cast<int>(std::min<int64_t>(t.channels_first ? 16 : 1, g.channels));
   t.items = kThreads / t.channels;
   // Few lines where there are few pixels: more threads then read at once.
-  const bool few = g.batch * g.channels * g.height * g.width < (int64_t{1} << 21);
-  t.lines = static_cast<int>(std::min<int64_t>(few ? 4 : 16, g.height));
+  const int64_t pixels = g.batch * g.channels * g.height * g.width;
+  t.lines = static_cast<int>(
+      std::min<int64_t>(std::clamp<int64_t>(pixels / kThreadsWanted, 4, 32), g.height));
   const int64_t items = (g.height + t.lines - 1) / t.lines * g.width;
   const int64_t channel_blocks = (g.channels + t.channels - 1) / t.channels;
   const int64_t item_blocks = (items + t.items - 1) / t.items;
@@ -120,10 +119,15 @@ class Readers {
   acc_t weights_[kReaders];
 };
 
-template <typename scalar_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads, 4) patchify_backward_kernel(
-    const rows_t* __restrict__ rows, PatchGeometry g, Tiling t, MapStrides out,
-    scalar_t* __restrict__ grad_input) {
+// `many`: some column has more readers than kReaders.
+template <typename scalar_t, typename rows_t, bool many>
+__global__ void __launch_bounds__(
+    kThreads, sizeof(scalar_t) == 8 ? 2
+              : many                ? 3
+                                    : 4)
+    patchify_backward_kernel(
+        const rows_t* __restrict__ rows, PatchGeometry g, Tiling t, MapStrides out,
+        scalar_t* __restrict__ grad_input) {
   using acc_t = acc_type<scalar_t>;
   __shared__ LineTap<acc_t> taps[kMaxTaps];
   const unsigned k = t.channels_first ? threadIdx.x % t.channels : threadIdx.x / t.items;
@@ -143,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_backward_kernel(
         min(static_cast<int64_t>((first_item + t.items - 1) / width + 1) * t.lines, g.height);
     const int64_t begin = first_reader(block_top, g.height, g.resized_h);
     const int64_t end = min(first_reader(block_bottom + 1, g.height, g.resized_h), g.resized_h);
-    const int64_t own = first_reader(top, g.height, g.resized_h);
+    const int64_t own_begin = first_reader(top, g.height, g.resized_h);
+    const int64_t own_end = min(first_reader(bottom + 1, g.height, g.resized_h), g.resized_h);
 
     const rows_t* plane = rows + b * g.stride_b + c * g.stride_c;
     const Readers<rows_t, acc_t> readers(plane, x, g);
@@ -156,11 +161,12 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_backward_kernel(
       fill_taps(taps, first, count, g);
       __syncthreads();
       if (!works) continue;
-      for (int o = static_cast<int>(max(own - first, int64_t{0})); o < count; ++o) {
+      const int from = static_cast<int>(max(own_begin - first, int64_t{0}));
+      const int until = static_cast<int>(min(own_end - first, static_cast<int64_t>(count)));
+      for (int o = from; o < until; ++o) {
         const LineTap<acc_t> tap = taps[o];
-        if (tap.low >= bottom) break;
         acc_t line = readers.sum(tap.offset);
-        if (t.many_readers) line += readers.sum_others(plane + tap.offset, g);
+        if constexpr (many) line += readers.sum_others(plane + tap.offset, g);
         if (tap.low > y) {  // by one: a map is never made smaller
           if (y >= top) *to = static_cast<scalar_t>(sum);
           ++y, to += out.y;
@@ -178,7 +184,8 @@ void patchify_backward(
     const Tensor& grad_input,  // (B, C, H, W), any strides; written
     const Tensor& grad_rows,   // (G, N, D), contiguous
     int64_t patch_h, int64_t patch_w, int64_t group_by) {
-  const PatchGeometry g = make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by);
+  const PatchGeometry g =
+      make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by, &grad_rows);
   check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
   const LaunchScope scope(grad_input);
   const MapStrides out = map_strides(grad_input);
@@ -187,10 +194,15 @@ void patchify_backward(
       grad_input.scalar_type(), grad_rows.scalar_type(), "grad_input", [&](auto map, auto row) {
         using scalar_t = decltype(map);
         using rows_t = decltype(row);
-        launch(
-            scope, patchify_backward_kernel<scalar_t, rows_t>, blocks_for(tiling.blocks),
-            static_cast<const rows_t*>(grad_rows.const_data_ptr()), g, tiling, out,
-            static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
+        const auto gather = [&](auto kernel) {
+          launch(
+              scope, kernel, blocks_for(tiling.blocks),
+              static_cast<const rows_t*>(grad_rows.const_data_ptr()), g, tiling, out,
+              static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
+        };
+        const bool many = 2 * g.resized_w > kReaders * g.width;  // as it is widened by half
+        many ? gather(patchify_backward_kernel<scalar_t, rows_t, true>)
+             : gather(patchify_backward_kernel<scalar_t, rows_t, false>);
       });
 }
 

@@ -1,4 +1,4 @@
-// Accesses of 16 bytes, the widest that a thread makes, and the tails that are narrower.
+// Accesses of up to 16 bytes, the widest that a thread makes, and the tails that are narrower.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,9 +7,9 @@
 
 namespace pcka {
 
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
+template <typename T, int size = 16 / sizeof(T)>
+struct alignas(size * sizeof(T)) Vector {
+  static constexpr int kSize = size;
   T values[kSize];
 };
 
@@ -17,31 +17,29 @@ struct alignas(16) Vector {
 // stride given.
 template <typename T, typename... Strides>
 bool vectors_aligned(const T* data, Strides... strides) {
-  constexpr int64_t size = Vector<T>::kSize;
+  [[maybe_unused]] constexpr int64_t size = Vector<T>::kSize;  // unused without strides
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides % size == 0) && ...);
 }
 
 #if defined(__CUDACC__) || defined(PCKA_EMULATION)
 
-// Neighbours, `stride` apart: a whole vector in one access where `wide`, else `count` of them and
-// zeros.
-template <typename T>
-__device__ inline Vector<T> load(const T* data, int count, int64_t stride, bool wide) {
-  if (wide && count >= Vector<T>::kSize) return *reinterpret_cast<const Vector<T>*>(data);
-  Vector<T> vector;
-  for (int i = 0; i < Vector<T>::kSize; ++i) vector.values[i] = i < count ? data[i * stride] : T(0);
+// Neighbours: a whole vector in one access where `wide`, else `count` of them and zeros.
+template <typename vector_t, typename T>
+__device__ inline vector_t load(const T* data, int count, bool wide) {
+  if (wide && count >= vector_t::kSize) return *reinterpret_cast<const vector_t*>(data);
+  vector_t vector;
+  for (int i = 0; i < vector_t::kSize; ++i) vector.values[i] = i < count ? data[i] : T(0);
   return vector;
 }
 
-template <typename T>
-__device__ inline void store(
-    T* data, const Vector<T>& vector, int count, int64_t stride, bool wide) {
-  if (wide && count >= Vector<T>::kSize) {
-    *reinterpret_cast<Vector<T>*>(data) = vector;
+template <typename T, int size>
+__device__ inline void store(T* data, const Vector<T, size>& vector, int count, bool wide) {
+  if (wide && count >= size) {
+    *reinterpret_cast<Vector<T, size>*>(data) = vector;
     return;
   }
-  for (int i = 0; i < Vector<T>::kSize; ++i) {
-    if (i < count) data[i * stride] = vector.values[i];
+  for (int i = 0; i < size; ++i) {
+    if (i < count) data[i] = vector.values[i];
   }
 }
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
 from detection.config import ConfigError
+from detection.data.mapper import NamingMapper
+from detection.data.targets import Entries
 
 
 class ContinuedSampler(Sampler[int]):
@@ -31,28 +32,28 @@ class ContinuedSampler(Sampler[int]):
         return itertools.islice(iter(self.sampler), self.skipped, None)
 
 
-def training_loader(cfg: CfgNode, start: int) -> DataLoader:
+def training_loader(cfg: CfgNode, dataset: Entries, start: int) -> DataLoader:
     """Return detectron2's training loader, from the images of step ``start`` on.
 
     The order depends on ``SEED`` alone (where it is not negative). With
     ``DATALOADER.ASPECT_RATIO_GROUPING`` images that waited for a partner when a run stopped are
     passed over.
 
+    Args:
+        cfg: ``SOLVER.IMS_PER_BATCH``, ``INPUT`` and ``DATALOADER`` are read.
+        dataset: as :func:`detection.data.targets.training_set` gives it.
+        start: of the run.
+
     Raises:
         ConfigError: an unknown ``DATALOADER.SAMPLER_TRAIN``.
     """
-    dataset = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     sampler = ContinuedSampler(_sampler(cfg, dataset), used)
-    return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler)
+    mapper = NamingMapper(cfg, True)
+    return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler, mapper=mapper)
 
 
-def _sampler(cfg: CfgNode, dataset: list[dict[str, Any]]) -> Sampler[int]:
+def _sampler(cfg: CfgNode, dataset: Entries) -> Sampler[int]:
     keys, seed = cfg.DATALOADER, cfg.SEED if cfg.SEED >= 0 else None
     if keys.SAMPLER_TRAIN == "TrainingSampler":
         return TrainingSampler(len(dataset), seed=seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from detection.config import ConfigError, student_architecture
+from detection.data.coco_file import DamagedFileError, check_coco, read_coco
 from detection.data.digits import digits_scenes
 
 COCO = {"TRAIN": "COCO_TRAIN", "TEST": "COCO_TEST"}
 Categories = list[tuple[int, str]]  # id, name
+DIGITS_KEY = "DATASETS.DIGITS"
 DIGITS = {"digits_scenes_train": "train", "digits_scenes_test": "test"}
 
 
@@ -46,10 +47,10 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
             own = keys[COCO[split]]
             if name == own.NAME:
                 key = f"DATASETS.{COCO[split]}"
-                categories[name] = _register(cfg, key, name, own.JSON, own.IMAGES)
+                files = own.JSON, own.IMAGES
+                categories[name] = _register(cfg, key, name, *files, evaluated=split == "TEST")
             elif name in DIGITS:
-                files = map(str, _digits(keys.DIGITS, DIGITS[name]))
-                categories[name] = _register(cfg, "DATASETS.DIGITS", name, *files)
+                categories[name] = _register_digits(cfg, name, evaluated=split == "TEST")
             else:
                 _check_known(split, name)
     _check_same(categories)
@@ -85,17 +86,33 @@ def _digits(keys: CfgNode, split: str) -> tuple[Path, Path]:
     return digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
 
 
-def _register(cfg: CfgNode, key: str, name: str, annotations: str, images: str) -> Categories:
+def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
+    annotations, images = _digits(cfg.DATASETS.DIGITS, DIGITS[name])
+    files = str(annotations), str(images)
+    try:
+        return _register(cfg, DIGITS_KEY, name, *files, evaluated=evaluated)
+    except DamagedFileError as error:
+        raise ConfigError(
+            f"{error}; remove the folder {str(annotations.parent)!r}, and it is made anew"
+        ) from error
+
+
+def _register(
+    cfg: CfgNode, key: str, name: str, annotations: str, images: str, *, evaluated: bool
+) -> Categories:
     """Register a set that the key describes; return its classes."""
     if not Path(annotations).is_file():
         raise ConfigError(f"{key}.JSON: there is no file {annotations!r}")
     if not images or not Path(images).is_dir():
         raise ConfigError(f"{key}.IMAGES: there is no folder {images!r}")
-    listed = _read_categories(key, annotations)
+    file_key = key if key == DIGITS_KEY else f"{key}.JSON"
+    content = read_coco(file_key, annotations)
+    listed = content["categories"]
     _check_number(cfg, key, annotations, len(listed))
+    check_coco(file_key, annotations, content, images, evaluated=evaluated)
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
-        if key != "DATASETS.DIGITS" and known.get("json_file") != annotations:
+        if key != DIGITS_KEY and known.get("json_file") != annotations:
             raise ConfigError(
                 f"{key}.NAME: {name!r} is the name of another data set; choose a new one"
             )
@@ -126,21 +143,6 @@ def _check_known(split: str, name: str) -> None:
             f"DETECTRON2_DATASETS to the folder that holds the data sets, or describe yours by "
             f"DATASETS.{COCO[split]}"
         )
-
-
-def _read_categories(key: str, annotations: str) -> list[dict[str, Any]]:
-    """The categories of a file in COCO's format."""
-    try:
-        listed: list[dict[str, Any]] = json.loads(Path(annotations).read_text())["categories"]
-        missing = [entry for entry in listed if not {"id", "name"} <= entry.keys()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"{key}.JSON: {annotations} is not in COCO's format, an object with 'images', "
-            f"'annotations' and 'categories' ({error!r})"
-        ) from error
-    if missing:
-        raise ConfigError(f"{key}.JSON: {annotations}: the category {missing[0]} lacks id or name")
-    return listed
 
 
 def _check_number(cfg: CfgNode, key: str, annotations: str, found: int) -> None:

@@ -123,6 +123,7 @@ def _patchify_out_fake(
     rows: Tensor,
     energy: Tensor,
     x: Tensor,
+    second: Tensor | None,
     patch_h: int,
     patch_w: int,
     group_by: int,
@@ -138,17 +139,21 @@ def _patchify_backward_fake(
 
 
 def _gram_alignment_fake(
+    alignment: Tensor,
     k: Tensor,
     l: Tensor,
     cross: Tensor | None,
     energy_x: Tensor,
     energy_y: Tensor,
     center: bool,
-) -> tuple[Tensor, Tensor]:
-    return k.new_empty(k.shape[0]), k.new_empty((k.shape[0], 3), dtype=torch.float64)
+) -> Tensor:
+    return k.new_empty((k.shape[0], 3), dtype=torch.float64)
 
 
 def _alignment_gradient_fake(
+    factor_x: Tensor | None,
+    factor_y: Tensor | None,
+    factor_cross: Tensor | None,
     k: Tensor,
     l: Tensor,
     cross: Tensor | None,
@@ -301,7 +306,7 @@ if available(torch.device("meta")):
         "patchify": _patchify_fake,
         "patchify_": _patchify_out_fake,
         "patchify_backward_": _patchify_backward_fake,
-        "gram_alignment": _gram_alignment_fake,
+        "gram_alignment_": _gram_alignment_fake,
         "alignment_gradient_": _alignment_gradient_fake,
         "patch_cka": _patch_cka_fake,
     }

@@ -166,12 +166,20 @@ class Program:
 
     def kill_when(self, condition: Callable[[], bool], timeout: float = 120) -> None:
         """Kill it in the middle of its work, once the condition is true."""
+        self._await(condition, timeout)
+        self.kill()
+
+    def interrupt_when(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+        """Send it what Ctrl-C sends, once the condition is true."""
+        self._await(condition, timeout)
+        self._process.send_signal(signal.SIGINT)
+
+    def _await(self, condition: Callable[[], bool], timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert self._process.poll() is None, self.log.read_text()[-5000:]
             assert time.monotonic() < deadline, self.log.read_text()[-5000:]
             time.sleep(0.005)
-        self.kill()
 
     def kill(self) -> None:
         """Kill every process of it: those of torchrun lead sessions of their own."""

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import logging
+from unittest.mock import Mock
 
 import pytest
 
 from classification import compare, evaluate, export, train
-from classification.command_line import catalog, config_arguments, console_log
-from classification.config import CONFIGS, load_config, method_files
+from classification.command_line import catalog, config_arguments, console_log, run
+from classification.comparison import Comparison
+from classification.config import CONFIGS, ConfigError, load_config, method_files
 from classification.run_files import RunFiles
+from classification.trainer import TrainingFailedError
+from pcka.checkpoint import CheckpointError
+from pcka.folder_lock import FolderInUseError
 
 
 @pytest.mark.parametrize("script", [train, compare, evaluate, export])
@@ -76,3 +81,75 @@ def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeyp
         logging.getLogger("classification").info("of all")
     assert capsys.readouterr().err == f"epoch 1  ({tmp_path / 'kd'})\nof all\n"
     assert " epoch 1\n" in (tmp_path / "kd" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConfigError("SEED: no"), "error: SEED: no\n"),
+        (CheckpointError("path: no"), "error: path: no\n"),
+        (FolderInUseError("OUTPUT_DIR: no"), "error: OUTPUT_DIR: no\n"),
+        (TrainingFailedError("epoch 1 is not finite"), "error: epoch 1 is not finite\n"),
+        (
+            OSError(28, "No space left", "run/x.pth"),
+            "error: [Errno 28] No space left: 'run/x.pth'\n",
+        ),
+        (ImportError("pip install 'pcka[export]'"), "error: pip install 'pcka[export]'\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_one_line(capsys, error, told):
+    with pytest.raises(SystemExit) as end:
+        run(Mock(side_effect=error))
+    assert end.value.code == 1
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), OSError("a defect"), ImportError("x")])
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error), match=str(error)):
+        run(Mock(side_effect=error))
+
+
+def test_a_command_that_went_well_ends_with_0():
+    with pytest.raises(SystemExit) as end:
+        run(lambda: {"top1": 50.0})
+    assert end.value.code == 0
+
+
+def test_keys_among_the_methods_are_told_where_they_belong(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--config-file", "F", "--methods", "ce", "SOLVER.EPOCHS", "1"])
+    assert "SOLVER.EPOCHS is no method; KEY VALUE pairs come last, behind a --" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_comparison_whose_runs_all_failed_is_an_error(monkeypatch, digits_config, capsys):
+    comparison = Comparison(load_config(digits_config), ["ce"])
+    comparison.add("ce", 0, TrainingFailedError("epoch 1 is not finite"))
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: comparison)
+    words = ["--config-file", str(digits_config), "--methods", "ce"]
+    with pytest.raises(TrainingFailedError, match="no run came to a result"):
+        compare.main(words)
+    assert "ce, seed 0: epoch 1 is not finite" in capsys.readouterr().out
+    comparison.add("ce", 1, {"last_accuracy": 50.0, "best_accuracy": 50.0})
+    assert compare.main(words) is comparison
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_answered_with_the_way_on(start, digits_config, tiny_overrides, tmp_path):
+    keys = tiny_overrides(**{"TEACHER.NAME": "", "SOLVER.EPOCHS": 100_000})
+    program = start("classification/train.py", "--config-file", digits_config, *keys)
+    program.interrupt_when((tmp_path / "run" / "checkpoint.pth").exists)
+    assert program.wait() == 130
+    last = program.log.read_text().splitlines()[-1]
+    assert last == "interrupted: the same command with --resume goes on after the last epoch"
+    assert "Traceback" not in program.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_without_a_traceback(start, digits_config):
+    program = start("classification/train.py", "--config-file", digits_config, "SOLVER.EPOCH", 3)
+    assert program.wait() == 1
+    (line,) = program.log.read_text().splitlines()
+    assert line.startswith("error: the command line: unknown key 'SOLVER.EPOCH'; near matches:")

@@ -147,6 +147,8 @@ def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
     seen = []
 
     class Table:
+        results = ("some",)
+
         def markdown(self):
             return "the table"
 

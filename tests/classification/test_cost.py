@@ -76,3 +76,11 @@ def test_steps_go_on_over_the_epochs_and_remember(cfgs, tmp_path):
     """Four batches an epoch, and a loss whose memory wants the images' places in the set."""
     costs = measure_costs(cfgs("ce", "crd"), tmp_path / "costs.json", rounds=5)
     assert all(cost.milliseconds > 0 and cost.mebibytes >= 0 for cost in costs.values())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_damaged_costs_are_measured_anew(cfgs, steps, tmp_path, content):
+    path = tmp_path / "costs.json"
+    path.write_text(content)
+    assert measure_costs(cfgs("kd"), path, rounds=3)["kd"].milliseconds == 200
+    assert "kd" in json.loads(path.read_text())

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from classification import evaluation
 from classification.data import PixelNormalize, ResidentSet
 from classification.evaluation import accuracy, stage_alignment
 from classification.models import create_model
+from pcka.analysis import LayerwiseCKA
+from pcka.taps import FeatureTap
 
 
 class ByFirstPixel(nn.Module):
@@ -65,3 +68,41 @@ def test_alignment_is_one_with_oneself_and_lower_under_other_pixel_statistics():
     assert same == pytest.approx({"stage1": 1.0, "stage3": 1.0}, abs=1e-5)
     differing = stage_alignment((own, model), (other, twin), taps, data)
     assert all(value < 0.999 for value in differing.values())
+
+
+def test_alignment_deals_a_sorted_set_out_over_its_batches(monkeypatch):
+    seen = []
+
+    def recorded(student, teacher, batches, taps):
+        seen.extend((255 * images[:, 0, 0, 0]).round().int().tolist() for images in batches)
+        return {}
+
+    monkeypatch.setattr(evaluation, "layerwise_cka", recorded)
+    monkeypatch.setattr(evaluation, "CKA_IMAGES", 11)
+    monkeypatch.setattr(evaluation, "CKA_BATCH_SIZE", 4)
+    data = numbered(range(31), [0] * 31, 1)
+    stage_alignment((nn.Identity(), nn.Identity()), (nn.Identity(), nn.Identity()), {}, data)
+    assert seen == [[0, 9, 18, 27], [3, 12, 21, 30], [6, 15, 24]]
+
+
+def tapped(model, images):
+    with FeatureTap(model, {"last": "layer3"}) as tap:
+        model(images)
+        return tap.pop()
+
+
+def test_alignment_over_several_batches_is_the_ratio_of_their_sums(monkeypatch):
+    monkeypatch.setattr(evaluation, "CKA_BATCH_SIZE", 8)
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8", 10).eval(), create_model("resnet8", 10).eval()
+    images = torch.randint(256, (24, 3, 16, 16), dtype=torch.uint8)
+    data = ResidentSet(images, torch.zeros(24, dtype=torch.int64), ("a",))
+    raw = PixelNormalize([0.0] * 3, [1.0] * 3)
+    models = (raw, student), (raw, teacher)
+    measured = stage_alignment(*models, {"last": ("layer3", "layer3")}, data)
+    expected = LayerwiseCKA()
+    with torch.no_grad():
+        for start in range(3):
+            batch = images[start::3] / 255
+            expected.update(*(tapped(model, batch) for model in (student, teacher)))
+    assert measured == pytest.approx(expected.compute(), rel=1e-6)

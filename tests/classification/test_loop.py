@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from classification.config import ConfigError
 from classification.data import ResidentSet
@@ -73,8 +74,10 @@ def test_each_step_draws_anew(config, monkeypatch):
     drawn = []
 
     def recorded(x, ratio, over):
-        drawn.append(random_mask(x, ratio, over))
-        return drawn[-1]
+        mask = random_mask(x, ratio, over)
+        if torch.is_grad_enabled():  # not the trial before the training
+            drawn.append(mask)
+        return mask
 
     monkeypatch.setattr("pcka.losses.mgd.random_mask", recorded)
     run_experiment(config("mgd", "mgd"))
@@ -259,3 +262,13 @@ def test_an_epoch_of_one_step_has_its_rate(timed_run):
     record = timed_run(**{"SOLVER.BATCH_SIZE": 40})
     assert record["images_per_second"] == pytest.approx(40 / 11)
     assert record["data_share"] == pytest.approx(1 / 11)
+
+
+def test_the_line_of_an_epoch_tells_what_it_took_in_all(timed_run, monkeypatch, caplog):
+    caplog.set_level("INFO", "classification")
+    seconds = iter([0.0, 4.0])  # before and after the evaluation
+    monkeypatch.setattr(
+        "classification.trainer.time", SimpleNamespace(perf_counter=lambda: next(seconds))
+    )
+    timed_run()
+    assert " 27.0 s (23.0 s of training, " in caplog.text

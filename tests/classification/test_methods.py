@@ -175,7 +175,7 @@ def test_an_epoch_in_bfloat16_stays_finite(method, folder, in_bfloat16):
 def models_made_once():
     """Checks read no more of a model than its paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("classification.distillation.create_model", functools.cache(create_model))
+        patch.setattr("classification.weights.create_model", functools.cache(create_model))
         yield
 
 

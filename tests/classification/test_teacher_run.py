@@ -11,14 +11,8 @@ from classification.config import ConfigError
 from classification.data import ResidentSet
 from classification.experiment import run_experiment
 from classification.models import create_model
-from classification.teacher import (
-    check_teacher,
-    check_teaching,
-    prepare_teacher,
-    teacher_run,
-)
-from pcka.folder_lock import lock_folder
-from pcka.teacher import FrozenTeacher
+from classification.teacher import check_teacher, prepare_teacher, teacher_run
+from pcka.folder_lock import FolderInUseError, lock_folder
 
 
 @pytest.fixture
@@ -119,6 +113,28 @@ def test_a_run_that_was_killed_while_it_trained_the_teacher_is_taken_over(to_tra
     assert to_train.weights.exists() and not left.exists()
 
 
+def test_of_two_runs_that_start_at_once_the_slower_one_waits(to_train, monkeypatch):
+    others = []
+
+    def train_run(cfg, image_sets):
+        others.append(lock_folder(to_train.folder))
+        raise FolderInUseError("another process is at work")
+
+    def wait(_):
+        save_teacher(to_train.weights)
+        os.close(others.pop())
+
+    monkeypatch.setattr("classification.teacher.time", SimpleNamespace(sleep=wait))
+    assert to_train(train_run) is not None
+
+
+def test_a_kept_teacher_that_is_damaged_is_named_with_the_way_out(to_train):
+    save_teacher(to_train.weights)
+    to_train.weights.write_bytes(to_train.weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: .*resnet8-.*damaged.* remove it"):
+        to_train(train_run=None)
+
+
 def test_a_finished_training_without_its_weights_is_named(to_train):
     with pytest.raises(ConfigError, match=r"TEACHER\.CACHE_DIR: .*model_last.pth; remove '.*'"):
         to_train(lambda *_: to_train.folder / "model_last.pth")
@@ -209,31 +225,3 @@ def test_the_refused_teacher_stops_a_run_before_it_begins(tiny_config, random_te
         run_experiment(tiny_config("kd", **keys))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run_experiment(tiny_config("kd", **keys | {"TEACHER.ACCURACY": 0}))
-
-
-def test_a_teacher_that_gives_the_same_for_all_images_is_refused_by_the_tap(tiny_config, tmp_path):
-    model = create_model("resnet8", 10)
-    torch.nn.init.zeros_(model.layer2[0].bn2.weight)
-    torch.nn.init.zeros_(model.layer2[0].downsample[1].weight)  # all is constant from here on
-    torch.save(model.state_dict(), tmp_path / "teacher.pth")
-    keys = {"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}
-    for method, tap in (("kd", "logits"), ("fitnet", r"stage2 \(layer2\)"), ("rcka", "last")):
-        with pytest.raises(ConfigError, match=rf"TEACHER: its {tap}.* are the same for every imag"):
-            run_experiment(tiny_config(method, **keys))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    stage1 = {"DISTILL.FITNET.STAGES": "[stage1]", "SOLVER.EPOCHS": 1}
-    run_experiment(tiny_config("fitnet", **keys, **stage1))  # before that it is not
-
-
-def test_a_teacher_whose_features_overflow_is_refused(tiny_config, tmp_path):
-    model = create_model("resnet8", 10)
-    torch.nn.init.constant_(model.layer3[0].bn2.weight, 1e38)
-    torch.nn.init.constant_(model.layer3[0].bn2.running_var, 1e-12)
-    torch.save(model.state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(ConfigError, match=r"TEACHER: its last .* are not finite; check TEACHER.W"):
-        run_experiment(tiny_config("rcka", **{"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}))
-
-
-def test_images_that_are_all_the_same_say_nothing_of_the_teacher():
-    teacher = FrozenTeacher(create_model("resnet8", 10))
-    check_teaching(teacher, {"last": "layer3"}, torch.ones(4, 3, 16, 16), logits=True)

@@ -3,10 +3,12 @@
     python tests/cuda/compile_all.py [--arch 80 90] [--markdown]
 
 For every kernel and architecture: registers, shared memory and spills as ptxas reports them, and
-from the disassembly the accesses of 16 bytes, float64 arithmetic, matrix instructions, local
-memory and atomics. Exits with 1 where a kernel spills, uses local memory or atomics, or lacks the
-wide accesses that it was written for. Needs nvcc, torch, and cuobjdump with nvdisasm (from the
-toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
+from the disassembly the wide accesses, float64 arithmetic, matrix instructions, local
+memory and atomics; for the kernels that walk over a map, the instructions of their walks for each
+value. Exits with 1 where a kernel spills, uses local memory or atomics, lacks the wide accesses
+that it was written for, or takes more registers or instructions than it may. Needs nvcc, torch, and
+cuobjdump with nvdisasm (from the toolkit, or `pip install nvidia-cuda-cuobjdump
+nvidia-cuda-nvdisasm`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL")  # as i
 # Instructions that are counted: name -> pattern of the SASS.
 COUNTED = {
     "wide loads": r"LDG\.E\S*\.128",
-    "wide stores": r"STG\.E\S*\.128",
+    "wide stores": r"STG\.E\S*\.(128|64)",  # 64 where vectors of float32 are rounded
     "float64": r"D(ADD|MUL|FMA|SETP)\b",
     "matrix": r"\w*(HMMA|IMMA|DMMA|GMMA)",
     "local": r"(LDL|STL)\b",
@@ -40,12 +42,21 @@ COUNTED = {
 FORBIDDEN = ("local", "atomics")
 # What a kernel must have. Products go through the library's, so none has matrix instructions.
 EXPECTED = {
-    "patchify_backward_kernel": ("wide loads", "wide stores"),
     "center_over_columns_kernel": ("wide loads", "wide stores"),
     "sum_parts_kernel": ("wide loads",),
     "mix_kernel": ("wide loads", "wide stores"),
     "scale_kernel": ("wide loads", "wide stores"),
 }
+# Kernels that walk over a map, of types of up to 32 bits: how many loads a value takes in a walk,
+# and how many instructions all walks together may take for it. A walk is an innermost loop with
+# loads, unrolled as the compiler likes: its length by the values that it loads.
+WALKS = {
+    "patchify_kernel": (4, 60),  # one walk for the mean, one to write
+    "patchify_backward_kernel": (3, 45),
+}
+REGISTERS = 64  # of those kernels: four blocks of 256 threads on a multiprocessor
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(\S+)([^;]*);")
 
 
 @dataclass
@@ -58,8 +69,43 @@ class Kernel:
     shared: int = 0  # bytes
     spills: int = 0  # bytes stored and loaded
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    code: list[tuple[int, str, str]] = field(default_factory=list)  # address, name, operands
+
+    @property
+    def walks(self) -> tuple[int, int] | None:
+        """Loads and budget of a kernel that is held to its walks."""
+        general = re.search("double|true", self.name)  # float64, or readers beyond those kept
+        return None if general else WALKS.get(self.name.split("<")[0])
+
+    def innermost_loops(self) -> Iterator[list[str]]:
+        """The instructions' names of every loop without another one in it."""
+        at = {address: i for i, (address, _, _) in enumerate(self.code)}
+        spans = []
+        for i, (address, name, operands) in enumerate(self.code):
+            target = re.search(r"0x([0-9a-f]+)", operands)
+            if name.startswith("BRA") and target and int(target[1], 16) < address:
+                spans.append((at[int(target[1], 16)], i))
+        for begin, end in spans:
+            if not any(begin <= b and e <= end for b, e in spans if (b, e) != (begin, end)):
+                yield [name for _, name, _ in self.code[begin : end + 1]]
+
+    def instructions_per_value(self) -> float:
+        """Of all walks together; 0 where the kernel is not held to them."""
+        if self.walks is None:
+            return 0
+        total = 0.0
+        for loop in self.innermost_loops():
+            loads = sum(name.startswith("LDG") for name in loop)
+            total += len(loop) * self.walks[0] / loads if loads else 0
+        return total
 
     def faults(self) -> Iterator[str]:
+        if self.walks:
+            if self.registers > REGISTERS:
+                yield f"takes {self.registers} registers, more than {REGISTERS}"
+            taken, budget = self.instructions_per_value(), self.walks[1]
+            if not 0 < taken <= budget:
+                yield f"takes {taken:.0f} instructions a value, more than {budget} or none"
         if self.spills:
             yield f"spills {self.spills} bytes"
         yield from (f"has {self.counts[what]} of {what}" for what in FORBIDDEN if self.counts[what])
@@ -129,16 +175,16 @@ def parse_report(report: str) -> Iterator[Kernel]:
 
 def count_instructions(sass: str, kernels: dict[tuple[str, str], Kernel]) -> None:
     """Adds the counts of a disassembly to the kernels, keyed by mangled name and architecture."""
-    arch, counts = "", None
+    arch, kernel = "", None
     for line in sass.splitlines():
         if found := re.search(r"code for sm_(\w+)", line):
             arch = found[1]
         elif found := re.search(r"Function : (\w+)", line):
             kernel = kernels.get((found[1], arch))
-            counts = kernel.counts if kernel else None
-        elif counts is not None and (found := re.search(r"/\*\w+\*/\s+(?:@!?\w+\s+)?(\S+)", line)):
+        elif kernel and (found := INSTRUCTION.search(line)):
+            kernel.code.append((int(found[1], 16), found[2], found[3]))
             for what, pattern in COUNTED.items():
-                counts[what] += re.match(pattern, found[1]) is not None
+                kernel.counts[what] += re.match(pattern, found[2]) is not None
 
 
 def compile_all(archs: list[str]) -> list[Kernel]:
@@ -157,9 +203,10 @@ def compile_all(archs: list[str]) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel], markdown: bool) -> str:
-    head = ["kernel", "sm", "registers", "shared", "spills", *COUNTED]
+    head = ["kernel", "sm", "registers", "shared", "spills", "a value", *COUNTED]
     rows = [
         [k.name, k.arch, str(k.registers), str(k.shared), str(k.spills)]
+        + [f"{k.instructions_per_value():.1f}" if k.walks else ""]
         + [str(count) for count in k.counts.values()]
         for k in kernels
     ]

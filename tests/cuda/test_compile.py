@@ -35,6 +35,21 @@ SASS = """
         /*0030*/                   DFMA R4, R2, R6, R4 ;             /* 0x00000a00ff017b82 */
         /*0040*/                   REDG.E.ADD.F32 [R2.64], R4 ;      /* 0x00000a00ff017b82 */
 """
+# Two values a turn, in the loop; what comes before and after it is no walk.
+WALK = """
+	code for sm_90
+		Function : _Z5cleanv
+        /*0000*/                   LDG.E R1, [R2.64] ;               /* 0x00000a00ff017b82 */
+        /*0010*/              @P1 LDG.E.CONSTANT R4, [R2.64] ;       /* 0x00000a00ff017b82 */
+        /*0020*/                   LDG.E.CONSTANT R5, [R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0030*/                   LDG.E.CONSTANT R6, [R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0040*/                   LDG.E.CONSTANT R7, [R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0050*/                   LDG.E.CONSTANT R8, [R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0060*/                   LDG.E.CONSTANT R9, [R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0070*/              @P0 BRA 0x10 ;                         /* 0x00000a00ff017b82 */
+        /*0080*/              @P0 BRA 0x0 ;                          /* 0x00000a00ff017b82 */
+        /*0090*/                   BRA 0x90;                         /* 0x00000a00ff017b82 */
+"""
 
 
 def parsed():
@@ -61,6 +76,24 @@ def test_faults_are_named():
         "has no wide stores",
     ]
     assert not list(clean.faults())
+
+
+def test_the_instructions_of_a_walk_are_counted_for_each_value():
+    kernels = {(k.name, k.arch): k for k in compile_all.parse_report(REPORT)}
+    compile_all.count_instructions(WALK, kernels)
+    walk = kernels["_Z5cleanv", "80"]
+    assert not walk.code  # of another architecture
+    walk.arch = "90"
+    compile_all.count_instructions(WALK, {("_Z5cleanv", "90"): walk})
+    walk.name = "patchify_backward_kernel<float, float, false>"
+    assert [len(loop) for loop in walk.innermost_loops()] == [7]
+    assert walk.instructions_per_value() == 7 / 2
+    assert not list(walk.faults())
+    walk.registers, walk.code = 65, []
+    assert list(walk.faults()) == [
+        "takes 65 registers, more than 64",
+        "takes 0 instructions a value, more than 45 or none",
+    ]
 
 
 @pytest.mark.slow

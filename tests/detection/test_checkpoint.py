@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from detection.checkpoint import SafeCheckpointer, load_weights
+from detection.checkpoint import SafeCheckpointer, WeightsError, load_weights
+from pcka.checkpoint import CheckpointError
 
 
 class _RunsCode:
@@ -74,7 +75,7 @@ def test_a_start_of_which_nothing_fits_is_refused(tmp_path):
 
 def test_a_pickle_that_asks_for_code_is_refused(tmp_path, capfd):
     path = _dump(tmp_path / "bad.pkl", {"model": _RunsCode(), "__author__": "x"})
-    with pytest.raises(ValueError, match=r"asks for .*system; only arrays"):
+    with pytest.raises(ValueError, match=r"bad\.pkl: the pickle asks for .*system; only arrays"):
         load_weights(nn.Linear(1, 1), path)
     assert "must not run" not in capfd.readouterr().out
 
@@ -85,6 +86,51 @@ def test_a_pth_that_asks_for_code_is_refused(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"bad\.pth"):
         load_weights(nn.Linear(1, 1), str(path))
     assert "must not run" not in capfd.readouterr().out
+
+
+class _TooLarge:
+    def __reduce__(self):
+        return np.ndarray, ((2**40,),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": 5}, "expected weights by their names under 'model', got int"),
+        ({"model": {"a": "b"}}, "expected a Tensor under every name, got str under 'a'"),
+        ({3: torch.ones(2)}, "expected a Tensor under every name, got Tensor under 3"),
+        ([1], "expected a mapping of weights, got list"),
+    ],
+)
+def test_what_is_no_weight_in_a_pth_is_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "odd.pth")
+    for load in (load_weights, lambda *given: SafeCheckpointer(given[0]).load(given[1])):
+        with pytest.raises(WeightsError, match=rf"odd\.pth: {message}"):
+            load(nn.Linear(1, 1), str(tmp_path / "odd.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"blobs": 5}, "expected a mapping of weights under 'blobs', got int"),
+        ({"model": {"a": "b"}}, "expected a ndarray under every name, got str under 'a'"),
+        ([1], "expected a mapping of weights, got list"),
+        ({"model": _TooLarge()}, "is damaged, or no pickle: .*allocate"),
+    ],
+)
+def test_what_is_no_weight_in_a_pickle_is_named(tmp_path, content, message):
+    with pytest.raises(WeightsError, match=rf"odd\.pkl: {message}"):
+        load_weights(nn.Linear(1, 1), _dump(tmp_path / "odd.pkl", content))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    path = str(tmp_path / "diverged.pth")
+    torch.save({"weight": torch.full((2, 3), value), "bias": torch.ones(2)}, path)
+    message = r"diverged\.pth: 1 of its weights are NaN, infinite .*: weight"
+    for load in (load_weights, lambda *given: SafeCheckpointer(given[0]).load(given[1])):
+        with pytest.raises(CheckpointError, match=message):
+            load(nn.Linear(3, 2), path)
 
 
 def test_other_shapes_are_named(tmp_path):

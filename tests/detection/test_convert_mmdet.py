@@ -371,5 +371,5 @@ def test_a_teacher_of_unconverted_weights_is_refused_with_the_way_out(tmp_path):
     torch.save({"meta": {}, "state_dict": {"backbone.conv1.weight": torch.ones(2)}}, path)
     cfg = load_config(str(TEACHERS / "../fcos_r50/from_r101_pcka.yaml"), [])
     cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.WEIGHTS = "cpu", str(path)
-    with pytest.raises(WeightsError, match=r"under 'state_dict'.*detection/convert_mmdet\.py"):
+    with pytest.raises(ValueError, match=r"under 'state_dict'.*detection/convert_mmdet\.py"):
         build_teacher(cfg)

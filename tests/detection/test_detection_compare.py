@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from types import SimpleNamespace
 
 import pytest
 
-from detection import compare
+from detection import compare, train_net
 from detection.config import ConfigError, load_config
 
 AP = {
@@ -141,3 +142,19 @@ def test_runs_without_figures_of_a_task_in_common_are_refused(results):
     results["pcka"][0] = {"box_proposals": {"AR@100": 3.0}}
     with pytest.raises(ConfigError, match=r"DATASETS.TEST: no AP, .* is the set annotated"):
         compare.markdown(results)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"bbox": 3}'])
+def test_a_damaged_result_is_named(files, trainings, tmp_path, content):
+    compare.compare(files, [0], tmp_path)
+    (tmp_path / "student" / "seed0" / "result.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"student/seed0/result.json: .*remove it"):
+        compare.compare(files, [0], tmp_path)
+
+
+def test_what_could_not_be_computed_is_written_as_null_and_read_as_nan(tmp_path):
+    train_net.write_result({"bbox": {"AP": 1.5, "APl": math.nan}}, tmp_path / "result.json")
+    assert "null" in (tmp_path / "result.json").read_text()
+    read = compare._read_result(tmp_path / "result.json")["bbox"]
+    assert read["AP"] == 1.5
+    assert math.isnan(read["APl"])

@@ -32,6 +32,35 @@ def test_the_schedule_of_the_paper():
     assert (solver.MAX_ITER, solver.STEPS, solver.BASE_LR) == (180000, (120000, 165000), 0.01)
 
 
+NO_KEYS = "holds no keys with values"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", NO_KEYS),
+        ("[1, 2]", NO_KEYS),
+        ("hello", NO_KEYS),
+        ("5", NO_KEYS),
+        ("_BASE_: empty.yaml", NO_KEYS),
+        ("_BASE_: odd.yaml", "its _BASE_ leads back to itself"),
+        ("SOLVER: 3", "SOLVER: expected a section of keys"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "odd.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"odd\.yaml: .*{message}") as caught:
+        load_config(str(tmp_path / "odd.yaml"), [])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lazy_config_is_refused_in_words(tmp_path):
+    (tmp_path / "model.py").write_text("model = 1")
+    with pytest.raises(ConfigError, match=r"model\.py: a LazyConfig .*YAML file is needed"):
+        load_config(str(tmp_path / "model.py"), [])
+
+
 def test_code_in_a_file_is_refused(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("SEED: !!python/object/apply:eval ['1 + 1']\n")

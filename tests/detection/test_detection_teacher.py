@@ -10,8 +10,14 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 
-from detection.config import teacher_config
-from detection.teacher import TeacherBackbone, fold_batch_norms
+from detection.config import ConfigError, teacher_config
+from detection.data import register_datasets
+from detection.data.targets import training_set
+from detection.preflight import check_teacher_file
+from detection.teacher import TeacherBackbone, build_teacher, fold_batch_norms
+from detection.teacher_checks import check_features
+
+SMALL_TEACHER = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32]
 
 
 @pytest.fixture
@@ -19,7 +25,8 @@ def backbone(small_config):
     """``backbone(norm)``: a trained teacher's backbone would be like it, statistics and all."""
 
     def make(norm):
-        wanted = small_config("pcka", "DISTILL.TEACHER.OPTS", str(["MODEL.RESNETS.NORM", norm]))
+        own = ["MODEL.RESNETS.NORM", norm]
+        wanted = small_config("pcka", "DISTILL.TEACHER.OPTS", str([*SMALL_TEACHER, *own]))
         torch.manual_seed(0)
         built = build_backbone(teacher_config(wanted)).eval()
         for module in built.modules():
@@ -80,3 +87,99 @@ def test_an_image_travels_to_the_device_once_for_both_models(build, batch, stora
     assert _CountsUploads.uploads == len(batch)
     assert expected.keys() == terms.keys()
     torch.testing.assert_close(terms["loss_pcka_p3_rows"], expected["loss_pcka_p3_rows"])
+
+
+def _save(backbone, path, change=lambda state: None):
+    state = {f"backbone.{name}": value.clone() for name, value in backbone.state_dict().items()}
+    with torch.no_grad():
+        change(state)
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+def _zero(state):
+    for name, value in state.items():
+        if "running" not in name:
+            value.zero_()
+    state["backbone.fpn_output3.norm.bias"].fill_(1.0)
+
+
+def _flip_a_bit(state):
+    state["backbone.fpn_output4.weight"].view(-1)[0] = 1e30
+
+
+@pytest.fixture
+def checked(small_config, backbone, tmp_path):
+    """``checked(change, *overrides)``: build a teacher of changed weights, and run it."""
+
+    def make(change, *overrides):
+        path = _save(backbone("BN"), tmp_path / "taught.pth", change)
+        given = ("DISTILL.TEACHER.WEIGHTS", path, "DISTILL.TEACHER.RANDOM_WEIGHTS", "False")
+        cfg = small_config("pcka", *given, *overrides)
+        register_datasets(cfg)
+        check_features(build_teacher(cfg), cfg, training_set(cfg))
+
+    return make
+
+
+def test_a_trained_teacher_passes(checked):
+    checked(lambda state: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_zero, "level p3 is the same whatever the image"),
+        (_flip_a_bit, r"level p4 reaches \de\+\d+, as no trained one does"),
+    ],
+)
+def test_a_teacher_with_nothing_to_teach_is_refused(checked, change, message):
+    named = r"DISTILL.TEACHER.WEIGHTS: .*taught\.pth: the teacher's"
+    with pytest.raises(ConfigError, match=f"{named} {message}; is the file whole"):
+        checked(change)
+
+
+def test_a_teacher_of_nan_is_refused(checked):
+    nan = lambda state: state["backbone.fpn_output3.weight"].fill_(torch.nan)  # noqa: E731
+    with pytest.raises(
+        ConfigError, match=r"DISTILL.TEACHER.WEIGHTS: .*taught\.pth: 1 of its .*NaN"
+    ):
+        checked(nan)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("PIXEL_MEAN", [1e4] * 3),
+        ("PIXEL_MEAN", [-1.0] * 3),
+        ("PIXEL_STD", [1e-3] * 3),
+        ("PIXEL_STD", [0.229] * 3),
+        ("PIXEL_STD", [0.0] * 3),
+    ],
+)
+def test_statistics_that_are_not_of_pixels_are_refused(checked, key, values):
+    opts = [*SMALL_TEACHER, f"MODEL.{key}", values]
+    with pytest.raises(ConfigError, match=rf"the teacher's MODEL.{key}: expected values from"):
+        checked(lambda state: None, "DISTILL.TEACHER.OPTS", str(opts))
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN", "FrozenBN"])
+def test_an_untrained_teacher_has_to_be_asked_for(small_config, tmp_path, norm):
+    opts = str([*SMALL_TEACHER, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", norm])
+    cfg = small_config("pcka", "DISTILL.TEACHER.OPTS", opts)
+    path = _save(build_backbone(teacher_config(cfg)), tmp_path / "untrained.pth")
+    given = ("DISTILL.TEACHER.OPTS", opts, "DISTILL.TEACHER.WEIGHTS", path)
+    build_teacher(small_config("pcka", *given))  # which allows it
+    with pytest.raises(
+        ConfigError, match=r"untrained\.pth: holds weights as .*RANDOM_WEIGHTS True"
+    ):
+        build_teacher(small_config("pcka", *given, "DISTILL.TEACHER.RANDOM_WEIGHTS", "False"))
+
+
+def test_a_student_that_starts_as_its_own_teacher_is_told(small_config, tmp_path, caplog):
+    file = str(tmp_path / "both.pth")
+    check_teacher_file(small_config("pcka", "DISTILL.TEACHER.WEIGHTS", file))
+    assert not caplog.text
+    keys = ("DISTILL.TEACHER.WEIGHTS", file, "MODEL.WEIGHTS", file)
+    check_teacher_file(small_config("pcka", *keys))
+    assert "the student starts as its own teacher" in caplog.text

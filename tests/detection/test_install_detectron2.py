@@ -61,7 +61,7 @@ def test_the_missing_extension_says_what_to_do(tmp_path, monkeypatch):
 
 def test_an_importable_detectron2_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(install_detectron2, "_pip", lambda *_: pytest.fail("pip was called"))
-    install_detectron2.main()
+    install_detectron2.main([])
     assert "kept as it is" in capsys.readouterr().out
     assert callable(launch)
 
@@ -71,5 +71,20 @@ def test_without_the_repository_the_release_serves(monkeypatch, tmp_path):
     monkeypatch.setattr(install_detectron2, "REPOSITORY", str(tmp_path / "no-repository"))
     called = []
     monkeypatch.setattr(install_detectron2, "install_release", lambda: called.append("release"))
-    install_detectron2.main()
+    install_detectron2.main([])
     assert called == ["release"]
+
+
+def test_help_installs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(install_detectron2.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(install_detectron2.subprocess, "run", _fail)
+    with pytest.raises(SystemExit) as end:
+        install_detectron2.main(["--help"])
+    assert end.value.code == 0
+    assert "Make detectron2 importable" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        install_detectron2.main(["--prefix", "x"])
+
+
+def _fail(*_, **__):
+    raise AssertionError("nothing may be installed")

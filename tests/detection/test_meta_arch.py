@@ -219,6 +219,9 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.LEVELS", "['p2']"), r"'p2', which the student's backbone does not have.*p3"),
         (("DISTILL.LEVELS", "['p3:p9']"), r"'p9', which the teacher's backbone does not have"),
         (("DISTILL.LEVELS", "['p3', 'p3:p4']"), r"'p3' stands twice"),
+        (("DISTILL.LEVELS", "[3]"), r"DISTILL.LEVELS: expected names like 'p3'.*got 3"),
+        (("DISTILL.PCKA.PATCH_SIZES", "[4.5, 4, 2]"), r"DISTILL.PCKA: .*patch"),
+        (("DISTILL.PCKA.WEIGHTS", "[-1.0]"), r"DISTILL.PCKA: .*weight"),
         (("DISTILL.METHODS", "['NOPE']"), r"no loss of feature maps is called 'NOPE'.*PCKA"),
         (("DISTILL.PCKA.STAGES", "['p6']"), r"STAGES: p6 is not among DISTILL.LEVELS"),
         (("DISTILL.PCKA.WEIGHTS", "[1.0, 2.0]"), r"DISTILL.PCKA: weights must hold one value"),
@@ -249,7 +252,7 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.TEACHER.CONFIG_FILE", ""), r"TEACHER.CONFIG_FILE: '' is neither a file nor"),
         (("DISTILL.TEACHER.CONFIG_FILE", "x.yaml"), r"'x.yaml' is neither a file nor a name"),
         (("DISTILL.TEACHER.AUTOCAST", "half"), r"AUTOCAST: expected one of .*, got 'half'"),
-        (("DISTILL.TEACHER.WEIGHTS", "/nowhere.pth"), r"/nowhere.pth: cannot be read"),
+        (("DISTILL.TEACHER.WEIGHTS", "/nowhere.pth"), r"TEACHER.WEIGHTS: /nowhere.pth: cannot"),
         (
             ("DISTILL.TEACHER.WEIGHTS", "model_zoo"),
             r"DISTILL.TEACHER.WEIGHTS: the model zoo holds none",

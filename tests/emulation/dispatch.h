@@ -33,9 +33,9 @@ struct Patches {
 
 inline void patchify(
     const std::string& library, const Tensor& rows, const Tensor& energy, const Tensor& input,
-    const Patches& p, int64_t center) {
-  std::array<StableIValue, 7> stack{from(rows),    from(energy),     from(input), from(p.height),
-                                    from(p.width), from(p.group_by), from(center)};
+    const std::optional<Tensor>& second, const Patches& p, int64_t center) {
+  std::array<StableIValue, 8> stack{from(rows),     from(energy),  from(input),      from(second),
+                                    from(p.height), from(p.width), from(p.group_by), from(center)};
   call(library, "patchify_", stack);
 }
 
@@ -47,24 +47,25 @@ inline void patchify_backward(
   call(library, "patchify_backward_", stack);
 }
 
-struct Alignment {
-  Tensor alignment, coefficients;
-};
-
-inline Alignment gram_alignment(
-    const std::string& library, const Tensor& k, const Tensor& l,
+inline Tensor gram_alignment(
+    const std::string& library, const Tensor& alignment, const Tensor& k, const Tensor& l,
     const std::optional<Tensor>& cross, const Tensor& energy_x, const Tensor& energy_y,
     bool center) {
-  std::array<StableIValue, 6> stack{from(k),        from(l),        from(cross),
-                                    from(energy_x), from(energy_y), from(center)};
-  call(library, "gram_alignment", stack);
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  std::array<StableIValue, 7> stack{from(alignment), from(k),        from(l),     from(cross),
+                                    from(energy_x),  from(energy_y), from(center)};
+  call(library, "gram_alignment_", stack);
+  return to<Tensor>(stack[0]);
 }
 
+struct Factors {
+  std::optional<Tensor> x, y, cross;
+};
+
 inline void alignment_gradient(
-    const std::string& library, const Tensor& k, const Tensor& l,
+    const std::string& library, const Factors& factors, const Tensor& k, const Tensor& l,
     const std::optional<Tensor>& cross, const Tensor& coefficients) {
-  std::array<StableIValue, 4> stack{from(k), from(l), from(cross), from(coefficients)};
+  std::array<StableIValue, 7> stack{from(factors.x), from(factors.y), from(factors.cross), from(k),
+                                    from(l),         from(cross),     from(coefficients)};
   call(library, "alignment_gradient_", stack);
 }
 

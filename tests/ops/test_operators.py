@@ -135,6 +135,22 @@ def test_patchify_backward_is_the_adjoint(device, group_by):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("center", range(3))
+def test_rows_of_two_maps_stand_in_one_tensor_and_the_rows_that_are_none_of_theirs_are_zero(
+    device, center
+):
+    maps = [make(2, 3, 9, 14, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1)]
+    expected = [torch.ops.pcka.patchify(x, 4, 5, 0, center, torch.bfloat16) for x in maps]
+    parts = 9 if center == 2 else 2 * 4
+    rows = torch.full((6, 16, 40), torch.nan, dtype=torch.bfloat16, device=device)
+    energy = torch.full((6, parts, 2), torch.nan, dtype=torch.float64, device=device)
+    torch.ops.pcka.patchify_(rows, energy, *maps, 4, 5, 0, center)
+    assert torch.equal(rows[:, :9], torch.cat([x for x, _ in expected]))
+    assert rows[:, 9:].eq(0).all()
+    assert torch.allclose(energy.sum(1), torch.cat([e for _, e in expected]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("group_by", GROUPINGS)
 def test_memory_layout_does_not_matter(device, group_by):
     student, teacher = make(2, 6, 18, 20, device=device), make(2, 6, 18, 20, device=device, seed=1)
@@ -254,19 +270,25 @@ def test_opcheck(device, grad):
 def test_opcheck_of_the_parts(device):
     ops = torch.ops.pcka
     rows = make(2, 5, 6, dtype=torch.float32, device=device)
-    energy = rows.double().square().sum((1, 2))[:, None].repeat(1, 2)
+    energy = rows.double().square().sum((1, 2))[:, None, None].repeat(1, 3, 2)
     k, cross = rows @ rows.mT, rows @ rows.mT + 1
     coefficients = make(2, 3, device=device)
     for third in (None, cross):
-        torch.library.opcheck(ops.gram_alignment.default, (k, k + 1, third, energy, energy, True))
+        torch.library.opcheck(
+            ops.gram_alignment_.default,
+            (make(2, dtype=torch.float32, device=device), k, k + 1, third, energy, energy, True),
+        )
+        factor_cross = None if third is None else third.clone()
         torch.library.opcheck(
             ops.alignment_gradient_.default,
-            (k.clone(), k + 1, third if third is None else third.clone(), coefficients),
+            (k.clone(), k.clone(), factor_cross, k, k + 1, third, coefficients),
         )
     grad = torch.empty(2, 1, 5, 6, device=device)
     torch.library.opcheck(ops.patchify_backward_.default, (grad, rows, 1, 6, 1))
-    energy = make(2, 2, device=device)
-    torch.library.opcheck(ops.patchify_.default, (rows.clone(), energy, grad, 1, 6, 1, 1))
+    energy = make(2, 1, 2, device=device)
+    torch.library.opcheck(ops.patchify_.default, (rows.clone(), energy, grad, None, 1, 6, 1, 1))
+    both, energy = make(4, 7, 6, dtype=torch.float32, device=device), make(4, 1, 2, device=device)
+    torch.library.opcheck(ops.patchify_.default, (both, energy, grad, grad + 1, 1, 6, 1, 1))
 
 
 def test_float16_gradients_survive_until_the_loss_is_scaled():

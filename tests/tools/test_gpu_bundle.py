@@ -52,3 +52,12 @@ def test_what_is_no_bundle_is_refused_with_the_way_out(tmp_path):
         bundle.manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"commit": "abc"}))
     assert bundle.manifest(tmp_path)["commit"] == "abc"
+
+
+def test_detectron2_is_packed_with_its_configurations_and_without_caches(tmp_path):
+    pytest.importorskip("detectron2")
+    gpu_bundle.detectron2(tmp_path / "detectron2.zip")
+    names = zipfile.ZipFile(tmp_path / "detectron2.zip").namelist()
+    config = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
+    assert {"detectron2/__init__.py", f"detectron2/model_zoo/configs/{config}"} <= set(names)
+    assert not [name for name in names if name.endswith((".pyc", ".so"))]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from tools.gpu import ncu, sanitizer, tests
 
 MEMCHECK = """\
@@ -70,3 +73,26 @@ def test_tests_are_counted_and_named(tmp_path):
     assert counted["failed"] == ["bad: assert 1 == 2", "broken: boom"]
     assert counted["skipped"] == ["left: no GPU"]
     assert tests.summary(counted)[0] == "1 passed, 2 failed, 1 skipped"
+
+
+SLOW = """
+import time
+
+def test_quick():
+    pass
+
+def test_endless():
+    time.sleep(60)
+"""
+
+
+def test_tests_that_do_not_end_are_stopped_and_the_others_reported(tmp_path):
+    (tmp_path / "test_slow.py").write_text(SLOW)
+    report = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    command += [str(tmp_path / "test_slow.py"), f"--junitxml={report}"]
+    assert not tests.run(command, 5)
+    counted = tests.count(report)
+    assert counted["passed"] >= 1 and not counted["failed"]
+    counted["stopped"] = "stopped after 5 s"
+    assert tests.summary(counted)[1] == "stopped after 5 s"

@@ -95,22 +95,23 @@ def test_a_rehearsal_on_a_cpu_has_more_patience(run):
     assert made.results["stages"]["slow"]["limit"] == runner.PATIENCE
 
 
-def test_the_summary_has_every_status_and_as_many_lines_as_there_is_room():
+def test_in_the_summary_every_stage_has_its_share_of_the_lines():
+    lengths = {"short": 2, "long": 40, "longer": 80}
     stages = {
         name: {
             "status": "passed",
             "seconds": 1.0,
             "limit": 5,
-            "written": {"x": {"summary": [f"{name} {i}" for i in range(40)]}, "y": [1]},
+            "written": {"x": {"summary": [f"line {i}" for i in range(length)]}, "y": [1]},
         }
-        for name in ("one", "two")
+        for name, length in lengths.items()
     }
     lines = summary({"command": "c", "device": "cuda", "stages": stages})
     assert len(lines) == 60
-    assert lines[:3] == [
-        "c on cuda",
-        "one: passed after 1.0 s of 5",
-        "two: passed after 1.0 s of 5",
-    ]
-    assert lines[3] == "[one] one 0"
-    assert lines[-1] == "(24 more lines are in results.json)"
+    assert lines[:2] == ["c on cuda", "short: passed after 1.0 s of 5"]
+    assert lines[4:7] == ["[short] line 0", "[short] line 1", "[long] line 0"]
+    assert [line for line in lines if "more lines" in line] == [
+        "(14 more lines are in results.json)", "(54 more lines are in results.json)",
+    ]  # fmt: skip
+    few = {"command": "c", "device": "cpu", "stages": {"short": stages["short"]}}
+    assert len(summary(few)) == 4

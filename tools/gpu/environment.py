@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cores": os.cpu_count(),
         "card": _said_by("nvidia-smi", f"--query-gpu={CARD}", "--format=csv,noheader"),
         "versions": {name: _version(name) for name in PACKAGES},
-        "tools": {name: shutil.which(name) is not None for name in TOOLS},
+        "tools": {name: output.program(name) is not None for name in TOOLS},
         "commit": _said_by("git", "rev-parse", "HEAD"),
     }
     lines = [f"{found['card'] or 'no GPU'}; python {found['python']}, {found['cores']} cores"]

@@ -9,7 +9,6 @@ import csv
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = output.arguments(__doc__, arguments)
     driver = [sys.executable, "-m", "tools.gpu.one_step", given.device]
     driver += [*CASES, *(["--quick"] if given.quick else [])]
-    program = shutil.which("ncu")
+    program = output.program("ncu")
     if given.device == "cpu" or program is None:
         code = subprocess.run(driver).returncode
         why = "on a CPU" if given.device == "cpu" else "ncu is not installed"

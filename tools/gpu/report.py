@@ -20,10 +20,12 @@ VARIANTS = ("pcka", "eager", "strong eager", "compiled eager", "products")
 def markdown(results: Results) -> str:
     """All tables, of the stages that have something to say."""
     parts = ["# GPU check", _made_with(results), _stages(results)]
-    for title, part in PARTS.items():
-        text = part(results)
-        if text:
-            parts.append(f"## {title}\n\n{text}")
+    for name, stage in results["stages"].items():
+        tables = TABLES.get(name, {name.capitalize(): lambda _, stage=stage: _said(stage)})
+        for title, part in tables.items():
+            text = part(results)
+            if text:
+                parts.append(f"## {title}\n\n{text}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,13 +65,10 @@ def _stages(results: Results) -> str:
     return table(["stage", "status", "s", "limit"], rows)
 
 
-def _said(stage: str, name: str) -> Callable[[Results], str]:
-    """A part that repeats the summary of a stage."""
-
-    def part(results: Results) -> str:
-        return "\n".join(f"- {line}" for line in _written(results, stage, name).get("summary", []))
-
-    return part
+def _said(stage: Mapping[str, Any]) -> str:
+    """What a stage without a table of its own says in the summary."""
+    written = [content for content in stage["written"].values() if isinstance(content, Mapping)]
+    return "\n".join(f"- {line}" for content in written for line in content.get("summary", []))
 
 
 def _operators(results: Results) -> str:
@@ -142,14 +141,15 @@ def _detector(results: Results) -> str:
     return table(header, rows) if rows else ""
 
 
-PARTS: dict[str, Callable[[Results], str]] = {
-    "Ceilings": _said("ceilings", "ceilings"),
-    "Tests": _said("tests", "tests"),
-    "compute-sanitizer": _said("sanitizer", "sanitizer"),
-    "Operators: milliseconds as launched / as a CUDA graph": _operators,
-    "Kernels of one step": _kernels,
-    "Nsight Compute": _counters,
-    "Detector": _detector,
+# Of the stages whose summary does not say it all: title -> part.
+TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
+    "environment": {},  # stands above
+    "operators": {
+        "Operators: milliseconds as launched / as a CUDA graph": _operators,
+        "Kernels of one step": _kernels,
+    },
+    "ncu": {"Nsight Compute": _counters},
+    "detector": {"Detector": _detector},
 }
 
 

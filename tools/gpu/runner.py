@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOWN_OF_A_FAILURE = 25  # lines
 POLL_SECONDS = 0.1
 PATIENCE = 5
+WIDTH = 200  # of a line in the summary
 
 
 @dataclass
@@ -129,7 +130,7 @@ class Runner:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, "PCKA_STAGE_SECONDS": str(limit)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -175,14 +176,24 @@ def _read(path: Path) -> Any:
 
 def summary(results: Mapping[str, Any], most: int = 60) -> list[str]:
     """At most so many lines: every stage's status, then what they said themselves."""
-    head = [f"{results['command']} on {results['device']}"]
-    told: list[str] = []
+    lines = [f"{results['command']} on {results['device']}"]
+    told: dict[str, list[str]] = {}
     for name, stage in results["stages"].items():
-        head.append(f"{name}: {stage['status']} after {stage['seconds']} s of {stage['limit']}")
-        for content in stage["written"].values():
-            lines = content.get("summary", []) if isinstance(content, dict) else []
-            told += [f"[{name}] {line}"[:220] for line in lines]
-    room = most - len(head)
-    if len(told) > room:
-        told = [*told[: room - 1], f"({len(told) - room + 1} more lines are in results.json)"]
-    return head + told
+        lines.append(f"{name}: {stage['status']} after {stage['seconds']} s of {stage['limit']}")
+        written = [content for content in stage["written"].values() if isinstance(content, dict)]
+        said = [line for content in written for line in content.get("summary", [])]
+        told[name] = [f"[{name}] {line}"[:WIDTH] for line in said]
+    room = _share([len(said) for said in told.values()], most - len(lines))
+    for said in told.values():
+        left_out = len(said) - room
+        lines += said if left_out <= 0 else said[: room - 1]
+        lines += [f"({left_out + 1} more lines are in results.json)"] if left_out > 0 else []
+    return lines
+
+
+def _share(counts: Sequence[int], room: int) -> int:
+    """How many lines each may have at most, so that those who have fewer leave more to others."""
+    share = max([0, *counts])
+    while share > 1 and sum(min(count, share) for count in counts) > room:
+        share -= 1
+    return share

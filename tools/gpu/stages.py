@@ -45,21 +45,21 @@ _ONE_THREAD = ("--threads", "1")
 
 STAGES = (
     Stage("environment", "tools.gpu.environment", 20, needed=True),
-    Stage("ceilings", "benchmarks.ceilings", 20, quick=_ONE_THREAD),
-    Stage("tests", "tools.gpu.tests", 90, alone=False, files=("tests.xml",)),
-    Stage("sanitizer", "tools.gpu.sanitizer", 90, alone=False, files=("sanitizer.txt",)),
+    Stage("ceilings", "benchmarks.ceilings", 15, quick=_ONE_THREAD),
+    Stage("tests", "tools.gpu.tests", 100, alone=False, files=("tests.xml",)),
+    Stage("sanitizer", "tools.gpu.sanitizer", 100, alone=False, files=("sanitizer.txt",)),
     Stage(
         "accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), quick=_ONE_THREAD, alone=False
     ),
-    Stage("compiled", "benchmarks.compiled", 90, quick=_ONE_THREAD, alone=False),
+    Stage("compiled", "benchmarks.compiled", 100, quick=_ONE_THREAD, alone=False),
     Stage(
         "operators",
         "benchmarks.operators_gpu",
-        90,
-        ("--seconds", "50"),
+        95,
+        ("--seconds", "60"),
         quick=(*_ONE_THREAD, "--seconds", "600", "--cases", "p3_rows*", "p6*", "p5_columns*"),
     ),
-    Stage("ncu", "tools.gpu.ncu", 35, files=("ncu.csv",)),
+    Stage("ncu", "tools.gpu.ncu", 25, files=("ncu.csv",)),
     Stage(
         "throughput",
         "benchmarks.classification_throughput",

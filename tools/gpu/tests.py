@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +15,7 @@ from tools.gpu import output
 
 FILES = ("tests/ops", "tests/cuda/test_on_gpu.py", "tests/classification/test_steps_on_gpu.py")
 PROCESSES = 12
+MARGIN = 12  # seconds for the report of a run that is stopped
 SHOWN = 12  # failures and skips by name
 
 
@@ -24,13 +27,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command += ["-p", "no:cacheprovider", "-m", "not slow" if given.quick else "slow or not slow"]
     if given.device == "cuda":
         command += ["-n", str(PROCESSES)]
-    subprocess.run(command)
+    complete = run(command, given.seconds - MARGIN)
     counted = count(report) if report.exists() else {"error": "pytest wrote no report"}
     bad = [*counted.get("failed", ["no report"])]
+    if not complete:
+        bad.append("not all were run")
+        counted["stopped"] = f"stopped after {given.seconds - MARGIN:.0f} s"
     if given.device == "cuda":
         bad += counted.get("skipped", [])
     output.write(given.output, "tests", counted, summary(counted))
     sys.exit(1 if bad else 0)
+
+
+def run(command: Sequence[str], seconds: float) -> bool:
+    """Whether pytest came to its end in time; else it is asked to report what there is."""
+    process = subprocess.Popen(command)
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=MARGIN - 2)
+        return False
+    return True
 
 
 def count(report: Path) -> dict[str, Any]:
@@ -53,6 +72,7 @@ def summary(counted: dict[str, Any]) -> list[str]:
         return [str(counted["error"])]
     failed, skipped = counted["failed"], counted["skipped"]
     lines = [f"{counted['passed']} passed, {len(failed)} failed, {len(skipped)} skipped"]
+    lines += [counted["stopped"]] if "stopped" in counted else []
     lines += [f"FAILED {line}" for line in failed[:SHOWN]]
     return lines + [f"skipped {line}" for line in skipped[:2]]
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from classification.config import load_config
 from classification.data import load_image_sets
+from classification.data.digits import digits_source
 from classification.data.folder import folder_source
 
 COLOURS = {"blue": (0, 0, 255), "amber": (255, 191, 0), "red": (255, 0, 0)}
@@ -92,3 +96,60 @@ def test_a_subset_reads_its_own_images_only(root):
 def test_a_streaming_set_has_no_memory_limit(root):
     train, _ = load_image_sets(config(root, **{"DATA.MEMORY_GB": 1e-7, "DATA.STREAM": True}))
     assert len(train) == 6
+
+
+def test_resident_training_images_keep_all_that_the_middle_has(root):
+    """DATA.RESIZE is of the evaluation: training crops by itself."""
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(
+        root / "train" / "red" / "0.png"
+    )
+    plain, _ = load_image_sets(config(root))
+    resized, _ = load_image_sets(config(root, **{"DATA.RESIZE": 16}))
+    assert plain.fingerprint == resized.fingerprint
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_resize_of_what_are_no_files_is_refused(root, name, monkeypatch):
+    monkeypatch.setattr("classification.data.build.cifar_source", lambda *_: digits_source("t", 8))
+    with pytest.raises(ValueError, match=rf"DATA.RESIZE: is for .* is '{name}'; set it to 0"):
+        load_image_sets(config(root, **{"DATA.NAME": name, "DATA.RESIZE": 9}))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_of_grey_keep_their_upper_eight(root, suffix):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    (root / "test" / "red" / "0.png").unlink()
+    Image.fromarray(ramp).save(root / "test" / "red" / f"0.{suffix}")
+    _, test = load_image_sets(config(root))
+    expected = torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1)
+    assert torch.equal(test.images[2], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_no_stated_range_are_refused(root, dtype):
+    (root / "test" / "red" / "0.png").unlink()
+    Image.fromarray(np.zeros((8, 8), dtype=dtype)).save(root / "test" / "red" / "0.tiff")
+    with pytest.raises(ValueError, match=r"red.0\.tiff': its pixels are of 32 bits"):
+        load_image_sets(config(root))
+
+
+def test_a_pipe_among_the_images_is_named(root):
+    os.mkfifo(root / "test" / "red" / "1.png")
+    with pytest.raises(ValueError, match=r"'.*red.1\.png': it is no regular file"):
+        load_image_sets(config(root))
+
+
+@pytest.mark.parametrize("target", [".", "blue", "blue/deep"])
+def test_a_link_to_a_folder_that_is_read_already_is_refused(root, target):
+    (root / "train" / "blue" / "deep").mkdir()
+    (root / "train" / "red" / "link").symlink_to(root / "train" / target)
+    with pytest.raises(ValueError, match=r"DATA\.ROOT: .*train.* one folder, by a link"):
+        load_image_sets(config(root))
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "red"
+    (root / "train" / "red").rename(elsewhere)
+    (root / "train" / "red").symlink_to(elsewhere)
+    train, _ = load_image_sets(config(root))
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]

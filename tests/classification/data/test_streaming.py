@@ -106,7 +106,7 @@ def test_flips_are_left_out_where_they_are_not_wanted(train, streaming_config, n
         assert least <= mirrored.sum() <= most
 
 
-@pytest.mark.parametrize(("resize", "side"), [(0, 18), (24, 24)])
+@pytest.mark.parametrize(("resize", "side"), [(0, 16), (24, 24)])
 def test_evaluation_resizes_the_shorter_side_and_cuts_out_the_centre(
     streaming_config, noisy_root, resize, side
 ):
@@ -119,6 +119,19 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_out_the_centre(
         pixels = np.asarray(whole).astype(np.float32).transpose(2, 0, 1) / 255
         top, left = ((length - 16) // 2 for length in pixels.shape[1:])
         assert (image.numpy() == pixels[:, top : top + 16, left : left + 16]).all()
+
+
+@pytest.mark.parametrize("resize", [0, 24])
+def test_a_file_is_evaluated_alike_resident_and_streamed(streaming_config, resize):
+    keys = {"DATA.RESIZE": resize}
+    streamed = load_evaluation_set(streaming_config(**keys))
+    keys["DATA.STREAM"] = False
+    resident = load_evaluation_set(streaming_config(**keys))
+    assert_equal(next(streamed.evaluation_batches()), next(resident.evaluation_batches()))
+    assert_equal(
+        next(load_image_sets(streaming_config(**keys))[1].evaluation_batches()),
+        next(resident.evaluation_batches()),
+    )
 
 
 def test_each_process_takes_its_part_of_every_batch(train, streaming_config):
@@ -149,8 +162,9 @@ def test_a_broken_image_names_its_file(streaming_config, noisy_root, workers):
     broken.write_bytes(broken.read_bytes()[:60])
     cfg = streaming_config(**{"DATA.WORKERS": workers, "SOLVER.BATCH_SIZE": 36})
     train, _ = load_image_sets(cfg)
-    with pytest.raises(ValueError, match=r"cannot decode the image '.*blue.03\.png'"):
+    with pytest.raises(ValueError, match=r"^cannot decode the image '.*blue.03\.png'") as refused:
         list(train.training_batches(cfg, 0))
+    assert "\n" not in str(refused.value)  # no traceback of the worker's
 
 
 def test_the_fingerprint_sees_names_sizes_labels_and_the_side_and_reads_nothing(

@@ -7,12 +7,13 @@ import pytest
 from detection.config import ConfigError
 from detection.data import register_datasets
 from detection.data.loader import training_loader
+from detection.data.targets import training_set
 
 STEPS = 12
 
 
 def _images(cfg, start, stop):
-    batches = itertools.islice(training_loader(cfg, start), stop - start)
+    batches = itertools.islice(training_loader(cfg, training_set(cfg), start), stop - start)
     return [[entry["image_id"] for entry in batch] for batch in batches]
 
 
@@ -32,4 +33,4 @@ def test_an_unknown_sampler_is_refused(small_config):
     cfg = small_config("student", "DATALOADER.SAMPLER_TRAIN", "MySampler")
     register_datasets(cfg)
     with pytest.raises(ConfigError, match=r"SAMPLER_TRAIN: expected .*, got 'MySampler'"):
-        training_loader(cfg, 0)
+        training_loader(cfg, training_set(cfg), 0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
@@ -121,3 +122,35 @@ def test_keypoints_keep_their_names_and_what_a_flip_exchanges(small_config, scen
     cfg.DATASETS.TEST = ()
     register_datasets(cfg)
     assert create_keypoint_hflip_indices("pose") == [0, 2, 1]
+
+
+def test_test_sets_are_checked_before_the_training(small_config, scenes, described):
+    def without_area(content):
+        objects = [{k: v for k, v in a.items() if k != "area"} for a in content["annotations"]]
+        return {**content, "annotations": objects}
+
+    _, images = digits_scenes(scenes, "train", 3, 128)
+    path = described(without_area)
+    values = {"NAME": "late", "JSON": path, "IMAGES": str(images)}
+    for split, refused in (("TRAIN", False), ("TEST", True)):
+        keys = [w for k, v in values.items() for w in (f"DATASETS.COCO_{split}.{k}", v)]
+        cfg = small_config("student", *keys)
+        if not refused:
+            register_datasets(cfg)
+            continue
+        with pytest.raises(ConfigError, match=r"COCO_TEST.JSON: .*the first has no area"):
+            register_datasets(cfg)
+
+
+@pytest.mark.parametrize("emptied", ["annotations", "image"])
+def test_damaged_digits_scenes_say_how_they_are_made_anew(small_config, tmp_path, emptied):
+    cfg = small_config("student", "DATASETS.DIGITS.ROOT", str(tmp_path))
+    register_datasets(cfg)
+    if emptied == "annotations":
+        (tmp_path / "train_8x128" / "annotations.json").write_text("")
+    else:
+        (tmp_path / "train_8x128" / "images" / "000000.png").unlink()
+    with pytest.raises(ConfigError, match=r"DATASETS.DIGITS: .*remove the folder '.*train_8x128'"):
+        register_datasets(cfg)
+    shutil.rmtree(tmp_path / "train_8x128")
+    register_datasets(cfg)

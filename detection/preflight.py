@@ -1,0 +1,104 @@
+"""What is refused before a run writes anything."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.utils import comm
+
+import detection.backbones  # noqa: F401  (registers itself)
+from detection.config import DISTILLED, ConfigError, registered, student_architecture
+
+logger = logging.getLogger("detectron2.pcka")
+
+AT_LEAST_1 = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.IMS_PER_BATCH")
+
+
+def check_run(cfg: CfgNode) -> None:
+    """Refuse a configuration that would fail later, or whose keys would be ignored.
+
+    Raises:
+        ConfigError: one of its keys, and what to set it to.
+    """
+    student_architecture(cfg)
+    registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    _check_folder(cfg.OUTPUT_DIR)
+    _check_numbers(cfg)
+    for key in ("PRECISE_BN", "AUG"):
+        if cfg.TEST[key].ENABLED:
+            raise ConfigError(f"TEST.{key}.ENABLED: not supported; set it to False")
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
+        raise ConfigError(
+            "SOLVER.REFERENCE_WORLD_SIZE: batch, learning rate and schedule are not scaled here; "
+            f"set it to 0 and give those of {comm.get_world_size()} process(es)"
+        )
+
+
+def usable_device(name: str) -> str:
+    """Return ``MODEL.DEVICE``, or ``"cpu"`` where no GPU is.
+
+    Raises:
+        ConfigError: neither a CPU nor a GPU of this machine.
+    """
+    expected = f"MODEL.DEVICE: expected 'cpu', 'cuda' or 'cuda:<number>', got {name!r}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(expected) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(expected)
+    if device.type == "cpu" or not torch.cuda.is_available():
+        if device.type == "cuda":
+            logger.warning("MODEL.DEVICE: there is no GPU for %r; the CPU is taken", name)
+        return "cpu"
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{expected}; this machine has {torch.cuda.device_count()} GPU(s)")
+    return name
+
+
+def check_teacher_file(cfg: CfgNode) -> None:
+    """Refuse a teacher's file where the student's checkpoints are written; tell of a shared one.
+
+    Raises:
+        ConfigError: it lies in ``OUTPUT_DIR``, and would be replaced.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != DISTILLED or not cfg.DISTILL.METHODS:
+        return
+    path, folder = Path(cfg.DISTILL.TEACHER.WEIGHTS), Path(cfg.OUTPUT_DIR).resolve()
+    if path.is_file() and folder in (path.parent.resolve(), path.resolve().parent):
+        raise ConfigError(
+            f"DISTILL.TEACHER.WEIGHTS: {str(path)!r} lies in OUTPUT_DIR, where the student's files "
+            "would replace it; take another OUTPUT_DIR"
+        )
+    if cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS == cfg.DISTILL.TEACHER.WEIGHTS:
+        logger.warning(
+            "MODEL.WEIGHTS and DISTILL.TEACHER.WEIGHTS are one file, %s: the student starts as its "
+            "own teacher, and has nothing to learn from it", path,
+        )  # fmt: skip
+
+
+def _check_folder(name: str) -> None:
+    if not name or (Path(name).exists() and not Path(name).is_dir()):
+        raise ConfigError(f"OUTPUT_DIR: expected a folder to write into, got {name!r}")
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    for key in AT_LEAST_1:
+        section, name = key.split(".")
+        if cfg[section][name] < 1:
+            raise ConfigError(f"{key}: expected at least 1, got {cfg[section][name]}")
+    if cfg.DISTILL.LOG_PERIOD < 0:
+        raise ConfigError(
+            "DISTILL.LOG_PERIOD: expected a number of steps, or 0 for never; got "
+            f"{cfg.DISTILL.LOG_PERIOD}"
+        )
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch % processes:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH: {batch} images cannot be dealt out evenly to {processes} "
+            f"processes; take {processes * max(1, round(batch / processes))}"
+        )

@@ -1,0 +1,88 @@
+"""Telling the settings of two runs apart."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+from detection.config import ConfigError, load_config
+
+logger = logging.getLogger("detectron2.pcka")
+
+CONFIG, CHECKPOINT_TAG = "config.yaml", "last_checkpoint"
+# What says where a run happens, how long, and how it is watched: the steps stay what they are.
+MAY_CHANGE = (
+    "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "VIS_PERIOD", "CUDNN_BENCHMARK",
+    "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.", "DATASETS.TEST",
+    "DATASETS.PROPOSAL_FILES_TEST", "DATASETS.COCO_TEST.", "DATASETS.DIGITS.TEST_IMAGES",
+    "DATALOADER.NUM_WORKERS", "DISTILL.LOG_PERIOD", "DISTILL.TEACHER.RANDOM_WEIGHTS",
+)  # fmt: skip
+# Files may be moved between two stops of a run; whether they are the same, nobody can tell.
+PLACES = (
+    "DISTILL.TEACHER.CONFIG_FILE", "DISTILL.TEACHER.WEIGHTS", "DATASETS.COCO_TRAIN.JSON",
+    "DATASETS.COCO_TRAIN.IMAGES", "DATASETS.DIGITS.ROOT",
+)  # fmt: skip
+
+
+def changed_settings(
+    had: CfgNode, wanted: CfgNode, passed_over: Collection[str] = ()
+) -> dict[str, tuple[object, object]]:
+    """Return what two configurations do not share: key -> (value had, value wanted)."""
+    # By way of YAML, in which a tuple is a list.
+    before, now = (_flat(yaml.safe_load(cfg.dump())) for cfg in (had, wanted))
+    return {
+        key: (before.get(key), value)
+        for key, value in now.items()
+        if before.get(key) != value and key not in passed_over
+    }
+
+
+def check_resumed(cfg: CfgNode) -> None:
+    """Refuse to go on with a run by other settings than it was started with.
+
+    How long it trains and how it is evaluated may change; so may the places of files, which is
+    told.
+
+    Args:
+        cfg: of the resumed run; its folder is ``OUTPUT_DIR``.
+
+    Raises:
+        ConfigError: another setting that the training depends on.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if not (folder / CHECKPOINT_TAG).exists():
+        return
+    if not (folder / CONFIG).exists():
+        logger.warning("%s has no %s: whether its settings are these is unknown", folder, CONFIG)
+        return
+    changed = changed_settings(load_config(str(folder / CONFIG), []), cfg)
+    if moved := [
+        f"{key} {had!r} -> {now!r}" for key, (had, now) in changed.items() if key in PLACES
+    ]:
+        logger.warning("The run goes on with files of other places: %s", ", ".join(moved))
+    refused = [
+        f"{key} (had {had!r}, now {now!r})"
+        for key, (had, now) in changed.items()
+        if not key.startswith(MAY_CHANGE) and not key.endswith("_TEST") and key not in PLACES
+    ]
+    if refused:
+        raise ConfigError(
+            f"{folder}: this run was started with other values of {', '.join(refused)}; resume it "
+            "with its own, or take another OUTPUT_DIR"
+        )
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value."""
+    flat: dict[str, object] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

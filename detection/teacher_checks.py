@@ -1,0 +1,91 @@
+"""A teacher that has nothing to teach is refused before a student learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from torch import Tensor, nn
+
+from detection.config import ConfigError
+from detection.data.mapper import NamingMapper
+from detection.data.targets import Entries
+from detection.run_state import lent_random_states
+
+if TYPE_CHECKING:
+    from detection.teacher import TeacherBackbone
+
+LARGEST = 1e6  # of a feature; trained pyramids stay below 1e3
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
+
+
+def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse statistics of a teacher that are not those of pixels from 0 to 255.
+
+    Raises:
+        ConfigError: the key, and what it holds.
+    """
+    for key, values, least in (("PIXEL_MEAN", mean, 0), ("PIXEL_STD", std, 1)):
+        if not all(least <= value <= 255 for value in values):
+            raise ConfigError(
+                f"the teacher's MODEL.{key}: expected values from {least} to 255, as its images "
+                f"have, got {list(values)}; correct its file, or DISTILL.TEACHER.OPTS"
+            )
+
+
+def check_trained(backbone: nn.Module, path: str) -> None:
+    """Refuse weights that no training has changed: biases of 0, norms that do nothing.
+
+    Args:
+        backbone: with the weights of the file.
+        path: of the file, for the message.
+
+    Raises:
+        ConfigError: all of them are so.
+    """
+    starts = [bias for name, bias in backbone.state_dict().items() if name.endswith(".bias")]
+    starts += [norm.weight - 1 for norm in backbone.modules() if isinstance(norm, NORMS)]
+    if starts and not any(values.any() for values in starts):
+        raise ConfigError(
+            f"{path}: holds weights as a model has them before its training (every bias is 0); an "
+            "untrained teacher has to be asked for: DISTILL.TEACHER.RANDOM_WEIGHTS True"
+        )
+
+
+def check_features(teacher: TeacherBackbone, cfg: CfgNode, dataset: Entries) -> None:
+    """Run a teacher on an image and its negative, and refuse what nobody can learn from.
+
+    Args:
+        teacher: where it will run.
+        cfg: of the run; its images are read as for an evaluation.
+        dataset: of the run.
+
+    Raises:
+        ConfigError: maps that are not finite, absurdly large, or the same whatever the image.
+    """
+    with lent_random_states():  # the mapper draws a size
+        image = NamingMapper(cfg, False)(dataset[0])["image"]
+    maps = teacher([image, 255 - image], tuple(image.shape[-2:]))
+    for level, feature in maps.items():
+        if fault := _fault(feature.float()):
+            wanted = cfg.DISTILL.TEACHER
+            raise ConfigError(
+                f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS or 'random weights'}: the teacher's "
+                f"level {level} {fault}; is the file whole, and described by "
+                f"{wanted.CONFIG_FILE!r} and its pixel statistics?"
+            )
+
+
+def _fault(feature: Tensor) -> str:
+    """What is wrong with a map ``(2, C, H, W)`` of an image and its negative, or nothing."""
+    largest = feature.abs().max().item()
+    if not torch.isfinite(feature).all():
+        return "is not finite"
+    if largest > LARGEST:
+        return f"reaches {largest:.0e}, as no trained one does"
+    if (feature[0] - feature[1]).abs().max().item() <= 1e-5 * largest:
+        return "is the same whatever the image"
+    return ""

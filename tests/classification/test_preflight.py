@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from classification.config import ConfigError
+from classification.experiment import prepare_trainers, run_experiment
+from classification.models import create_model
+from classification.preflight import check_teaching
+from pcka.teacher import FrozenTeacher
+
+
+def test_a_teacher_that_gives_the_same_for_all_images_is_refused_by_the_tap(tiny_config, tmp_path):
+    model = create_model("resnet8", 10)
+    torch.nn.init.zeros_(model.layer2[0].bn2.weight)
+    torch.nn.init.zeros_(model.layer2[0].downsample[1].weight)  # all is constant from here on
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    keys = {"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}
+    for method, tap in (("kd", "logits"), ("fitnet", r"stage2 \(layer2\)"), ("rcka", "last")):
+        with pytest.raises(ConfigError, match=rf"TEACHER: its {tap}.* are the same for every imag"):
+            run_experiment(tiny_config(method, **keys))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    stage1 = {"DISTILL.FITNET.STAGES": "[stage1]", "SOLVER.EPOCHS": 1}
+    run_experiment(tiny_config("fitnet", **keys, **stage1))  # before that it is not
+
+
+def test_a_teacher_whose_features_overflow_is_refused(tiny_config, tmp_path):
+    model = create_model("resnet8", 10)
+    torch.nn.init.constant_(model.layer3[0].bn2.weight, 1e38)
+    torch.nn.init.constant_(model.layer3[0].bn2.running_var, 1e-12)
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(ConfigError, match=r"TEACHER: its last .* are not finite; check TEACHER.W"):
+        run_experiment(tiny_config("rcka", **{"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}))
+
+
+def test_images_that_are_all_the_same_say_nothing_of_the_teacher():
+    teacher = FrozenTeacher(create_model("resnet8", 10))
+    check_teaching(teacher, {"last": "layer3"}, torch.ones(4, 3, 16, 16), logits=True)
+
+
+def test_what_a_loss_refuses_of_the_models_names_the_section(tiny_config, random_teacher):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.AT.STAGES": "[pooled]"}
+    with pytest.raises(ConfigError, match=r"^DISTILL: "):
+        run_experiment(tiny_config("at", **keys))
+    with pytest.raises(ConfigError, match=r"^DISTILL: .* no module 'layr1'"):
+        run_experiment(tiny_config("at", **keys, **{"DISTILL.TAPS": "[[pooled, layr1, layer1]]"}))
+
+
+def test_trying_the_losses_changes_neither_models_nor_losses_nor_random_numbers(
+    tiny_config, random_teacher, monkeypatch
+):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.METHODS": "[CE, CRD, MGD, VID]"}
+    cfg = tiny_config(**keys, **{"DISTILL.CRD.NEGATIVES": 8})
+
+    def prepared():
+        (trainer,) = prepare_trainers([cfg], torch.device("cpu"))
+        return trainer.distiller.state_dict(), torch.get_rng_state()
+
+    tried = prepared()
+    monkeypatch.setattr("pcka.distiller.Distiller.forward", lambda *_, **__: {})
+    torch.testing.assert_close(prepared(), tried, rtol=0, atol=0)
