@@ -88,7 +88,7 @@ def _expand(key: str, name: str, taps: Taps) -> list[str]:
     if not stages:
         raise UntappedError(
             f"{key}: {name!r} stands for all numbered stages but the stem, and there are none; "
-            f"there are {', '.join(taps) or 'no taps'}, and DISTILL.TAPS adds stage1, stage2 and so on"
+            f"there are {', '.join(taps) or 'no taps'}, and DISTILL.TAPS adds them"
         )
     return [stage + WILDCARDS[name] for stage in stages]
 
