@@ -20,6 +20,7 @@ from classification.config import ConfigError, load_config
 from classification.cost import measure_costs
 from classification.experiment import run_side_by_side
 from classification.launch import is_first, process_group
+from classification.run_files import remove_temporaries
 from classification.trainer import TrainingFailedError
 from pcka.distributed import rank
 
@@ -62,6 +63,8 @@ def compare(
     first = cfgs[methods[0], seeds[0]]
     comparison = Comparison(first, methods)
     with process_group(first.DEVICE):
+        if rank() == 0:
+            remove_temporaries(output)
         for seed, group in itertools.product(seeds, _groups(methods, together)):
             results = run_side_by_side([cfgs[method, seed] for method in group], resume=True)
             for method, result in zip(group, results, strict=True):

@@ -95,7 +95,11 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(
 
 
 def test_only_what_is_missing_is_trained(comparing, tmp_path):
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / ".comparison.md.01234567.tmp"  # by a kill
+    left.touch()
     comparing("out", seeds=(0,))
+    assert not left.exists()
     before = times(tmp_path / "out" / "kd") | times(tmp_path / "out" / "fitnet")
     comparison = comparing("out", methods=("fitnet", "ce", "kd"), seeds=(1, 0))
     after = times(tmp_path / "out")
