@@ -266,11 +266,10 @@ std::tuple<Tensor, Tensor> patchify(
     const Tensor& input,  // (B, C, H, W), any strides
     int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
-  STD_TORCH_CHECK(
-      center >= kNone && center <= kOverColumns,
-      "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
   const Tensor rows = torch::stable::new_empty(input, {g.groups, g.rows, g.columns}, dtype);
   const Tensor energy = new_energy(input, g, 1, group_by, center);
+  // Here, not behind the dispatcher alone: before 2.13 torch loses an error's text there.
+  check_patchify(rows, energy, input, std::nullopt, g, group_by, center);
   call_patchify(rows, energy, input, std::nullopt, patch_h, patch_w, group_by, center);
   Tensor total = torch::stable::new_empty(energy, {g.groups, 2});
   const int64_t dim = 1;
@@ -285,6 +284,9 @@ std::tuple<Tensor, Tensor, Tensor> cka(
       x.dim() == 3 && y.dim() == 3 && x.size(0) == y.size(0) && x.size(1) == y.size(1),
       "x and y must be (G, N, D_x) and (G, N, D_y)");
   STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
+  STD_TORCH_CHECK(x.numel() > 0 && y.numel() > 0, "x and y must not be empty");
+  check_floating(x.scalar_type(), "x");
+  check_device(y, "y", x, "x");
   const int64_t n = x.size(1), stored = padded_rows(n), centering = center ? kOverRows : kNone;
   const ScalarType dtype = accumulation_dtype(x.scalar_type());
   // (G, N, D) as G maps of D channels and N pixels, in patches of one pixel.
@@ -361,6 +363,8 @@ std::tuple<Tensor, Tensor> patch_cka(
       g.width, ")");
   STD_TORCH_CHECK(
       student.scalar_type() == teacher.scalar_type(), "student and teacher must have one dtype");
+  check_floating(student.scalar_type(), "student");
+  check_device(teacher, "teacher", student, "student");
   const int64_t centering = !center ? kNone : columns ? kOverColumns : kOverRows;
   // Every source pixel belongs to several groups there: the map cannot be cut, and its gradient is
   // that by the rows.

@@ -28,6 +28,21 @@ inline ScalarType gradient_dtype(ScalarType dtype) {
   return dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
+inline void check_floating(ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+          dtype == ScalarType::Half,
+      name, " must be float16, bfloat16, float32 or float64, got dtype ", static_cast<int>(dtype));
+}
+
+// Kernels read addresses: those of another device are none.
+inline void check_device(
+    const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
+  STD_TORCH_CHECK(
+      tensor.device() == other.device(), name, " must be on the device of ", other_name,
+      ": move one of them with .to()");
+}
+
 // Calls f(scalar_t{}) for the type of a floating dtype; `name` is the argument named in the error.
 template <typename F>
 void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
@@ -41,9 +56,7 @@ void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
     case ScalarType::Half:
       return f(Half{});
     default:
-      STD_TORCH_CHECK(
-          false, name, " must be float16, bfloat16, float32 or float64, got dtype ",
-          static_cast<int>(dtype));
+      check_floating(dtype, name);
   }
 }
 

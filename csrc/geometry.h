@@ -148,7 +148,11 @@ inline void check_patchify(
   STD_TORCH_CHECK(
       center >= kNone && center <= kOverColumns,
       "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
+  check_floating(input.scalar_type(), "input");
+  check_device(rows, "rows", input, "input");
+  check_device(energy, "energy", input, "input");
   if (second.has_value()) {
+    check_device(*second, "second", input, "input");
     STD_TORCH_CHECK(
         second->dim() == 4 && second->scalar_type() == input.scalar_type(),
         "second must be a map of input's dtype");

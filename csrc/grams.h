@@ -45,6 +45,8 @@ inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Te
   STD_TORCH_CHECK(square(k), "k must be a contiguous (G, N, N)");
   STD_TORCH_CHECK(square(l) && l.size(0) == k.size(0), "l must be a contiguous (G, N, N)");
   STD_TORCH_CHECK(k.scalar_type() == l.scalar_type(), "k and l must have one dtype");
+  check_device(l, "l", k, "k");
+  if (cross.has_value()) check_device(*cross, "cross", k, "k");
   if (cross.has_value()) {
     STD_TORCH_CHECK(
         cross->dim() == 3 && cross->size(0) == k.size(0) && cross->size(1) == k.size(1) &&
@@ -64,6 +66,9 @@ inline void check_gram_alignment(
     const Tensor& alignment, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
     const Tensor& energy_x, const Tensor& energy_y) {
   check_grams(k, l, cross);
+  check_device(alignment, "alignment", k, "k");
+  check_device(energy_x, "energy_x", k, "k");
+  check_device(energy_y, "energy_y", k, "k");
   const int64_t groups = k.size(0);
   check_energy(energy_x, "energy_x", groups, energy_x.dim() == 3 ? energy_x.size(1) : 1);
   check_energy(energy_y, "energy_y", groups, energy_y.dim() == 3 ? energy_y.size(1) : 1);
@@ -80,11 +85,13 @@ inline void check_alignment_gradient(
     const std::optional<Tensor>& cross, const Tensor& coefficients) {
   check_grams(k, l, cross);
   check_table(coefficients, "coefficients", k.size(0), 3);
+  check_device(coefficients, "coefficients", k, "k");
   std::optional<ScalarType> dtype;
   const auto check = [&](const std::optional<Tensor>& factor, const char* name,
                          const Tensor& gram) {
     if (!factor.has_value()) return;
     if (!dtype) dtype = factor->scalar_type();
+    check_device(*factor, name, gram, "the Grams");
     STD_TORCH_CHECK(
         factor->dim() == 3 && factor->size(0) == gram.size(0) && factor->size(1) == gram.size(1) &&
             factor->size(2) == gram.size(2) && factor->is_contiguous() &&

@@ -154,6 +154,7 @@ void patchify_backward(
   const PatchGeometry g =
       make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by, &grad_rows);
   check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
+  check_device(grad_rows, "grad_rows", grad_input, "grad_input");
   dispatch_map_and_rows(
       grad_input.scalar_type(), grad_rows.scalar_type(), "grad_input", [&](auto map, auto row) {
         using scalar_t = decltype(map);

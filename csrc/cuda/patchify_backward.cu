@@ -187,6 +187,7 @@ void patchify_backward(
   const PatchGeometry g =
       make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by, &grad_rows);
   check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
+  check_device(grad_rows, "grad_rows", grad_input, "grad_input");
   const LaunchScope scope(grad_input);
   const MapStrides out = map_strides(grad_input);
   const Tiling tiling = make_tiling(out, g);

@@ -72,14 +72,15 @@ void check_self_alignment() {
   CHECK(dot(grad, grad) < 1e-20);
 }
 
-void check_refusal() {
+template <typename F>
+void check_refusal(const std::string& wanted, F&& f) {
   std::string message;
   try {
-    pcka::make_geometry(2, 3, 8, 8, 4, 4, 5);
+    f();
   } catch (const std::exception& error) {
     message = error.what();
   }
-  CHECK(message.find("group_by must be") != std::string::npos);
+  CHECK(message.find(wanted) != std::string::npos);
 }
 
 }  // namespace
@@ -87,6 +88,11 @@ void check_refusal() {
 int main() {
   for (int64_t group_by = 0; group_by < 3; ++group_by) check_adjoint(group_by);
   check_self_alignment();
-  check_refusal();
+  check_refusal("group_by must be", [] { pcka::make_geometry(2, 3, 8, 8, 4, 4, 5); });
+  check_refusal("teacher must be on the device of student", [] {
+    const torch::stable::Device meta(torch::headeronly::DeviceType::Meta);
+    const Tensor elsewhere = torch::stable::empty({2}, ScalarType::Double, std::nullopt, meta);
+    pcka::check_device(elsewhere, "teacher", random_tensor({2}), "student");
+  });
   return failures != 0;
 }

@@ -339,5 +339,9 @@ def test_the_compiled_operators_refuse_what_they_cannot_read():
         torch.ops.pcka.patchify(x, 4, 4, 0, 0, torch.bfloat16)
     with pytest.raises(RuntimeError, match="centered before they are rounded"):
         torch.ops.pcka.patchify(x.bfloat16(), 4, 4, 2, 1, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="student must be float16, bfloat16"):
+        torch.ops.pcka.patch_cka(x.long(), x.long(), 4, 4, 0, False, True, False)
+    with pytest.raises(RuntimeError, match="x must be float16, bfloat16"):
+        torch.ops.pcka.cka(x[0].long(), x[0].long(), True, False, False)
     with pytest.raises(RuntimeError, match="teacher must have the student's shape"):
         torch.ops.pcka.patch_cka(x, x[:1], 4, 4, 0, False, True, False)
