@@ -35,6 +35,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(CPP_TESTS)
 	$(BIN)/mypy
+	$(BIN)/mypy setup.py
 	$(BIN)/lint-imports
 
 ctest: install

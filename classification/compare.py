@@ -1,13 +1,13 @@
 """Compare methods over seeds: ``python classification/compare.py --config-file F --methods M ...``.
 
 Trains what is missing, and goes on where it was killed. Of each seed all methods are trained side
-by side: the same start, order and augmentation, and one teacher that runs once for all of them.
+by side: the same start, order and augmentation, and one teacher that runs once for all of them. On
+a GPU, which one small student leaves idle, the seeds are trained side by side as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from classification.config import ConfigError, load_config
 from classification.cost import measure_costs
 from classification.experiment import run_side_by_side
 from classification.launch import is_first, process_group
+from classification.run_files import remove_temporaries
 from classification.trainer import TrainingFailedError
 from pcka.distributed import rank
 
@@ -61,10 +62,12 @@ def compare(
     cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
     first = cfgs[methods[0], seeds[0]]
     comparison = Comparison(first, methods)
-    with process_group(first.DEVICE):
-        for seed, group in itertools.product(seeds, _groups(methods, together)):
-            results = run_side_by_side([cfgs[method, seed] for method in group], resume=True)
-            for method, result in zip(group, results, strict=True):
+    with process_group(first.DEVICE) as device:
+        if rank() == 0:
+            remove_temporaries(output)
+        for group in _groups(methods, seeds, together, seeds_too=device.type == "cuda"):
+            results = run_side_by_side([cfgs[run] for run in group], resume=True)
+            for (method, seed), result in zip(group, results, strict=True):
                 if isinstance(result, TrainingFailedError):
                     logger.warning("%s, seed %d: failed: %s", method, seed, result)
                 comparison.add(method, seed, result)
@@ -82,8 +85,13 @@ def _write(comparison: Comparison, output: Path) -> None:
         write_comparison(comparison, output)
 
 
-def _groups(methods: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [methods[start : start + size] for start in range(0, len(methods), size)]
+def _groups(
+    methods: Sequence[str], seeds: Sequence[int], size: int, *, seeds_too: bool
+) -> list[list[tuple[str, int]]]:
+    """Runs (method, seed) that are trained side by side: of one seed, or of several."""
+    by_seed = [[(method, seed) for method in methods] for seed in seeds]
+    rows = [[run for row in by_seed for run in row]] if seeds_too else by_seed
+    return [row[start : start + size] for row in rows for start in range(0, len(row), size)]
 
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:

@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
@@ -264,7 +265,7 @@ def _check(cfg: CfgNode) -> None:
     _check_methods(cfg.DISTILL.METHODS)
 
 
-def _check_ranges(values: Mapping[str, object]) -> None:
+def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         for number in value if isinstance(value, list) else [value]:
             # Infinite memory is no limit; elsewhere neither is a number to compute with.
@@ -276,10 +277,10 @@ def _check_ranges(values: Mapping[str, object]) -> None:
         if values[key] not in allowed:
             raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
     for key, least in LEAST.items():
-        if values[key] < least:  # type: ignore[operator]
+        if values[key] < least:
             raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
     for key, most in MOST.items():
-        if values[key] > most:  # type: ignore[operator]
+        if values[key] > most:
             raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
 
 

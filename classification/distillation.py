@@ -88,7 +88,7 @@ def _expand(key: str, name: str, taps: Taps) -> list[str]:
     if not stages:
         raise UntappedError(
             f"{key}: {name!r} stands for all numbered stages but the stem, and there are none; "
-            f"there are {', '.join(taps) or 'no taps'}, and DISTILL.TAPS adds stage1, stage2, ..."
+            f"there are {', '.join(taps) or 'no taps'}, and DISTILL.TAPS adds them"
         )
     return [stage + WILDCARDS[name] for stage in stages]
 
@@ -167,12 +167,13 @@ def check_losses(cfg: CfgNode) -> None:
 
 def _proposal(student: Classifier, teacher: Classifier) -> str:
     """Say which DISTILL.TAPS would do: the last module of each resolution."""
-    taps: Taps = {}
     ours, theirs = (model.stage_names or resolution_ends(model) for model in (student, teacher))
-    _add_stages(taps, ours, theirs, "")
-    if not taps:
+    shared = min(len(ours), len(theirs))
+    if not shared:
         return ". model.named_modules() lists the modules' paths"
-    entries = ", ".join(f"[{name}, {s}, {t}]" for name, (s, t) in taps.items())
+    pairs = list(zip(ours[-shared:], theirs[-shared:]))
+    named = [(f"stage{index}", pair) for index, pair in enumerate(pairs)] + [("last", pairs[-1])]
+    entries = ", ".join(f"[{name}, {s}, {t}]" for name, (s, t) in named)
     return f'. By the models\' resolutions, for example: DISTILL.TAPS "[{entries}]"'
 
 

@@ -32,7 +32,8 @@ def prepare_distiller(
         train_set: some images of it serve, from all over the set.
 
     Raises:
-        ConfigError: features that a loss cannot compare, or a teacher that has nothing to teach.
+        ConfigError: features that a loss cannot compare, a loss without terms, or a teacher that
+            has nothing to teach.
     """
     spaced = torch.linspace(0, len(train_set) - 1, min(IMAGES, len(train_set))).long()
     pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
@@ -44,16 +45,37 @@ def prepare_distiller(
     assert distiller.teacher is not None
     logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
     check_teaching(distiller.teacher, distiller.teacher_paths, teacher_images, logits=logits)
-    if cfg.COMPILE:  # the losses are tried by the first step: to compile for them takes minutes
-        return
+    if not cfg.COMPILE:  # else the first step tries the losses: to compile for them takes minutes
+        indices = spaced.to(images.device)
+        _try_losses(distiller, images, labels, teacher_images, indices)
+
+
+def _try_losses(
+    distiller: Distiller, images: Tensor, labels: Tensor, teacher_images: Tensor, indices: Tensor
+) -> None:
+    """Refuse losses that cannot compare what they tap, or that give no term at all."""
+    given: dict[torch.nn.Module, dict[str, Tensor]] = {}
+    handles = [
+        loss.register_forward_hook(lambda loss, _, terms: given.update({loss: terms}))
+        for loss in distiller.losses
+    ]
     devices = [images.device] if images.is_cuda else []
-    with (
-        naming("DISTILL"),
-        torch.no_grad(),
-        torch.random.fork_rng(devices),
-        evaluation_mode(distiller),
-    ):
-        distiller(images, labels, teacher_images, indices=spaced.to(images.device))
+    try:
+        with (
+            naming("DISTILL"),
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            evaluation_mode(distiller),
+        ):
+            distiller(images, labels, teacher_images, indices=indices)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent := [type(loss).__name__ for loss in distiller.losses if not given[loss]]:
+        raise ConfigError(
+            f"DISTILL.METHODS: {', '.join(silent)} gives no term, and would be left out silently; "
+            "check its section, or leave it out of METHODS"
+        )
 
 
 @contextmanager

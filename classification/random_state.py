@@ -17,7 +17,9 @@ def seed_everything(seed: int) -> None:
 
 def capture_random_state() -> dict[str, object]:
     """Return the state of all generators as tensors and plain values, which load safely."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)  # what legacy asks for; the annotation leaves it open
+    algorithm, keys, position, has_gauss, cached = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (algorithm, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

@@ -219,7 +219,7 @@ class Trainer:
             self.files.save_state(self.state())
         if is_best:
             self.files.save_best(student)
-        self._log(record, whole)
+        self._log(self.files, record, whole)
 
     def _due(self, every: int) -> bool:
         """Whether what is done every so many epochs, and after the last one, is to be done."""
@@ -238,6 +238,7 @@ class Trainer:
 
     def _alignment(self) -> dict[str, float]:
         student = (self.student_pixels, self.distiller.student)
+        assert self.distiller.teacher is not None  # without one there are no taps
         teacher = (self.teacher_pixels, self.distiller.teacher.model)
         by_stage = stage_alignment(student, teacher, self.taps, self.evaluation_set)
         return {f"cka_{stage}": value for stage, value in by_stage.items()}
@@ -299,12 +300,12 @@ class Trainer:
                 terms = {key: v for key, v in means.items() if key.startswith("loss_")}
                 raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
 
-    def _log(self, record: dict[str, float], seconds: float) -> None:
+    def _log(self, files: RunFiles, record: dict[str, float], seconds: float) -> None:
         parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
         if "accuracy" in record:
             parts += ["", f"accuracy {record['accuracy']:.2f} %"]
             parts += ["", f"best {record['best_accuracy']:.2f} %"]
-        self.files.logger.info(
+        files.logger.info(
             "epoch %d/%d  %s  lr %.4g  %.1f s (%.1f s of training, %.0f img/s)",
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),

@@ -172,7 +172,7 @@ def _no_weight(name: str, value: Tensor) -> bool:
     if not value.is_floating_point():
         return False
     variance = name.rpartition(".")[2] == "running_var"
-    return not value.isfinite().all().item() or (variance and (value < 0).any().item())
+    return not bool(value.isfinite().all()) or (variance and bool((value < 0).any()))
 
 
 def _check_mapping(filename: str, weights: object, kind: type) -> None:

@@ -23,11 +23,11 @@ from detectron2.config import CfgNode
 from detection.command import TrainingFailedError, run_command
 from detection.config import PROJECT, ConfigError, load_config
 from detection.data.register import name_coco_sets
-from detection.settings import CHECKPOINT_TAG, CONFIG, changed_settings
+from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT, changed_settings
 from pcka.analysis.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 from pcka.checkpoint import atomic_write
 
-WEIGHTS, RESULT = "model_final.pth", "result.json"
+WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
 NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
 

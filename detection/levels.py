@@ -53,7 +53,7 @@ def match_levels(
 
 
 def match_map(
-    teacher: Tensor, canvas: tuple[int, int], stride: int, size: tuple[int, int]
+    teacher: Tensor, canvas: tuple[int, int], stride: int, size: tuple[int, ...]
 ) -> Tensor:
     """Return the teacher's map of the student's image area, at the student's size.
 

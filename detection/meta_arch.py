@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -33,7 +33,7 @@ class BackboneTap:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.features: dict[str, Tensor] = {}
-        self.canvas = (0, 0)
+        self.canvas: tuple[int, int] = (0, 0)
         self._handle = backbone.register_forward_hook(self._keep)
 
     def __enter__(self) -> BackboneTap:
@@ -43,7 +43,8 @@ class BackboneTap:
         self._handle.remove()
 
     def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...], output: dict[str, Tensor]) -> None:
-        self.canvas = tuple(inputs[0].shape[-2:])
+        height, width = inputs[0].shape[-2:]
+        self.canvas = height, width
         self.features = dict(output)
 
 
@@ -111,7 +112,7 @@ class DistilledDetector(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the student is."""
-        return self.student.device
+        return cast(torch.device, self.student.device)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Loss terms by name in training, the student's detections in inference.
@@ -124,7 +125,7 @@ class DistilledDetector(nn.Module):
         # Both models bring the images to the device: moved here, they travel once.
         images = [entry["image"].to(self.device) for entry in batched_inputs]
         batched_inputs = [{**entry, "image": i} for entry, i in zip(batched_inputs, images)]
-        with BackboneTap(self.student.backbone) as tap:
+        with BackboneTap(self.student.get_submodule("backbone")) as tap:
             terms = dict(self.student(batched_inputs))
         logged = self._logs_now()
         own = {level: tap.features[level] for level in self.levels}
@@ -144,6 +145,7 @@ class DistilledDetector(nn.Module):
         self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], canvas: tuple[int, int]
     ) -> tuple[Outputs, Outputs]:
         """Both models' maps by the student's levels, at one size and width."""
+        assert self.teacher is not None  # it gave one of the two
         strides = self.teacher.output_shape()
         student, teacher = {}, {}
         for level, teacher_level in self.levels.items():
@@ -158,7 +160,7 @@ class DistilledDetector(nn.Module):
 
     def _fit_to_teacher(self, teacher: TeacherBackbone) -> None:
         """Size the adapters by a dry run: a 1x1 convolution where the widths differ."""
-        backbone = self.student.backbone
+        backbone = self.student.get_submodule("backbone")
         canvas = (DRY_RUN_SIDE, DRY_RUN_SIDE)
         with torch.no_grad(), evaluation_mode(backbone):
             device = next(backbone.parameters()).device
@@ -170,7 +172,7 @@ class DistilledDetector(nn.Module):
                 self.adapters[level] = nn.Conv2d(*widths, 1).to(device)
         with torch.no_grad():
             pair = self._pair({level: own[level] for level in self.levels}, other, canvas)
-        for loss in self.losses:
+        for loss in cast(Iterable[Loss], self.losses):
             loss.prepare(*pair)
 
     def _logs_now(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -49,14 +50,14 @@ def build_losses(
     return built
 
 
-def _keywords(name: str, section: CfgNode, levels: list[str]) -> dict[str, object]:
+def _keywords(name: str, section: CfgNode, levels: list[str]) -> dict[str, Any]:
     stages = list(section.STAGES) or levels
     if unmatched := set(stages) - set(levels):
         raise ConfigError(
             f"DISTILL.{name}.STAGES: {', '.join(sorted(unmatched))} is not among DISTILL.LEVELS "
             f"{levels}; add it there"
         )
-    keywords: dict[str, object] = {}
+    keywords: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, list | tuple):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
@@ -68,9 +69,7 @@ def _keywords(name: str, section: CfgNode, levels: list[str]) -> dict[str, objec
     return keywords
 
 
-def _check_patches(
-    keywords: Mapping[str, object], shapes: Mapping[str, ShapeSpec], side: int
-) -> None:
+def _check_patches(keywords: Mapping[str, Any], shapes: Mapping[str, ShapeSpec], side: int) -> None:
     """Say which level of PCKA has too few patches for a signal, at the smallest training size."""
     for level, patch in zip(keywords["stages"], keywords["patch_sizes"]):
         stride = shapes[level].stride

@@ -51,7 +51,9 @@ class RunState:
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, as tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)  # what legacy asks for; the annotation leaves it open
+    name, keys, *rest = numpy_state
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],

@@ -14,7 +14,7 @@ from detection.config import ConfigError, load_config
 
 logger = logging.getLogger("detectron2.pcka")
 
-CONFIG, CHECKPOINT_TAG = "config.yaml", "last_checkpoint"
+CONFIG, RESULT, CHECKPOINT_TAG = "config.yaml", "result.json", "last_checkpoint"
 # What says where a run happens, how long, and how it is watched: the steps stay what they are.
 MAY_CHANGE = (
     "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "VIS_PERIOD", "CUDNN_BENCHMARK",
@@ -52,10 +52,16 @@ def check_resumed(cfg: CfgNode) -> None:
         cfg: of the resumed run; its folder is ``OUTPUT_DIR``.
 
     Raises:
-        ConfigError: another setting that the training depends on.
+        ConfigError: another setting that the training depends on, or a finished run whose
+            checkpoint is gone.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if not (folder / CHECKPOINT_TAG).exists():
+        if (folder / RESULT).exists():
+            raise ConfigError(
+                f"{folder}: a finished run without the checkpoint to go on from; to train it anew "
+                f"remove {RESULT}, or take another OUTPUT_DIR"
+            )
         return
     if not (folder / CONFIG).exists():
         logger.warning("%s has no %s: whether its settings are these is unknown", folder, CONFIG)

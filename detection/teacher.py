@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -36,9 +37,12 @@ class TeacherBackbone(nn.Module):
         channels_last: keep weights and images in this memory format.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         *,
@@ -61,7 +65,7 @@ class TeacherBackbone(nn.Module):
 
     def output_shape(self) -> Mapping[str, ShapeSpec]:
         """Channels and stride of each level."""
-        return self.model.model.output_shape()
+        return cast(Backbone, self.model.model).output_shape()
 
     @torch.no_grad()
     def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
@@ -98,17 +102,18 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
     check_statistics(own.MODEL.PIXEL_MEAN, own.MODEL.PIXEL_STD)
     holder = nn.Module()
     registered(BACKBONE_REGISTRY, own.MODEL.BACKBONE.NAME, "the teacher's MODEL.BACKBONE.NAME")
-    holder.backbone = build_backbone(own)
+    backbone: Backbone = build_backbone(own)
+    holder.backbone = backbone  # under the name that it has in a detector's file
     if own.MODEL.WEIGHTS:
         try:
             load_weights(holder, own.MODEL.WEIGHTS)
             if not cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
-                check_trained(holder.backbone, own.MODEL.WEIGHTS)
+                check_trained(backbone, own.MODEL.WEIGHTS)
         except ValueError as error:
             raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
     wanted = cfg.DISTILL.TEACHER
     return TeacherBackbone(
-        holder.backbone,
+        backbone,
         own.MODEL.PIXEL_MEAN,
         own.MODEL.PIXEL_STD,
         swap_channels=_unlike_channels(cfg.INPUT.FORMAT, own.INPUT.FORMAT),
@@ -128,15 +133,16 @@ def fold_batch_norms(backbone: nn.Module) -> nn.Module:
     Args:
         backbone: changed in place; for inference only from here on.
     """
-    for module in backbone.modules():
-        # A subclass may use its weight otherwise.
-        if type(module) is Conv2d and _has_statistics(module.norm):
-            norm = module.norm
-            module.weight, module.bias = fuse_conv_bn_weights(
-                module.weight, module.bias,
+    # A subclass may use its weight otherwise.
+    convs: list[Conv2d] = [module for module in backbone.modules() if type(module) is Conv2d]
+    for conv in convs:
+        norm = conv.norm
+        if _has_statistics(norm):
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias,
                 norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
             )  # fmt: skip
-            module.norm = None
+            conv.norm = None
     return backbone
 
 

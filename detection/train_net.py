@@ -28,7 +28,7 @@ from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
 from detection.launch import run
 from detection.preflight import check_run, check_teacher_file, usable_device
-from detection.settings import check_resumed
+from detection.settings import RESULT, check_resumed
 from detection.trainer import DetectionTrainer
 from pcka.checkpoint import atomic_write
 from pcka.folder_lock import lock_folder
@@ -68,7 +68,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
         if comm.is_main_process():
-            write_result(results, Path(cfg.OUTPUT_DIR, "result.json"))
+            write_result(results, Path(cfg.OUTPUT_DIR, RESULT))
     return results
 
 

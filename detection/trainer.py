@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -122,7 +122,8 @@ class DetectionTrainer(SimpleTrainer):
 
     def _hooks_of_run(self) -> list[HookBase]:
         """Schedule, then checkpoint, then evaluation, then writing: each sees the ones before."""
-        cfg, self.results = self.cfg, {}
+        self.results: dict[str, Any] = {}
+        cfg = self.cfg
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         found: list[HookBase] = [
             hooks.IterationTimer(),
@@ -175,7 +176,8 @@ def train_in_bfloat16(model: nn.Module) -> None:
         model: any detectron2 meta-architecture.
     """
     exact = model.forward
-    rounding = torch.autocast(model.device.type, torch.bfloat16)(exact)
+    device = cast(torch.device, model.device)
+    rounding = torch.autocast(device.type, torch.bfloat16)(exact)
     model.forward = lambda batch: (rounding if model.training else exact)(batch)
     for module in model.modules():
         if isinstance(module, ROIAlign | ROIAlignRotated):

@@ -14,7 +14,7 @@ from pcka.losses.outputs import Outputs
 
 # Keyword of DistributedDataParallel by which every process keeps the buffers that it computes:
 # renamed in torch 2.14, which warns of the old name.
-OWN_BUFFERS = {
+OWN_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else "broadcast_buffers": False

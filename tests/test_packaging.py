@@ -143,6 +143,18 @@ def test_what_is_required_and_missing_is_an_error_at_import():
     assert "PCKA_REQUIRE must be cpu or cuda, got 'gpu'" in result.stderr
 
 
+STALE = "import torch\ntorch.ops.load_library = lambda path: None\n"  # as if of other operators
+
+
+@needs_extension
+def test_operators_of_other_sources_are_not_used():
+    result = run_python(STALE + "import pcka" + RESULT)
+    assert result.stdout.startswith("False")
+    assert result.stderr.count("compiled from other sources than these; install once more") == 1
+    result = run_python(STALE + "import pcka", check=False, PCKA_REQUIRE="cpu")
+    assert "PCKA_REQUIRE=cpu: the compiled operators are not in use on cpu" in result.stderr
+
+
 @needs_extension
 def test_what_is_required_and_there_imports():
     assert run_python("import pcka", PCKA_REQUIRE="cpu").stderr == ""

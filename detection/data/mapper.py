@@ -19,7 +19,7 @@ class NamingMapper(DatasetMapper):
             annotations say or too large to be opened, annotations that cannot be read.
     """
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
             return super().__call__(dataset_dict)
         except Exception as error:  # of image libraries, NumPy and assertions alike

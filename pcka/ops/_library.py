@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pcka.ops._loader import available
+from pcka.ops._loader import available, disuse
 from pcka.ops.reference import accumulation_dtype
 
 _BATCH, _POSITION = 1, 2  # codes of group_by
@@ -302,16 +302,20 @@ def _patchify_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | 
     return (result, *[None] * 5)
 
 
-if available(torch.device("meta")):
-    _FAKES: dict[str, Callable[..., Any]] = {
-        "cka": _cka_fake,
-        "patchify": _patchify_fake,
-        "patchify_": _patchify_out_fake,
-        "patchify_backward_": _patchify_backward_fake,
-        "gram_alignment_": _gram_alignment_fake,
-        "alignment_gradient_": _alignment_gradient_fake,
-        "patch_cka": _patch_cka_fake,
-    }
+_FAKES: dict[str, Callable[..., Any]] = {
+    "cka": _cka_fake,
+    "patchify": _patchify_fake,
+    "patchify_": _patchify_out_fake,
+    "patchify_backward_": _patchify_backward_fake,
+    "gram_alignment_": _gram_alignment_fake,
+    "alignment_gradient_": _alignment_gradient_fake,
+    "patch_cka": _patch_cka_fake,
+}
+
+_META = torch.device("meta")
+if available(_META) and not all(hasattr(torch.ops.pcka, name) for name in _FAKES):
+    disuse("they were compiled from other sources than these; install once more to compile anew")
+if available(_META):
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"pcka::{_name}", _fake)
     for _name, _backward, _setup in (

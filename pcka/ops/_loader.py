@@ -94,6 +94,13 @@ def available(device: torch.device) -> bool:
     return False
 
 
+def disuse(reason: str) -> None:
+    """Let the eager reference serve every device, for a reason that shows only after loading."""
+    _loaded.reasons.update(dict.fromkeys(_loaded.devices, reason))
+    _loaded.devices.clear()
+    _loaded._check_required(os.environ.get("PCKA_REQUIRE", ""))
+
+
 @functools.cache
 def _warn_fallback(kind: str) -> None:
     reason = _loaded.reasons.get(kind, "no operators are written for this device")

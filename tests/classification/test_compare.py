@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from classification import compare as script
-from classification.compare import compare
+from classification.compare import _groups, compare
 from classification.config import ConfigError
 from classification.experiment import run_side_by_side
 from classification.run_files import RunFiles, read_metrics
@@ -95,7 +95,11 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(
 
 
 def test_only_what_is_missing_is_trained(comparing, tmp_path):
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / ".comparison.md.01234567.tmp"  # by a kill
+    left.touch()
     comparing("out", seeds=(0,))
+    assert not left.exists()
     before = times(tmp_path / "out" / "kd") | times(tmp_path / "out" / "fitnet")
     comparison = comparing("out", methods=("fitnet", "ce", "kd"), seeds=(1, 0))
     after = times(tmp_path / "out")
@@ -175,3 +179,10 @@ def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         script.main([*words, "--together", "0"])
     assert "expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_on_a_gpu_seeds_are_trained_side_by_side_too():
+    runs = [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert _groups("ab", [0, 1], 3, seeds_too=True) == [runs[:3], runs[3:]]
+    assert _groups("ab", [0, 1], 3, seeds_too=False) == [runs[:2], runs[2:]]
+    assert _groups("ab", [0, 1], 1, seeds_too=False) == [[run] for run in runs]

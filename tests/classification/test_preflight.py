@@ -57,5 +57,11 @@ def test_trying_the_losses_changes_neither_models_nor_losses_nor_random_numbers(
         return trainer.distiller.state_dict(), torch.get_rng_state()
 
     tried = prepared()
-    monkeypatch.setattr("pcka.distiller.Distiller.forward", lambda *_, **__: {})
+    monkeypatch.setattr("classification.preflight._try_losses", lambda *_: None)
     torch.testing.assert_close(prepared(), tried, rtol=0, atol=0)
+
+
+def test_a_loss_that_gives_no_term_is_refused(tiny_config, random_teacher, monkeypatch):
+    monkeypatch.setattr("pcka.losses.kd.KD.forward", lambda *_: {})
+    with pytest.raises(ConfigError, match=r"DISTILL\.METHODS: KD gives no term, and would be left"):
+        run_experiment(tiny_config("kd", **{"TEACHER.WEIGHTS": random_teacher}))

@@ -137,15 +137,16 @@ def by_two(train, folder):
 def assert_learned_alike(ours, theirs):
     """Figures of every epoch and the weights after the last one agree.
 
-    As far as rounding, which grows from step to step, lets them.
+    As far as rounding lets them, which grows a hundredfold an epoch on some processors.
     """
     records = [read_metrics(run / "metrics.jsonl") for run in (ours, theirs)]
     assert [[record["epoch"] for record in run] for run in records] == [[*range(1, EPOCHS + 1)]] * 2
     for own, other in zip(*records, strict=True):
         assert own.keys() == other.keys()
+        near = min(1e-4 * 30 ** (own["epoch"] - 1), 0.2)
         for key in own:
             if key.startswith(("loss", "cka", "lr")):
-                assert own[key] == pytest.approx(other[key], rel=0.02, abs=5e-4), key
+                assert own[key] == pytest.approx(other[key], rel=near, abs=min(near, 5e-4)), key
             elif "accuracy" in key:
                 assert own[key] == pytest.approx(other[key], abs=1.0)  # one image
     weights = [load_file(run / "model_last.pth") for run in (ours, theirs)]

@@ -194,6 +194,14 @@ def test_beside_a_damaged_checkpoint_the_last_whole_one_is_named(left, arguments
         train_net.main(arguments(left, 4, flags=["--resume"]))
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_trained_over(left, arguments):
+    (left / "last_checkpoint").unlink()
+    before = (left / "result.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"a finished run without the checkpoint.*result.json"):
+        train_net.main(arguments(left, 2, "DISTILL.METHODS", "['PKD']", flags=["--resume"]))
+    assert (left / "result.json").read_bytes() == before
+
+
 def test_a_teacher_in_the_students_folder_is_refused_before_it_is_overwritten(left, arguments):
     before = (left / "model_final.pth").read_bytes()
     teacher = ("DISTILL.TEACHER.WEIGHTS", str(left / "model_final.pth"))

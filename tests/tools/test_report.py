@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from tools.gpu import report
 from tools.gpu.report import markdown
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def stage(**written):
@@ -90,3 +96,10 @@ def test_a_run_that_ended_early_has_a_report_all_the_same():
 def test_a_stage_without_a_table_says_what_it_says_in_the_summary():
     stages = {"training": stage(run={"summary": ["91.2 %", "40 s"]}, other=[1])}
     assert "## Training\n\n- 91.2 %\n- 40 s" in markdown({**RESULTS, "stages": stages})
+
+
+def test_the_table_in_the_docs_is_that_of_the_figures():
+    results = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
+    (table,) = [part(results) for t, part in report.TABLES["operators"].items() if "graph" in t]
+    assert table.count("\n") > 5
+    assert table in (ROOT / "docs" / "kernels.md").read_text()
