@@ -47,14 +47,14 @@ class Buffers {
  public:
   enum Slot {
     kRows,
-    kEnergy,
     kGramX,
     kGramY,
     kGrams,
     kCross,
     kFactorX,
     kFactorY,
-    kFactorCross,
+    kCrossX,
+    kCrossY,
     kTermsX,
     kTermsY,
     kGradX,
@@ -78,7 +78,7 @@ class Buffers {
 
 struct Rows {
   Tensor values;  // (G, N, D)
-  Tensor energy;  // (G, parts, 2)
+  Tensor energy;  // (G, 3)
 };
 
 // The rows of two maps, which are one matrix (2 G, N, D) where they are of one shape: then one
@@ -114,9 +114,10 @@ ScalarType gram_dtype(const Tensor& rows) {
 void call_patchify(
     const Tensor& rows, const Tensor& energy, const Tensor& input,
     const std::optional<Tensor>& second, int64_t patch_h, int64_t patch_w, int64_t group_by,
-    int64_t center) {
-  std::array<StableIValue, 8> stack{from(rows),    from(energy),  from(input),    from(second),
-                                    from(patch_h), from(patch_w), from(group_by), from(center)};
+    int64_t center, bool scale) {
+  std::array<StableIValue, 9> stack{from(rows),     from(energy),  from(input),
+                                    from(second),   from(patch_h), from(patch_w),
+                                    from(group_by), from(center),  from(scale)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(PCKA_OPERATOR("patchify_"), "", stack.data(), TORCH_ABI_VERSION));
 }
@@ -166,14 +167,15 @@ Tensor call_gram_alignment(
 }
 
 struct Factors {
-  std::optional<Tensor> x, y, cross;
+  std::optional<Tensor> x, y, cross_x, cross_y;
 };
 
 void call_alignment_gradient(
     const Factors& factors, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
     const Tensor& coefficients) {
-  std::array<StableIValue, 7> stack{from(factors.x), from(factors.y), from(factors.cross), from(k),
-                                    from(l),         from(cross),     from(coefficients)};
+  std::array<StableIValue, 8> stack{from(factors.x),       from(factors.y),   from(factors.cross_x),
+                                    from(factors.cross_y), from(k),           from(l),
+                                    from(cross),           from(coefficients)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
       PCKA_OPERATOR("alignment_gradient_"), "", stack.data(), TORCH_ABI_VERSION));
 }
@@ -212,16 +214,20 @@ Gradients align(
   if (!needs_grad_x && !needs_grad_y) return {};
 
   // In the rows' dtype, and in the Grams' own memory where that is theirs as well.
-  const auto factor = [&](bool needed, Buffers::Slot slot, const Tensor& of) {
+  const auto factor = [&](bool needed, Buffers::Slot slot, const Tensor& of, bool own = true) {
     std::optional<Tensor> result;
     if (!needed) return result;
-    const bool own = of.scalar_type() == x.scalar_type();
+    own = own && of.scalar_type() == x.scalar_type();
     result = own ? of : buffers.get(slot, x, groups, of.size(1), of.size(2), x.scalar_type());
     return result;
   };
-  Factors factors{
-      factor(needs_grad_x, Buffers::kFactorX, k), factor(needs_grad_y, Buffers::kFactorY, l), {}};
-  if (!direct) factors.cross = factor(true, Buffers::kFactorCross, *cross);
+  Factors factors;
+  factors.x = factor(needs_grad_x, Buffers::kFactorX, k);
+  factors.y = factor(needs_grad_y, Buffers::kFactorY, l);
+  if (!direct) {
+    factors.cross_x = factor(needs_grad_x, Buffers::kCrossX, *cross);
+    factors.cross_y = factor(needs_grad_y, Buffers::kCrossY, *cross, !needs_grad_x);
+  }
   call_alignment_gradient(factors, k, l, cross, coefficients);
 
   // dX = F X + M Y, or X F + Y M' by the columns, of the first n rows.
@@ -239,27 +245,26 @@ Gradients align(
     return torch::stable::sum_out(
         out, torch::stable::view(terms, {2, groups, n, out.size(2)}), Sizes(&dim, 1));
   };
-  const auto turned = [&](bool turn) {
-    return turn && factors.cross ? std::optional<Tensor>(transposed(*factors.cross))
-                                 : factors.cross;
+  const auto turned = [](const std::optional<Tensor>& factor, bool turn) {
+    return turn && factor ? std::optional<Tensor>(transposed(*factor)) : factor;
   };
   Gradients result;
   if (needs_grad_x) {
     const Tensor out =
         over_y ? y : buffers.get(Buffers::kGradX, x, groups, n, d_x, x.scalar_type());
-    result.x = gradient(out, Buffers::kTermsX, *factors.x, x, turned(of_columns), y);
+    result.x =
+        gradient(out, Buffers::kTermsX, *factors.x, x, turned(factors.cross_x, of_columns), y);
   }
   if (needs_grad_y) {
     const Tensor out = buffers.get(Buffers::kGradY, y, groups, n, d_y, y.scalar_type());
-    result.y = gradient(out, Buffers::kTermsY, *factors.y, y, turned(!of_columns), x);
+    result.y =
+        gradient(out, Buffers::kTermsY, *factors.y, y, turned(factors.cross_y, !of_columns), x);
   }
   return result;
 }
 
-Tensor new_energy(
-    const Tensor& like, const PatchGeometry& g, int64_t maps, int64_t group_by, int64_t center) {
-  return torch::stable::new_empty(
-      like, {maps * g.groups, energy_parts(g, group_by, center), 2}, ScalarType::Double);
+Tensor new_energy(const Tensor& like, int64_t groups) {
+  return torch::stable::new_empty(like, {groups, 3}, ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor> patchify(
@@ -267,13 +272,11 @@ std::tuple<Tensor, Tensor> patchify(
     int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
   const Tensor rows = torch::stable::new_empty(input, {g.groups, g.rows, g.columns}, dtype);
-  const Tensor energy = new_energy(input, g, 1, group_by, center);
+  const Tensor energy = new_energy(input, g.groups);
   // Here, not behind the dispatcher alone: before 2.13 torch loses an error's text there.
   check_patchify(rows, energy, input, std::nullopt, g, group_by, center);
-  call_patchify(rows, energy, input, std::nullopt, patch_h, patch_w, group_by, center);
-  Tensor total = torch::stable::new_empty(energy, {g.groups, 2});
-  const int64_t dim = 1;
-  return {rows, torch::stable::sum_out(total, energy, Sizes(&dim, 1))};
+  call_patchify(rows, energy, input, std::nullopt, patch_h, patch_w, group_by, center, false);
+  return {rows, energy};
 }
 
 std::tuple<Tensor, Tensor, Tensor> cka(
@@ -295,12 +298,10 @@ std::tuple<Tensor, Tensor, Tensor> cka(
     const Tensor map = as_map(t);
     std::optional<Tensor> second;
     if (other) second = as_map(*other);
-    const PatchGeometry g = make_geometry(map, "x", 1, 1, kBatch);
-    const int64_t maps = other ? 2 : 1;
+    const int64_t groups = (other ? 2 : 1) * t.size(0);
     const Rows rows{
-        torch::stable::new_empty(t, {maps * g.groups, stored, g.columns}, dtype),
-        new_energy(t, g, maps, kBatch, centering)};
-    call_patchify(rows.values, rows.energy, map, second, 1, 1, kBatch, centering);
+        torch::stable::new_empty(t, {groups, stored, t.size(2)}, dtype), new_energy(t, groups)};
+    call_patchify(rows.values, rows.energy, map, second, 1, 1, kBatch, centering, true);
     return rows;
   };
   Buffers buffers;
@@ -327,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor> cka(
 // Groups that are worked on together, so that their rows, Grams and what is formed of those fit the
 // cache or a bounded buffer, and every thread has some.
 int64_t chunk_groups(
-    const PatchGeometry& g, const Tensor& student, ScalarType dtype, int64_t parts, bool columns) {
+    const PatchGeometry& g, const Tensor& student, ScalarType dtype, bool columns) {
   const int64_t bytes = student.is_cpu() ? kChunkBytesThread * torch::stable::get_num_threads()
                                          : kChunkBytesAccelerator;
   const auto size = [](ScalarType type) {
@@ -338,8 +339,7 @@ int64_t chunk_groups(
   const int64_t rows = g.stored * g.columns, m = columns == direct ? g.columns : g.stored;
   const int64_t grams = direct ? 2 : 3;  // and as many factors less one, beside rounded rows
   const int64_t per_group = (direct ? 2 : 4) * rows * size(dtype) + grams * m * m * size(gram) +
-                            (gram == dtype ? 0 : (grams - 1) * m * m * size(dtype)) +
-                            4 * parts * size(ScalarType::Double);
+                            (gram == dtype ? 0 : (grams - 1) * m * m * size(dtype));
   return std::clamp<int64_t>(bytes / per_group, 1, g.groups);
 }
 
@@ -372,8 +372,7 @@ std::tuple<Tensor, Tensor> patch_cka(
   const ScalarType dtype =
       by_position ? accumulation_dtype(student.scalar_type()) : rows_dtype(student);
   g.stored = padded_rows(g.rows);
-  const int64_t parts = energy_parts(g, group_by, centering);
-  const int64_t step = by_position ? g.groups : chunk_groups(g, student, dtype, parts, columns);
+  const int64_t step = by_position ? g.groups : chunk_groups(g, student, dtype, columns);
   const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
 
   const Tensor alignment =
@@ -387,10 +386,9 @@ std::tuple<Tensor, Tensor> patch_cka(
       return by_position ? map : narrow(map, dim, first, count);
     };
     const Tensor rows = buffers.get(Buffers::kRows, student, 2 * count, g.stored, g.columns, dtype);
-    const Tensor energy =
-        buffers.get(Buffers::kEnergy, student, 2 * count, parts, 2, ScalarType::Double);
+    const Tensor energy = new_energy(student, 2 * count);
     call_patchify(
-        rows, energy, chunk(student), chunk(teacher), patch_h, patch_w, group_by, centering);
+        rows, energy, chunk(student), chunk(teacher), patch_h, patch_w, group_by, centering, true);
     const Pair pair{{half(rows, 0), half(energy, 0)}, {half(rows, 1), half(energy, 1)}, rows};
     const Gradients gradients = align(
         narrow(alignment, 0, first, count), pair, by_position ? g.rows : g.stored, columns, center,

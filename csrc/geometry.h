@@ -74,17 +74,6 @@ inline PatchGeometry make_geometry(
 // faster, and the zeros of the rows that make up the number change no sum.
 inline int64_t padded_rows(int64_t rows) { return rows < 16 ? rows : (rows + 7) / 8 * 8; }
 
-constexpr int64_t kEnergyUnit = 16;  // columns of a patch's line whose energies make a part
-
-// Parts of a group's energies, each a sum over some of its columns, or over a row where the rows
-// are centered over the columns.
-inline int64_t energy_parts(const PatchGeometry& g, int64_t group_by, int64_t center) {
-  if (center == kOverColumns) return g.rows;
-  if (group_by == kPosition) return g.columns;
-  const int64_t of_channel = g.patch_h * ((g.patch_w + kEnergyUnit - 1) / kEnergyUnit);
-  return (group_by == kChannel ? g.batch : g.channels) * of_channel;
-}
-
 // table must be a contiguous float64 (G, width).
 inline void check_table(
     const torch::stable::Tensor& table, const char* name, int64_t groups, int64_t width) {
@@ -92,16 +81,6 @@ inline void check_table(
       table.dim() == 2 && table.size(0) == groups && table.size(1) == width &&
           table.is_contiguous() && table.scalar_type() == ScalarType::Double,
       name, " must be a contiguous float64 (", groups, ", ", width, ")");
-}
-
-// energy must be a contiguous float64 (G, parts, 2).
-inline void check_energy(
-    const torch::stable::Tensor& energy, const char* name, int64_t groups, int64_t parts) {
-  STD_TORCH_CHECK(
-      energy.dim() == 3 && energy.size(0) == groups && energy.size(1) == parts &&
-          energy.size(2) == 2 && energy.is_contiguous() &&
-          energy.scalar_type() == ScalarType::Double,
-      name, " must be a contiguous float64 (", groups, ", ", parts, ", 2)");
 }
 
 // The same from a map; `name` is the argument named in the error. `rows`, where given, say how many
@@ -162,7 +141,7 @@ inline void check_patchify(
   }
   const int64_t maps = second.has_value() ? 2 : 1;
   check_rows(rows, "rows", g, input.scalar_type(), maps);
-  check_energy(energy, "energy", maps * g.groups, energy_parts(g, group_by, center));
+  check_table(energy, "energy", maps * g.groups, 3);
   STD_TORCH_CHECK(
       rows.scalar_type() != ScalarType::BFloat16 || group_by != kPosition,
       "rows may be bfloat16 only where they are centered before they are rounded: not by "

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -13,27 +14,28 @@
 
 namespace pcka {
 
-// coefficients (G, 3) of the gradient: dK = 2 (a L - b K) and dL = 2 (a K - c L).
+// coefficients (G, 4) of the gradient: dK = 2 (a_x L - b K) and dL = 2 (a_y K - c L).
 struct GroupAlignment {
   double alignment;
-  double a, b, c;
+  double a_x, b, a_y, c;
 };
 
-// From <K, L>, <K, K>, <L, L> of Grams scaled by 1 / |X_c|^2 and 1 / |Y_c|^2 (so that nothing
-// overflows), and the energies |X|^2, |X_c|^2 of both sides. A group that is constant (or zero,
-// uncentered) up to rounding aligns with nothing: alignment 0 and gradient 0, never NaN.
+// From <K, L>, <K, K>, <L, L> of Grams divided by |X_c|^2 and |Y_c|^2, and of both sides (as
+// patchify_ gives them) the energies |X|^2, |X_c|^2 and the scale that the gradient is to take on.
+// A group that is constant (or zero, uncentered) up to rounding aligns with nothing: alignment 0
+// and gradient 0, never NaN.
 PCKA_HOST_DEVICE inline GroupAlignment align_group(
-    double kl, double kk, double ll, const double* energy_x, const double* energy_y, bool center,
+    double kl, double kk, double ll, const double* x, const double* y, bool center,
     double epsilon) {
   const double threshold = center ? 64 * epsilon * epsilon : 0;
-  const bool degenerate = energy_x[1] <= threshold * energy_x[0] ||
-                          energy_y[1] <= threshold * energy_y[0] || kk == 0 || ll == 0;
-  if (degenerate) return {0, 0, 0, 0};
-  const double scale_x = 1 / energy_x[1], scale_y = 1 / energy_y[1];
+  const bool degenerate =
+      x[1] <= threshold * x[0] || y[1] <= threshold * y[0] || kk == 0 || ll == 0;
+  if (degenerate) return {0, 0, 0, 0, 0};
   const double alignment = kl / (sqrt(kk) * sqrt(ll));
+  const double a = 1 / x[1] / y[1] / (sqrt(kk) * sqrt(ll));
   return {
-      alignment, scale_x * scale_y / (sqrt(kk) * sqrt(ll)), alignment * scale_x * scale_x / kk,
-      alignment * scale_y * scale_y / ll};
+      alignment, x[2] * a, x[2] * alignment / x[1] / x[1] / kk, y[2] * a,
+      y[2] * alignment / y[1] / y[1] / ll};
 }
 
 // k (G, N_k, N_k), l (G, N_l, N_l), cross (G, N_k, N_l): contiguous, one dtype. Without cross the
@@ -70,49 +72,38 @@ inline void check_gram_alignment(
   check_device(energy_x, "energy_x", k, "k");
   check_device(energy_y, "energy_y", k, "k");
   const int64_t groups = k.size(0);
-  check_energy(energy_x, "energy_x", groups, energy_x.dim() == 3 ? energy_x.size(1) : 1);
-  check_energy(energy_y, "energy_y", groups, energy_y.dim() == 3 ? energy_y.size(1) : 1);
+  check_table(energy_x, "energy_x", groups, 3);
+  check_table(energy_y, "energy_y", groups, 3);
   STD_TORCH_CHECK(
       alignment.dim() == 1 && alignment.size(0) == groups && alignment.is_contiguous() &&
           alignment.scalar_type() == accumulation_dtype(k.scalar_type()),
       "alignment must be a contiguous (", groups, ") of the dtype that sums are formed in");
 }
 
-// What alignment_gradient_ is called with: factors of the Grams' sizes, in one dtype.
-inline void check_alignment_gradient(
-    const std::optional<Tensor>& factor_x, const std::optional<Tensor>& factor_y,
-    const std::optional<Tensor>& factor_cross, const Tensor& k, const Tensor& l,
+// What alignment_gradient_ is called with: factors, where they are asked for, of the sizes of k, l,
+// cross and cross. Returns their one dtype, or that of the Grams where there are none.
+inline ScalarType check_alignment_gradient(
+    const std::array<const std::optional<Tensor>*, 4>& factors, const Tensor& k, const Tensor& l,
     const std::optional<Tensor>& cross, const Tensor& coefficients) {
   check_grams(k, l, cross);
-  check_table(coefficients, "coefficients", k.size(0), 3);
+  check_table(coefficients, "coefficients", k.size(0), 4);
   check_device(coefficients, "coefficients", k, "k");
+  constexpr const char* kNames[] = {"factor_x", "factor_y", "cross_x", "cross_y"};
   std::optional<ScalarType> dtype;
-  const auto check = [&](const std::optional<Tensor>& factor, const char* name,
-                         const Tensor& gram) {
-    if (!factor.has_value()) return;
-    if (!dtype) dtype = factor->scalar_type();
-    check_device(*factor, name, gram, "the Grams");
+  for (int i = 0; i < 4; ++i) {
+    if (!factors[i]->has_value()) continue;
+    STD_TORCH_CHECK(i < 2 || cross.has_value(), kNames[i], " asks for a cross");
+    const Tensor &factor = **factors[i], &of = i == 0 ? k : i == 1 ? l : *cross;
+    if (!dtype) dtype = factor.scalar_type();
+    check_device(factor, kNames[i], k, "k");
     STD_TORCH_CHECK(
-        factor->dim() == 3 && factor->size(0) == gram.size(0) && factor->size(1) == gram.size(1) &&
-            factor->size(2) == gram.size(2) && factor->is_contiguous() &&
-            factor->scalar_type() == *dtype,
-        name, " must be a contiguous (", gram.size(0), ", ", gram.size(1), ", ", gram.size(2),
+        factor.dim() == 3 && factor.size(0) == of.size(0) && factor.size(1) == of.size(1) &&
+            factor.size(2) == of.size(2) && factor.is_contiguous() &&
+            factor.scalar_type() == *dtype,
+        kNames[i], " must be a contiguous (", of.size(0), ", ", of.size(1), ", ", of.size(2),
         ") of the factors' dtype");
-  };
-  check(factor_x, "factor_x", k);
-  check(factor_y, "factor_y", l);
-  STD_TORCH_CHECK(!factor_cross.has_value() || cross.has_value(), "factor_cross asks for a cross");
-  if (cross.has_value()) check(factor_cross, "factor_cross", *cross);
-}
-
-// The dtype of the factors that are asked for, or of the Grams.
-inline ScalarType factor_dtype(
-    const std::optional<Tensor>& factor_x, const std::optional<Tensor>& factor_y,
-    const std::optional<Tensor>& factor_cross, const Tensor& k) {
-  for (const std::optional<Tensor>* factor : {&factor_x, &factor_y, &factor_cross}) {
-    if (factor->has_value()) return (*factor)->scalar_type();
   }
-  return k.scalar_type();
+  return dtype ? *dtype : k.scalar_type();
 }
 
 }  // namespace pcka

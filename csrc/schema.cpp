@@ -7,13 +7,14 @@
 
 PCKA_LIBRARY_DEFINE(m) {
   // input, second (B, C, H, W) -> rows (G, N, D), or (2 G, N, D) of both maps, and energy (G or
-  // 2 G, parts, 2): |X|^2 before and after centering, float64, as parts to be added up. Rows are of
-  // the dtype that sums are formed in, or bfloat16 for a bfloat16 map. There may be more rows than
-  // patches: those are zero.
+  // 2 G, 3), float64: |X|^2 before and after centering, and the power of two that the group was
+  // multiplied by. That is 1 but with `scale`, for groups whose Grams would leave the range of
+  // their type. Rows are of the dtype that sums are formed in, or bfloat16 for a bfloat16 map.
+  // There may be more rows than patches: those are zero.
   m.def(
       "patchify_(Tensor(a!) rows, Tensor(b!) energy, Tensor input, Tensor? second, int patch_h, "
-      "int patch_w, int group_by, int center) -> ()");
-  // The same of one map, in fresh memory, with energy (G, 2).
+      "int patch_w, int group_by, int center, bool scale) -> ()");
+  // The same of one map, in fresh memory, without scaling.
   m.def(
       "patchify(Tensor input, int patch_h, int patch_w, int group_by, int center, "
       "ScalarType dtype) -> (Tensor rows, Tensor energy)");
@@ -21,16 +22,17 @@ PCKA_LIBRARY_DEFINE(m) {
   m.def(
       "patchify_backward_(Tensor(a!) grad_input, Tensor grad_rows, int patch_h, int patch_w, "
       "int group_by) -> ()");
-  // Grams -> alignment (G), coefficients (G, 3) float64 of the gradient. cross (G, N_k, N_l) is
+  // Grams -> alignment (G), coefficients (G, 4) float64 of the gradient. cross (G, N_k, N_l) is
   // given when the aligned Grams are those of the columns (see csrc/alignment.cpp).
   m.def(
       "gram_alignment_(Tensor(a!) alignment, Tensor k, Tensor l, Tensor? cross, Tensor energy_x, "
       "Tensor energy_y, bool center) -> Tensor coefficients");
-  // The factors of the gradient that are asked for, of the Grams: 2 (a L - b K) of X and
-  // 2 (a K - c L) of Y; with cross, -2 b K, -2 c L and 2 a M. They may be the Grams' own memory.
+  // The factors of the gradient that are asked for: of X 2 (a L - b K), of Y 2 (a' K - c L); with
+  // cross -2 b K and 2 a M, -2 c L and 2 a' M. factor_x, factor_y and one of the others may be the
+  // Grams' own memory.
   m.def(
-      "alignment_gradient_(Tensor(a!)? factor_x, Tensor(b!)? factor_y, Tensor(c!)? factor_cross, "
-      "Tensor k, Tensor l, Tensor? cross, Tensor coefficients) -> ()");
+      "alignment_gradient_(Tensor(a!)? factor_x, Tensor(b!)? factor_y, Tensor(c!)? cross_x, "
+      "Tensor(d!)? cross_y, Tensor k, Tensor l, Tensor? cross, Tensor coefficients) -> ()");
 
   // x (G, N, D_x), y (G, N, D_y) -> alignment (G) and its gradients by x and y (empty unless
   // asked for; float32 for float16, which would lose what loss scaling is to save).

@@ -194,23 +194,27 @@ PCKA_CLONES double scaled_dot(
   return add_lanes(lanes);
 }
 
-// a y - b x and a x - c y, where they are asked for; either may be x's or y's own memory.
+struct Weights {
+  double other, own;
+};
+
+// other y - own x, and other x - own y, where they are asked for; either may be x's or y's memory.
 template <typename T, typename to_t>
 PCKA_CLONES void mix(
-    const T* x, const T* y, int64_t count, double a, double b, double c, to_t* to_x, to_t* to_y) {
+    const T* x, const T* y, int64_t count, Weights of_x, Weights of_y, to_t* to_x, to_t* to_y) {
   using acc_t = acc_type<T>;
-  const auto mixed = [](double f, const T& p, double g, const T& q) {
-    return static_cast<to_t>(
-        static_cast<acc_t>(f * static_cast<acc_t>(p) - g * static_cast<acc_t>(q)));
+  const auto mixed = [](const Weights& weights, const T& other, const T& own) {
+    return static_cast<to_t>(static_cast<acc_t>(
+        weights.other * static_cast<acc_t>(other) - weights.own * static_cast<acc_t>(own)));
   };
   if (to_y == nullptr) {
-    for (int64_t i = 0; to_x != nullptr && i < count; ++i) to_x[i] = mixed(a, y[i], b, x[i]);
+    for (int64_t i = 0; to_x != nullptr && i < count; ++i) to_x[i] = mixed(of_x, y[i], x[i]);
   } else if (to_x == nullptr) {
-    for (int64_t i = 0; i < count; ++i) to_y[i] = mixed(a, x[i], c, y[i]);
+    for (int64_t i = 0; i < count; ++i) to_y[i] = mixed(of_y, x[i], y[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      const to_t of_x = mixed(a, y[i], b, x[i]), of_y = mixed(a, x[i], c, y[i]);
-      to_x[i] = of_x, to_y[i] = of_y;
+      const to_t first = mixed(of_x, y[i], x[i]), second = mixed(of_y, x[i], y[i]);
+      to_x[i] = first, to_y[i] = second;
     }
   }
 }

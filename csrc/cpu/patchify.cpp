@@ -14,6 +14,7 @@
 #include "../dtypes.h"
 #include "../geometry.h"
 #include "../library.h"
+#include "../scale.h"
 #include "channel_blocks.h"
 #include "lines.h"
 #include "resample.h"
@@ -28,18 +29,20 @@ struct Energy {
   double before = 0, after = 0;
 };
 
-// Where the energies of the groups go (G, parts, 2).
+// Where the energies of the groups go (G, 3).
 struct Energies {
   double* data;
-  int64_t groups, parts;
+  int64_t groups;
 
-  // Sums over as many values for each group, in order. They are one part, and the others are 0.
+  // Sums over as many values for each group, in order.
   void set(const std::vector<Energy>& values) const {
     const int64_t units = static_cast<int64_t>(values.size()) / groups;
-    std::fill_n(data, 2 * groups * parts, 0);
-    for (int64_t i = 0; i < groups * units; ++i) {
-      double* pair = data + 2 * parts * (i / units);
-      pair[0] += values[i].before, pair[1] += values[i].after;
+    for (int64_t i = 0; i < groups; ++i) {
+      Energy sum;
+      for (int64_t j = i * units; j < (i + 1) * units; ++j) {
+        sum.before += values[j].before, sum.after += values[j].after;
+      }
+      data[3 * i] = sum.before, data[3 * i + 1] = sum.after, data[3 * i + 2] = 1;
     }
   }
 };
@@ -352,24 +355,52 @@ void clear_further_rows(rows_t* rows, const PatchGeometry& g) {
   }
 }
 
+// Scales the groups that need it.
+template <typename rows_t>
+void scale_groups(rows_t* rows, const PatchGeometry& g, double* energy) {
+  using acc_t = acc_type<rows_t>;
+  torch::stable::parallel_for(0, g.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double* of_group = energy + 3 * i;
+      if (!needs_scale<acc_t>(of_group[1])) continue;
+      const int64_t count = g.rows * g.columns;
+      rows_t* values = rows + i * g.stored * g.columns;
+      acc_t largest = 0;
+      for (int64_t j = 0; j < count; ++j) {
+        largest = std::max(largest, std::abs(static_cast<acc_t>(values[j])));
+      }
+      const acc_t scale = scale_of(largest);
+      double after = 0;
+      for (int64_t j = 0; j < count; ++j) {
+        const acc_t value = static_cast<acc_t>(values[j]) * scale;
+        values[j] = static_cast<rows_t>(value);
+        after += static_cast<double>(value) * value;
+      }
+      const double taken = (of_group[0] - of_group[1]) * scale * scale;
+      of_group[0] = taken + after, of_group[1] = after, of_group[2] = scale;
+    }
+  });
+}
+
 void patchify(
     const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
-    const Tensor& energy,                 // (G or 2 G, parts, 2); written
+    const Tensor& energy,                 // (G or 2 G, 3); written
     const Tensor& input,                  // (B, C, H, W), any strides
     const std::optional<Tensor>& second,  // the same
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, bool scale) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
   check_patchify(rows, energy, input, second, g, group_by, center);
-  const int64_t size = g.groups * g.stored * g.columns, parts = energy.size(1);
+  const int64_t size = g.groups * g.stored * g.columns;
   dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
     using scalar_t = decltype(map);
     using rows_t = decltype(row);
     const auto run_map = [&](const Tensor& map, int64_t i) {
       rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr()) + i * size;
-      double* energies = static_cast<double*>(energy.mutable_data_ptr()) + i * 2 * g.groups * parts;
+      double* energies = static_cast<double*>(energy.mutable_data_ptr()) + i * 3 * g.groups;
       run(static_cast<const scalar_t*>(map.const_data_ptr()), map_strides(map), g, group_by, center,
-          values, Energies{energies, g.groups, parts});
+          values, Energies{energies, g.groups});
       clear_further_rows(values, g);
+      if (scale) scale_groups(values, g, energies);
     };
     run_map(input, 0);
     if (second.has_value()) run_map(*second, 1);

@@ -28,7 +28,7 @@ __device__ inline void for_each_vector_of_groups(
   }
 }
 
-// 2 (a L - b K) and 2 (a K - c L), where they are asked for.
+// 2 (a_x L - b K) and 2 (a_y K - c L), where they are asked for.
 template <typename gram_t, typename factor_t>
 __global__ void __launch_bounds__(kThreads) mix_kernel(
     const gram_t* k, const gram_t* l, int64_t groups, int64_t elements, int64_t parts, bool wide,
@@ -37,16 +37,16 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(
   constexpr int kSize = Vector<gram_t>::kSize;
   for_each_vector_of_groups<kSize>(
       groups, elements, parts, [&](int64_t group, int64_t first, int count) {
-        const double a = 2 * coefficients[3 * group], b = 2 * coefficients[3 * group + 1];
-        const double c = 2 * coefficients[3 * group + 2];
+        const double a_x = 2 * coefficients[4 * group], b = 2 * coefficients[4 * group + 1];
+        const double a_y = 2 * coefficients[4 * group + 2], c = 2 * coefficients[4 * group + 3];
         const auto of_k = load<Vector<gram_t>>(k + first, count, wide);
         const auto of_l = load<Vector<gram_t>>(l + first, count, wide);
         Vector<factor_t, kSize> to_x, to_y;
         for (int v = 0; v < kSize; ++v) {
           const double k_v = static_cast<acc_t>(of_k.values[v]);
           const double l_v = static_cast<acc_t>(of_l.values[v]);
-          to_x.values[v] = static_cast<factor_t>(static_cast<acc_t>(a * l_v - b * k_v));
-          to_y.values[v] = static_cast<factor_t>(static_cast<acc_t>(a * k_v - c * l_v));
+          to_x.values[v] = static_cast<factor_t>(static_cast<acc_t>(a_x * l_v - b * k_v));
+          to_y.values[v] = static_cast<factor_t>(static_cast<acc_t>(a_y * k_v - c * l_v));
         }
         if (factor_x != nullptr) store(factor_x + first, to_x, count, wide);
         if (factor_y != nullptr) store(factor_y + first, to_y, count, wide);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(
   constexpr int kSize = Vector<gram_t>::kSize;
   for_each_vector_of_groups<kSize>(
       groups, elements, parts, [&](int64_t group, int64_t first, int count) {
-        const double by = scale * coefficients[3 * group + column];
+        const double by = scale * coefficients[4 * group + column];
         const auto of = load<Vector<gram_t>>(values + first, count, wide);
         Vector<factor_t, kSize> to;
         for (int v = 0; v < kSize; ++v) {
@@ -74,18 +74,19 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(
 }
 
 void alignment_gradient(
-    const std::optional<Tensor>& factor_x,      // (G, N_k, N_k); written
-    const std::optional<Tensor>& factor_y,      // (G, N_l, N_l); written
-    const std::optional<Tensor>& factor_cross,  // (G, N_k, N_l); written
-    const Tensor& k,                            // (G, N_k, N_k)
-    const Tensor& l,                            // (G, N_l, N_l)
-    const std::optional<Tensor>& cross,         // (G, N_k, N_l)
-    const Tensor& coefficients) {               // (G, 3)
-  check_alignment_gradient(factor_x, factor_y, factor_cross, k, l, cross, coefficients);
+    const std::optional<Tensor>& factor_x,  // (G, N_k, N_k); written
+    const std::optional<Tensor>& factor_y,  // (G, N_l, N_l); written
+    const std::optional<Tensor>& cross_x,   // (G, N_k, N_l); written
+    const std::optional<Tensor>& cross_y,   // (G, N_k, N_l); written
+    const Tensor& k,                        // (G, N_k, N_k)
+    const Tensor& l,                        // (G, N_l, N_l)
+    const std::optional<Tensor>& cross,     // (G, N_k, N_l)
+    const Tensor& coefficients) {           // (G, 4)
+  const ScalarType dtype = check_alignment_gradient(
+      {&factor_x, &factor_y, &cross_x, &cross_y}, k, l, cross, coefficients);
   const int64_t groups = k.size(0);
   const LaunchScope scope(k);
   const double* table = static_cast<const double*>(coefficients.const_data_ptr());
-  const ScalarType dtype = factor_dtype(factor_x, factor_y, factor_cross, k);
   dispatch_gram_and_factor(k.scalar_type(), dtype, [&](auto gram, auto factor) {
     using gram_t = decltype(gram);
     using factor_t = decltype(factor);
@@ -113,9 +114,13 @@ void alignment_gradient(
           elements(t), parts(t), vectors_aligned(from(t)) && vectors_aligned(to(out)), table,
           column, by, to(out));
     };
-    scale(*cross, 0, 2, factor_cross);
     scale(k, 1, -2, factor_x);
-    scale(l, 2, -2, factor_y);
+    scale(l, 3, -2, factor_y);
+    // Last the one that is the cross product's own memory.
+    const bool x_is_own = cross_x.has_value() && to(cross_x) == cross->const_data_ptr();
+    if (!x_is_own) scale(*cross, 0, 2, cross_x);
+    scale(*cross, 2, 2, cross_y);
+    if (x_is_own) scale(*cross, 0, 2, cross_x);
   });
 }
 

@@ -28,41 +28,23 @@ struct Grams {
   bool wide;  // can be read in vectors
 };
 
-// |X|^2 and |X_c|^2 of both sides, in parts.
-struct Energies {
-  const double *x, *y;  // (G, parts, 2)
-  int64_t parts_x, parts_y;
-
-  // Of a group; every thread of the block gets them: x before and after centering, then y.
-  __device__ void add_parts(int64_t group, double (&total)[4]) const {
-    for (int64_t i = threadIdx.x; i < parts_x; i += kThreads) {
-      const double* pair = x + 2 * (group * parts_x + i);
-      total[0] += pair[0], total[1] += pair[1];
-    }
-    for (int64_t i = threadIdx.x; i < parts_y; i += kThreads) {
-      const double* pair = y + 2 * (group * parts_y + i);
-      total[2] += pair[0], total[3] += pair[1];
-    }
-    block_sum(total);
-  }
-};
-
 // What the closing formula needs beside the sums, and where its results go.
 template <typename acc_t>
 struct Closing {
+  const double *energy_x, *energy_y;  // (G, 3)
   bool center;
   double epsilon;
   acc_t* alignment;      // (G)
-  double* coefficients;  // (G, 3)
+  double* coefficients;  // (G, 4)
 
-  __device__ void operator()(
-      int64_t group, const double (&sums)[3], const double (&energies)[4]) const {
-    const GroupAlignment result =
-        align_group(sums[0], sums[1], sums[2], energies, energies + 2, center, epsilon);
+  __device__ void operator()(int64_t group, const double (&sums)[3]) const {
+    const GroupAlignment result = align_group(
+        sums[0], sums[1], sums[2], energy_x + 3 * group, energy_y + 3 * group, center, epsilon);
     alignment[group] = static_cast<acc_t>(result.alignment);
-    coefficients[3 * group] = result.a;
-    coefficients[3 * group + 1] = result.b;
-    coefficients[3 * group + 2] = result.c;
+    coefficients[4 * group] = result.a_x;
+    coefficients[4 * group + 1] = result.b;
+    coefficients[4 * group + 2] = result.a_y;
+    coefficients[4 * group + 3] = result.c;
   }
 };
 
@@ -70,11 +52,11 @@ struct Closing {
 // sums neither overflow nor vanish.
 template <typename gram_t>
 __device__ inline void add_products(
-    const Grams<gram_t>& grams, int64_t group, int64_t begin, int64_t end,
-    const double (&energies)[4], double (&sums)[3]) {
+    const Grams<gram_t>& grams, int64_t group, int64_t begin, int64_t end, double energy_x,
+    double energy_y, double (&sums)[3]) {
   using acc_t = acc_type<gram_t>;
   constexpr int kSize = Vector<gram_t>::kSize;
-  const double of_k = 1 / energies[1], of_l = 1 / energies[3];
+  const double of_k = 1 / energy_x, of_l = 1 / energy_y;
   const double of_cross = sqrt(of_k) * sqrt(of_l);
   const auto for_each = [&](int64_t size, auto&& f) {
     for_each_vector<kSize>(group * size + min(begin, size), group * size + min(end, size), f);
@@ -108,17 +90,18 @@ __device__ inline void add_products(
 // The alignments of groups of one part, else the sums (G, parts, 3) of every part.
 template <typename gram_t>
 __global__ void __launch_bounds__(kThreads, 1) sum_parts_kernel(
-    Grams<gram_t> grams, Energies energies, int64_t groups, int64_t parts, int64_t part,
+    Grams<gram_t> grams, int64_t groups, int64_t parts, int64_t part,
     Closing<acc_type<gram_t>> close, double* __restrict__ part_sums) {
   for (int64_t i = blockIdx.x; i < groups * parts; i += gridDim.x) {
     const int64_t group = i / parts, begin = i % parts * part;
-    double of_group[4] = {0, 0, 0, 0}, sums[3] = {0, 0, 0};
-    energies.add_parts(group, of_group);
-    add_products(grams, group, begin, begin + part, of_group, sums);
+    double sums[3] = {0, 0, 0};
+    add_products(
+        grams, group, begin, begin + part, close.energy_x[3 * group + 1],
+        close.energy_y[3 * group + 1], sums);
     block_sum(sums);
     if (threadIdx.x != 0) continue;
     if (parts == 1) {
-      close(group, sums, of_group);
+      close(group, sums);
     } else {
       for (int j = 0; j < 3; ++j) part_sums[3 * i + j] = sums[j];
     }
@@ -127,16 +110,14 @@ __global__ void __launch_bounds__(kThreads, 1) sum_parts_kernel(
 
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads, 1) gram_alignment_kernel(
-    const double* __restrict__ part_sums, Energies energies, int64_t groups, int64_t parts,
-    Closing<acc_t> close) {
+    const double* __restrict__ part_sums, int64_t groups, int64_t parts, Closing<acc_t> close) {
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
-    double of_group[4] = {0, 0, 0, 0}, sums[3] = {0, 0, 0};
-    energies.add_parts(group, of_group);
+    double sums[3] = {0, 0, 0};
     for (int64_t i = threadIdx.x; i < parts; i += kThreads) {
       for (int j = 0; j < 3; ++j) sums[j] += part_sums[3 * (group * parts + i) + j];
     }
     block_sum(sums);
-    if (threadIdx.x == 0) close(group, sums, of_group);
+    if (threadIdx.x == 0) close(group, sums);
   }
 }
 
@@ -145,16 +126,13 @@ Tensor gram_alignment(
     const Tensor& k,                     // (G, N_k, N_k)
     const Tensor& l,                     // (G, N_l, N_l)
     const std::optional<Tensor>& cross,  // (G, N_k, N_l)
-    const Tensor& energy_x,              // (G, parts, 2)
-    const Tensor& energy_y,              // (G, parts, 2)
+    const Tensor& energy_x,              // (G, 3)
+    const Tensor& energy_y,              // (G, 3)
     bool center) {
   check_gram_alignment(alignment, k, l, cross, energy_x, energy_y);
   const int64_t groups = k.size(0);
   const LaunchScope scope(k);
-  Tensor coefficients = torch::stable::new_empty(k, {groups, 3}, ScalarType::Double);
-  const Energies energies{
-      static_cast<const double*>(energy_x.const_data_ptr()),
-      static_cast<const double*>(energy_y.const_data_ptr()), energy_x.size(1), energy_y.size(1)};
+  Tensor coefficients = torch::stable::new_empty(k, {groups, 4}, ScalarType::Double);
   dispatch_rows(k.scalar_type(), "k", [&](auto zero) {
     using gram_t = decltype(zero);
     using acc_t = acc_type<gram_t>;
@@ -172,7 +150,10 @@ Tensor gram_alignment(
         cross.has_value() ? size(*cross) : 0,
         vectors_aligned(data(k)) && vectors_aligned(data(l)) && vectors_aligned(of_cross)};
     const Closing<acc_t> close{
-        center, static_cast<double>(std::numeric_limits<acc_t>::epsilon()),
+        static_cast<const double*>(energy_x.const_data_ptr()),
+        static_cast<const double*>(energy_y.const_data_ptr()),
+        center,
+        static_cast<double>(std::numeric_limits<acc_t>::epsilon()),
         static_cast<acc_t*>(alignment.mutable_data_ptr()),
         static_cast<double*>(coefficients.mutable_data_ptr())};
     const int64_t largest = std::max({grams.size_k, grams.size_l, grams.size_cross});
@@ -182,12 +163,12 @@ Tensor gram_alignment(
         torch::stable::new_empty(k, {groups, parts > 1 ? parts : 0, 3}, ScalarType::Double);
     double* sums = static_cast<double*>(part_sums.mutable_data_ptr());
     launch(
-        scope, sum_parts_kernel<gram_t>, blocks_for(groups * parts), grams, energies, groups, parts,
-        part, close, sums);
+        scope, sum_parts_kernel<gram_t>, blocks_for(groups * parts), grams, groups, parts, part,
+        close, sums);
     if (parts > 1) {
       launch(
           scope, gram_alignment_kernel<acc_t>, blocks_for(groups), static_cast<const double*>(sums),
-          energies, groups, parts, close);
+          groups, parts, close);
     }
   });
   return coefficients;

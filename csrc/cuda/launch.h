@@ -91,6 +91,21 @@ __device__ inline T load_constant(const T* pointer) {
 #endif
 }
 
+// The largest value of the block's threads; every thread gets it.
+__device__ inline double block_max(double value) {
+  __shared__ double shared[kThreads];
+  __syncthreads();  // an earlier call's readers are done
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) {
+      shared[threadIdx.x] = max(shared[threadIdx.x], shared[threadIdx.x + half]);
+    }
+    __syncthreads();
+  }
+  return shared[0];
+}
+
 // Sums of `count` values over the block, in a fixed order; every thread gets them.
 template <int count>
 __device__ inline void block_sum(double (&values)[count]) {

@@ -14,6 +14,7 @@
 #include "../dtypes.h"
 #include "../geometry.h"
 #include "../resize.h"
+#include "../scale.h"
 #include "launch.h"
 #include "library.h"
 #include "vectors.h"
@@ -67,7 +68,9 @@ Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_b
   t.last_x = static_cast<int>(t.stride_x * (g.width - 1));
   t.line_units = ceil_div(g.patch_w, kUnit);
   t.units = g.patch_h * t.line_units;
-  t.parts = energy_parts(g, group_by, kNone);
+  t.parts = group_by == kPosition  ? g.columns
+            : group_by == kChannel ? g.batch * t.units
+                                   : g.channels * t.units;
   return t;
 }
 
@@ -186,7 +189,8 @@ __device__ inline double sum_slices(
   return total;
 }
 
-// Adds up the energies of the block's columns: those before centering in sums[0], after in sums[1].
+// Adds up the energies of the block's columns: in sums[0] what centering took, in sums[1] what it
+// left. float32 may have lost the latter to overflow or underflow.
 template <typename acc_t>
 __device__ inline void write_energies(
     const Shared<acc_t>& shared, const Block& b, const Tiling& t, const PatchGeometry& g,
@@ -285,11 +289,10 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
     const double mean = static_cast<double>(high) + low;
     __syncthreads();
     if (share.slice == 0) {
-      shared.sums[0][share.column(block)] = energy + mean * mean * static_cast<double>(g.rows);
+      shared.sums[0][share.column(block)] = mean * mean * static_cast<double>(g.rows);
       shared.sums[1][share.column(block)] = energy;
     }
     __syncthreads();
-    if (part_energy == nullptr) continue;
     write_energies(shared, block, t, g, group_by, part_energy + 2 * map * g.groups * t.parts);
   }
 }
@@ -332,11 +335,49 @@ __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
       store(to + i * g.columns + d, centered, count, wide);
     });
     block_sum(energy);
-    const int64_t group = i / g.stored, n = i % g.stored;
-    if (threadIdx.x == 0 && n < g.rows) {
-      double* pair = row_energy + 2 * (group * g.rows + n);
-      pair[0] = energy[0] + mean * mean * static_cast<double>(g.columns);
+    if (threadIdx.x == 0) {
+      double* pair = row_energy + 2 * i;
+      pair[0] = mean * mean * static_cast<double>(g.columns);
       pair[1] = energy[0];
+    }
+  }
+}
+
+// The energies of a group from those of its `parts`, and the group scaled where it needs that; one
+// block a group.
+template <typename rows_t>
+__global__ void __launch_bounds__(kThreads) finish_groups_kernel(
+    const double* __restrict__ part_energy, PatchGeometry g, int64_t groups, int64_t parts,
+    bool scale, rows_t* __restrict__ rows, double* __restrict__ energy) {
+  using acc_t = acc_type<rows_t>;
+  for (int64_t i = blockIdx.x; i < groups; i += gridDim.x) {
+    double total[2] = {0, 0};  // what centering took, and what it left
+    for (int64_t j = threadIdx.x; j < parts; j += kThreads) {
+      const double* pair = part_energy + 2 * (i * parts + j);
+      total[0] += pair[0], total[1] += pair[1];
+    }
+    block_sum(total);
+    acc_t factor = 1;
+    if (scale && needs_scale<acc_t>(total[1])) {  // for the whole block alike
+      rows_t* values = rows + i * g.stored * g.columns;
+      const int64_t count = g.rows * g.columns;
+      acc_t largest = 0;
+      for (int64_t j = threadIdx.x; j < count; j += kThreads) {
+        largest = max(largest, abs(static_cast<acc_t>(values[j])));
+      }
+      factor = scale_of(static_cast<acc_t>(block_max(largest)));
+      double left[1] = {0};
+      for (int64_t j = threadIdx.x; j < count; j += kThreads) {
+        const acc_t value = static_cast<acc_t>(values[j]) * factor;
+        values[j] = static_cast<rows_t>(value);
+        left[0] += static_cast<double>(value) * value;
+      }
+      block_sum(left);
+      total[0] *= static_cast<double>(factor) * factor, total[1] = left[0];
+    }
+    if (threadIdx.x == 0) {
+      energy[3 * i] = total[0] + total[1], energy[3 * i + 1] = total[1];
+      energy[3 * i + 2] = factor;
     }
   }
 }
@@ -353,62 +394,72 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// Rows of one or two maps of the same strides; without energies where `energy` is null.
+// Rows of one or two maps, and the energies of their columns (maps, G, parts, 2).
 template <typename scalar_t, typename rows_t>
 void fill_rows(
     const LaunchScope& scope, const Tensor& input, const Tensor* second, const PatchGeometry& g,
-    int64_t group_by, bool center, rows_t* rows, double* energy) {
-  if (second != nullptr && !same_strides(input, *second)) {
-    const int64_t size = g.groups * g.stored * g.columns;
-    const int64_t parts = energy_parts(g, group_by, kNone);
-    fill_rows<scalar_t>(scope, input, nullptr, g, group_by, center, rows, energy);
-    return fill_rows<scalar_t>(
-        scope, *second, nullptr, g, group_by, center, rows + size,
-        energy == nullptr ? nullptr : energy + 2 * g.groups * parts);
-  }
-  const unsigned maps = second == nullptr ? 1 : 2;
-  const Tensor first = with_near_pixels(input), other = second ? with_near_pixels(*second) : first;
-  const MapStrides in = map_strides(first);
-  const Tiling tiling = make_tiling(in, g, group_by);
+    const Tiling& t, int64_t group_by, bool center, rows_t* rows, double* energy) {
+  const auto data = [](const Tensor& map) {
+    return static_cast<const scalar_t*>(map.const_data_ptr());
+  };
+  const bool together = second == nullptr || same_strides(input, *second);
+  const unsigned maps = together && second != nullptr ? 2 : 1;
   launch(
-      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{tiling.blocks}),
-      static_cast<const scalar_t*>(first.const_data_ptr()),
-      static_cast<const scalar_t*>(other.const_data_ptr()), maps, in, g, tiling, group_by, center,
+      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{t.blocks}), data(input),
+      second == nullptr ? nullptr : data(*second), maps, map_strides(input), g, t, group_by, center,
       rows, energy);
+  if (together) return;
+  fill_rows<scalar_t>(
+      scope, *second, nullptr, g, make_tiling(map_strides(*second), g, group_by), group_by, center,
+      rows + g.groups * g.stored * g.columns, energy + 2 * g.groups * t.parts);
 }
 
 void patchify(
     const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
-    const Tensor& energy,                 // (G or 2 G, parts, 2); written
+    const Tensor& energy,                 // (G or 2 G, 3); written
     const Tensor& input,                  // (B, C, H, W), any strides
     const std::optional<Tensor>& second,  // the same
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, bool scale) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
   check_patchify(rows, energy, input, second, g, group_by, center);
   const LaunchScope scope(input);
-  const Tensor* other = second.has_value() ? &*second : nullptr;
-  double* energies = static_cast<double*>(energy.mutable_data_ptr());
+  const Tensor first = with_near_pixels(input);
+  const Tensor other = second.has_value() ? with_near_pixels(*second) : first;
+  const Tiling tiling = make_tiling(map_strides(first), g, group_by);
+  const int64_t groups = rows.size(0);
+  const Tensor part_energy =
+      torch::stable::new_empty(energy, {groups, std::max(g.stored, tiling.parts), 2});
+  double* parts = static_cast<double*>(part_energy.mutable_data_ptr());
   dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
     using scalar_t = decltype(map);
     using rows_t = decltype(row);
     using acc_t = acc_type<scalar_t>;
     rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr());
-    if (center != kOverColumns) {
-      return fill_rows<scalar_t>(
-          scope, input, other, g, group_by, center == kOverRows, values, energies);
+    const auto fill = [&](auto* to) {
+      fill_rows<scalar_t>(
+          scope, first, second.has_value() ? &other : nullptr, g, tiling, group_by,
+          center == kOverRows, to, parts);
+    };
+    const bool over_columns = center == kOverColumns;
+    if (over_columns) {
+      // Centered before they are rounded: rows of bfloat16 come from others of float32.
+      const Tensor wide = std::is_same_v<rows_t, acc_t>
+                              ? rows
+                              : torch::stable::new_empty(
+                                    rows, rows.sizes(), accumulation_dtype(input.scalar_type()));
+      acc_t* from = static_cast<acc_t*>(wide.mutable_data_ptr());
+      fill(from);
+      launch(
+          scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(groups * g.stored),
+          static_cast<const acc_t*>(from), g, groups * g.stored,
+          vectors_aligned(from, g.columns) && vectors_aligned(values), values, parts);
+    } else {
+      fill(values);
     }
-    // Rows are centered before they are rounded, so those of bfloat16 come from others of float32.
-    const Tensor wide =
-        std::is_same_v<rows_t, acc_t>
-            ? rows
-            : torch::stable::new_empty(rows, rows.sizes(), accumulation_dtype(input.scalar_type()));
-    acc_t* from = static_cast<acc_t*>(wide.mutable_data_ptr());
-    fill_rows<scalar_t>(scope, input, other, g, group_by, false, from, nullptr);
-    const int64_t count = rows.size(0) * g.stored;
     launch(
-        scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(count),
-        static_cast<const acc_t*>(from), g, count,
-        vectors_aligned(from, g.columns) && vectors_aligned(values), values, energies);
+        scope, finish_groups_kernel<rows_t>, blocks_for(groups), static_cast<const double*>(parts),
+        g, groups, over_columns ? g.stored : tiling.parts, scale, values,
+        static_cast<double*>(energy.mutable_data_ptr()));
   });
 }
 

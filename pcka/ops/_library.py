@@ -115,7 +115,7 @@ def _patchify_fake(
     shape = _rows_shape(x, patch_h, patch_w, group_by)
     return (
         x.new_empty(shape, dtype=dtype),
-        x.new_empty((shape[0], 2), dtype=torch.float64),
+        x.new_empty((shape[0], 3), dtype=torch.float64),
     )
 
 
@@ -128,6 +128,7 @@ def _patchify_out_fake(
     patch_w: int,
     group_by: int,
     center: int,
+    scale: bool,
 ) -> None:
     return None
 
@@ -147,13 +148,14 @@ def _gram_alignment_fake(
     energy_y: Tensor,
     center: bool,
 ) -> Tensor:
-    return k.new_empty((k.shape[0], 3), dtype=torch.float64)
+    return k.new_empty((k.shape[0], 4), dtype=torch.float64)
 
 
 def _alignment_gradient_fake(
     factor_x: Tensor | None,
     factor_y: Tensor | None,
-    factor_cross: Tensor | None,
+    cross_x: Tensor | None,
+    cross_y: Tensor | None,
     k: Tensor,
     l: Tensor,
     cross: Tensor | None,

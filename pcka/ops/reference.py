@@ -57,6 +57,15 @@ def _rows(x: Tensor, patch_size: tuple[int, int], group_by: str) -> Tensor:
     return patchify(resize_to_patches(x, patch_size), patch_size, group_by)
 
 
+def _scale(x: Tensor) -> Tensor:
+    """Scale each group so that its largest magnitude is below 1, by a power of two: that rounds
+    nothing, CKA does not depend on it, and no square of it can leave the dtype's range.
+    """
+    _, exponent = torch.frexp(x.detach().abs().amax((1, 2), keepdim=True))
+    most = 126 if x.dtype == torch.float32 else 1000
+    return x * torch.exp2(-exponent.clamp(-most, most).to(x.dtype))
+
+
 def _center(x: Tensor, *, center: bool) -> tuple[Tensor, Tensor]:
     """Center the rows of ``(G, N, D)``; also which groups are degenerate, ``(G,)`` bool.
 
@@ -113,8 +122,8 @@ def _cka_groups(
     x: Tensor, y: Tensor, *, center: bool, unbiased: bool = False, row_normalize: bool = False
 ) -> Tensor:
     """CKA of each group, ``(G, N, D_x), (G, N, D_y)`` -> ``(G,)``."""
-    x, x_degenerate = _center(x, center=center)
-    y, y_degenerate = _center(y, center=center)
+    x, x_degenerate = _center(_scale(x), center=center)
+    y, y_degenerate = _center(_scale(y), center=center)
     x, y = _unit(x), _unit(y)
     k, l = x @ x.mT, y @ y.mT
     if row_normalize:

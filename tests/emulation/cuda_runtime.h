@@ -17,6 +17,7 @@
 #define blockDim (emulation::this_thread().threads_per_block)
 #define gridDim (emulation::this_thread().blocks)
 
+using std::abs;
 using std::max;
 using std::min;
 using std::sqrt;

@@ -33,9 +33,10 @@ struct Patches {
 
 inline void patchify(
     const std::string& library, const Tensor& rows, const Tensor& energy, const Tensor& input,
-    const std::optional<Tensor>& second, const Patches& p, int64_t center) {
-  std::array<StableIValue, 8> stack{from(rows),     from(energy),  from(input),      from(second),
-                                    from(p.height), from(p.width), from(p.group_by), from(center)};
+    const std::optional<Tensor>& second, const Patches& p, int64_t center, bool scale = true) {
+  std::array<StableIValue, 9> stack{from(rows),       from(energy),   from(input),
+                                    from(second),     from(p.height), from(p.width),
+                                    from(p.group_by), from(center),   from(scale)};
   call(library, "patchify_", stack);
 }
 
@@ -58,14 +59,15 @@ inline Tensor gram_alignment(
 }
 
 struct Factors {
-  std::optional<Tensor> x, y, cross;
+  std::optional<Tensor> x, y, cross_x, cross_y;
 };
 
 inline void alignment_gradient(
     const std::string& library, const Factors& factors, const Tensor& k, const Tensor& l,
     const std::optional<Tensor>& cross, const Tensor& coefficients) {
-  std::array<StableIValue, 7> stack{from(factors.x), from(factors.y), from(factors.cross), from(k),
-                                    from(l),         from(cross),     from(coefficients)};
+  std::array<StableIValue, 8> stack{from(factors.x),       from(factors.y),   from(factors.cross_x),
+                                    from(factors.cross_y), from(k),           from(l),
+                                    from(cross),           from(coefficients)};
   call(library, "alignment_gradient_", stack);
 }
 

@@ -58,13 +58,6 @@ double tolerance(ScalarType dtype) {
   }
 }
 
-// (G, parts, 2) -> (G, 2)
-Tensor add_parts(const Tensor& energy) {
-  Tensor total = torch::stable::new_empty(energy, {energy.size(0), 2});
-  const int64_t dim = 1;
-  return torch::stable::sum_out(total, energy, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
-}
-
 enum class Layout { kPlanar, kChannelsLast, kSliced, kTransposed };
 
 // (B, C, H, W) with the strides of a layout; sliced out of a larger map, so that neither lines nor
@@ -111,20 +104,17 @@ void check_patches(const Case& s, ScalarType dtype, ScalarType rows_dtype, Layou
       const int64_t maps = 1 + center % 2, stored = g.rows + (s.c % 2 == 0 ? 3 : 0);
       std::optional<Tensor> second;
       if (maps == 2) second = s.h % 2 ? map : make_map(s.b, s.c, s.h, s.w, dtype, Layout::kSliced);
-      const int64_t parts = pcka::energy_parts(g, group_by, center);
       const auto rows = [&] {
         return torch::stable::new_empty(map, {maps * g.groups, stored, g.columns}, rows_dtype);
       };
       const auto energies = [&] {
-        return torch::stable::new_empty(map, {maps * g.groups, parts, 2}, ScalarType::Double);
+        return torch::stable::new_empty(map, {maps * g.groups, 3}, ScalarType::Double);
       };
       const Tensor ours = rows(), theirs = rows(), energy = energies(), energy_there = energies();
       dispatch::patchify("pcka_emulated", ours, energy, map, second, p, center);
       dispatch::patchify("pcka", theirs, energy_there, map, second, p, center);
       CHECK(difference(ours, theirs) < tolerance(rows_dtype));
-      CHECK(
-          difference(add_parts(energy), add_parts(energy_there)) <
-          std::max(tolerance(rows_dtype), 1e-6));
+      CHECK(difference(energy, energy_there) < std::max(tolerance(rows_dtype), 1e-6));
     }
     const Tensor grad_rows = random_tensor({g.groups, g.rows, g.columns}, rows_dtype);
     const Tensor ours = make_map(s.b, s.c, s.h, s.w, dtype, layout);
@@ -147,11 +137,39 @@ void check_far_means() {
     const pcka::PatchGeometry g = pcka::make_geometry(2, 3, 32, 24, 8, 8, pcka::kChannel);
     const Tensor ours = torch::stable::new_empty(map, {g.groups, g.rows, g.columns});
     const Tensor theirs = torch::stable::new_empty(exact, {g.groups, g.rows, g.columns});
-    const Tensor energy = torch::stable::new_empty(
-        exact, {g.groups, pcka::energy_parts(g, pcka::kChannel, center), 2});
+    const Tensor energy = torch::stable::new_empty(exact, {g.groups, 3});
     dispatch::patchify("pcka", theirs, energy, exact, std::nullopt, p, center);
     dispatch::patchify("pcka_emulated", ours, energy, map, std::nullopt, p, center);
     CHECK(difference(ours, theirs) < tolerance(ScalarType::Float));
+  }
+}
+
+// Groups that are too large or too small for products in their type are scaled, alike on both
+// devices, and others are not.
+void check_scales(ScalarType dtype, ScalarType rows_dtype, double scale) {
+  const Tensor wide = random_tensor({2, 3, 18, 21}, ScalarType::Double);
+  double* values = static_cast<double*>(wide.mutable_data_ptr());
+  const int64_t plane = 18 * 21;
+  for (int64_t i = 0; i < wide.numel(); ++i) {
+    values[i] *= i / plane % 3 == 0 ? scale : i / plane % 3 == 1 ? 1 : 0;
+  }
+  const Tensor map = torch::stable::to(wide, dtype);
+  const pcka::PatchGeometry g = pcka::make_geometry(2, 3, 18, 21, 8, 8, pcka::kChannel);
+  for (int64_t center = 0; center < 3; ++center) {
+    const Patches p{8, 8, pcka::kChannel};
+    const auto rows = [&] {
+      return torch::stable::new_empty(map, {g.groups, g.rows + 1, g.columns}, rows_dtype);
+    };
+    const Tensor ours = rows(), theirs = rows();
+    const Tensor energy = torch::stable::new_empty(wide, {g.groups, 3});
+    const Tensor energy_there = torch::stable::new_empty(wide, {g.groups, 3});
+    dispatch::patchify("pcka_emulated", ours, energy, map, std::nullopt, p, center);
+    dispatch::patchify("pcka", theirs, energy_there, map, std::nullopt, p, center);
+    CHECK(difference(ours, theirs) < tolerance(rows_dtype));
+    CHECK(difference(energy, energy_there) < std::max(tolerance(rows_dtype), 1e-6));
+    const double* table = static_cast<const double*>(energy.const_data_ptr());
+    CHECK(table[1] > 1 && table[1] < 1e6 && std::abs(std::log10(table[2] * scale)) < 1.5);
+    CHECK(table[5] == 1 && table[7] == 0 && table[8] == 1);
   }
 }
 
@@ -165,8 +183,8 @@ void check_grams(
   };
   const auto k = pair(n_k, n_k), l = pair(n_l, n_l), m = pair(n_k, n_l);
   const auto cross = [&](int i) { return with_cross ? std::optional<Tensor>(m[i]) : std::nullopt; };
-  const Tensor energy_x = random_tensor({groups, 3, 2}, ScalarType::Double);
-  const Tensor energy_y = random_tensor({groups, 300, 2}, ScalarType::Double);
+  const Tensor energy_x = random_tensor({groups, 3}, ScalarType::Double);
+  const Tensor energy_y = random_tensor({groups, 3}, ScalarType::Double);
   for (const Tensor& energy : {energy_x, energy_y}) {
     double* values = static_cast<double*>(energy.mutable_data_ptr());
     for (int64_t i = 0; i < energy.numel(); ++i) values[i] = 1 + std::abs(values[i]);
@@ -183,21 +201,22 @@ void check_grams(
         results.push_back(torch::stable::new_empty(of, of.sizes(), ScalarType::BFloat16));
         return results.back();
       };
-      dispatch::Factors of_x{rounded(k[i]), std::nullopt, std::nullopt};
-      if (with_cross) of_x.cross = rounded(m[i]);
-      const dispatch::Factors of_y{std::nullopt, rounded(l[i]), std::nullopt};
+      dispatch::Factors of_x{rounded(k[i]), {}, {}, {}}, of_y{{}, rounded(l[i]), {}, {}};
+      if (with_cross) of_x.cross_x = rounded(m[i]), of_y.cross_y = rounded(m[i]);
       dispatch::alignment_gradient(library, of_x, k[i], l[i], cross(i), coefficients);
       dispatch::alignment_gradient(library, of_y, k[i], l[i], cross(i), coefficients);
     }
-    const dispatch::Factors own{k[i], l[i], cross(i)};
+    dispatch::Factors own{k[i], l[i], cross(i), {}};
+    if (with_cross) own.cross_y = torch::stable::new_empty(m[i], m[i].sizes());
     dispatch::alignment_gradient(library, own, k[i], l[i], cross(i), coefficients);
+    if (with_cross) results.push_back(*own.cross_y);
     return results;
   };
   const auto ours = align("pcka_emulated", 0), theirs = align("pcka", 1);
   CHECK(difference(ours[0], theirs[0]) < std::min(tolerance(dtype), 1e-6));
   CHECK(difference(ours[1], theirs[1]) < 1e-9);
   for (std::size_t i = 2; i < ours.size(); ++i) {
-    CHECK(difference(ours[i], theirs[i]) < tolerance(ScalarType::BFloat16));
+    CHECK(difference(ours[i], theirs[i]) < tolerance(ours[i].scalar_type()));
   }
   CHECK(difference(k[0], k[1]) < tolerance(dtype));
   CHECK(difference(l[0], l[1]) < tolerance(dtype));
@@ -241,6 +260,11 @@ int main() {
   const Layout layouts[] = {
       Layout::kPlanar, Layout::kChannelsLast, Layout::kSliced, Layout::kTransposed};
   check_far_means();
+  for (const double scale : {1e-30, 1e30}) {
+    check_scales(ScalarType::Float, ScalarType::Float, scale);
+    check_scales(ScalarType::BFloat16, ScalarType::BFloat16, scale);
+    check_scales(ScalarType::Double, ScalarType::Double, std::pow(scale, 5));
+  }
   for (const ScalarType dtype : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16}) {
     for (const bool center : {true, false}) {
       check_grams(3, 7, 7, false, center, dtype);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -141,13 +142,12 @@ def test_rows_of_two_maps_stand_in_one_tensor_and_the_rows_that_are_none_of_thei
 ):
     maps = [make(2, 3, 9, 14, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1)]
     expected = [torch.ops.pcka.patchify(x, 4, 5, 0, center, torch.bfloat16) for x in maps]
-    parts = 9 if center == 2 else 2 * 4
     rows = torch.full((6, 16, 40), torch.nan, dtype=torch.bfloat16, device=device)
-    energy = torch.full((6, parts, 2), torch.nan, dtype=torch.float64, device=device)
-    torch.ops.pcka.patchify_(rows, energy, *maps, 4, 5, 0, center)
+    energy = torch.full((6, 3), torch.nan, dtype=torch.float64, device=device)
+    torch.ops.pcka.patchify_(rows, energy, *maps, 4, 5, 0, center, False)
     assert torch.equal(rows[:, :9], torch.cat([x for x, _ in expected]))
     assert rows[:, 9:].eq(0).all()
-    assert torch.allclose(energy.sum(1), torch.cat([e for _, e in expected]))
+    assert torch.allclose(energy, torch.cat([e for _, e in expected]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -201,6 +201,61 @@ def test_scale_does_not_matter_even_where_grams_would_overflow(device):
     expected = pcka.cka(x, y)
     for scale in (1e-8, 1e12):
         assert torch.allclose(pcka.cka(x * scale, y), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e30),
+        (torch.float32, 1e-30),
+        (torch.float64, 1e150),
+        (torch.float64, 1e-150),
+        (torch.bfloat16, 1e20),
+        (torch.bfloat16, 1e-20),
+    ],
+    ids=str,
+)
+def test_value_and_scaled_gradient_are_those_of_scale_one(device, dtype, scale):
+    """To the last bit, as powers of two round nothing; in the operators and in the reference."""
+    scale = 2.0 ** round(math.log2(scale))
+    student = make(2, 6, 18, 20, dtype=dtype, device=device, grad=True)
+    teacher = make(2, 6, 18, 20, dtype=dtype, device=device, seed=1)
+    for module, group_by, relation in itertools.product((pcka, reference), GROUPINGS, RELATIONS):
+        options = {
+            "patch_size": (8, 8), "group_by": group_by, "relation": relation, "center": True,
+        }  # fmt: skip
+        assert_scale_free(
+            lambda s, t, m=module, o=options: m.patch_cka(s, t, **o), student, teacher, scale
+        )
+    x, y = student.detach().view(12, -1), teacher.view(12, -1)
+    for module, center, shape in itertools.product(
+        (pcka, reference), (True, False), ((12, 360), (360, 12))
+    ):
+        samples = x.view(shape).requires_grad_()
+        assert_scale_free(
+            lambda s, t, m=module, c=center: m.cka(s, t, center=c), samples, y.view(shape), scale
+        )
+
+
+def assert_scale_free(function, x, y, scale):
+    expected, grad = value_and_grads(function, x, y)
+    large = (x.detach() * scale).requires_grad_()
+    got, scaled = value_and_grads(function, large, y / scale)
+    assert expected.abs().max() > 0
+    assert torch.allclose(got, expected, rtol=4 * torch.finfo(expected.dtype).eps, atol=0)
+    assert error(scaled * scale / grad.abs().max(), grad / grad.abs().max()) < 1e-6
+
+
+def test_groups_of_very_different_scales_align_alike():
+    """Each group is scaled by itself: of float32, over 60 powers of ten."""
+    student, teacher = (make(2, 3, 16, 16, dtype=torch.float32, seed=s) for s in (0, 1))
+    scales = torch.tensor([2.0**-100, 1, 2.0**100]).view(1, 3, 1, 1)
+    for module in (pcka, reference):
+        options = {"patch_size": (4, 4), "group_by": "channel", "relation": "rows", "center": True}
+        expected = module.patch_cka(student, teacher, **options)
+        got = module.patch_cka(student * scales, teacher * scales, **options)
+        assert torch.allclose(got, expected, rtol=1e-6)
 
 
 def test_not_a_number_is_passed_on():
@@ -270,25 +325,26 @@ def test_opcheck(device, grad):
 def test_opcheck_of_the_parts(device):
     ops = torch.ops.pcka
     rows = make(2, 5, 6, dtype=torch.float32, device=device)
-    energy = rows.double().square().sum((1, 2))[:, None, None].repeat(1, 3, 2)
+    energy = rows.double().square().sum((1, 2))[:, None].repeat(1, 3)
     k, cross = rows @ rows.mT, rows @ rows.mT + 1
-    coefficients = make(2, 3, device=device)
+    coefficients = make(2, 4, device=device)
     for third in (None, cross):
         torch.library.opcheck(
             ops.gram_alignment_.default,
             (make(2, dtype=torch.float32, device=device), k, k + 1, third, energy, energy, True),
         )
-        factor_cross = None if third is None else third.clone()
+        crosses = [None if third is None else third.clone() for _ in "xy"]
         torch.library.opcheck(
             ops.alignment_gradient_.default,
-            (k.clone(), k.clone(), factor_cross, k, k + 1, third, coefficients),
+            (k.clone(), k.clone(), *crosses, k, k + 1, third, coefficients),
         )
     grad = torch.empty(2, 1, 5, 6, device=device)
     torch.library.opcheck(ops.patchify_backward_.default, (grad, rows, 1, 6, 1))
-    energy = make(2, 1, 2, device=device)
-    torch.library.opcheck(ops.patchify_.default, (rows.clone(), energy, grad, None, 1, 6, 1, 1))
-    both, energy = make(4, 7, 6, dtype=torch.float32, device=device), make(4, 1, 2, device=device)
-    torch.library.opcheck(ops.patchify_.default, (both, energy, grad, grad + 1, 1, 6, 1, 1))
+    alone = (rows.clone(), make(2, 3, device=device), grad, None, 1, 6, 1, 1, True)
+    torch.library.opcheck(ops.patchify_.default, alone)
+    both = make(4, 7, 6, dtype=torch.float32, device=device)
+    args = (both, make(4, 3, device=device), grad, grad + 1, 1, 6, 1, 1, False)
+    torch.library.opcheck(ops.patchify_.default, args)
 
 
 def test_float16_gradients_survive_until_the_loss_is_scaled():
