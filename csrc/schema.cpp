@@ -33,6 +33,9 @@ PCKA_LIBRARY_DEFINE(m) {
   m.def(
       "alignment_gradient_(Tensor(a!)? factor_x, Tensor(b!)? factor_y, Tensor(c!)? cross_x, "
       "Tensor(d!)? cross_y, Tensor k, Tensor l, Tensor? cross, Tensor coefficients) -> ()");
+  // gradient times factor (G) along `dim` -> out, which may be gradient's own memory, or be float16
+  // for a gradient of float32. Both fill the same stretch of memory in the same order.
+  m.def("scale_groups_(Tensor(a!) out, Tensor gradient, Tensor factor, int dim) -> ()");
 
   // x (G, N, D_x), y (G, N, D_y) -> alignment (G) and its gradients by x and y (empty unless
   // asked for; float32 for float16, which would lose what loss scaling is to save).

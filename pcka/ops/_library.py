@@ -18,7 +18,6 @@ from pcka.ops.reference import accumulation_dtype
 
 _BATCH, _POSITION = 1, 2  # codes of group_by
 _NONE, _OVER_ROWS = 0, 1  # codes of center
-_SCALED_TOGETHER = 1 << 19  # values of a half-precision gradient
 
 
 def cka(x: Tensor, y: Tensor, center: bool) -> Tensor:
@@ -164,6 +163,10 @@ def _alignment_gradient_fake(
     return None
 
 
+def _scale_groups_fake(out: Tensor, gradient: Tensor, factor: Tensor, dim: int) -> None:
+    return None
+
+
 def _patch_cka_fake(
     student: Tensor,
     teacher: Tensor,
@@ -214,21 +217,18 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``gradient * factor``, in the gradient's own memory where nobody will ask for it again."""
+def _scaled(gradient: Tensor, factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """``gradient`` times ``factor (G,)`` along ``dim``, in ``dtype``.
+
+    In the gradient's own memory where nobody will ask for it again.
+    """
     if type(gradient) is not Tensor:  # traced
-        return (gradient * factor).to(gradient.dtype)
-    if _graph_is_kept():
-        gradient = gradient.clone()
-    if gradient.dtype == factor.dtype or gradient.device.type != "cpu":
-        return gradient.mul_(factor)
-    # On a CPU torch multiplies two dtypes by way of copies in the wider one. A few lines of pixels
-    # (or rows) at a time those stay in the cache, in either layout of a map.
-    lines = max(1, _SCALED_TOGETHER * gradient.shape[-2] // gradient.numel())
-    factors = factor.expand_as(gradient).split(lines, -2)
-    for part, part_factor in zip(gradient.split(lines, -2), factors):
-        part.mul_(part_factor)
-    return gradient
+        shape = [-1 if i == dim else 1 for i in range(gradient.dim())]
+        return (gradient * factor.view(shape)).to(dtype)
+    own = gradient.dtype == dtype and not _graph_is_kept()
+    out = gradient if own else torch.empty_like(gradient, dtype=dtype)
+    torch.ops.pcka.scale_groups_(out, gradient, factor.contiguous(), dim)
+    return out
 
 
 def _graph_is_kept() -> bool:
@@ -255,7 +255,7 @@ def _cka_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None
     if grad is None:
         return (None,) * 5
     grads = (
-        _scaled(saved, grad[:, None, None]).to(ctx.dtype) if needed else None
+        _scaled(saved, grad, 0, ctx.dtype) if needed else None
         for saved, needed in zip(ctx.saved_tensors, ctx.needs)
     )
     return (*grads, None, None, None)
@@ -275,12 +275,11 @@ def _patch_cka_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
     if grad is None or not ctx.needs:
         return (None,) * 8
     if ctx.group_by == _POSITION:
-        rows = _scaled(gradient, grad[:, None, None])
+        rows = _scaled(gradient, grad, 0, gradient.dtype)
         result = rows.new_empty(ctx.shape, dtype=ctx.dtype)
         torch.ops.pcka.patchify_backward_(result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by)
     else:
-        shape = (-1, 1, 1, 1) if ctx.group_by == _BATCH else (1, -1, 1, 1)
-        result = _scaled(gradient, grad.view(shape)).to(ctx.dtype)
+        result = _scaled(gradient, grad, 0 if ctx.group_by == _BATCH else 1, ctx.dtype)
     return (result, *[None] * 7)
 
 
@@ -309,6 +308,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "patchify_backward_": _patchify_backward_fake,
     "gram_alignment_": _gram_alignment_fake,
     "alignment_gradient_": _alignment_gradient_fake,
+    "scale_groups_": _scale_groups_fake,
     "patch_cka": _patch_cka_fake,
 }
 

@@ -46,6 +46,7 @@ EXPECTED = {
     "sum_parts_kernel": ("wide loads",),
     "mix_kernel": ("wide loads", "wide stores"),
     "scale_kernel": ("wide loads", "wide stores"),
+    "scale_groups_kernel": ("wide loads", "wide stores"),
 }
 # Kernels that walk over a map, of types of up to 32 bits: how many loads a value takes in a walk,
 # and how many instructions all walks together may take for it. A walk is an innermost loop with

@@ -71,6 +71,13 @@ inline void alignment_gradient(
   call(library, "alignment_gradient_", stack);
 }
 
+inline void scale_groups(
+    const std::string& library, const Tensor& out, const Tensor& gradient, const Tensor& factor,
+    int64_t dim) {
+  std::array<StableIValue, 4> stack{from(out), from(gradient), from(factor), from(dim)};
+  call(library, "scale_groups_", stack);
+}
+
 struct PatchCka {
   Tensor alignment, gradient;
 };

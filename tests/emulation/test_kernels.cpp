@@ -223,6 +223,24 @@ void check_grams(
   if (with_cross) CHECK(difference(m[0], m[1]) < tolerance(dtype));
 }
 
+// Planes, pixels and channels of odd sizes; in its own memory, and rounded to float16.
+void check_scale_groups(ScalarType dtype, Layout layout, int64_t dim) {
+  const Tensor gradient = make_map(3, 5, 7, 9, dtype, layout);
+  const Tensor factor = random_tensor({gradient.size(dim)}, pcka::accumulation_dtype(dtype));
+  const auto scaled = [&](const char* library, ScalarType to) {
+    const Tensor out = torch::stable::to(torch::stable::empty_like(gradient), to);
+    dispatch::scale_groups(library, out, gradient, factor, dim);
+    return out;
+  };
+  if (dtype == ScalarType::Float) {
+    const Tensor ours = scaled("pcka_emulated", ScalarType::Half);
+    CHECK(difference(ours, scaled("pcka", ScalarType::Half)) == 0);
+  }
+  const Tensor theirs = scaled("pcka", dtype);
+  dispatch::scale_groups("pcka_emulated", gradient, gradient, factor, dim);
+  CHECK(difference(gradient, theirs) == 0);
+}
+
 // Of a whole operator's gradient: that of bfloat16 is rounded, that of float16 is float32.
 double gradient_tolerance(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? 5 * tolerance(dtype) : 1e-4;
@@ -259,6 +277,11 @@ int main() {
       {ScalarType::Half, ScalarType::Float}};
   const Layout layouts[] = {
       Layout::kPlanar, Layout::kChannelsLast, Layout::kSliced, Layout::kTransposed};
+  for (const auto& [dtype, rows_dtype] : dtypes) {
+    for (const Layout layout : {Layout::kPlanar, Layout::kChannelsLast, Layout::kTransposed}) {
+      for (int64_t dim = 0; dim < 2; ++dim) check_scale_groups(rows_dtype, layout, dim);
+    }
+  }
   check_far_means();
   for (const double scale : {1e-30, 1e30}) {
     check_scales(ScalarType::Float, ScalarType::Float, scale);

@@ -347,6 +347,27 @@ def test_opcheck_of_the_parts(device):
     torch.library.opcheck(ops.patchify_.default, args)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("dim", range(4))
+def test_a_gradient_is_scaled_group_by_group_in_any_dense_layout(device, dtype, dim):
+    x = make(3, 5, 7, 40, dtype=dtype, device=device)
+    factor = make(x.shape[dim], dtype=reference.accumulation_dtype(dtype), device=device, seed=1)
+    wanted = (x * factor.view([-1 if i == dim else 1 for i in range(4)])).to(dtype)
+    for layout in (x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
+        out = torch.full_like(layout, torch.nan)
+        torch.ops.pcka.scale_groups_(out, layout, factor, dim)
+        assert torch.equal(out, wanted)
+        own = layout.clone()
+        torch.ops.pcka.scale_groups_(own, own, factor, dim)
+        assert torch.equal(own, wanted)
+    gaps = x[:, :-1] if dim == 3 else x[..., :-1]
+    with pytest.raises(RuntimeError, match="without gaps"):
+        torch.ops.pcka.scale_groups_(gaps, gaps, factor, dim)
+
+
 def test_float16_gradients_survive_until_the_loss_is_scaled():
     """They are formed before the loss is scaled, and would be 0 or coarse in float16 by then."""
     x, y = (make(64, 1024, dtype=torch.float16, seed=seed) for seed in (0, 1))

@@ -1,0 +1,68 @@
+// A gradient times one factor for each group, on the CPU.
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "../groups.h"
+#include "../library.h"
+#include "lines.h"
+
+namespace pcka {
+namespace {
+
+constexpr int64_t kPiece = 1024;  // values that are worked on together
+constexpr int64_t kShortRun =
+    16;  // neighbours of one group that are fewer are taken group by group
+
+// out <- factors[i % period] * gradient, of a run that is whole periods long or within one.
+template <typename gradient_t, typename out_t, typename acc_t>
+void scale_run(
+    const gradient_t* gradient, int64_t count, const acc_t* factors, bool one_factor, out_t* out) {
+  acc_t line[kPiece];
+  for (int64_t first = 0; first < count; first += kPiece) {
+    const int64_t there = std::min(kPiece, count - first);
+    convert(gradient + first, there, line);
+    const acc_t* factor = factors + (one_factor ? 0 : first);
+    if (one_factor) {
+      for (int64_t i = 0; i < there; ++i) line[i] *= *factor;
+    } else {
+      for (int64_t i = 0; i < there; ++i) line[i] *= factor[i];
+    }
+    convert(line, there, out + first);
+  }
+}
+
+void scale_groups(
+    const Tensor& out,       // of gradient's shape and strides; written, may be gradient
+    const Tensor& gradient,  // dense
+    const Tensor& factor,    // (G), along dim
+    int64_t dim) {
+  const GroupedMemory m = check_scale_groups(out, gradient, factor, dim);
+  dispatch_gradient_and_out(gradient.scalar_type(), out.scalar_type(), [&](auto zero, auto to) {
+    using gradient_t = decltype(zero);
+    using out_t = decltype(to);
+    using acc_t = acc_type<gradient_t>;
+    const gradient_t* from = static_cast<const gradient_t*>(gradient.const_data_ptr());
+    out_t* values = static_cast<out_t*>(out.mutable_data_ptr());
+    const acc_t* factors = static_cast<const acc_t*>(factor.const_data_ptr());
+    // Runs of one group, or, where those are short, of all groups with a factor for each value.
+    const bool short_runs = m.stride < kShortRun;
+    std::vector<acc_t> of_values(short_runs ? m.groups * m.stride : 0);
+    for (std::size_t i = 0; i < of_values.size(); ++i) of_values[i] = factors[i / m.stride];
+    const int64_t length = short_runs ? m.groups * m.stride : m.stride;
+    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / length);
+    torch::stable::parallel_for(0, m.count / length, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const acc_t* of_run = short_runs ? of_values.data() : factors + i % m.groups;
+        scale_run(from + i * length, length, of_run, !short_runs, values + i * length);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+PCKA_LIBRARY_IMPL(CPU, m) { m.impl("scale_groups_", TORCH_BOX(&scale_groups)); }
+
+}  // namespace pcka

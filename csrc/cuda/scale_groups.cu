@@ -1,0 +1,72 @@
+// A gradient times one factor for each group, on CUDA, in vectors of 16 bytes.
+
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+
+#include "../groups.h"
+#include "launch.h"
+#include "library.h"
+#include "vectors.h"
+
+namespace pcka {
+namespace {
+
+// index_t holds the number of values: divisions of 64 bits are slow.
+template <typename gradient_t, typename out_t, typename index_t>
+__global__ void __launch_bounds__(kThreads) scale_groups_kernel(
+    const gradient_t* gradient, index_t count, index_t groups, index_t stride, bool wide,
+    const acc_type<gradient_t>* __restrict__ factors, out_t* out) {
+  using acc_t = acc_type<gradient_t>;
+  constexpr int kSize = Vector<gradient_t>::kSize;
+  const index_t vectors = (count + kSize - 1) / kSize, step = gridDim.x * index_t{kThreads};
+  for (index_t i = blockIdx.x * index_t{kThreads} + threadIdx.x; i < vectors; i += step) {
+    const index_t first = i * kSize;
+    const int there = static_cast<int>(min(count - first, static_cast<index_t>(kSize)));
+    const auto values = load<Vector<gradient_t>>(gradient + first, there, wide);
+    Vector<out_t, kSize> scaled;
+    index_t group = first / stride % groups, at = first % stride;
+    acc_t factor = factors[group];
+    for (int v = 0; v < kSize; ++v) {
+      scaled.values[v] = static_cast<out_t>(static_cast<acc_t>(values.values[v]) * factor);
+      if (++at == stride) {
+        at = 0, group = group + 1 == groups ? 0 : group + 1;
+        factor = factors[group];
+      }
+    }
+    store(out + first, scaled, there, wide);
+  }
+}
+
+void scale_groups(
+    const Tensor& out,       // of gradient's shape and strides; written, may be gradient
+    const Tensor& gradient,  // dense
+    const Tensor& factor,    // (G), along dim
+    int64_t dim) {
+  const GroupedMemory m = check_scale_groups(out, gradient, factor, dim);
+  const LaunchScope scope(gradient);
+  dispatch_gradient_and_out(gradient.scalar_type(), out.scalar_type(), [&](auto zero, auto to) {
+    using gradient_t = decltype(zero);
+    using out_t = decltype(to);
+    using acc_t = acc_type<gradient_t>;
+    const gradient_t* from = static_cast<const gradient_t*>(gradient.const_data_ptr());
+    out_t* values = static_cast<out_t*>(out.mutable_data_ptr());
+    const bool wide = vectors_aligned(from) && vectors_aligned(values);
+    constexpr int64_t block = int64_t{kThreads} * Vector<gradient_t>::kSize;
+    const auto scale = [&](auto index) {
+      using index_t = decltype(index);
+      launch(
+          scope, scale_groups_kernel<gradient_t, out_t, index_t>,
+          blocks_for((m.count + block - 1) / block), from, static_cast<index_t>(m.count),
+          static_cast<index_t>(m.groups), static_cast<index_t>(m.stride), wide,
+          static_cast<const acc_t*>(factor.const_data_ptr()), values);
+    };
+    m.count < std::numeric_limits<int>::max() ? scale(unsigned{}) : scale(int64_t{});
+  });
+}
+
+}  // namespace
+
+PCKA_KERNELS(m) { m.impl("scale_groups_", TORCH_BOX(&scale_groups)); }
+
+}  // namespace pcka
