@@ -88,11 +88,12 @@ STEPS = 5
 add = LossWindow.add
 
 
-def broken(self, terms):
+def broken(self, names, terms):
     self.steps = getattr(self, "steps", 0) + 1
-    if "loss_kd" in terms and rank() == 1 and self.steps == STEPS:
-        terms = {**terms, "loss_kd": terms["loss_kd"] * float("nan")}
-    add(self, terms)
+    if "loss_kd" in names and rank() == 1 and self.steps == STEPS:
+        terms = terms.clone()
+        terms[names.index("loss_kd")] = float("nan")
+    add(self, names, terms)
 
 
 LossWindow.add = broken
