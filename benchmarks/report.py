@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import pcka
 from benchmarks.cases import CASES, Case, select
-from classification.environment import describe_environment
+from pcka.engine.environment import describe_environment
 
 _VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "sve", "asimd", "bf16")
 

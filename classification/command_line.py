@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from classification.config import CONFIGS, ConfigError, method_files
-from classification.launch import is_first
-from classification.trainer import TrainingFailedError
-from pcka.checkpoint import CheckpointError
-from pcka.folder_lock import FolderInUseError
+from classification.config import CONFIGS, method_files
 
 
 def config_arguments(description: str) -> argparse.ArgumentParser:
@@ -70,41 +65,6 @@ def console_log() -> Iterator[None]:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     with logging_redirect_tqdm():
         yield
-
-
-def run(main: Callable[[], object], *, interrupted: str = "") -> NoReturn:
-    """Run a command to its exit status; what its user can mend is told in one line.
-
-    0, or 1 after an error, or 130 after Ctrl-C, as shells have it.
-
-    Args:
-        main: the command.
-        interrupted: what goes on with a work that was broken off.
-    """
-    try:
-        main()
-    except KeyboardInterrupt:
-        if is_first():
-            print("\ninterrupted" + (f": {interrupted}" if interrupted else ""), file=sys.stderr)
-        status = 130
-    except (ConfigError, CheckpointError, FolderInUseError, TrainingFailedError) as error:
-        status = _failed(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        status = _failed(str(error))
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        status = _failed(str(error))
-    else:
-        status = 0
-    sys.exit(status)
-
-
-def _failed(reason: str) -> int:
-    print(f"error: {reason}", file=sys.stderr)
-    return 1
 
 
 class _RunFormatter(logging.Formatter):

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from classification.command_line import config_arguments, console_log, run
+from classification.command_line import config_arguments, console_log
 from classification.comparison import Comparison, write_comparison
-from classification.config import ConfigError, load_config
+from classification.config import load_config
 from classification.cost import measure_costs
 from classification.experiment import run_side_by_side
-from classification.launch import is_first, process_group
-from classification.run_files import remove_temporaries
-from classification.trainer import TrainingFailedError
 from pcka.distributed import rank
+from pcka.engine.command import TrainingFailedError, run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.launch import is_first, process_group
+from pcka.engine.run_folder import remove_temporaries
 
 logger = logging.getLogger("classification")
 
@@ -138,4 +139,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="the same command goes on after the last epoch of each run")
+    run_command(main, interrupted="the same command goes on after the last epoch of each run")

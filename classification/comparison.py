@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from classification.cost import Cost
 from classification.published import published_accuracy
-from classification.run_files import write_text
-from classification.trainer import TrainingFailedError
-from pcka.analysis.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.run_folder import write_text
+from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
 COLUMNS = (
     "method", "seeds", "last epoch (%)", "best epoch (%)", "minus first row (%)", "difference",

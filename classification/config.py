@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from classification.defaults import default_config
-from classification.yaml_files import YamlFileError, flatten, read_leaves
 from pcka import losses
+from pcka.engine.config import ConfigError, near_names, set_key
+from pcka.engine.yaml_files import YamlFileError, flatten, read_leaves
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 
@@ -34,10 +34,6 @@ HARMLESS_KEYS = (
     "TEACHER.CACHE_DIR",
     "TEACHER.ACCURACY",
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the way out."""
 
 
 def load_config(
@@ -99,7 +95,7 @@ def method_file(method: str, config_file: str | Path | None = None) -> Path:
     """
     known = method_files(config_file)
     if method not in known:
-        raise ConfigError(f"method: no method is called {method!r}; {_near(method, known)}")
+        raise ConfigError(f"method: no method is called {method!r}; {near_names(method, known)}")
     return known[method]
 
 
@@ -114,14 +110,6 @@ def config_from_text(text: str) -> CfgNode:
     cfg = default_config()
     _merge(cfg, flatten(yaml.safe_load(text)).items(), source="the saved configuration")
     return cfg
-
-
-def set_key(cfg: CfgNode, key: str, value: object) -> None:
-    """Set the leaf at a dotted key."""
-    *sections, leaf = key.split(".")
-    for section in sections:
-        cfg = cfg[section]
-    cfg[leaf] = value
 
 
 def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
@@ -150,17 +138,8 @@ def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, object]], source: str) -> No
     known = flatten(cfg)
     for key, value in pairs:
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}; {_near(key, known)}")
+            raise ConfigError(f"{source}: unknown key {key!r}; {near_names(key, known)}")
         set_key(cfg, key, _coerce(key, value, known[key], source))
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    """Say which known names the word may have meant: by its last part, or by spelling."""
-    by_upper = {name.upper(): name for name in known}
-    matches = [name for name in by_upper if name.endswith(word.upper().rpartition(".")[2])]
-    matches += difflib.get_close_matches(word.upper(), by_upper, n=3)
-    names = [by_upper[match] for match in dict.fromkeys(matches)]
-    return f"{'near matches' if names else 'known'}: {', '.join(names or by_upper.values())}"
 
 
 def _parse(text: str) -> object:
@@ -295,5 +274,5 @@ def _check_methods(methods: Sequence[str]) -> None:
     for name in methods:
         if name not in losses.names():
             raise ConfigError(
-                f"DISTILL.METHODS: no loss is called {name!r}; {_near(name, losses.names())}"
+                f"DISTILL.METHODS: no loss is called {name!r}; {near_names(name, losses.names())}"
             )

@@ -16,14 +16,14 @@ import torch
 from fvcore.common.config import CfgNode
 
 from classification.data import Batch
-from classification.environment import describe_environment
 from classification.experiment import ImageSets, prepare_trainers
-from classification.launch import process_group
-from classification.run_files import write_text
 from classification.steps import Steps
 from classification.trainer import Trainer
 from pcka.analysis.memory import peak_growth
 from pcka.distributed import from_first_process, rank
+from pcka.engine.environment import describe_environment
+from pcka.engine.launch import process_group
+from pcka.engine.run_folder import write_text
 
 ROUNDS, WARM_UP_ROUNDS = 15, 2
 

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from classification.command_line import console_log, run
+from classification.command_line import console_log
 from classification.compare import compare
 from classification.config import CONFIGS
+from pcka.engine.command import run_command
 
 METHODS = ("ce", "kd", "rcka_short", "kd_fcka")
 SEEDS = (0, 1, 2)
@@ -38,4 +39,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="the same command goes on after the last epoch of each run")
+    run_command(main, interrupted="the same command goes on after the last epoch of each run")

@@ -8,12 +8,12 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.config import ConfigError
 from classification.data import PixelNormalize
 from classification.models import Classifier
 from classification.stage_search import resolution_ends
 from classification.weights import named_model
 from pcka import losses
+from pcka.engine.config import ConfigError
 
 Taps = dict[str, tuple[str, str]]
 

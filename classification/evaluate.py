@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from classification.command_line import config_arguments, console_log, run
-from classification.config import ConfigError, load_config
+from classification.command_line import config_arguments, console_log
+from classification.config import load_config
 from classification.data import load_evaluation_set
 from classification.distillation import pixel_statistics
-from classification.environment import choose_device
 from classification.evaluation import accuracy
 from classification.weights import load_classifier
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.environment import choose_device
 
 
 def evaluate(cfg: CfgNode, *, role: str = "student", weights: str = "") -> dict[str, float]:
@@ -50,4 +52,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

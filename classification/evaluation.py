@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from classification.data import ImageSet
-from classification.progress import Progress
 from pcka import distributed
 from pcka.analysis import layerwise_cka
+from pcka.engine.progress import Progress
 from pcka.modes import evaluation_mode
 
 BATCH_SIZE = 256  # images at once; the accuracy does not depend on it

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.config import ConfigError, changed_keys, load_config
+from classification.config import changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
     Taps,
@@ -22,23 +22,25 @@ from classification.distillation import (
     model_taps,
     numbered_stages,
 )
-from classification.environment import describe_environment
-from classification.launch import process_group
 from classification.loop import train
 from classification.models import Classifier, create_model
 from classification.preflight import naming, prepare_distiller
-from classification.random_state import seed_everything
-from classification.run_files import CHECKPOINT, RunFiles, read_metrics
-from classification.saved_state import check_fits, saved_config
+from classification.saved_state import check_fits, load_state, saved_config
 from classification.solver import unreached_milestones
 from classification.teacher import Teacher, check_teacher, prepare_teacher
-from classification.trainer import Trainer, TrainingFailedError
+from classification.trainer import Trainer
 from classification.weights import load_classifier
-from classification.yaml_files import flatten
 from pcka.analysis.layerwise import MIN_SAMPLES
-from pcka.analysis.plots import plot_curves
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
+from pcka.engine.curves import plot_curves
+from pcka.engine.environment import describe_environment
+from pcka.engine.launch import process_group
+from pcka.engine.random_state import seed_everything
+from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics
+from pcka.engine.yaml_files import flatten
 
 ImageSets = tuple[ImageSet, ImageSet]
 Result = dict[str, object]
@@ -145,7 +147,7 @@ class _Run:
     """
 
     cfg: CfgNode
-    files: RunFiles | None
+    files: RunFolder | None
     saved: dict | None
     result: Result | None
     teacher_accuracy: float | None = None
@@ -180,7 +182,7 @@ class _Run:
             self._start_files(self.files, self.trainer.epoch, device)
         return self.trainer
 
-    def _start_files(self, files: RunFiles, epoch: int, device: torch.device) -> None:
+    def _start_files(self, files: RunFolder, epoch: int, device: torch.device) -> None:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
         files.write_text("config.yaml", self.cfg.dump())
@@ -233,8 +235,8 @@ def _open_run(cfg: CfgNode, resume: bool, stack: ExitStack) -> _Run:
     files, saved, result = None, None, None
     if rank() == 0:
         with ExitStack() as opened:
-            files = opened.enter_context(RunFiles(cfg.OUTPUT_DIR, resume=resume))
-            saved = files.load_checkpoint()
+            files = opened.enter_context(RunFolder(cfg.OUTPUT_DIR, resume=resume))
+            saved = load_state(files.checkpoint) if files.checkpoint.exists() else None
             if saved is not None:
                 _check_configuration(cfg, saved, files.checkpoint)
                 if saved["epoch"] >= cfg.SOLVER.EPOCHS:
@@ -247,7 +249,7 @@ def _open_run(cfg: CfgNode, resume: bool, stack: ExitStack) -> _Run:
     return _Run(cfg, files, saved, result)
 
 
-def _result_alone(cfg: CfgNode, files: RunFiles, traces: list[str]) -> Result:
+def _result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
     """Return what a finished run came to whose checkpoint was removed since, to save room.
 
     Raises:
@@ -322,7 +324,7 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
     return student.to(memory_format=layout)
 
 
-def _write_result(trainer: Trainer, files: RunFiles, teacher_accuracy: float | None) -> Result:
+def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | None) -> Result:
     cfg = trainer.cfg
     metrics = read_metrics(files.metrics)
     plot_curves(metrics, files.directory / "curves.png")

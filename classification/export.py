@@ -16,8 +16,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.command_line import config_arguments, run
-from classification.config import ConfigError, load_config
+from classification.command_line import config_arguments
+from classification.config import load_config
 from classification.distillation import pixel_statistics
 from classification.models import create_model
 from classification.weights import load_classifier
@@ -30,6 +30,8 @@ from pcka.checkpoint import (
     optional_package,
     save_student,
 )
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError
 
 ONNX = ".onnx"
 FORMATS = (".pth", SAFETENSORS, ONNX)
@@ -127,4 +129,4 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

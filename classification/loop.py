@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
-from classification.loss_window import NonFiniteLossError
-from classification.progress import Progress
 from classification.steps import Steps
 from classification.trainer import Trainer
+from pcka.engine.loss_window import NonFiniteLossError
+from pcka.engine.progress import Progress
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.config import ConfigError
 from classification.data import ImageSet
 from classification.distillation import pixel_statistics
 from pcka.distiller import Distiller
+from pcka.engine.config import ConfigError
 from pcka.losses import Context
 from pcka.modes import evaluation_mode
 from pcka.teacher import FrozenTeacher

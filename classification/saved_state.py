@@ -9,8 +9,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from classification.config import ConfigError, config_from_text
+from classification.config import config_from_text
 from pcka.checkpoint import CheckpointError, load_file
+from pcka.engine.config import ConfigError
 
 # What ``Trainer.state`` writes.
 PARTS: dict[str, type | tuple[type, ...]] = {

@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from classification.config import ConfigError
-from classification.cuda_graph import CapturedFunction, RecordingError
 from classification.data import Batch
-from classification.environment import autocast
 from classification.trainer import StepInputs, Trainer
 from pcka.distributed import world_size
+from pcka.engine.config import ConfigError
+from pcka.engine.cuda_graph import CapturedFunction, RecordingError
+from pcka.engine.environment import autocast
 from pcka.losses import Loss, Outputs
 from pcka.observer import Observer
 from pcka.teacher import FrozenTeacher
@@ -199,7 +199,7 @@ def teacher_observer(trainers: Sequence[Trainer]) -> Observer | None:
 
 def ask_teacher(trainer: Trainer, observe: Observer, images: Tensor) -> Outputs:
     """The teacher's outputs on images (B, 3, S, S) in [0, 1]."""
-    with autocast(trainer.cfg, images.device):
+    with autocast(trainer.cfg.AUTOCAST, images.device):
         return observe(trainer.for_teacher(images))
 
 

@@ -16,18 +16,18 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.config import ConfigError
 from classification.data import ImageSet
 from classification.defaults import default_config
 from classification.distillation import pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import Classifier
-from classification.run_files import remove_temporaries
 from classification.weights import load_classifier
-from classification.yaml_files import flatten
 from pcka.checkpoint import atomic_save, load_file
 from pcka.distributed import from_first_process, rank, world_size
-from pcka.folder_lock import FolderInUseError, lock_folder
+from pcka.engine.config import ConfigError
+from pcka.engine.folder_lock import FolderInUseError, lock_folder
+from pcka.engine.run_folder import remove_temporaries
+from pcka.engine.yaml_files import flatten
 from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("classification")

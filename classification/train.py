@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from classification.command_line import config_arguments, console_log, run
+from classification.command_line import config_arguments, console_log
 from classification.config import load_config
 from classification.experiment import run_experiment
+from pcka.engine.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
@@ -30,4 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run(record(main), interrupted="the same command with --resume goes on after the last epoch")
+    run_command(
+        record(main), interrupted="the same command with --resume goes on after the last epoch"
+    )

@@ -16,23 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from classification.data import Batch, ImageSet, PixelNormalize, steps_per_epoch
 from classification.data.batches import PROCESS_STREAM, stream_seed
 from classification.distillation import pixel_statistics
-from classification.environment import autocast
 from classification.evaluation import accuracy, stage_alignment
-from classification.loss_window import LossWindow, NonFiniteLossError
-from classification.random_state import (
+from classification.solver import build_optimizer, distillation_scale, learning_rate
+from pcka.distiller import Distiller
+from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.environment import autocast
+from pcka.engine.loss_window import LossWindow, NonFiniteLossError
+from pcka.engine.random_state import (
     capture_random_state,
     restore_random_state,
     seed_everything,
 )
-from classification.run_files import CHECKPOINT, RunFiles
-from classification.solver import build_optimizer, distillation_scale, learning_rate
-from pcka.distiller import Distiller
-from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
+from pcka.engine.run_folder import CHECKPOINT, RunFolder
 from pcka.losses import Outputs
-
-
-class TrainingFailedError(RuntimeError):
-    """Training cannot go on; the message names step, loss terms and last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Trainer:
         taps: dict[str, tuple[str, str]],
         train_set: ImageSet,
         evaluation_set: ImageSet,
-        files: RunFiles | None,
+        files: RunFolder | None,
     ) -> None:
         self.cfg = cfg
         self.distiller = distiller
@@ -151,7 +148,7 @@ class Trainer:
             The loss terms and, last, their sum, ``(T + 1,)`` float32; for :meth:`keep_losses`.
         """
         images = self._normalized(self.student_pixels, inputs.images)
-        with autocast(self.cfg, images.device):
+        with autocast(self.cfg.AUTOCAST, images.device):
             terms = self._model(
                 images, inputs.labels, indices=inputs.indices, teacher_outputs=inputs.teacher
             )
@@ -305,7 +302,7 @@ class Trainer:
                 terms = {key: v for key, v in means.items() if key.startswith("loss_")}
                 raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
 
-    def _log(self, files: RunFiles, record: dict[str, float], seconds: float) -> None:
+    def _log(self, files: RunFolder, record: dict[str, float], seconds: float) -> None:
         parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
         if "accuracy" in record:
             parts += ["", f"accuracy {record['accuracy']:.2f} %"]

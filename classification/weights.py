@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from classification.config import ConfigError
 from classification.models import Classifier, create_model
 from pcka.checkpoint import CheckpointError, load_weights
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("classification")
 

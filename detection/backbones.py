@@ -10,7 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor
 from torch.nn import functional as F
 
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 
 class P6P7(LastLevelP6P7):

@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from pcka.checkpoint import CheckpointError, atomic_save, atomic_write, load_file
+from pcka.engine.config import ConfigError
 
 # What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
 _ALLOWED = {
@@ -26,7 +27,7 @@ _ALLOWED = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(ConfigError):
     """Weights that cannot be used; the message names the file and the way out."""
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from detection.command import TrainingFailedError, run_command
-from detection.config import PROJECT, ConfigError, load_config
+from detection.config import PROJECT, load_config
 from detection.data.register import name_coco_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT, changed_settings
-from pcka.analysis.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 from pcka.checkpoint import atomic_write
+from pcka.engine.command import TrainingFailedError, run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")

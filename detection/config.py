@@ -14,15 +14,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
 
 from pcka import losses
+from pcka.engine.config import ConfigError
 
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"
 DISTILLED = "DistilledDetector"  # the meta-architecture of detection/meta_arch.py
 PROJECT = Path(__file__).parents[1]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the way out."""
 
 
 def detection_config() -> CfgNode:

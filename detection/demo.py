@@ -15,11 +15,11 @@ from pathlib import Path
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from detection.checkpoint import load_weights
-from detection.command import run_command
 from detection.compare import CONFIG, WEIGHTS, compare, markdown, train
 from detection.config import PROJECT, load_config, student_architecture
 from detection.data import register_datasets
 from detection.pictures import draw_detections
+from pcka.engine.command import run_command
 
 CONFIGS = PROJECT / "configs" / "detection" / "digits"
 TEACHER_FACTOR = 2  # steps of the teacher over steps of a student

@@ -15,11 +15,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from detection.checkpoint import load_weights
-from detection.command import run_command
-from detection.config import ConfigError, load_config, student_architecture
+from detection.config import load_config, student_architecture
 from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
 from pcka.checkpoint import atomic_save, atomic_write
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
 OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 
 @META_ARCH_REGISTRY.register()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from detection.checkpoint import SafeCheckpointer
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 

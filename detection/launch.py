@@ -12,7 +12,7 @@ import torch.distributed as dist
 from detectron2.engine import launch
 
 from detection.compat import create_local_process_group
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 
 def run(

@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 from torch.nn import functional as F
 
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 DEFAULT_LEVELS = 4
 ENOUGH_PATCHES = 16

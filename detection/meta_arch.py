@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
-from detection.config import ConfigError, student_architecture
+from detection.config import student_architecture
 from detection.levels import match_levels, match_map
 from detection.methods import build_losses
 from detection.teacher import TeacherBackbone, build_teacher
+from pcka.engine.config import ConfigError
 from pcka.losses import Loss, Outputs
 from pcka.modes import evaluation_mode
 from pcka.ops import cka

@@ -9,9 +9,10 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
-from detection.config import ConfigError, feature_methods
+from detection.config import feature_methods
 from detection.levels import patch_for, patches
 from pcka import losses
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 

@@ -11,7 +11,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 
 import detection.backbones  # noqa: F401  (registers itself)
-from detection.config import DISTILLED, ConfigError, registered, student_architecture
+from detection.config import DISTILLED, registered, student_architecture
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from detection.config import ConfigError, load_config
+from detection.config import load_config
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 

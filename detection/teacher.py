@@ -16,8 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
-from detection.config import ConfigError, registered, teacher_config
+from detection.config import registered, teacher_config
 from detection.teacher_checks import check_statistics, check_trained
+from pcka.engine.config import ConfigError
 from pcka.teacher import FrozenTeacher
 
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}

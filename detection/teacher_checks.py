@@ -10,10 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from detection.config import ConfigError
 from detection.data.mapper import NamingMapper
 from detection.data.targets import Entries
 from detection.run_state import lent_random_states
+from pcka.engine.config import ConfigError
 
 if TYPE_CHECKING:
     from detection.teacher import TeacherBackbone

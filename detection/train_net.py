@@ -21,8 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
-from detection.command import run_command
-from detection.config import ConfigError, load_config, student_architecture
+from detection.config import load_config, student_architecture
 from detection.data import register_datasets
 from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
@@ -31,7 +30,9 @@ from detection.preflight import check_run, check_teacher_file, usable_device
 from detection.settings import RESULT, check_resumed
 from detection.trainer import DetectionTrainer
 from pcka.checkpoint import atomic_write
-from pcka.folder_lock import lock_folder
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.folder_lock import lock_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

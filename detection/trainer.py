@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
-from detection.config import ConfigError, teacher_config
+from detection.config import teacher_config
 from detection.curves import plot_run
 from detection.data.loader import training_loader
 from detection.data.targets import check_test_sets, training_set
@@ -30,6 +30,8 @@ from detection.run_state import RunState, lent_random_states
 from detection.teacher_checks import check_features
 from pcka.checkpoint import CheckpointError
 from pcka.distributed import OWN_BUFFERS, average_buffers
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -117,7 +119,12 @@ class DetectionTrainer(SimpleTrainer):
         # first calls. A resumed run, which would watch anew, would leave the unbroken one. On a
         # GPU, where nothing is equal bit for bit anyway, its fused kernels save traffic.
         with torch.jit.optimized_execution(student_of(self.model).device.type != "cpu"):
-            super().train(self.start, self.last)
+            try:
+                super().train(self.start, self.last)
+            except FloatingPointError as error:  # detectron2's, of a loss that is not finite
+                raise TrainingFailedError(
+                    f"{error}; SOLVER.BASE_LR may be too high, or SOLVER.WARMUP_ITERS too few"
+                ) from error
         return self.results
 
     def _hooks_of_run(self) -> list[HookBase]:

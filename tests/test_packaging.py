@@ -203,7 +203,7 @@ def imported(path: Path) -> set[str]:
     ("folder", "extras"),
     [
         ("pcka", []),
-        ("pcka/analysis", ["train"]),
+        ("pcka/engine", ["train"]),
         ("classification", ["train"]),
         ("benchmarks", ["train"]),
         ("detection", ["train", "detection"]),
@@ -218,7 +218,7 @@ def test_every_import_is_declared(folder, extras):
         stated += project["optional-dependencies"][extra]
     declared = {Requirement(text).name.lower().replace("-", "_") for text in stated}
     distributions = metadata.packages_distributions()
-    inner = "pcka/analysis" if folder == "pcka" else "none"  # has a row of its own
+    inner = "pcka/engine" if folder == "pcka" else "none"  # has a row of its own
     modules = [path for path in (ROOT / folder).rglob("*.py") if inner not in str(path)]
     for name in set().union(*map(imported, modules)):
         known = {d.lower().replace("-", "_") for d in distributions.get(name, [name])}

@@ -10,7 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.config import ConfigError
+from pcka.engine.config import ConfigError
 
 # Purposes that random numbers are drawn for, each with streams of its own.
 ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM, PROCESS_STREAM = 0, 1, 2, 3

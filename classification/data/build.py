@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.config import ConfigError
 from classification.data.cifar import cifar_source
 from classification.data.digits import digits_source
 from classification.data.folder import FolderSource, folder_source
 from classification.data.image_set import ImageSet, Source, balanced_order
 from classification.data.resident import ResidentSet
 from classification.data.streaming import StreamingSet
+from pcka.engine.config import ConfigError
 
 
 def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:

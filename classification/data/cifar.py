@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from classification.config import ConfigError
 from classification.data.image_set import Source
+from pcka.engine.config import ConfigError
 
 DATASETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 SIDE = 32

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from classification.config import ConfigError
 from classification.data.image_set import Source
-from classification.progress import Progress
+from pcka.engine.config import ConfigError
+from pcka.engine.progress import Progress
 
 DECODING_THREADS = 4
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from classification.config import ConfigError
 from classification.data.batches import (
     IMAGE_STREAM,
     Batch,
@@ -27,6 +26,7 @@ from classification.data.batches import (
 )
 from classification.data.folder import ImageFiles, cut_centre
 from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
+from pcka.engine.config import ConfigError
 
 
 @dataclass(frozen=True)

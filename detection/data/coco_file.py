@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 

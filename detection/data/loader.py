@@ -11,9 +11,9 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
-from detection.config import ConfigError
 from detection.data.mapper import NamingMapper
 from detection.data.targets import Entries
+from pcka.engine.config import ConfigError
 
 
 class ContinuedSampler(Sampler[int]):

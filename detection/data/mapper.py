@@ -6,8 +6,10 @@ from typing import Any
 
 from detectron2.data import DatasetMapper
 
+from pcka.engine.config import ConfigError
 
-class UnusableImageError(ValueError):
+
+class UnusableImageError(ConfigError):
     """An image, or its annotations, that cannot be used; the message names the file."""
 
 

@@ -13,9 +13,10 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from detection.config import ConfigError, student_architecture
+from detection.config import student_architecture
 from detection.data.coco_file import DamagedFileError, check_coco, read_coco
 from detection.data.digits import digits_scenes
+from pcka.engine.config import ConfigError
 
 COCO = {"TRAIN": "COCO_TRAIN", "TEST": "COCO_TEST"}
 Categories = list[tuple[int, str]]  # id, name

@@ -9,7 +9,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from detection.config import ConfigError, student_architecture
+from detection.config import student_architecture
+from pcka.engine.config import ConfigError
 
 Entries = list[dict[str, Any]]
 SEGMENTERS = ("SemanticSegmentor", "PanopticFPN")  # give a class for every pixel

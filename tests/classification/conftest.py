@@ -17,7 +17,7 @@ import torch
 
 from classification.config import load_config
 from classification.models import create_model
-from classification.run_files import read_metrics
+from pcka.engine.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "classification" / "digits" / "resnet20_resnet8.yaml"

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from classification.config import ConfigError
 from classification.models import create_model
 from classification.weights import load_classifier
+from pcka.engine.config import ConfigError
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ from unittest.mock import Mock
 import pytest
 
 from classification import compare, evaluate, export, train
-from classification.command_line import catalog, config_arguments, console_log, run
+from classification.command_line import catalog, config_arguments, console_log
 from classification.comparison import Comparison
-from classification.config import CONFIGS, ConfigError, load_config, method_files
-from classification.run_files import RunFiles
-from classification.trainer import TrainingFailedError
+from classification.config import CONFIGS, load_config, method_files
 from pcka.checkpoint import CheckpointError
-from pcka.folder_lock import FolderInUseError
+from pcka.engine.command import TrainingFailedError, run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.folder_lock import FolderInUseError
+from pcka.engine.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("script", [train, compare, evaluate, export])
@@ -76,7 +77,7 @@ def test_train_takes_the_method_of_the_command_line(digits_config, monkeypatch):
 
 def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    with RunFiles(tmp_path / "kd", resume=False) as run, console_log():
+    with RunFolder(tmp_path / "kd", resume=False) as run, console_log():
         run.logger.info("epoch %d", 1)
         logging.getLogger("classification").info("of all")
     assert capsys.readouterr().err == f"epoch 1  ({tmp_path / 'kd'})\nof all\n"
@@ -99,7 +100,7 @@ def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeyp
 )
 def test_what_the_user_can_mend_is_told_in_one_line(capsys, error, told):
     with pytest.raises(SystemExit) as end:
-        run(Mock(side_effect=error))
+        run_command(Mock(side_effect=error))
     assert end.value.code == 1
     assert capsys.readouterr().err == told
 
@@ -107,12 +108,12 @@ def test_what_the_user_can_mend_is_told_in_one_line(capsys, error, told):
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError("a defect"), ImportError("x")])
 def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error), match=str(error)):
-        run(Mock(side_effect=error))
+        run_command(Mock(side_effect=error))
 
 
 def test_a_command_that_went_well_ends_with_0():
     with pytest.raises(SystemExit) as end:
-        run(lambda: {"top1": 50.0})
+        run_command(lambda: {"top1": 50.0})
     assert end.value.code == 0
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from classification import compare as script
 from classification.compare import _groups, compare
-from classification.config import ConfigError
 from classification.experiment import run_side_by_side
-from classification.run_files import RunFiles, read_metrics
+from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 METHODS, SEEDS = ("kd", "fitnet"), (0, 1)
@@ -68,7 +68,7 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(
     comparing, tmp_path, monkeypatch, assert_same_run
 ):
     comparing("whole")
-    save_state, calls = RunFiles.save_state, []
+    save_state, calls = RunFolder.save_state, []
 
     def stop_in_the_last_epoch(self, state):
         calls.append(self)
@@ -76,7 +76,7 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         save_state(self, state)
 
-    monkeypatch.setattr(RunFiles, "save_state", stop_in_the_last_epoch)
+    monkeypatch.setattr(RunFolder, "save_state", stop_in_the_last_epoch)
     with pytest.raises(KeyboardInterrupt):
         comparing("out")
     monkeypatch.undo()

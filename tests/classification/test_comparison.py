@@ -7,7 +7,7 @@ import pytest
 from classification.comparison import Comparison, write_comparison
 from classification.config import CONFIGS, load_config
 from classification.cost import Cost
-from classification.trainer import TrainingFailedError
+from pcka.engine.command import TrainingFailedError
 
 
 def result(last, best=None, **keys):

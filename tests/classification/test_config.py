@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from classification.config import (
-    ConfigError,
     changed_keys,
     config_from_text,
     load_config,
     method_file,
     method_files,
 )
-from classification.yaml_files import flatten
 from pcka import losses
+from pcka.engine.config import ConfigError
+from pcka.engine.yaml_files import flatten
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from classification.config import ConfigError
 from classification.distillation import (
     build_losses,
     check_losses,
@@ -13,6 +12,7 @@ from classification.distillation import (
     numbered_stages,
 )
 from classification.models import create_model
+from pcka.engine.config import ConfigError
 
 TAPS = {
     name: (f"student.{name}", f"teacher.{name}")

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.config import ConfigError
 from classification.experiment import run_experiment
-from classification.run_files import RunFiles, read_metrics
+from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import RunFolder, read_metrics
 
 
 @pytest.mark.parametrize("method", ["add_metrics", "save_last", "save_state"])
@@ -13,7 +13,7 @@ def test_a_run_that_stops_while_it_writes_an_epoch_loses_that_one_only(
     tiny_config, tmp_path, monkeypatch, assert_same_run, method
 ):
     run_experiment(tiny_config("ce", "straight", **{"TEACHER.NAME": ""}))
-    written = getattr(RunFiles, method)
+    written = getattr(RunFolder, method)
     calls = 0
 
     def stop_in_epoch_2(self, *arguments, **keywords):
@@ -23,7 +23,7 @@ def test_a_run_that_stops_while_it_writes_an_epoch_loses_that_one_only(
             raise KeyboardInterrupt
         written(self, *arguments, **keywords)
 
-    monkeypatch.setattr(RunFiles, method, stop_in_epoch_2)
+    monkeypatch.setattr(RunFolder, method, stop_in_epoch_2)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(tiny_config("ce", "stopped", **{"TEACHER.NAME": ""}))
     saved = torch.load(tmp_path / "stopped" / "checkpoint.pth", weights_only=True)
@@ -41,7 +41,7 @@ def test_a_best_student_that_a_kill_left_unwritten_is_written_at_the_resume(
 
     keys = {"TEACHER.NAME": "", "SOLVER.EPOCHS": 1}
     run_experiment(tiny_config("ce", "straight", **keys))
-    monkeypatch.setattr(RunFiles, "save_best", stop)
+    monkeypatch.setattr(RunFolder, "save_best", stop)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(tiny_config("ce", "stopped", **keys))
     assert not (tmp_path / "stopped" / "model_best.pth").exists()
@@ -73,14 +73,14 @@ def test_weights_that_are_not_there_are_named_before_any_work(tiny_config, tmp_p
 def test_an_interrupted_teacher_is_trained_to_its_end(tiny_config, tmp_path, monkeypatch):
     keys = {"TEACHER.EPOCHS": 2}
     run_experiment(tiny_config("kd", "straight", **keys, **cache(tmp_path, "a")))
-    add_metrics = RunFiles.add_metrics
+    add_metrics = RunFolder.add_metrics
 
     def stop_in_epoch_2(self, record):
         if record["epoch"] == 2:
             raise KeyboardInterrupt
         add_metrics(self, record)
 
-    monkeypatch.setattr(RunFiles, "add_metrics", stop_in_epoch_2)
+    monkeypatch.setattr(RunFolder, "add_metrics", stop_in_epoch_2)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(tiny_config("kd", "stopped", **keys, **cache(tmp_path, "b")))
     assert not list((tmp_path / "b").glob("*.pth"))

@@ -9,9 +9,10 @@ import torchvision
 from safetensors.torch import load_file
 
 from classification import export
-from classification.config import ConfigError, load_config
+from classification.config import load_config
 from classification.evaluate import evaluate
 from classification.models import create_model
+from pcka.engine.config import ConfigError
 
 CLASSES = 7
 OTHERS_PIXELS = {"STUDENT.PIXEL_MEAN": "[0.1, 0.2, 0.3]", "STUDENT.PIXEL_STD": "[0.5, 0.6, 0.7]"}

@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image, ImageDraw
 
 from classification import evaluate, export
-from classification.run_files import read_metrics
 from pcka.checkpoint import load_file
+from pcka.engine.run_folder import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from classification.config import ConfigError
 from classification.data import ResidentSet
 from classification.experiment import run_experiment, run_side_by_side
-from classification.run_files import read_metrics
 from classification.steps import teacher_observer
-from classification.trainer import Trainer, TrainingFailedError
+from classification.trainer import Trainer
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import read_metrics
 from pcka.losses.mgd import random_mask
 
 pytestmark = pytest.mark.usefixtures("without_plots")

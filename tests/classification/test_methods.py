@@ -12,10 +12,11 @@ from classification.config import CONFIGS, load_config, method_files
 from classification.distillation import build_losses, check_losses, loss_context, model_taps
 from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
-from classification.run_files import read_metrics
-from classification.trainer import Trainer, TrainingFailedError
+from classification.trainer import Trainer
 from pcka.checkpoint import load_file
 from pcka.distiller import Distiller
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.run_folder import read_metrics
 from pcka.teacher import FrozenTeacher
 
 pytestmark = pytest.mark.usefixtures("without_plots")

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.config import ConfigError
 from classification.experiment import prepare_trainers, run_experiment
 from classification.models import create_model
 from classification.preflight import check_teaching
+from pcka.engine.config import ConfigError
 from pcka.teacher import FrozenTeacher
 
 

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from classification.config import ConfigError
 from classification.experiment import run_experiment
 from classification.saved_state import PARTS, load_state
+from pcka.engine.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 ALONE = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}

@@ -12,15 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from classification import cuda_graph
-from classification.config import ConfigError, load_config, method_files
+from classification.config import load_config, method_files
 from classification.data import ResidentSet
 from classification.distillation import build_losses, loss_context, model_taps
 from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
-from classification.run_files import read_metrics
 from classification.steps import ask_teacher, teacher_observer
-from classification.trainer import StepInputs, Trainer, TrainingFailedError
+from classification.trainer import StepInputs, Trainer
 from pcka.distiller import Distiller
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import read_metrics
 from pcka.teacher import FrozenTeacher
 
 PAIR = "configs/classification/cifar100/resnet56_resnet20.yaml"

@@ -9,8 +9,8 @@ from classification import experiment
 from classification.config import method_files
 from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
-from classification.random_state import seed_everything
-from classification.run_files import read_metrics
+from pcka.engine.random_state import seed_everything
+from pcka.engine.run_folder import read_metrics
 from pcka.losses import Loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

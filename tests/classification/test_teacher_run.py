@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from classification.config import ConfigError
 from classification.data import ResidentSet
 from classification.experiment import run_experiment
 from classification.models import create_model
 from classification.teacher import check_teacher, prepare_teacher, teacher_run
-from pcka.folder_lock import FolderInUseError, lock_folder
+from pcka.engine.config import ConfigError
+from pcka.engine.folder_lock import FolderInUseError, lock_folder
 
 
 @pytest.fixture

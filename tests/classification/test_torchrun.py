@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from classification.run_files import read_metrics
 from pcka.checkpoint import load_file
+from pcka.engine.run_folder import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ from torch import nn
 
 from classification.data import ResidentSet
 from classification.evaluation import accuracy
-from classification.launch import process_group
+from pcka.engine.launch import process_group
 from pcka.distributed import rank
 
 torch.manual_seed(2)
@@ -81,7 +81,7 @@ import sys
 
 from classification.config import load_config
 from classification.experiment import run_side_by_side
-from classification.loss_window import LossWindow
+from pcka.engine.loss_window import LossWindow
 from pcka.distributed import rank
 
 STEPS = 5

@@ -7,8 +7,9 @@ import torch
 
 from classification.experiment import prepare_trainers, run_experiment
 from classification.steps import teacher_observer
-from classification.trainer import Trainer, TrainingFailedError
+from classification.trainer import Trainer
 from pcka.distiller import Distiller
+from pcka.engine.command import TrainingFailedError
 
 
 def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
@@ -89,7 +90,7 @@ def test_the_best_epoch_is_kept_apart_from_the_last(tiny_config, tmp_path, monke
     monkeypatch.setattr("classification.trainer.accuracy", lambda *_: {"top1": next(top1)})
     saved = []
     monkeypatch.setattr(
-        "classification.run_files.save_student", lambda _, path: saved.append(path.name)
+        "pcka.engine.run_folder.save_student", lambda _, path: saved.append(path.name)
     )
     result = run_experiment(tiny_config(**{"TEACHER.NAME": "", "SOLVER.EPOCHS": 3}))
     assert (result["last_accuracy"], result["best_accuracy"], result["best_epoch"]) == (40, 50, 2)

@@ -14,11 +14,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import pcka
-from classification.config import ConfigError, load_config
+from classification.config import load_config
 from classification.experiment import run_experiment
 from classification.models import create_model
 from classification.train import main
-from classification.trainer import TrainingFailedError
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "classification" / "digits" / "resnet20_resnet8.yaml"

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from detection import compare, train_net
-from detection.config import ConfigError, load_config
+from detection.config import load_config
+from pcka.engine.config import ConfigError
 
 AP = {
     "student": {0: 20.0, 1: 24.0, 2: 22.0},

@@ -7,12 +7,12 @@ import detection.fcos
 import detection.meta_arch  # noqa: F401
 from detection.config import (
     PROJECT,
-    ConfigError,
     detection_config,
     load_config,
     student_architecture,
     teacher_config,
 )
+from pcka.engine.config import ConfigError
 
 FILES = sorted((PROJECT / "configs" / "detection").rglob("*.yaml"))
 

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from detection import export
-from detection.config import ConfigError
+from pcka.engine.config import ConfigError
 
 FCOS = [
     "DISTILL.STUDENT", "FCOS",

@@ -10,12 +10,13 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 
-from detection.config import ConfigError, teacher_config
+from detection.config import teacher_config
 from detection.data import register_datasets
 from detection.data.targets import training_set
 from detection.preflight import check_teacher_file
 from detection.teacher import TeacherBackbone, build_teacher, fold_batch_norms
 from detection.teacher_checks import check_features
+from pcka.engine.config import ConfigError
 
 SMALL_TEACHER = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32]
 

@@ -6,8 +6,9 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_backbone, build_model
 
 import detection.backbones  # noqa: F401  (registers itself)
-from detection.config import PROJECT, ConfigError, load_config
+from detection.config import PROJECT, load_config
 from detection.fcos import lazy_fcos
+from pcka.engine.config import ConfigError
 
 STUDENT = str(PROJECT / "configs/detection/coco/fcos_r50/student.yaml")
 R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]

@@ -7,8 +7,8 @@ import torch
 from detectron2.solver import build_optimizer
 from detectron2.structures import ImageList
 
-from detection.config import ConfigError
 from detection.teacher import TeacherBackbone
+from pcka.engine.config import ConfigError
 
 LEVELS = ("p3", "p4", "p5")
 

@@ -11,8 +11,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 
 from detection import train_net
-from detection.config import ConfigError
 from detection.curves import read_metrics
+from pcka.engine.config import ConfigError
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,11 @@ from detectron2.layers import ROIAlign
 from PIL import Image
 
 from detection import export, train_net, trainer
-from detection.config import PROJECT, ConfigError, load_config
+from detection.config import PROJECT, load_config
 from detection.curves import read_metrics
 from detection.meta_arch import BackboneTap
-from pcka.folder_lock import FolderInUseError, lock_folder
+from pcka.engine.config import ConfigError
+from pcka.engine.folder_lock import FolderInUseError, lock_folder
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from detection.config import ConfigError
 from detection.data import register_datasets
 from detection.data.loader import training_loader
 from detection.data.targets import training_set
+from pcka.engine.config import ConfigError
 
 STEPS = 12
 

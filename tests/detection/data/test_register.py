@@ -7,9 +7,9 @@ import pytest
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
-from detection.config import ConfigError
 from detection.data import register_datasets
 from detection.data.digits import digits_scenes
+from pcka.engine.config import ConfigError
 
 
 def _own_set(small_config, scenes, name, **changes):

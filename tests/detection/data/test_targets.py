@@ -6,8 +6,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from detection.config import ConfigError
 from detection.data.targets import check_test_sets, training_set
+from pcka.engine.config import ConfigError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
-from classification.environment import choose_device
+from pcka.engine.environment import choose_device
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from pcka.folder_lock import FolderInUseError, lock_folder
+from pcka.engine.folder_lock import FolderInUseError, lock_folder
 
 # Locks a folder, forks a process that outlives it, and waits to be killed.
 PARENT = """
 import os, sys, time
-from pcka.folder_lock import lock_folder
+from pcka.engine.folder_lock import lock_folder
 
 lock_folder(sys.argv[1])
 if os.fork() == 0:
@@ -23,7 +23,7 @@ time.sleep(60)
 # Another file gets the number of the handle before the fork; the child has to be able to read it.
 REUSED = """
 import os, sys
-from pcka.folder_lock import lock_folder
+from pcka.engine.folder_lock import lock_folder
 
 handle = lock_folder(sys.argv[1])
 os.close(handle)

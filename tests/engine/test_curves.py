@@ -6,7 +6,7 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from pcka.analysis.plots import plot_curves
+from pcka.engine.curves import plot_curves
 
 METRICS = [
     {

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from classification import progress
-from classification.progress import Progress
+from pcka.engine import progress
+from pcka.engine.progress import Progress
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pcka.analysis.seeds import mean_and_deviation, paired_differences, verdict
+from pcka.engine.seeds import mean_and_deviation, paired_differences, verdict
 
 T_95 = {1: 12.7062, 2: 4.3027, 4: 2.7764}  # two-sided, by degrees of freedom, from a table
 

@@ -11,17 +11,16 @@ from pathlib import Path
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from classification.config import ConfigError
-from classification.saved_state import load_state
 from pcka.checkpoint import atomic_save, atomic_write, save_student
-from pcka.folder_lock import lock_folder
+from pcka.engine.config import ConfigError
+from pcka.engine.folder_lock import lock_folder
 
 logger = logging.getLogger("classification")
 
 CHECKPOINT = "checkpoint.pth"
 
 
-class RunFiles:
+class RunFolder:
     """The files of one run; a context manager that holds the folder for this process alone.
 
     A run's folder holds ``config.yaml``, ``environment.json``, ``log.txt``, ``metrics.jsonl``,
@@ -65,7 +64,7 @@ class RunFiles:
         self._log.addFilter(lambda record: getattr(record, "run", self) is self)
         self._tensorboard: SummaryWriter | None = None
 
-    def __enter__(self) -> RunFiles:
+    def __enter__(self) -> RunFolder:
         logger.addHandler(self._log)
         return self
 
@@ -75,14 +74,6 @@ class RunFiles:
         if self._tensorboard is not None:
             self._tensorboard.close()
         os.close(self._lock)
-
-    def load_checkpoint(self) -> dict | None:
-        """Return the state to continue from, or None where there is none.
-
-        Raises:
-            ConfigError: it is damaged, or none of a run.
-        """
-        return load_state(self.checkpoint) if self.checkpoint.exists() else None
 
     def traces(self) -> list[str]:
         """Return the names of files that a run has only after its first checkpoint."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.loss_window import LossWindow, NonFiniteLossError
+from pcka.engine.loss_window import LossWindow, NonFiniteLossError
 
 
 def terms(a, b):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.environment import (
+from pcka.engine.environment import (
     autocast,
     choose_device,
     describe_environment,
@@ -23,11 +23,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_autocast_takes_bfloat16_where_it_is_asked_for_or_in_the_hardware(
-    tiny_config, monkeypatch, key, hardware, expected
+    monkeypatch, key, hardware, expected
 ):
-    monkeypatch.setattr("classification.environment.has_bfloat16", lambda device: hardware)
+    monkeypatch.setattr("pcka.engine.environment.has_bfloat16", lambda device: hardware)
     x = torch.ones(2, 2)
-    with autocast(tiny_config(AUTOCAST=key), CPU):
+    with autocast(key, CPU):
         assert (x @ x).dtype == expected
     assert (x @ x).dtype == torch.float32
 
@@ -77,7 +77,7 @@ def test_cuda_that_is_asked_for_and_not_there_is_refused(monkeypatch):
 
 
 def test_the_environment_says_what_the_figures_were_made_with(monkeypatch):
-    monkeypatch.setattr("classification.environment.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("pcka.engine.environment.has_bfloat16", lambda device: True)
     described = describe_environment(7, CPU)
     assert (described["seed"], described["device"], described["processes"]) == (7, "cpu", 1)
     assert described["threads"] == torch.get_num_threads()

@@ -10,11 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from fvcore.common.config import CfgNode
 
 import pcka
-from classification.config import ConfigError
 from pcka.distributed import world_size
+from pcka.engine.config import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,9 +33,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def autocast(cfg: CfgNode, device: torch.device) -> torch.autocast:
-    """Return the context of the training step's forward passes, by ``AUTOCAST``."""
-    enabled = cfg.AUTOCAST == "bfloat16" or (cfg.AUTOCAST == "auto" and has_bfloat16(device))
+def autocast(setting: str, device: torch.device) -> torch.autocast:
+    """Return the context of a training step's forward passes, by the key ``AUTOCAST``."""
+    enabled = setting == "bfloat16" or (setting == "auto" and has_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

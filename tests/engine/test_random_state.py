@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from classification.random_state import (
+from pcka.engine.random_state import (
     capture_random_state,
     restore_random_state,
     seed_everything,
