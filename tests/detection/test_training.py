@@ -17,7 +17,7 @@ from PIL import Image
 
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config
-from detection.curves import read_metrics
+from detection.figures import read_metrics
 from detection.meta_arch import BackboneTap
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder

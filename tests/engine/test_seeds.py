@@ -28,7 +28,9 @@ def test_a_difference_is_named_where_its_interval_leaves_out_zero(seeds):
     deviations = [-1.0, 1.0] + [0.0] * (seeds - 2)
     spread = math.sqrt(2 / (seeds - 1))
     margin = T_95[seeds - 1] * spread / math.sqrt(seeds)
-    for factor, expected in ((1.01, "above"), (0.99, "not shown"), (-0.99, "not shown"), (-1.01, "below")):
+    for factor, expected in (
+        (1.01, "above"), (0.99, "not shown"), (-0.99, "not shown"), (-1.01, "below"),
+    ):  # fmt: skip
         assert verdict([factor * margin + deviation for deviation in deviations]) == expected
 
 
