@@ -121,7 +121,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if "state_dict" in loaded:
             raise WeightsError(
                 f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
-                "detection/convert_mmdet.py gives a teacher's weights detectron2's names"
+                "tools/convert_mmdet.py gives a teacher's weights detectron2's names"
             )
         if "model_state" in loaded:  # of pycls; detectron2 matches its names, too
             loaded = {"model": loaded["model_state"], "matching_heuristics": True}
