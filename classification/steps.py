@@ -18,7 +18,7 @@ from classification.environment import autocast
 from classification.trainer import StepInputs, Trainer
 from pcka.distributed import world_size
 from pcka.losses import Loss, Outputs
-from pcka.observer import Observer
+from pcka.taps import Observer
 from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("classification")
