@@ -24,7 +24,7 @@ from classification.distillation import (
 from classification.loop import train
 from classification.models import Classifier, create_model
 from classification.preflight import naming, prepare_distiller
-from classification.saved_state import check_fits, load_state, saved_config
+from classification.saved_state import check_fits, load_state, saved_config, with_adapters
 from classification.solver import unreached_milestones
 from classification.teacher import Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer
@@ -174,8 +174,13 @@ class _Run:
             followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
         if self.saved is not None:
-            parts = {"student": distiller.student, "losses": distiller.losses}
+            parts = {
+                "student": distiller.student,
+                "losses": distiller.losses,
+                "adapters": distiller.adapters,
+            }
             path = Path(cfg.OUTPUT_DIR) / CHECKPOINT
+            self.saved = with_adapters(self.saved, distiller, path)
             check_fits(self.saved, parts, self.trainer.optimizer, path)
             self.trainer.restore(self.saved)
         if self.files is not None:

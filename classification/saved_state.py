@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from classification.config import config_from_text
 from pcka.checkpoint import CheckpointError, load_file
+from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 
 # What ``Trainer.state`` writes.
@@ -48,6 +49,31 @@ def load_state(path: Path) -> dict:
     if lacking := BEST - state["best"].keys():
         raise _refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
     return state
+
+
+def with_adapters(state: dict, distiller: Distiller, path: Path) -> dict:
+    """Return a state with the ``adapters`` beside the losses, where it has them in the losses.
+
+    ``losses.<i>.adapters.<tap>.0.weight`` becomes ``adapters.<tap>.weight``. The optimizer's state
+    goes by the order of the parameters, which stays only where the losses have no others.
+
+    Raises:
+        ConfigError: two losses have adapters of one tap, or other parameters; the file is named.
+    """
+    if isinstance(state.get("adapters"), dict):
+        return state
+    losses, adapters = dict(state["losses"]), {}
+    own = [f"{i}.adapters." for i, loss in enumerate(distiller.losses) if loss.same_shape]
+    moved = [name for name in losses if name.startswith(tuple(own))]
+    for name in moved:
+        adapters[name.partition(".adapters.")[2].replace(".0.", ".")] = losses.pop(name)
+    if len(adapters) < len(moved) or (moved and losses):
+        raise _refusal(
+            path,
+            f"its losses hold adapters of feature maps ({moved[0]}), which are one for each tap "
+            "here, beside the losses",
+        )
+    return {**state, "losses": losses, "adapters": adapters}
 
 
 def saved_config(state: Mapping[str, str], path: Path) -> CfgNode:

@@ -18,7 +18,7 @@ from pcka.engine.config import ConfigError
 from pcka.engine.cuda_graph import CapturedFunction, RecordingError
 from pcka.engine.environment import autocast
 from pcka.losses import Loss, Outputs
-from pcka.observer import Observer
+from pcka.taps import Observer
 from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("classification")

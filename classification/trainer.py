@@ -254,6 +254,7 @@ class Trainer:
             "seconds": self.seconds,
             "student": self.distiller.student.state_dict(),
             "losses": self.distiller.losses.state_dict(),
+            "adapters": self.distiller.adapters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": self._random,
             "config": self.cfg.dump(),
@@ -265,6 +266,7 @@ class Trainer:
         self.epoch, self.best, self.seconds = state["epoch"], state["best"], state["seconds"]
         self.distiller.student.load_state_dict(state["student"])
         self.distiller.losses.load_state_dict(state["losses"])
+        self.distiller.adapters.load_state_dict(state["adapters"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
@@ -316,5 +318,5 @@ class Trainer:
 
 def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
     """Average gradients over processes; every process keeps the buffers that it computes."""
-    uses_logits = any(loss.needs_logits or not loss.needs_teacher for loss in distiller.losses)
+    uses_logits = any(loss.needs_logits for loss in distiller.losses)
     return DistributedDataParallel(distiller, find_unused_parameters=not uses_logits, **OWN_BUFFERS)

@@ -1,46 +1,61 @@
-"""Student, teacher and losses in one module: a batch in, named loss terms out."""
+"""Student, teacher, taps, adapters and losses in one module: a batch in, named loss terms out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from pcka.distributed import gather_batch, gather_outputs, world_size
-from pcka.losses import Context, Loss, Outputs
-from pcka.losses.base import NO_CONTEXT
+from pcka.losses.adapters import adapt, fit
+from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
+from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
-from pcka.observer import Observer
+from pcka.taps import LogitsOf, Observer
 from pcka.teacher import FrozenTeacher
+
+Batch = tuple[Outputs, Outputs | None, Tensor | None]  # student, teacher, target
 
 
 class Distiller(nn.Module):
     """Runs both models on a batch and gives the terms of every loss.
+
+    A feature's way: a tap reads it; where a loss compares maps of one shape, the student's goes
+    through the tap's adapter to the teacher's width and both are pooled to the smaller size; where
+    the loss relates samples, the batches of all processes are gathered; the loss compares.
 
     The teacher is held beside the module, not in it: it is in neither ``state_dict`` nor
     ``parameters``, but follows ``.to()``, ``.cuda()``, ``.half()``. It runs only where a loss
     needs it. Features are tapped during ``forward`` alone, so the student carries no hooks
     between steps.
 
-    In several processes (an initialised process group) relational losses see the samples of all
-    of them; wrap the distiller in ``DistributedDataParallel``, which averages the gradients.
+    In several processes (an initialised process group), wrap the distiller in
+    ``DistributedDataParallel``, which averages the gradients.
 
     Args:
-        student: the model to train, images -> logits ``(B, P)``.
-        teacher: the trained model, images -> logits; a plain module becomes a
-            :class:`FrozenTeacher`. None where no loss needs one.
+        student: the model to train, inputs -> logits ``(B, P)``, or what holds them.
+        teacher: the trained model, likewise; a plain module becomes a :class:`FrozenTeacher`. None
+            where no loss needs one.
         losses: modules as in :mod:`pcka.losses`.
-        taps: tap name -> (module path in the student, module path in the teacher).
+        taps: tap name -> (path in the student, path in the teacher), or one path for both, as
+            :class:`pcka.FeatureTap` takes them.
+        logits_of: where the logits are in what the models return, as
+            :func:`pcka.taps.find_logits` takes it; a :class:`FrozenTeacher` has its own.
+        gather: relational losses see the samples of all processes, whose features must be of one
+            shape; False: each process compares its own batch.
         compile: run the models through :func:`torch.compile`.
 
     Attributes:
-        teacher_paths: tap name -> module path of what the losses read of the teacher.
+        teacher_paths: tap name -> path of what the losses read of the teacher.
         runs_teacher: a loss needs the teacher.
+        adapters: tap name (a dot in it is a slash here) -> 1x1 convolution from the student's
+            width to the teacher's, where they differ and a loss compares maps of one shape; made
+            by :meth:`prepare`, shared by these losses.
         distillation_scale: factor of the terms of all losses that need a teacher, 1 from the
             start; a warm-up raises it from 0.
 
@@ -57,37 +72,54 @@ class Distiller(nn.Module):
         student: nn.Module,
         teacher: FrozenTeacher | nn.Module | None,
         losses: Sequence[Loss],
-        taps: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+        taps: Mapping[str, str | tuple[str, str]] = MappingProxyType({}),
         *,
+        logits_of: LogitsOf | None = None,
+        gather: bool = True,
         compile: bool = False,
     ) -> None:
         super().__init__()
         _check_apart(student, teacher)
         if isinstance(teacher, nn.Module) and not isinstance(teacher, FrozenTeacher):
-            teacher = FrozenTeacher(teacher)
+            teacher = FrozenTeacher(teacher, logits_of=logits_of)
         self.student = student
         # Through __dict__, because assigning a module registers it as a submodule.
         self.__dict__["teacher"] = teacher
         self.losses = nn.ModuleList(losses)
+        self.adapters = nn.ModuleDict()
+        self.gather = gather
         self.distillation_scale: float | Tensor = 1.0
         with_teacher = [loss for loss in losses if loss.needs_teacher]
         if with_teacher and teacher is None:
             raise ValueError(f"teacher: {type(with_teacher[0]).__name__} needs one, got None")
         self.runs_teacher = bool(with_teacher)
-        self._student_paths = {name: taps[name][0] for name in _needed_taps(losses, taps)}
-        self.teacher_paths = {name: taps[name][1] for name in _needed_taps(with_teacher, taps)}
-        self._observe_student = Observer(student, self._student_paths, compile=compile)
+        self._student_paths = _paths(losses, taps, 0)
+        self.teacher_paths = _paths(with_teacher, taps, 1)
+        self._observe_student = Observer(
+            student, self._student_paths, logits_of=logits_of, compile=compile
+        )
         self._observe_teacher: Observer | None = None
         if teacher is not None:
             self._observe_teacher = teacher.observer(self.teacher_paths, compile=compile)
 
+    def observe_student(self, *inputs: Any) -> Outputs:
+        """The student's outputs on its inputs, such as images ``(B, C, H, W)``."""
+        return self._observe_student(*inputs)
+
+    def observe_teacher(self, *inputs: Any) -> Outputs | None:
+        """The teacher's outputs on its inputs; None where no loss needs them."""
+        if self._observe_teacher is None or not self.runs_teacher:
+            return None
+        return self._observe_teacher(*inputs)
+
     @torch.no_grad()
     def prepare(
-        self, images: Tensor, teacher_images: Tensor | None = None, context: Context = NO_CONTEXT
+        self, images: Any, teacher_images: Any = None, context: Context = NO_CONTEXT
     ) -> None:
-        """Let the losses size their adapters by a dry run; call it before making the optimizer.
+        """Make the adapters, and let the losses make theirs, by a dry run of both models.
 
-        The mode of each of the student's modules and its batch-norm statistics stay as they are.
+        Call it before making the optimizer. The mode of each of the student's modules and its
+        batch-norm statistics stay as they are.
 
         Args:
             images: two or more samples, as for :meth:`forward`.
@@ -95,23 +127,65 @@ class Distiller(nn.Module):
             context: what some losses need to know of the run.
         """
         with evaluation_mode(self.student):
-            student = self._observe_student(images)
+            student = self.observe_student(images)
         teacher = self.observe_teacher(images if teacher_images is None else teacher_images)
-        self._check_logits(student, teacher)
-        for loss in cast(Iterable[Loss], self.losses):
-            loss.prepare(student, teacher, context)
+        self.prepare_for(student, teacher, context)
 
-    def observe_teacher(self, images: Tensor) -> Outputs | None:
-        """The teacher's outputs on its images ``(B, C, H', W')``; None where no loss needs them."""
-        if self._observe_teacher is None or not self.runs_teacher:
-            return None
-        return self._observe_teacher(images)
+    @torch.no_grad()
+    def prepare_for(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """:meth:`prepare` from outputs that the caller has.
+
+        Raises:
+            ValueError: features that a loss cannot compare, or something that it needs is missing.
+        """
+        losses = self._losses()
+        for tap in _taps_of(loss for loss in losses if loss.same_shape):
+            own, other = student.feature(tap), _given(teacher).feature(tap)
+            at_one_size(own, other)  # refuses what is no map
+            widths = own.shape[1], other.shape[1]
+            if widths[0] != widths[1]:
+                self.adapters[_key(tap)] = fit(nn.Conv2d(*widths, 1), own)
+        adapted = self._at_one_shape(student, teacher)
+        for loss in losses:
+            self._check_logits(loss, student, teacher)
+            loss.prepare(*(adapted if loss.same_shape else (student, teacher)), context)
+
+    def terms(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Term]:
+        """The terms of all losses on outputs that the caller has, each with its weight.
+
+        Args:
+            student: as :meth:`observe_student` gives them.
+            teacher: as :meth:`observe_teacher` gives them.
+            target: as for :meth:`forward`.
+
+        Returns:
+            ``loss_...`` -> weight, with ``distillation_scale`` in it, and scalar.
+
+        Raises:
+            ValueError: a loss gives no term, two give one of the same name, or a model gave no
+                logits and a loss needs them.
+        """
+        if teacher is not None:
+            teacher = _cast_like(student, teacher)
+        given = self._given_to_losses(student, teacher, target)
+        terms: dict[str, Term] = {}
+        for loss in self._losses():
+            self._check_logits(loss, student, teacher)
+            added = loss.terms(*given[self._way(loss)])
+            _check_names(loss, added, terms)
+            scale = self.distillation_scale if loss.needs_teacher else 1.0
+            terms |= {name: Term(scale * weight, value) for name, (weight, value) in added.items()}
+        return terms
 
     def forward(
         self,
-        images: Tensor,
+        images: Any,
         target: Tensor | None,
-        teacher_images: Tensor | None = None,
+        teacher_images: Any = None,
         *,
         indices: Tensor | None = None,
         teacher_outputs: Outputs | None = None,
@@ -119,7 +193,7 @@ class Distiller(nn.Module):
         """The weighted terms of all losses; their sum is what to train on.
 
         Args:
-            images: ``(B, C, H, W)``, normalised for the student.
+            images: ``(B, C, H, W)``, normalised for the student, or what else it takes.
             target: what the losses compare with, ``(B,)`` class indices for cross-entropy.
             teacher_images: ``(B, C, H', W')`` of the same samples, normalised for the teacher;
                 ``images`` where None.
@@ -130,60 +204,76 @@ class Distiller(nn.Module):
                 then.
 
         Returns:
-            ``loss_...`` -> scalar, with a graph to the student and to the losses' own parameters.
+            ``loss_...`` -> scalar, with a graph to the student, the adapters and the losses' own
+            parameters.
 
         Raises:
-            ValueError: two losses give a term of the same name, or a model gives no tensor.
+            ValueError: as :meth:`terms`.
         """
-        student = replace(self._observe_student(images), indices=indices)
+        student = replace(self.observe_student(images), indices=indices)
         teacher = teacher_outputs
         if teacher is None:
             teacher = self.observe_teacher(images if teacher_images is None else teacher_images)
-        self._check_logits(student, teacher)
-        if teacher is not None:
-            teacher = _cast_like(student, teacher)
-        own = student, teacher, target
-        gathered = self._gather(*own)
-        terms: dict[str, Tensor] = {}
-        for loss in self.losses:
-            added = loss(*(gathered if loss.relational else own))
-            if twice := terms.keys() & added.keys():
-                raise ValueError(
-                    f"losses: {type(loss).__name__} gives {', '.join(sorted(twice))}, which "
-                    "another loss gives already; keep one of the two"
-                )
-            scale = self.distillation_scale if loss.needs_teacher else 1.0
-            terms.update({name: scale * term for name, term in added.items()})
-        return terms
+        terms = self.terms(student, teacher, target)
+        return {name: term.weighted for name, term in terms.items()}
 
-    def _check_logits(self, student: Outputs, teacher: Outputs | None) -> None:
-        """Refuse models that return a dict, a tuple or an object of their own."""
-        wrapped = None if self.teacher is None else self.teacher.model
-        for role, model, outputs in (
-            ("student", self.student, student),
-            ("teacher", wrapped, teacher),
-        ):
-            logits = None if outputs is None else outputs.logits
-            if not (logits is None or isinstance(logits, Tensor)):
-                raise ValueError(
-                    f"{role}: {type(model).__name__} returned {type(logits).__name__}, expected "
-                    "its logits, a tensor (B, P); pass a module whose forward() returns the "
-                    "tensor alone, such as model(images).logits or model(images)['logits']"
-                )
+    def _losses(self) -> list[Loss]:
+        return list(cast(Iterable[Loss], self.losses))
 
-    def _gather(
+    def _way(self, loss: Loss) -> tuple[bool, bool]:
+        """Whether what a loss is given is at one shape, and of all processes."""
+        return loss.same_shape, loss.relational and self.gather and world_size() > 1
+
+    def _given_to_losses(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> tuple[Outputs, Outputs | None, Tensor | None]:
-        """What relational losses are called with: the batch of all processes."""
-        relational = [loss for loss in cast(Iterable[Loss], self.losses) if loss.relational]
-        if world_size() == 1 or not relational:
-            return student, teacher, target
-        taps = _needed_taps(relational, self._student_paths)
-        return (
-            gather_outputs(student, taps),
-            None if teacher is None else gather_outputs(teacher, taps),
-            None if target is None else gather_batch(target),
-        )
+    ) -> dict[tuple[bool, bool], Batch]:
+        """What the losses of each way are called with."""
+        given: dict[tuple[bool, bool], Batch] = {}
+        ways: dict[tuple[bool, bool], list[Loss]] = {}
+        for loss in self._losses():
+            ways.setdefault(self._way(loss), []).append(loss)
+        adapted = self._at_one_shape(student, teacher)
+        for way, losses in ways.items():
+            at_one_shape, gathered = way
+            given[way] = (*(adapted if at_one_shape else (student, teacher)), target)
+            if gathered:
+                given[way] = _gathered(*given[way], _taps_of(losses))
+        return given
+
+    def _at_one_shape(
+        self, student: Outputs, teacher: Outputs | None
+    ) -> tuple[Outputs, Outputs | None]:
+        """Both models' outputs, the maps that losses compare at one shape brought to one."""
+        taps = _taps_of(loss for loss in self._losses() if loss.same_shape)
+        if not taps or teacher is None:
+            return student, teacher
+        own, other = dict(student.features), dict(teacher.features)
+        for tap in taps:
+            own[tap], other[tap] = self._match(tap, student.feature(tap), teacher.feature(tap))
+        return replace(student, features=own), replace(teacher, features=other)
+
+    def _match(self, tap: str, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps at one shape; those of one shape stay as they are, in their dtype."""
+        if _key(tap) in self.adapters:
+            own = adapt(self.adapters[_key(tap)], own)
+        if own.shape[2:] != other.shape[2:]:
+            own, other = at_one_size(own, other)
+        return own, other.to(own.dtype)
+
+    def _check_logits(self, loss: Loss, student: Outputs, teacher: Outputs | None) -> None:
+        """Refuse models in whose outputs no logits were found, where the loss needs them."""
+        if not loss.needs_logits:
+            return
+        models = [("student", self.student, student)]
+        if loss.needs_teacher and self.teacher is not None and teacher is not None:
+            models.append(("teacher", self.teacher.model, teacher))
+        for role, model, outputs in models:
+            if not isinstance(outputs.logits, Tensor):
+                raise ValueError(
+                    f"{role}: {type(loss).__name__} needs logits (B, P), and none were found in "
+                    f"what {type(model).__name__} returned ({type(outputs.raw).__name__}); name "
+                    "their key or attribute, or pass a function that finds them, as logits_of"
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Every move and cast of a module goes through here: take the teacher along."""
@@ -191,6 +281,26 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
         return self
+
+
+def _key(tap: str) -> str:
+    """A tap's name as that of a submodule, which takes no dots."""
+    return tap.replace(".", "/")
+
+
+def _taps_of(losses: Iterable[Loss]) -> list[str]:
+    return list(dict.fromkeys(tap for loss in losses for tap in loss.taps))
+
+
+def _gathered(
+    student: Outputs, teacher: Outputs | None, target: Tensor | None, taps: Sequence[str]
+) -> Batch:
+    """The batch of all processes."""
+    return (
+        gather_outputs(student, taps),
+        None if teacher is None else gather_outputs(teacher, taps),
+        None if target is None else gather_batch(target),
+    )
 
 
 def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
@@ -203,11 +313,31 @@ def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
         for name, feature in student.features.items()
         if name in teacher.features
     }
-    return Outputs(logits=logits, features=features)
+    return replace(teacher, logits=logits, features=features)
 
 
-def _needed_taps(losses: Iterable[Loss], taps: Mapping[str, object]) -> list[str]:
-    needed = []
+def _given(teacher: Outputs | None) -> Outputs:
+    if teacher is None:
+        raise ValueError("teacher: a loss compares its feature maps, got None; pass its outputs")
+    return teacher
+
+
+def _check_names(loss: Loss, added: Mapping[str, Term], terms: Mapping[str, Term]) -> None:
+    name = type(loss).__name__
+    if not added:
+        raise ValueError(f"losses: {name} gives no term; check its settings, or leave it out")
+    if twice := terms.keys() & added.keys():
+        raise ValueError(
+            f"losses: {name} gives {', '.join(sorted(twice))}, which another loss gives already; "
+            "keep one of the two, or give one another log_name"
+        )
+
+
+def _paths(
+    losses: Iterable[Loss], taps: Mapping[str, str | tuple[str, str]], side: int
+) -> dict[str, str]:
+    """Tap name -> path in the student (``side`` 0) or the teacher (1), of what the losses read."""
+    paths = {}
     for loss in losses:
         for name in loss.taps:
             if name not in taps:
@@ -215,8 +345,15 @@ def _needed_taps(losses: Iterable[Loss], taps: Mapping[str, object]) -> list[str
                     f"taps: {type(loss).__name__} needs the tap {name!r}, there are "
                     f"{sorted(taps)}; add {name!r}: (student path, teacher path)"
                 )
-            needed.append(name)
-    return list(dict.fromkeys(needed))
+            given = taps[name]
+            pair = (given, given) if isinstance(given, str) else tuple(given)
+            if len(pair) != 2:
+                raise ValueError(
+                    f"taps: {name!r} must be (student path, teacher path) or one path for both, "
+                    f"got {given!r}"
+                )
+            paths[name] = pair[side]
+    return paths
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:

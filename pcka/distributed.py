@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pcka.losses.outputs import Outputs
+from pcka.losses.base import Outputs
 
 # Keyword of DistributedDataParallel by which every process keeps the buffers that it computes:
 # renamed in torch 2.14, which warns of the old name.

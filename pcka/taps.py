@@ -1,28 +1,59 @@
-"""Reading the intermediate features of a model, by module path."""
+"""What a model gives on a batch: its logits, and features read inside it, by module path."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pcka.losses.base import Outputs
+
 INPUT_SUFFIX = ":input"
+
+LogitsOf = str | Callable[[Any], Tensor | None]
 
 
 class _Reading(NamedTuple):
-    """What a tap path names: the output of a module, or its input."""
+    """What a tap path names: the output of a module, a part of it, or the module's input."""
 
     path: str
-    side: str
+    key: str
+    is_input: bool
 
     @classmethod
-    def of(cls, path: str) -> _Reading:
-        side = "input" if path.endswith(INPUT_SUFFIX) else "output"
-        return cls(path.removesuffix(INPUT_SUFFIX), side)
+    def of(cls, text: str) -> _Reading:
+        path, _, key = text.partition(":")
+        return cls(path, key, is_input=f":{key}" == INPUT_SUFFIX)
+
+    @property
+    def module(self) -> str:
+        return f"module {self.path!r}" if self.path else "the model"
+
+    def pick(self, name: str, value: Any) -> Tensor:
+        """The tensor that the tap ``name`` reads of what the module returned, or was given."""
+        if self.key and not self.is_input:
+            found = part(value, self.key)
+            if found is None:
+                raise ValueError(
+                    f"tap {name!r}: {self.module} returned {type(value).__name__} without "
+                    f"{self.key!r}; there are {_parts(value)}"
+                )
+            value = found
+        if not isinstance(value, Tensor):
+            verb = "got as first positional argument" if self.is_input else "returned"
+            way_out = "tap a module inside it"
+            if not self.is_input and (parts := _parts(value)) != "none":
+                way_out += f", or name a part, '{self.path}:KEY' (there are {parts})"
+            raise ValueError(
+                f"tap {name!r}: {self.module} {verb} {type(value).__name__}, expected a tensor; "
+                f"{way_out}"
+            )
+        return value
 
 
 class FeatureTap:
@@ -30,8 +61,10 @@ class FeatureTap:
 
     ``with FeatureTap(model, {"stage3": "layer3"}) as tap: logits = model(x); f = tap.pop()``
 
-    A path followed by ``:input`` reads what goes into the module instead: ``"layer3.2.relu:input"``
-    is the third block of ``layer3`` before its activation.
+    A path followed by ``:KEY`` reads a part of what the module returns: the entry of a dict, the
+    number of an item, or an attribute (``"backbone:p3"``, ``"lstm:0"``). A path followed by
+    ``:input`` reads what goes into the module instead: ``"layer3.2.relu:input"`` is the third block
+    of ``layer3`` before its activation. An empty path is the model itself (``":p3"``).
 
     A tap holds the output (or input) of exactly one call: a module that runs twice before
     :meth:`pop` (because it is shared within the model, or because the model ran twice) has no
@@ -41,7 +74,8 @@ class FeatureTap:
     Args:
         model: the module to read from.
         paths: tap name -> module path, as in ``model.named_modules()``, for the module's output;
-            with ``:input`` behind it for its first positional argument.
+            with ``:KEY`` behind it for a part of that, with ``:input`` for the module's first
+            positional argument.
 
     Raises:
         ValueError: a path that the model does not have; the message lists near matches.
@@ -51,7 +85,10 @@ class FeatureTap:
         self._readings = {name: _Reading.of(path) for name, path in paths.items()}
         _check_paths(model, self._readings)
         self._features: dict[str, tuple[Tensor, int]] = {}
-        self._handles = [self._attach(model, name) for name in paths]
+        self._handles = [
+            _hook(model, reading, _KeepOne(self, name, reading))
+            for name, reading in self._readings.items()
+        ]
 
     def pop(self) -> dict[str, Tensor]:
         """The features of the last forward pass by tap name; the tap forgets them.
@@ -60,20 +97,20 @@ class FeatureTap:
             RuntimeError: a tapped module did not run, or what it gave was changed in place since.
         """
         features, self._features = self._features, {}
-        for name, (path, side) in self._readings.items():
+        for name, reading in self._readings.items():
             if name not in features:
                 raise RuntimeError(
-                    f"tap {name!r}: module {path!r} did not run since the last pop(); run the "
+                    f"tap {name!r}: {reading.module} did not run since the last pop(); run the "
                     "model first, and tap a module that its forward pass calls"
                 )
             feature, version = features[name]
             if _version(feature) != version:
-                way_out = {
-                    "output": "tap the module that changes it (often the activation)",
-                    "input": "build what changes it (often the module itself) with inplace=False",
-                }[side]
+                side, way_out = "output", "tap the module that changes it (often the activation)"
+                if reading.is_input:
+                    side = "input"
+                    way_out = "build what changes it (often the module itself) with inplace=False"
                 raise RuntimeError(
-                    f"tap {name!r}: the {side} of module {path!r} was changed in place after it "
+                    f"tap {name!r}: the {side} of {reading.module} was changed in place after it "
                     f"was tapped; {way_out}"
                 )
         return {name: features[name][0] for name in self._readings}
@@ -96,41 +133,180 @@ class FeatureTap:
     ) -> None:
         self.remove()
 
-    def _attach(self, model: nn.Module, name: str) -> RemovableHandle:
-        path, side = self._readings[name]
-        module = model.get_submodule(path)
-        if side == "output":
-            return module.register_forward_hook(lambda _module, _inputs, y: self._keep(name, y))
-        # Before the module runs, because it may overwrite its input, and then nobody could tell.
-        return module.register_forward_pre_hook(
-            lambda _module, inputs: self._keep(name, inputs[0] if inputs else None)
-        )
 
-    def _keep(self, name: str, feature: object) -> None:
-        path, side = self._readings[name]
-        if not isinstance(feature, Tensor):
-            verb = {"output": "returned", "input": "got as first positional argument"}[side]
-            raise ValueError(
-                f"tap {name!r}: module {path!r} {verb} {type(feature).__name__}, expected a "
-                "tensor; tap a module inside it"
-            )
-        if name in self._features:
+class Observer:
+    """Runs a model and gives what it returns and what its taps read, as :class:`Outputs`.
+
+    Eager, the taps are on the model during the call alone. Compiled, they are plain hooks that
+    stay on it, because :func:`torch.compile` traces through those; they keep nothing when the
+    model is called otherwise.
+
+    Args:
+        model: inputs, such as images ``(B, C, H, W)`` -> what :func:`find_logits` looks into.
+        paths: tap name -> path in ``root``, as :class:`FeatureTap` takes them.
+        root: the module that the paths start from; ``model`` where None.
+        logits_of: as :func:`find_logits` takes it.
+        compile: run through :func:`torch.compile`. The first call takes long, and so does the
+            first one of another shape or mode.
+
+    Raises:
+        ValueError: a path that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Mapping[str, str],
+        *,
+        root: nn.Module | None = None,
+        logits_of: LogitsOf | None = None,
+        compile: bool = False,
+    ) -> None:
+        self._model = model
+        self._root = model if root is None else root
+        self._paths = {name: path or ":" for name, path in paths.items()}
+        self._logits_of = logits_of
+        FeatureTap(self._root, self._paths).remove()  # refuses unknown paths
+        self._compiled: Callable[..., tuple[Any, dict[str, Tensor]]] | None = None
+        if compile:
+            self._features: dict[str, Tensor] = {}
+            self._watching = False
+            for name, path in self._paths.items():
+                reading = _Reading.of(path)
+                _hook(self._root, reading, _KeepWatched(self, name, reading))
+            self._compiled = torch.compile(self._hooked)
+
+    def __call__(self, *inputs: Any) -> Outputs:
+        """Logits, tapped features and what the model returned, of one forward pass."""
+        raw, features = (self._tapped if self._compiled is None else self._watched)(*inputs)
+        return Outputs(find_logits(raw, self._logits_of), features, raw=raw)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: compiled code belongs to this very observer."""
+        return {**self.__dict__, "_compiled": None, "_compile": self._compiled is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compile = state.pop("_compile")
+        self.__dict__.update(state)
+        if compile:
+            self._compiled = torch.compile(self._hooked)
+
+    def _tapped(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        with FeatureTap(self._root, self._paths) as tap:
+            raw = self._model(*inputs)
+            return raw, tap.pop()
+
+    def _watched(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        assert self._compiled is not None
+        self._watching = True
+        try:
+            return self._compiled(*inputs)
+        finally:
+            self._watching = False
+
+    def _hooked(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        raw = self._model(*inputs)
+        # Looks at every path, because what was compiled for another observer is used again for
+        # this one where all that it looked at is the same, and hooks are not looked at.
+        features = {name: self._features[name] for name, path in self._paths.items() if path}
+        self._features.clear()
+        return raw, features
+
+
+def find_logits(output: Any, logits_of: LogitsOf | None = None) -> Tensor | None:
+    """The logits in what a model returned; None where there are none.
+
+    Args:
+        output: a tensor, which is the logits; a mapping or an object, of which the entry or the
+            attribute ``logits`` is; or a tuple or list, of which the first tensor is.
+        logits_of: the name of another entry or attribute, or a function of ``output``.
+    """
+    if callable(logits_of):
+        return logits_of(output)
+    if isinstance(output, Tensor):
+        return output
+    found = part(output, logits_of or "logits")
+    if found is None and logits_of is None and isinstance(output, tuple | list):
+        found = next((item for item in output if isinstance(item, Tensor)), None)
+    return found if isinstance(found, Tensor) else None
+
+
+def part(value: Any, key: str) -> Any:
+    """The entry, item or attribute ``key`` of what a module returned; None where it has none."""
+    number = int(key) if key.lstrip("-").isdigit() else None
+    if isinstance(value, Mapping):
+        return value.get(key, value.get(number))
+    if isinstance(value, Sequence) and number is not None:
+        return value[number] if -len(value) <= number < len(value) else None
+    return getattr(value, key, None)
+
+
+class _Keep:
+    """A hook as an object, so that a copied model's hook keeps for the copied keeper."""
+
+    def __init__(self, keeper: Any, name: str, reading: _Reading) -> None:
+        self.keeper = keeper
+        self.name = name
+        self.reading = reading
+
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
+        self.keep(output[0] if output else inputs[0] if inputs else None)
+
+    def keep(self, value: Any) -> None:
+        raise NotImplementedError
+
+
+class _KeepWatched(_Keep):
+    """For an observer, while it watches."""
+
+    def keep(self, value: Any) -> None:
+        if self.keeper._watching:
+            self.keeper._features[self.name] = self.reading.pick(self.name, value)
+
+
+class _KeepOne(_Keep):
+    """For a tap; a second call is an error, and each tensor's version is kept beside it."""
+
+    def keep(self, value: Any) -> None:
+        feature = self.reading.pick(self.name, value)
+        if self.name in self.keeper._features:
             raise RuntimeError(
-                f"tap {name!r}: module {path!r} ran twice since the last pop(); call pop() "
-                "after each forward pass, and tap a module that runs once in it"
+                f"tap {self.name!r}: {self.reading.module} ran twice since the last pop(); call "
+                "pop() after each forward pass, and tap a module that runs once in it"
             )
-        self._features[name] = feature, _version(feature)
+        self.keeper._features[self.name] = feature, _version(feature)
+
+
+def _hook(model: nn.Module, reading: _Reading, keep: _Keep) -> RemovableHandle:
+    module = model.get_submodule(reading.path)
+    if reading.is_input:
+        # Before the module runs, because it may overwrite its input, and then nobody could tell.
+        return module.register_forward_pre_hook(keep)
+    return module.register_forward_hook(keep)
 
 
 def _check_paths(model: nn.Module, readings: Mapping[str, _Reading]) -> None:
     known = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    for name, (path, _) in readings.items():
-        if path not in known:
-            near = difflib.get_close_matches(path, known, n=5, cutoff=0.4)
+    for name, reading in readings.items():
+        if reading.path not in known:
+            near = difflib.get_close_matches(reading.path, known, n=5, cutoff=0.4)
             raise ValueError(
-                f"tap {name!r}: {type(model).__name__} has no module {path!r}; "
+                f"tap {name!r}: {type(model).__name__} has no module {reading.path!r}; "
                 f"near matches: {', '.join(near) or 'none'}. model.named_modules() lists all paths"
             )
+
+
+def _parts(value: Any) -> str:
+    """What :func:`part` finds in a value, for messages."""
+    if isinstance(value, Mapping):
+        names = list(value)
+    elif hasattr(value, "_fields"):
+        names = list(value._fields)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        names = list(range(len(value)))
+    else:
+        names = list(getattr(value, "__dict__", ()))
+    return ", ".join(map(str, names)) or "none"
 
 
 def _version(feature: Tensor) -> int:

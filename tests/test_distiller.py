@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pcka.distiller import Distiller
-from pcka.losses import CE, FCKA, FITNET, KD, RCKA, Loss, Outputs, fcka_loss, kd_loss
+from pcka.losses import CE, FCKA, KD, RCKA, FitNet, Loss, Outputs, Term, fcka_loss, kd_loss
 from pcka.teacher import FrozenTeacher
 
 IMAGES = torch.linspace(-2, 3, 6 * 3 * 8 * 8).sin().view(6, 3, 8, 8)
@@ -82,7 +82,7 @@ def test_the_teacher_is_no_part_of_the_state(student, teacher):
     distiller = Distiller(student, teacher, [KD()])
     assert isinstance(distiller.teacher, FrozenTeacher)
     assert set(distiller.state_dict()) == {f"student.{name}" for name in student.state_dict()}
-    assert dict(distiller.named_children()).keys() == {"student", "losses"}
+    assert dict(distiller.named_children()).keys() == {"student", "losses", "adapters"}
 
 
 def test_the_teacher_stays_frozen_and_the_student_trains(student, teacher):
@@ -127,9 +127,9 @@ def test_taps_that_no_loss_needs_are_not_hooked(student, teacher):
     class Spy(Loss):
         taps = ("stage2",)
 
-        def forward(self, student: Outputs, teacher: Outputs | None, target):
+        def terms(self, student: Outputs, teacher: Outputs | None, target):
             seen.update(student=set(student.features), teacher=set(teacher.features))
-            return {"loss_spy": student.logits.sum()}
+            return {"loss_spy": Term(1.0, student.logits.sum())}
 
     Distiller(student, teacher, [CE(), Spy()], taps)(IMAGES, TARGET)
     assert seen == {"student": {"stage2"}, "teacher": {"stage2"}}
@@ -156,9 +156,9 @@ def test_teacher_outputs_take_the_dtypes_of_the_student(student, teacher):
     class Spy(Loss):
         taps = ("stage2",)
 
-        def forward(self, student: Outputs, teacher: Outputs | None, target):
+        def terms(self, student: Outputs, teacher: Outputs | None, target):
             seen.extend((teacher.logits.dtype, teacher.feature("stage2").dtype))
-            return {"loss_spy": student.logits.sum()}
+            return {"loss_spy": Term(1.0, student.logits.sum())}
 
     distiller = Distiller(student, teacher, [Spy()], TAPS)
     student.bfloat16()
@@ -182,8 +182,8 @@ def test_parameters_of_losses_are_trained_and_saved(student, teacher):
             super().__init__()
             self.scale = nn.Parameter(torch.ones(()))
 
-        def forward(self, student: Outputs, teacher: Outputs | None, target):
-            return {"loss_adapted": self.scale * student.logits.sum()}
+        def terms(self, student: Outputs, teacher: Outputs | None, target):
+            return {"loss_adapted": Term(1.0, self.scale * student.logits.sum())}
 
     distiller = Distiller(student, teacher, [Adapted()])
     assert "losses.0.scale" in distiller.state_dict()
@@ -205,7 +205,7 @@ def test_refusals_at_construction(student, teacher):
 
 def test_preparing_gives_every_module_its_own_mode_back(student, teacher):
     """Frozen batch norms stay frozen, and an error leaves nothing in evaluation mode."""
-    distiller = Distiller(student.train(), teacher, [FITNET(stages=("stage2",))], TAPS)
+    distiller = Distiller(student.train(), teacher, [FitNet(stages=("stage2",))], TAPS)
     student.stem[1].eval()
     statistics = {name: value.clone() for name, value in student.named_buffers()}
     before = [module.training for module in student.modules()]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from classification.distillation import model_taps
 from classification.models import create_model
-from pcka.folding import fold_batch_norms
 from pcka.taps import FeatureTap
+from pcka.teacher import fold_batch_norms
 
 # Of each family one: with and without pre-activation, depthwise and grouped convolutions, dense
 # ones with a bias, and the two shapes of block.

@@ -10,7 +10,7 @@ from torch import nn
 
 from pcka import Distiller
 from pcka.losses import Context, build
-from pcka.observer import Observer
+from pcka.taps import Observer
 
 PATHS = {"map": "0", "before": "2:input", "pooled": "4"}
 

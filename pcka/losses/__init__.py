@@ -1,108 +1,77 @@
-"""Losses: pure functions of student and teacher tensors, and a module of each, by name."""
+# ruff: noqa: F401 (__all__ has the names, from the registry)
+"""Losses: pure functions of student and teacher tensors, and a module of each, by name.
+
+What holds for all of them:
+
+- **Dtypes.** Both models' tensors may be of any floating dtype, also of two; sums are formed in
+  float32, or in float64 where either model gives float64, and so is the result, under autocast too.
+- **Gradients.** No gradient reaches what the teacher gave. (:func:`cc_neighbours_loss` compares two
+  trained embeddings and sends it to both; the module :class:`CC` embeds detached features.)
+- **Keywords.** Functions take tensors by position and settings by keyword; modules take settings
+  alone, by keyword, each with a default.
+- **Lists.** Where a list is meant, text is refused; a setting of each stage may be a single value,
+  bare or in a list, which then serves all stages.
+- **Refusals.** ``ValueError`` names the argument, what was expected and what came.
+
+Nothing is imported before it is named: ``losses.KD`` and ``losses.build("KD")`` import what they
+need.
+"""
 
 from __future__ import annotations
 
-from pcka.losses.at import AT, at_loss
-from pcka.losses.base import Loss
-from pcka.losses.cc import CC, cc_loss, cc_neighbours_loss
-from pcka.losses.crd import CRD, crd_loss
-from pcka.losses.cross_entropy import CE
-from pcka.losses.cwd import CWD, cwd_loss
-from pcka.losses.degenerate import DegenerateLevelWarning
-from pcka.losses.dist import DIST, dist_loss
-from pcka.losses.dkd import DKD, dkd_loss
-from pcka.losses.fcka import FCKA, fcka_loss
-from pcka.losses.fitnet import FITNET, fitnet_loss
-from pcka.losses.ickd import ICKD, ickd_loss
-from pcka.losses.ikl import IKL, ikl_loss
-from pcka.losses.kd import KD, kd_loss
-from pcka.losses.kdsvd import KDSVD, kdsvd_loss
-from pcka.losses.lcka import LCKA, lcka_loss
-from pcka.losses.logitwise import standardized_logits
-from pcka.losses.mgd import MGD, mgd_loss
-from pcka.losses.nkd import NKD, nkd_loss
-from pcka.losses.nst import NST, nst_loss
-from pcka.losses.ofd import OFD, ofd_loss
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.patched import PATCHED, patched_loss
-from pcka.losses.pcka import PCKA, pcka_loss
-from pcka.losses.pkd import PKD, pkd_loss
-from pcka.losses.pkt import PKT, pkt_loss
-from pcka.losses.rcka import RCKA, rcka_loss
-from pcka.losses.registry import build, defaults, names, register
-from pcka.losses.reviewkd import REVIEWKD, hcl_loss
-from pcka.losses.rkd import RKD, rkd_loss
-from pcka.losses.sp import SP, sp_loss
-from pcka.losses.srrl import SRRL, srrl_loss
-from pcka.losses.vid import VID, vid_loss
-from pcka.losses.wttm import WTTM, wttm_loss
+from typing import TYPE_CHECKING
+
+from pcka.losses.base import Context, Loss, Outputs, Term
+from pcka.losses.numerics import DegenerateLevelWarning, standardized_logits
+from pcka.losses.registry import MODULE_OF, build, defaults, names, public, register
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ finds the same names
+    from pcka.losses.at import AT, at_loss
+    from pcka.losses.cc import CC, cc_loss, cc_neighbours_loss
+    from pcka.losses.crd import CRD, crd_loss
+    from pcka.losses.cross_entropy import CE
+    from pcka.losses.cwd import CWD, cwd_loss
+    from pcka.losses.dist import DIST, dist_loss
+    from pcka.losses.dkd import DKD, dkd_loss
+    from pcka.losses.fcka import FCKA, fcka_loss
+    from pcka.losses.fitnet import FitNet, fitnet_loss
+    from pcka.losses.ickd import ICKD, ickd_loss
+    from pcka.losses.ikl import IKL, ikl_loss
+    from pcka.losses.kd import KD, kd_loss
+    from pcka.losses.kdsvd import KDSVD, kdsvd_loss
+    from pcka.losses.lcka import LCKA, lcka_loss
+    from pcka.losses.mgd import MGD, mgd_loss
+    from pcka.losses.nkd import NKD, nkd_loss
+    from pcka.losses.nst import NST, nst_loss
+    from pcka.losses.ofd import OFD, ofd_loss
+    from pcka.losses.patched import Patched, patched_loss
+    from pcka.losses.pcka import PCKA, pcka_loss
+    from pcka.losses.pkd import PKD, pkd_loss
+    from pcka.losses.pkt import PKT, pkt_loss
+    from pcka.losses.rcka import RCKA, rcka_loss
+    from pcka.losses.reviewkd import ReviewKD, hcl_loss
+    from pcka.losses.rkd import RKD, rkd_loss
+    from pcka.losses.sp import SP, sp_loss
+    from pcka.losses.srrl import SRRL, srrl_loss
+    from pcka.losses.vid import VID, vid_loss
+    from pcka.losses.wttm import WTTM, wttm_loss
+else:
+    __getattr__ = public
 
 __all__ = [
-    "AT",
-    "CC",
-    "CE",
-    "CRD",
-    "CWD",
-    "DIST",
-    "DKD",
-    "FCKA",
-    "FITNET",
-    "ICKD",
-    "IKL",
-    "KD",
-    "KDSVD",
-    "LCKA",
-    "MGD",
-    "NKD",
-    "NST",
-    "OFD",
-    "PATCHED",
-    "PCKA",
-    "PKD",
-    "PKT",
-    "RCKA",
-    "REVIEWKD",
-    "RKD",
-    "SP",
-    "SRRL",
-    "VID",
-    "WTTM",
     "Context",
     "DegenerateLevelWarning",
     "Loss",
     "Outputs",
-    "at_loss",
+    "Term",
     "build",
-    "cc_loss",
-    "cc_neighbours_loss",
-    "crd_loss",
-    "cwd_loss",
     "defaults",
-    "dist_loss",
-    "dkd_loss",
-    "fcka_loss",
-    "fitnet_loss",
-    "hcl_loss",
-    "ickd_loss",
-    "ikl_loss",
-    "kd_loss",
-    "kdsvd_loss",
-    "lcka_loss",
-    "mgd_loss",
     "names",
-    "nkd_loss",
-    "nst_loss",
-    "ofd_loss",
-    "patched_loss",
-    "pcka_loss",
-    "pkd_loss",
-    "pkt_loss",
-    "rcka_loss",
     "register",
-    "rkd_loss",
-    "sp_loss",
-    "srrl_loss",
     "standardized_logits",
-    "vid_loss",
-    "wttm_loss",
+    *MODULE_OF,
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

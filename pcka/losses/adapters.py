@@ -1,20 +1,18 @@
 """Adapters: small trained layers that bring features to another width or size.
 
-A loss makes them in ``prepare`` from the shapes of a dry run, one at a time by :func:`fit` or for
-all of its maps by :func:`fit_maps`, and sends features through them by :func:`adapted`, or one at a
-time by :func:`adapt`.
+They are made from the shapes of a dry run, one at a time by :func:`fit` or for all of a loss's maps
+by :func:`fit_maps`; features go through them by :func:`adapt`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from pcka.losses.map_size import at_one_size
-from pcka.losses.outputs import Outputs
+from pcka.losses.base import Outputs
+from pcka.losses.numerics import at_one_size
 from pcka.ops.reference import accumulation_dtype
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,26 +113,6 @@ def fit_maps(
     return modules
 
 
-def fit_widths(
-    student: Outputs, teacher: Outputs, stages: Sequence[str], *, bias: bool = True
-) -> nn.ModuleDict:
-    """A 1x1 convolution to the teacher's width for each stage whose widths differ.
-
-    Args:
-        student: outputs of the dry run.
-        teacher: likewise.
-        stages: names of features ``(B, C, H, W)``.
-        bias: give the convolutions a bias.
-    """
-    modules = nn.ModuleDict()
-    for stage in stages:
-        feature = student.feature(stage)
-        widths = feature.shape[1], teacher.feature(stage).shape[1]
-        if widths[0] != widths[1]:
-            modules[stage] = fit(pointwise(*widths, bias=bias), feature)
-    return modules
-
-
 def prepared(module: M | None, loss: str) -> M:
     """``module``, or an error that says what makes it.
 
@@ -159,19 +137,6 @@ def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
     Under autocast the adapter's layers choose their dtype, as in any other model.
     """
     return adapter(feature.to(next(adapter.parameters()).dtype))
-
-
-def adapted(outputs: Outputs, adapters: nn.ModuleDict, loss: str) -> Outputs:
-    """``outputs``, each feature that ``adapters`` names having gone through its adapter.
-
-    Raises:
-        RuntimeError: ``adapters`` is empty: ``prepare`` was not called.
-    """
-    features = {
-        name: adapt(adapter, outputs.feature(name))
-        for name, adapter in prepared(adapters, loss).items()
-    }
-    return dataclasses.replace(outputs, features={**outputs.features, **features})
 
 
 def _map_shape(shape: Sequence[int], model: str) -> tuple[int, int, int]:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.checks import check_samples
-from pcka.losses.map_size import at_one_size
-from pcka.losses.precision import unit_length
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import at_one_size, unit_length
 
 
-def at_loss(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
+def at_loss(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
     r"""Mean squared difference of normalised attention maps.
 
     ``mean((Q_s - Q_t)^2)``, ``Q = F / ||F||_2`` of each sample with ``F = mean over channels of
@@ -31,8 +29,7 @@ def at_loss(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
     Raises:
         ValueError: features that are no maps, or do not hold the same samples.
     """
-    check_samples(student, teacher)
-    student, teacher = at_one_size(student, teacher.detach())
+    student, teacher = at_one_size(*as_samples(student, teacher))
     difference = _attention(student, p) - _attention(teacher, p)
     return difference.square().mean()
 
@@ -41,7 +38,6 @@ def _attention(x: Tensor, p: float) -> Tensor:
     return unit_length(x.abs().pow(p).mean(1).flatten(1), dim=1)
 
 
-@register("AT")
 class AT(StagewiseLoss):
     """:func:`at_loss` of several stages: ``{"loss_at_<stage>"}``.
 
@@ -63,6 +59,6 @@ class AT(StagewiseLoss):
             raise ValueError(f"p must be above 0, got {p!r}")
         self.p = p
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`at_loss`."""
-        return at_loss(student, teacher, self.p)
+        return at_loss(student, teacher, p=self.p)

@@ -1,35 +1,114 @@
-"""What every loss module is."""
+"""What every loss is, what it reads, and what it gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, final
+
 from torch import Tensor, nn
 
-from pcka.losses.outputs import Context, Outputs
+from pcka.losses.checks import as_stages, as_weights, check_temperature, check_weights
+from pcka.losses.numerics import standardized_logits
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model gave on one batch.
+
+    Args:
+        logits: ``(B, P)`` class scores before the softmax, or None where the model gave none.
+        features: tap name -> ``(B, C, H, W)`` or ``(B, D)``.
+        indices: position of each sample in the training set, ``(B,)`` int64, or None where no loss
+            needs it.
+        raw: what the model returned; None where the batch is that of several processes.
+    """
+
+    logits: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    indices: Tensor | None = None
+    raw: Any = None
+
+    def feature(self, name: str) -> Tensor:
+        """The feature tapped under ``name``.
+
+        Raises:
+            ValueError: there is none; the message lists what there is.
+        """
+        if name not in self.features:
+            raise ValueError(
+                f"feature {name!r} is not among the tapped features "
+                f"{sorted(self.features)}; add a tap of that name, or name one of these"
+            )
+        return self.features[name]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a loss may need to know of the run beyond the outputs on a batch.
+
+    Args:
+        train_labels: class of each training image, ``(N,)`` int64.
+        teacher_classifier: the teacher's last layer, pooled features ``(B, D_t)`` -> logits.
+        teacher_norms: tap name -> weight and bias, ``(C_t,)`` each, of the batch norm that gives
+            that feature of the teacher, for taps of features before their activation.
+    """
+
+    train_labels: Tensor | None = None
+    teacher_classifier: nn.Module | None = None
+    teacher_norms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
 
 NO_CONTEXT = Context()
 
 
-class Loss(nn.Module):
-    """A distillation or task loss: outputs of both models and the target -> named, weighted terms.
+class Term(NamedTuple):
+    """One term of a loss.
 
-    Subclasses take keyword-only arguments, each with a default that YAML can hold, and say what
-    they need in these attributes. Parameters made in :meth:`prepare` are trained with the student;
-    buffers are saved and resumed.
+    Attributes:
+        weight: its factor in the sum that is trained on.
+        value: a scalar with a graph, without the factor.
+    """
+
+    weight: float | Tensor
+    value: Tensor
+
+    @property
+    def weighted(self) -> Tensor:
+        """``weight * value``."""
+        return self.weight * self.value
+
+
+class Loss(nn.Module):
+    """A distillation or task loss: outputs of both models and the target -> named terms.
+
+    A subclass implements :meth:`terms`. It takes keyword-only arguments, each with a default that
+    YAML can hold, and says what it needs in these attributes. Parameters made in :meth:`prepare`
+    are trained with the student; buffers are saved and resumed.
 
     Attributes:
         taps: names of the features read from ``Outputs.features``.
-        needs_teacher: ``forward`` needs the teacher's outputs.
-        needs_target: ``forward`` needs the target.
-        needs_logits: ``forward`` needs both models' logits.
-        needs_indices: ``forward`` needs ``student.indices``.
+        log_name: what the terms are called: ``loss_<log_name>``, or ``loss_<log_name>_<stage>``;
+            the class's name in lower case unless it says otherwise. Two losses of one class beside
+            each other need two names.
+        needs_teacher: it needs the teacher's outputs.
+        needs_target: it needs the target.
+        needs_logits: it needs the logits of each model that it reads.
+        needs_indices: it needs ``student.indices``.
         needs_context: ``prepare`` needs a part of its ``context``.
-        capturable: ``forward`` can be recorded in a CUDA graph and replayed: it waits for no value
-            of a tensor, and keeps no state but in its buffers, which it changes in place.
-        relational: the loss is no mean over samples: it relates the samples of a batch to one
-            another, and in several processes has to see the batches of all of them.
+        capturable: it can be recorded in a CUDA graph and replayed: it waits for no value of a
+            tensor, and keeps no state but in its buffers, which it changes in place.
+        relational: it is no mean over samples: it relates the samples of a batch to one another,
+            and in several processes has to see the batches of all of them.
+        same_shape: it compares maps of one shape. :class:`pcka.Distiller` brings them to one: the
+            student's to the teacher's width by a trained 1x1 convolution, and both to the smaller
+            size by pooling.
     """
 
     taps: tuple[str, ...] = ()
+    log_name: str = ""
     needs_teacher: bool = True
     needs_target: bool = False
     needs_logits: bool = False
@@ -37,6 +116,17 @@ class Loss(nn.Module):
     needs_context: bool = False
     capturable: bool = True
     relational: bool = False
+    same_shape: bool = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "forward" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} has a forward(); a loss implements terms(), which gives each "
+                "value and its weight, and forward() follows from it"
+            )
+        if "log_name" not in cls.__dict__:
+            cls.log_name = cls.__name__.lower()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
@@ -52,8 +142,113 @@ class Loss(nn.Module):
             context: of the run.
         """
 
+    def terms(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Term]:
+        """Named terms, each with its weight beside it.
+
+        Args:
+            student: outputs of the student.
+            teacher: outputs of the teacher on the same samples; no gradient reaches them.
+            target: what the task compares with.
+
+        Raises:
+            ValueError: something that the loss needs is missing, or cannot be compared.
+        """
+        raise NotImplementedError
+
+    @final  # type: ignore[misc]  # nn.Module has an attribute of that name
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Tensor]:
-        """Terms named ``loss_...``, each a scalar already multiplied by its weight."""
+        """The :meth:`terms`, each a scalar multiplied by its weight."""
+        return {name: t.weighted for name, t in self.terms(student, teacher, target).items()}
+
+    def need(self, value: T | None, argument: str) -> T:
+        """``value``, or a ``ValueError`` that says which loss misses which argument."""
+        if value is None:
+            raise ValueError(
+                f"{argument}: {type(self).__name__} needs it, got None; pass it, or leave the loss "
+                "out"
+            )
+        return value
+
+
+class StagewiseLoss(Loss):
+    """``compare(student, teacher)`` of each stage: ``{"loss_<log_name>_<stage>"}``.
+
+    Args:
+        stages: names of the tapped features.
+        weights: factor of each stage's term, or one of all.
+    """
+
+    def __init__(self, stages: Sequence[str], weights: float | Sequence[float]) -> None:
+        super().__init__()
+        self.taps = as_stages(stages)
+        self.weights = as_weights(stages, weights)
+
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
+        """The loss of one stage's features, a scalar without its weight."""
         raise NotImplementedError
+
+    def terms(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Term]:
+        """One term a stage."""
+        return {
+            f"loss_{self.log_name}_{stage}": Term(weight, self.compare(own, other, stage))
+            for stage, weight, own, other in self.pairs(student, teacher)
+        }
+
+    def pairs(
+        self, student: Outputs, teacher: Outputs | None
+    ) -> Iterator[tuple[str, float, Tensor, Tensor]]:
+        """Each stage with its weight and both models' features.
+
+        Raises:
+            ValueError: no teacher, or features of two shapes where the loss compares one.
+        """
+        teacher = self.need(teacher, "teacher")
+        for stage, weight in zip(self.taps, self.weights, strict=True):
+            own, other = student.feature(stage), teacher.feature(stage)
+            if self.same_shape and own.shape != other.shape:
+                raise ValueError(
+                    f"{stage}: {type(self).__name__} compares maps of one shape (B, C, H, W), got "
+                    f"student {tuple(own.shape)} and teacher {tuple(other.shape)}; pcka.Distiller "
+                    "brings them to one after Distiller.prepare"
+                )
+            yield stage, weight, own, other
+
+
+class LogitLoss(Loss):
+    """``compare(student, teacher, target)`` of the logits: ``{"loss_<log_name>"}``.
+
+    Args:
+        weight: factor of the term.
+        temperature: ``T > 0``, divides logits.
+        standardize: compare the :func:`standardized_logits` of both models.
+    """
+
+    needs_logits = True
+
+    def __init__(self, weight: float, temperature: float, *, standardize: bool = False) -> None:
+        super().__init__()
+        check_weights(weight=weight)
+        check_temperature(temperature)
+        self.weight = weight
+        self.temperature = temperature
+        self.standardize = standardize
+
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """The loss of logits ``(B, P)``, a scalar without its weight."""
+        raise NotImplementedError
+
+    def terms(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> dict[str, Term]:
+        """The one term."""
+        own = self.need(student.logits, "student.logits")
+        other = self.need(self.need(teacher, "teacher").logits, "teacher.logits")
+        if self.standardize:
+            own, other = standardized_logits(own), standardized_logits(other)
+        return {f"loss_{self.log_name}": Term(self.weight, self.compare(own, other, target))}

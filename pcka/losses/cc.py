@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from pcka.losses.adapters import PooledLinear, adapted, fit
-from pcka.losses.base import NO_CONTEXT
-from pcka.losses.checks import check_samples, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.precision import without_autocast
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
+from pcka.losses.adapters import PooledLinear, adapt, fit, prepared
+from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import without_autocast
 from pcka.ops.reference import accumulation_dtype
 
 
@@ -32,9 +30,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that do not hold the same samples.
     """
-    check_samples(student, teacher)
-    dtype = accumulation_dtype(student.dtype)
-    s, t = (x.to(dtype).flatten(1) for x in (student, teacher.detach()))
+    s, t = (x.flatten(1) for x in as_samples(student, teacher))
     return (t @ t.T - s @ s.T).norm() / student.shape[0] ** 2
 
 
@@ -54,13 +50,13 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: embeddings that do not hold the same samples in one width.
     """
-    check_samples(student, teacher)
+    as_samples(student, teacher)  # refuses what cannot be compared
     if student.dim() != 2 or student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must be embeddings of one shape (B, D); got student "
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Embed both in one width"
         )
-    dtype = accumulation_dtype(student.dtype)
+    dtype = accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
     distance = (student.to(dtype) - teacher.to(dtype)).abs()
     return (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)
 
@@ -68,7 +64,6 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
 FORMS = {"neighbours": cc_neighbours_loss, "bilinear": cc_loss}
 
 
-@register("CC")
 class CC(StagewiseLoss):
     """Correlations of the samples' features at several stages: ``{"loss_cc_<stage>"}``.
 
@@ -105,23 +100,16 @@ class CC(StagewiseLoss):
         """Make both models' embeddings of each stage."""
         if self.form != "neighbours":
             return
-        teacher = require(teacher, "teacher", "CC")
+        teacher = self.need(teacher, "teacher")
         for stage in self.taps:
             self.student_embeddings[stage] = self._embedding_of(student.feature(stage))
             self.teacher_embeddings[stage] = self._embedding_of(teacher.feature(stage))
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        if self.form == "neighbours":
-            teacher = require(teacher, "teacher", "CC")
-            detached = {stage: teacher.feature(stage).detach() for stage in self.taps}
-            student = adapted(student, self.student_embeddings, "CC")
-            teacher = adapted(Outputs(features=detached), self.teacher_embeddings, "CC")
-        return super().forward(student, teacher, target)
-
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """The loss of the chosen form."""
+        if self.form == "neighbours":
+            student = adapt(prepared(self.student_embeddings, "CC")[stage], student)
+            teacher = adapt(prepared(self.teacher_embeddings, "CC")[stage], teacher.detach())
         return FORMS[self.form](student, teacher)
 
     def _embedding_of(self, feature: Tensor) -> PooledLinear:

@@ -1,4 +1,4 @@
-"""Refusals that several losses share, in one wording."""
+"""What losses take: both models' tensors made comparable, and refusals in one wording."""
 
 from __future__ import annotations
 
@@ -9,14 +9,72 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pcka.ops.reference import accumulation_dtype
+
 T = TypeVar("T")
 
 
-def require(value: T | None, argument: str, loss: str) -> T:
-    """``value``, or a ``ValueError`` that says which loss misses which argument."""
-    if value is None:
-        raise ValueError(f"{argument}: {loss} needs it, got None; pass it, or leave the loss out")
-    return value
+def as_logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both models' logits, ready to be compared (:func:`ready`).
+
+    Raises:
+        ValueError: they are not ``(B, P)`` in both models, floating and on one device.
+    """
+    _check_comparable(student, teacher)
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must be logits of one shape (B, P); got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Both models need the "
+            "same classes in the same order"
+        )
+    return ready(student, teacher)
+
+
+def as_samples(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Tensor, Tensor]:
+    """Both models' features of the same samples, ready to be compared (:func:`ready`).
+
+    Raises:
+        ValueError: they do not hold the same samples, or are not floating and on one device.
+    """
+    _check_comparable(student, teacher)
+    if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            "student and teacher must be features of the same samples, (B, ...) each; got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Feed both models the "
+            "same batch"
+        )
+    return ready(student, teacher, widen=widen)
+
+
+def as_maps(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Tensor, Tensor]:
+    """Both models' feature maps of one shape, ready to be compared (:func:`ready`).
+
+    Raises:
+        ValueError: they are not ``(B, C, H, W)`` of one shape, floating and on one device.
+    """
+    _check_comparable(student, teacher)
+    if student.dim() != 4 or student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must be feature maps of one shape (B, C, H, W); got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Adapt the width by a 1x1 "
+            "convolution and the size by resizing"
+        )
+    return ready(student, teacher, widen=widen)
+
+
+def ready(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Tensor, Tensor]:
+    """Both tensors in one dtype, the teacher's detached.
+
+    Args:
+        student: of any floating dtype.
+        teacher: likewise.
+        widen: float32, or float64 where either is; else the wider of the two dtypes, for operators
+            that widen by themselves.
+    """
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    if widen:
+        dtype = accumulation_dtype(dtype)
+    return student.to(dtype), teacher.detach().to(dtype)
 
 
 def _check_comparable(student: Tensor, teacher: Tensor) -> None:
@@ -35,50 +93,12 @@ def _check_comparable(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse logits that are not ``(B, P)`` in both models, floating and on one device."""
-    _check_comparable(student, teacher)
-    if student.dim() != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must be logits of one shape (B, P); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Both models need the "
-            "same classes in the same order"
-        )
-
-
 def check_target(logits: Tensor, target: Tensor) -> None:
     """Refuse targets that are not one class index for each row of the logits."""
     if target.dim() != 1 or len(target) != len(logits) or target.is_floating_point():
         raise ValueError(
             f"target must hold a class index for each of the {len(logits)} samples, (B,) int64; "
             f"got {tuple(target.shape)} {target.dtype}"
-        )
-
-
-def check_samples(student: Tensor, teacher: Tensor) -> None:
-    """Refuse features that do not hold the same samples, in one dtype and on one device."""
-    _check_comparable(student, teacher)
-    if student.dtype != teacher.dtype:
-        raise ValueError(
-            "student and teacher must be features of one dtype; got student "
-            f"{student.dtype} and teacher {teacher.dtype}. Convert one, or run both under autocast"
-        )
-    if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            "student and teacher must be features of the same samples, (B, ...) each; got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Feed both models the "
-            "same batch"
-        )
-
-
-def check_maps(student: Tensor, teacher: Tensor) -> None:
-    """Refuse feature maps that are not ``(B, C, H, W)`` of one shape, floating, on one device."""
-    _check_comparable(student, teacher)
-    if student.dim() != 4 or student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must be feature maps of one shape (B, C, H, W); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Adapt the width by a 1x1 "
-            "convolution and the size by resizing"
         )
 
 
@@ -101,8 +121,7 @@ def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: text in the place of a list, no stage, or one named twice.
     """
-    if isinstance(stages, str) or not isinstance(stages, Sequence):
-        raise ValueError(f"stages must be a list of names, got {stages!r}; write [{stages!r}]")
+    stages = as_list("stages", stages)
     if not stages:
         raise ValueError(
             "stages names none, and the loss would have no term; name tapped features, or leave "
@@ -112,28 +131,39 @@ def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"stages must be names of tapped features, got {list(stages)}")
     if len(set(stages)) != len(stages):
         raise ValueError(f"stages must name each stage once, got {list(stages)}")
-    return tuple(stages)
+    return stages
+
+
+def as_list(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    """A setting that is a list of names, as a tuple.
+
+    Raises:
+        ValueError: text in the place of a list.
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a list of names, got {values!r}; write [{values!r}]")
+    return tuple(values)
 
 
 def for_each(stages: Sequence[str], name: str, values: T | Sequence[T]) -> tuple[T, ...]:
-    """One value for each stage: a single number serves all of them.
+    """One value for each stage: a single one, bare or in a list, serves all of them.
 
     Args:
         stages: of the loss.
         name: what the error calls the setting.
-        values: a number, or a sequence as long as ``stages``.
+        values: one value, or a sequence of one or of as many as there are ``stages``.
 
     Raises:
         ValueError: a sequence of another length, or text.
     """
     if not isinstance(values, Sequence):
         return (values,) * len(stages)
-    if isinstance(values, str) or len(values) != len(stages):
+    if isinstance(values, str) or len(values) not in (1, len(stages)):
         raise ValueError(
             f"{name} must hold one value for each of the {len(stages)} stages "
             f"{', '.join(stages)}, or be a single number; got {values!r}"
         )
-    return tuple(values)
+    return tuple(values) * (len(stages) if len(values) == 1 else 1)
 
 
 def as_weights(

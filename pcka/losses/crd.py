@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcka.losses.adapters import PooledLinear, adapt, fit, prepared
-from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_temperature, check_weights, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
+from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
+from pcka.losses.checks import check_temperature, check_weights
 from pcka.ops.reference import accumulation_dtype
 
 EPSILON = 1e-7
@@ -130,7 +128,6 @@ class _OtherClasses(nn.Module):
         return self.order[drawn + count * (drawn >= start)]
 
 
-@register("CRD")
 class CRD(Loss):
     """Contrastive representation distillation: ``{"loss_crd"}``.
 
@@ -199,8 +196,8 @@ class CRD(Loss):
         Raises:
             ValueError: no teacher, no ``context.train_labels``, or labels of a single class.
         """
-        teacher = require(teacher, "teacher", "CRD")
-        labels = require(context.train_labels, "context.train_labels", "CRD")
+        teacher = self.need(teacher, "teacher")
+        labels = self.need(context.train_labels, "context.train_labels")
         if not (labels != labels[0]).any():
             raise ValueError(
                 "context.train_labels: CRD draws negatives from other classes, and all "
@@ -213,11 +210,12 @@ class CRD(Loss):
         )
         self.others = _OtherClasses(labels).to(student.feature(self.taps[0]).device)
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "CRD")
-        indices = require(student.indices, "student.indices", "CRD")
+    ) -> dict[str, Term]:
+        """The one term; in training, the memories take in the batch."""
+        teacher = self.need(teacher, "teacher")
+        indices = self.need(student.indices, "student.indices")
         by_student = prepared(self.student_view, "CRD")
         by_teacher = prepared(self.teacher_view, "CRD")
         # Half precision would change exp(score) by percents.
@@ -231,7 +229,7 @@ class CRD(Loss):
             if self.training:
                 by_student.remember(indices, v_s, self.momentum)
                 by_teacher.remember(indices, v_t, self.momentum)
-        return {"loss_crd": self.weight * loss}
+        return {f"loss_{self.log_name}": Term(self.weight, loss)}
 
     def get_extra_state(self) -> Tensor:
         """The number of draws so far; no buffer, which the host would have to wait for."""

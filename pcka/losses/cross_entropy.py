@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_weights, require
-from pcka.losses.outputs import Outputs
-from pcka.losses.registry import register
+from pcka.losses.base import Loss, Outputs, Term
+from pcka.losses.checks import check_weights
 from pcka.ops.reference import accumulation_dtype
 
 
-@register("CE")
 class CE(Loss):
     """Cross-entropy of the student's logits with the target: ``{"loss_ce"}``.
 
@@ -23,6 +20,7 @@ class CE(Loss):
 
     needs_teacher = False
     needs_target = True
+    needs_logits = True
 
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -32,14 +30,14 @@ class CE(Loss):
         self.weight = weight
         self.label_smoothing = label_smoothing
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Term]:
         """``target``: ``(B,)`` class indices, or ``(B, P)`` class probabilities."""
-        logits = require(student.logits, "student.logits", "CE")
+        logits = self.need(student.logits, "student.logits")
         loss = F.cross_entropy(
             logits.to(accumulation_dtype(logits.dtype)),
-            require(target, "target", "CE"),
+            self.need(target, "target"),
             label_smoothing=self.label_smoothing,
         )
-        return {"loss_ce": self.weight * loss}
+        return {f"loss_{self.log_name}": Term(self.weight, loss)}

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_maps, check_temperature
-from pcka.losses.map_size import at_one_size
-from pcka.losses.registry import register
-from pcka.losses.stagewise import MatchedMapsLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_maps, check_temperature
 
 
-def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     r"""Divergence of each channel's distribution over the positions from the teacher's.
 
     ``T^2 / (B C) * sum KL(softmax(t / T) || softmax(s / T))``, the softmax over ``H * W`` (Shu et
@@ -31,28 +28,26 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     Raises:
         ValueError: maps of different shapes or devices, or a temperature that is not positive.
     """
-    check_maps(student, teacher)
+    student, teacher = as_maps(student, teacher)
     check_temperature(temperature)
-    dtype = accumulation_dtype(student.dtype)
-    log_student = F.log_softmax(student.to(dtype).flatten(2) / temperature, dim=2)
-    log_teacher = F.log_softmax(teacher.detach().to(dtype).flatten(2) / temperature, dim=2)
+    log_student = F.log_softmax(student.flatten(2) / temperature, dim=2)
+    log_teacher = F.log_softmax(teacher.flatten(2) / temperature, dim=2)
     divergence = F.kl_div(
         log_student.flatten(0, 1), log_teacher.flatten(0, 1), reduction="batchmean", log_target=True
     )
     return temperature**2 * divergence
 
 
-@register("CWD")
-class CWD(MatchedMapsLoss):
+class CWD(StagewiseLoss):
     """:func:`cwd_loss` of several maps: ``{"loss_cwd_<stage>"}``.
-
-    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         stages: names of the tapped feature maps.
         weights: factor of each stage's term, or one of all.
         temperature: ``T > 0``, divides the activations.
     """
+
+    same_shape = True
 
     def __init__(
         self,
@@ -65,6 +60,6 @@ class CWD(MatchedMapsLoss):
         check_temperature(temperature)
         self.temperature = temperature
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`cwd_loss`."""
-        return cwd_loss(*at_one_size(student, teacher), self.temperature)
+        return cwd_loss(student, teacher, temperature=self.temperature)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_temperature, check_weights
-from pcka.losses.logitwise import LogitLoss
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import LogitLoss
+from pcka.losses.checks import as_logits, check_temperature, check_weights
 
 EPSILON = 1e-8
 
@@ -16,6 +14,7 @@ EPSILON = 1e-8
 def dist_loss(
     student: Tensor,
     teacher: Tensor,
+    *,
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 4.0,
@@ -39,10 +38,9 @@ def dist_loss(
     Raises:
         ValueError: logits of different shapes or devices, or a temperature that is not positive.
     """
-    check_logits(student, teacher)
+    student, teacher = as_logits(student, teacher)
     check_temperature(temperature)
-    dtype = accumulation_dtype(student.dtype)
-    p_s, p_t = (F.softmax(x.to(dtype) / temperature, dim=1) for x in (student, teacher.detach()))
+    p_s, p_t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
     inter = 1 - _correlation(p_s, p_t).mean()
     intra = 1 - _correlation(p_s.T, p_t.T).mean()
     return temperature**2 * (beta * inter + gamma * intra)
@@ -54,7 +52,6 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + EPSILON)
 
 
-@register("DIST")
 class DIST(LogitLoss):
     """:func:`dist_loss` as a module: ``{"loss_dist"}``.
 
@@ -82,4 +79,6 @@ class DIST(LogitLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`dist_loss`."""
-        return dist_loss(student, teacher, self.beta, self.gamma, self.temperature)
+        return dist_loss(
+            student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature
+        )

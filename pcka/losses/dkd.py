@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_target, check_temperature, check_weights, require
-from pcka.losses.logitwise import LogitLoss, without_target
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import LogitLoss
+from pcka.losses.checks import as_logits, check_target, check_temperature, check_weights
+from pcka.losses.numerics import without_target
 
 
 def dkd_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
+    *,
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
@@ -41,11 +41,10 @@ def dkd_loss(
         ValueError: logits of different shapes or devices, targets that are no class indices of the
             batch, or a temperature that is not positive.
     """
-    check_logits(student, teacher)
+    student, teacher = as_logits(student, teacher)
     check_target(student, target)
     check_temperature(temperature)
-    dtype = accumulation_dtype(student.dtype)
-    logits = [x.to(dtype) / temperature for x in (student, teacher.detach())]
+    logits = [x / temperature for x in (student, teacher)]
     binary = _divergence(*(_target_or_not(x, target) for x in logits))
     others = _divergence(*(_log_softmax_of_others(x, target) for x in logits))
     return temperature**2 * (alpha * binary + beta * others)
@@ -65,7 +64,6 @@ def _log_softmax_of_others(logits: Tensor, target: Tensor) -> Tensor:
     return F.log_softmax(without_target(logits, target), dim=1)
 
 
-@register("DKD")
 class DKD(LogitLoss):
     """:func:`dkd_loss` as a module: ``{"loss_dkd"}``.
 
@@ -95,5 +93,11 @@ class DKD(LogitLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`dkd_loss`."""
-        target = require(target, "target", "DKD")
-        return dkd_loss(student, teacher, target, self.alpha, self.beta, self.temperature)
+        return dkd_loss(
+            student,
+            teacher,
+            self.need(target, "target"),
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import as_stages, as_weights, check_samples, require
-from pcka.losses.degenerate import leave_out_constant
-from pcka.losses.outputs import Outputs
-from pcka.losses.registry import register
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import leave_out_constant
 from pcka.ops import cka
 
 
@@ -24,7 +22,7 @@ def fcka_loss(
 
     Args:
         student: ``(B, C_s, H_s, W_s)`` or ``(B, D_s)``, any floating dtype.
-        teacher: ``(B, C_t, H_t, W_t)`` or ``(B, D_t)``, same dtype; no gradient reaches it.
+        teacher: ``(B, C_t, H_t, W_t)`` or ``(B, D_t)``; no gradient reaches it.
         center: center the Gram matrices.
         level: what the warning of a degenerate batch calls this level.
 
@@ -33,15 +31,14 @@ def fcka_loss(
         constant (one sample, or two when centered) it is 0 with gradient 0.
 
     Raises:
-        ValueError: features that do not hold the same samples, or differ in dtype or device.
+        ValueError: features that do not hold the same samples, or differ in device.
     """
-    check_samples(student, teacher)
-    loss = 1 - cka(student.flatten(1), teacher.detach().flatten(1), center=center)
+    student, teacher = as_samples(student, teacher, widen=False)
+    loss = 1 - cka(student.flatten(1), teacher.flatten(1), center=center)
     return leave_out_constant(loss, samples=student.shape[0], center=center, level=level)
 
 
-@register("FCKA")
-class FCKA(Loss):
+class FCKA(StagewiseLoss):
     """:func:`fcka_loss` of several stages: ``{"loss_fcka_<stage>"}``.
 
     Args:
@@ -59,18 +56,10 @@ class FCKA(Loss):
         weights: float | Sequence[float] = (10.0,),
         center: bool = True,
     ) -> None:
-        super().__init__()
-        self.taps = as_stages(stages)
-        self.weights = as_weights(stages, weights)
+        super().__init__(stages, weights)
         self.center = center
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "FCKA")
-        terms = {}
-        for stage, weight in zip(self.taps, self.weights, strict=True):
-            name = f"loss_fcka_{stage}"
-            features = student.feature(stage), teacher.feature(stage)
-            terms[name] = weight * fcka_loss(*features, center=self.center, level=name)
-        return terms
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
+        """:func:`fcka_loss`."""
+        level = f"loss_{self.log_name}_{stage}"
+        return fcka_loss(student, teacher, center=self.center, level=level)

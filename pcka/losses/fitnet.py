@@ -6,13 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit, regressor
-from pcka.losses.base import NO_CONTEXT
-from pcka.losses.checks import check_maps, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.adapters import adapt, fit, prepared, regressor
+from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
+from pcka.losses.checks import as_maps
 
 
 def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,20 +27,18 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: maps of different shapes or devices.
     """
-    check_maps(student, teacher)
-    dtype = accumulation_dtype(student.dtype)
-    return (student.to(dtype) - teacher.detach().to(dtype)).square().mean()
+    student, teacher = as_maps(student, teacher)
+    return (student - teacher).square().mean()
 
 
-@register("FITNET")
-class FITNET(StagewiseLoss):
+class FitNet(StagewiseLoss):
     """:func:`fitnet_loss` of several maps: ``{"loss_fitnet_<stage>"}``.
 
     Args:
         stages: names of the tapped feature maps.
         weights: factor of each stage's term, or one of all.
         regressor: send the student's maps through a trained one first, which :meth:`prepare` makes
-            (:func:`pcka.losses.adapters.regressor`); False for maps of the teacher's shape.
+            (:func:`pcka.losses.adapters.regressor`); False compares maps of one shape.
     """
 
     def __init__(
@@ -56,25 +50,21 @@ class FITNET(StagewiseLoss):
     ) -> None:
         super().__init__(stages, weights)
         self.uses_regressor = regressor
+        self.same_shape = not regressor
         self.regressors = nn.ModuleDict()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
         """Make the regressor of each stage."""
-        teacher = require(teacher, "teacher", "FITNET")
+        teacher = self.need(teacher, "teacher")
         for stage in self.taps if self.uses_regressor else ():
             feature = student.feature(stage)
             shapes = feature.shape, teacher.feature(stage).shape
             self.regressors[stage] = fit(regressor(*shapes), feature)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        if self.uses_regressor:
-            student = adapted(student, self.regressors, "FITNET")
-        return super().forward(student, teacher, target)
-
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`fitnet_loss`."""
+        if self.uses_regressor:
+            student = adapt(prepared(self.regressors, "FitNet")[stage], student)
         return fitnet_loss(student, teacher)

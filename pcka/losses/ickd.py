@@ -8,14 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit_maps, pointwise
-from pcka.losses.base import NO_CONTEXT
-from pcka.losses.checks import check_samples, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.precision import unit_length, without_autocast
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
+from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import unit_length, without_autocast
 
 
 @without_autocast
@@ -36,24 +32,23 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that are no maps of the same samples with as many channels.
     """
-    check_samples(student, teacher)
+    student, teacher = as_samples(student, teacher)
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
         raise ValueError(
             "student and teacher must be feature maps (B, C, H, W) with as many channels; got "
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. Tap a module "
             "before the pooling, and adapt the width by a 1x1 convolution"
         )
-    difference = _correlations(student) - _correlations(teacher.detach())
+    difference = _correlations(student) - _correlations(teacher)
     return difference.square().sum() / (student.shape[0] * student.shape[1])
 
 
 def _correlations(x: Tensor) -> Tensor:
     """``(B, C, C)``, rows of unit length."""
-    channels = x.to(accumulation_dtype(x.dtype)).flatten(2)
+    channels = x.flatten(2)
     return unit_length(torch.bmm(channels, channels.mT), dim=2)
 
 
-@register("ICKD")
 class ICKD(StagewiseLoss):
     """:func:`ickd_loss` of several stages: ``{"loss_ickd_<stage>"}``.
 
@@ -74,16 +69,9 @@ class ICKD(StagewiseLoss):
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
         """Make the convolution of each stage."""
-        teacher = require(teacher, "teacher", "ICKD")
+        teacher = self.need(teacher, "teacher")
         self.adapters = fit_maps(partial(pointwise, norm=True), student, teacher, self.taps)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`ickd_loss`."""
-        # The adapter may have changed the student's dtype.
-        dtype = accumulation_dtype(teacher.dtype)
-        return ickd_loss(student.to(dtype), teacher.to(dtype))
-
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        return super().forward(adapted(student, self.adapters, "ICKD"), teacher, target)
+        return ickd_loss(adapt(prepared(self.adapters, "ICKD")[stage], student), teacher)

@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_temperature, check_weights
-from pcka.losses.logitwise import LogitLoss
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import LogitLoss
+from pcka.losses.checks import as_logits, check_temperature, check_weights
 
 
 def ikl_loss(
     student: Tensor,
     teacher: Tensor,
+    *,
     alpha: float = 1.0,
     beta: float = 4.0,
     temperature: float = 4.0,
@@ -44,13 +43,11 @@ def ikl_loss(
     Raises:
         ValueError: logits of different shapes or devices, or a temperature that is not positive.
     """
-    check_logits(student, teacher)
+    student, teacher = as_logits(student, teacher)
     check_temperature(temperature)
     check_temperature(weight_temperature)
-    dtype = accumulation_dtype(student.dtype)
-    student, teacher = student.to(dtype), teacher.detach().to(dtype)
     masked = student.isneginf() | teacher.isneginf()
-    student, teacher = (x.masked_fill(masked, torch.finfo(dtype).min) for x in (student, teacher))
+    student, teacher = (x.masked_fill(masked, torch.finfo(x.dtype).min) for x in (student, teacher))
     cross_entropy = F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
     w = F.softmax(teacher / weight_temperature, dim=1)
     difference = (teacher - student).masked_fill(masked, 0)
@@ -60,7 +57,6 @@ def ikl_loss(
     return alpha * cross_entropy + beta * square_error
 
 
-@register("IKL")
 class IKL(LogitLoss):
     """:func:`ikl_loss` as a module: ``{"loss_ikl"}``; cross-entropy with the labels comes beside.
 
@@ -91,5 +87,10 @@ class IKL(LogitLoss):
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`ikl_loss`."""
         return ikl_loss(
-            student, teacher, self.alpha, self.beta, self.temperature, self.weight_temperature
+            student,
+            teacher,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            weight_temperature=self.weight_temperature,
         )

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_temperature
-from pcka.losses.logitwise import LogitLoss
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import LogitLoss
+from pcka.losses.checks import as_logits, check_temperature
 
 
-def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     r"""Divergence of the student's softened class probabilities from the teacher's.
 
     ``T^2 * mean over samples of KL(softmax(t / T) || softmax(s / T))``; the factor keeps the
@@ -29,16 +27,14 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
         ValueError: logits of different shapes or devices, or of no floating dtype, or a
             temperature that is not positive.
     """
-    check_logits(student, teacher)
+    student, teacher = as_logits(student, teacher)
     check_temperature(temperature)
-    dtype = accumulation_dtype(student.dtype)
-    log_student = F.log_softmax(student.to(dtype) / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=1)
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
     divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     return temperature**2 * divergence
 
 
-@register("KD")
 class KD(LogitLoss):
     """:func:`kd_loss` as a module: ``{"loss_kd"}``.
 
@@ -56,4 +52,4 @@ class KD(LogitLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`kd_loss`."""
-        return kd_loss(student, teacher, self.temperature)
+        return kd_loss(student, teacher, temperature=self.temperature)

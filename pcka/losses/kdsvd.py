@@ -9,19 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit_widths
-from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import as_stages, check_samples, check_weights, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype, without_autocast
+from pcka.losses.adapters import adapt, fit, pointwise
+from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
+from pcka.losses.checks import as_samples, as_stages, check_weights
+from pcka.ops.reference import without_autocast
 
 CANDIDATES = 3  # of the student's directions, beyond as many as the teacher has
 BANDWIDTH = 8.0
 DAMPING = 1e-3  # gaps between eigenvalues below this share of their sum count as ties
 
 
-def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], k: int = 1) -> Tensor:
+def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int = 1) -> Tensor:
     r"""Squared difference of the correlations between the singular vectors of neighbouring stages.
 
     ``1/B sum over stages i > 1 of ||R_s - R_t||^2``, ``R[c, c', j] = exp(-(V_i[c, j] - V_i-1[c',
@@ -53,10 +51,9 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], k: int = 
             "students and teachers must hold the maps of the same two or more stages; got "
             f"{len(students)} and {len(teachers)}"
         )
-    for student, teacher in zip(students, teachers):
-        _check_widths(student, teacher)
+    pairs = [_of_one_width(student, teacher) for student, teacher in zip(students, teachers)]
     with without_autocast(students[0].device):
-        vectors = [_matched_vectors(s, t.detach(), k) for s, t in zip(students, teachers)]
+        vectors = [_matched_vectors(s, t, k) for s, t in pairs]
         differences = [
             (_correlations(s, s_before) - _correlations(t, t_before)).square().sum()
             for (s_before, t_before), (s, t) in itertools.pairwise(vectors)
@@ -64,14 +61,15 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], k: int = 
         return torch.stack(differences).sum() / len(students[0])
 
 
-def _check_widths(student: Tensor, teacher: Tensor) -> None:
-    check_samples(student, teacher)
+def _of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = as_samples(student, teacher)
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
         raise ValueError(
             "students and teachers must be feature maps (B, C, H, W) of the same C at each stage; "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}. Adapt the width by a 1x1 "
             "convolution: KDSVD makes it when Distiller.prepare is called"
         )
+    return student, teacher
 
 
 def _matched_vectors(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +96,7 @@ def _singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     From the smaller of the two Gram matrices. The map is scaled to norm 1 first, which changes no
     vector; one that is 0 throughout stays so, and gets no gradient.
     """
-    rows = x.to(accumulation_dtype(x.dtype)).flatten(2).mT
+    rows = x.flatten(2).mT
     norm = torch.linalg.matrix_norm(rows.detach(), keepdim=True)
     rows = rows * norm.reciprocal().masked_fill(norm == 0, 0)
     tall = rows.shape[1] >= rows.shape[2]
@@ -123,7 +121,6 @@ def _eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], first + vectors @ (inverse * (vectors.mT @ change @ first))
 
 
-@register("KDSVD")
 class KDSVD(Loss):
     """:func:`kdsvd_loss` of several stages: ``{"loss_kdsvd"}``.
 
@@ -158,14 +155,22 @@ class KDSVD(Loss):
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
         """Make a 1x1 convolution for each stage whose widths differ."""
-        teacher = require(teacher, "teacher", "KDSVD")
-        self.adapters = fit_widths(student, teacher, self.taps, bias=False)
+        teacher = self.need(teacher, "teacher")
+        for stage in self.taps:
+            feature = student.feature(stage)
+            widths = feature.shape[1], teacher.feature(stage).shape[1]
+            if widths[0] != widths[1]:
+                self.adapters[stage] = fit(pointwise(*widths, bias=False), feature)
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "KDSVD")
-        if self.adapters:
-            student = adapted(student, self.adapters, "KDSVD")
-        students, teachers = ([o.feature(stage) for stage in self.taps] for o in (student, teacher))
-        return {"loss_kdsvd": self.weight * kdsvd_loss(students, teachers, self.k)}
+    ) -> dict[str, Term]:
+        """One term of all stages."""
+        teacher = self.need(teacher, "teacher")
+        students = [self._adapted(student.feature(stage), stage) for stage in self.taps]
+        teachers = [teacher.feature(stage) for stage in self.taps]
+        loss = kdsvd_loss(students, teachers, k=self.k)
+        return {f"loss_{self.log_name}": Term(self.weight, loss)}
+
+    def _adapted(self, feature: Tensor, stage: str) -> Tensor:
+        return adapt(self.adapters[stage], feature) if stage in self.adapters else feature

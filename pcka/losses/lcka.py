@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pcka.losses.base import Loss
-from pcka.losses.checks import check_logits, check_temperature, check_weights, require
-from pcka.losses.degenerate import leave_out_constant
-from pcka.losses.outputs import Outputs
-from pcka.losses.registry import register
+from pcka.losses.base import Loss, Outputs, Term
+from pcka.losses.checks import as_logits, check_temperature, check_weights
+from pcka.losses.numerics import leave_out_constant
 from pcka.ops import cka
-from pcka.ops.reference import accumulation_dtype
 
 
 def lcka_terms(
@@ -25,8 +22,7 @@ def lcka_terms(
 
     Arguments, results and errors are those of :func:`lcka_loss`.
     """
-    check_logits(student, teacher)
-    student, teacher = _soften(student, temperature), _soften(teacher.detach(), temperature)
+    student, teacher = (_soften(x, temperature) for x in as_logits(student, teacher))
     if temperature is None:
         masked = student.isneginf() | teacher.isneginf()
         student, teacher = student.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
@@ -81,14 +77,12 @@ def _misalignment(x: Tensor, y: Tensor, *, level: str, center: bool, row_normali
 
 
 def _soften(logits: Tensor, temperature: float | None) -> Tensor:
-    logits = logits.to(accumulation_dtype(logits.dtype))
     if temperature is None:
         return logits
     check_temperature(temperature)
     return (logits / temperature).softmax(1)
 
 
-@register("LCKA")
 class LCKA(Loss):
     """:func:`lcka_loss` as a module: ``{"loss_lcka_intra", "loss_lcka_inter"}``.
 
@@ -122,18 +116,18 @@ class LCKA(Loss):
         self.center = center
         self.row_normalize = row_normalize
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "LCKA")
+    ) -> dict[str, Term]:
+        """The term over samples and the one over classes."""
         intra, inter = lcka_terms(
-            require(student.logits, "student.logits", "LCKA"),
-            require(teacher.logits, "teacher.logits", "LCKA"),
+            self.need(student.logits, "student.logits"),
+            self.need(self.need(teacher, "teacher").logits, "teacher.logits"),
             temperature=self.temperature,
             center=self.center,
             row_normalize=self.row_normalize,
         )
         return {
-            "loss_lcka_intra": self.intra_weight * intra,
-            "loss_lcka_inter": self.inter_weight * inter,
+            f"loss_{self.log_name}_intra": Term(self.intra_weight, intra),
+            f"loss_{self.log_name}_inter": Term(self.inter_weight, inter),
         }

@@ -8,13 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapted, fit_maps, pointwise
-from pcka.losses.base import NO_CONTEXT
-from pcka.losses.checks import check_maps, require
-from pcka.losses.map_size import at_one_size
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
+from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
+from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
+from pcka.losses.checks import as_maps
+from pcka.losses.numerics import at_one_size
 
 MASKS = ("channels", "positions")
 
@@ -36,8 +33,7 @@ def mgd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that are no maps of the same samples with as many channels.
     """
-    student, teacher = at_one_size(student, teacher.detach())
-    check_maps(student, teacher)
+    student, teacher = as_maps(*at_one_size(student, teacher))
     return (student - teacher).square().sum() / len(student)
 
 
@@ -69,7 +65,6 @@ class _Generation(nn.Module):
         return self.generate(aligned * random_mask(aligned, self.mask_ratio, self.mask))
 
 
-@register("MGD")
 class MGD(StagewiseLoss):
     """:func:`mgd_loss` of several stages: ``{"loss_mgd_<stage>"}``.
 
@@ -106,15 +101,10 @@ class MGD(StagewiseLoss):
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
         """Make the generating convolutions of each stage."""
-        teacher = require(teacher, "teacher", "MGD")
+        teacher = self.need(teacher, "teacher")
         make = partial(_Generation, mask_ratio=self.mask_ratio, mask=self.mask)
         self.adapters = fit_maps(make, student, teacher, self.taps)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`mgd_loss`."""
-        return mgd_loss(student, teacher)
-
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        return super().forward(adapted(student, self.adapters, "MGD"), teacher, target)
+        return mgd_loss(adapt(prepared(self.adapters, "MGD")[stage], student), teacher)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_target, check_temperature, check_weights, require
-from pcka.losses.logitwise import LogitLoss, without_target
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import LogitLoss
+from pcka.losses.checks import as_logits, check_target, check_temperature, check_weights
+from pcka.losses.numerics import without_target
 
 
 def nkd_loss(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
+    *,
     gamma: float = 1.5,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -37,11 +37,9 @@ def nkd_loss(
         ValueError: logits of different shapes or devices, targets that are no class indices of the
             batch, or a temperature that is not positive.
     """
-    check_logits(student, teacher)
+    student, teacher = as_logits(student, teacher)
     check_target(student, target)
     check_temperature(temperature)
-    dtype = accumulation_dtype(student.dtype)
-    student, teacher = student.to(dtype), teacher.detach().to(dtype)
     own = target[:, None]
     of_target = F.softmax(teacher, dim=1).gather(1, own) * F.log_softmax(student, dim=1).gather(
         1, own
@@ -51,7 +49,6 @@ def nkd_loss(
     return -of_target.mean() - gamma * temperature**2 * of_others.mean()
 
 
-@register("NKD")
 class NKD(LogitLoss):
     """:func:`nkd_loss` as a module: ``{"loss_nkd"}``.
 
@@ -78,5 +75,5 @@ class NKD(LogitLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`nkd_loss`."""
-        target = require(target, "target", "NKD")
-        return nkd_loss(student, teacher, target, self.gamma, self.temperature)
+        target = self.need(target, "target")
+        return nkd_loss(student, teacher, target, gamma=self.gamma, temperature=self.temperature)

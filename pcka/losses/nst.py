@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_samples
-from pcka.losses.map_size import at_one_size
-from pcka.losses.precision import without_autocast
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import at_one_size, without_autocast
 
 
 @without_autocast
@@ -33,8 +31,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that are no maps, or do not hold the same samples.
     """
-    check_samples(student, teacher)
-    maps = at_one_size(student, teacher.detach())
+    maps = at_one_size(*as_samples(student, teacher))
     s, t = (F.normalize(x.flatten(2), dim=2) for x in maps)
     return _mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t)
 
@@ -43,7 +40,6 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b.transpose(1, 2)).square().mean()
 
 
-@register("NST")
 class NST(StagewiseLoss):
     """:func:`nst_loss` of several stages: ``{"loss_nst_<stage>"}``.
 
@@ -60,6 +56,6 @@ class NST(StagewiseLoss):
     ) -> None:
         super().__init__(stages, weights)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`nst_loss`."""
         return nst_loss(student, teacher)

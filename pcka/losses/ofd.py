@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
-from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import as_stages, check_maps, check_samples, check_weights, require
-from pcka.losses.map_size import at_one_size
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
+from pcka.losses.checks import as_maps, as_samples, as_stages, check_weights
+from pcka.losses.numerics import at_one_size
 
 RARELY = 1e-3
 """A channel that is negative less often than this has no useful mean of its negative values."""
@@ -63,15 +60,13 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     Raises:
         ValueError: maps of different shapes or devices, or a margin that is not one a channel.
     """
-    check_maps(student, teacher)
+    student, teacher = as_maps(student, teacher)
     if margin.shape != student.shape[1:2]:
         raise ValueError(
             f"margin must hold one value for each of the {student.shape[1]} channels, got "
             f"{tuple(margin.shape)}"
         )
-    dtype = accumulation_dtype(student.dtype)
-    student = student.to(dtype)
-    target = torch.maximum(teacher.detach().to(dtype), margin.to(dtype)[:, None, None])
+    target = torch.maximum(teacher, margin.to(teacher.dtype)[:, None, None])
     counts = (target > 0) | (student > target)
     return ((student - target).square() * counts).sum() / len(student)
 
@@ -100,8 +95,7 @@ class Connector(nn.Module):
         return ofd_loss(adapt(self.layers, student), teacher, self.margin)
 
 
-@register("OFD")
-class OFD(Loss):
+class OFD(StagewiseLoss):
     """:func:`ofd_loss` of several stages: ``{"loss_ofd_<stage>"}``.
 
     Stage ``i`` of ``L`` counts ``1 / 2^(L - i)``: the last one whole, each before it half as much
@@ -121,10 +115,9 @@ class OFD(Loss):
         stages: Sequence[str] = ("stage1_preact", "stage2_preact", "stage3_preact"),
         weight: float = 1e-3,
     ) -> None:
-        super().__init__()
-        self.taps = as_stages(stages)
         check_weights(weight=weight)
-        self.weight = weight
+        halvings = reversed(range(len(as_stages(stages))))
+        super().__init__(stages, [weight / 2**halved for halved in halvings])
         self.connectors = nn.ModuleDict()
 
     def prepare(
@@ -135,24 +128,18 @@ class OFD(Loss):
         Raises:
             ValueError: a stage whose batch norm ``context.teacher_norms`` lacks.
         """
-        teacher = require(teacher, "teacher", "OFD")
+        teacher = self.need(teacher, "teacher")
         for stage in self.taps:
             feature, other = student.feature(stage), teacher.feature(stage)
             at_one_size(feature, other)  # refuses what is no map
             margin = _margin(context, stage, channels=other.shape[1])
             self.connectors[stage] = fit(Connector(feature.shape[1], margin), feature)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "OFD")
-        connectors = prepared(self.connectors, "OFD")
-        terms = {}
-        for halvings, stage in enumerate(reversed(self.taps)):
-            pair = student.feature(stage), teacher.feature(stage)
-            check_samples(*pair)
-            terms[f"loss_ofd_{stage}"] = self.weight / 2**halvings * connectors[stage](*pair)
-        return dict(reversed(terms.items()))
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
+        """:func:`ofd_loss` of the connected map."""
+        connector = prepared(self.connectors, "OFD")[stage]
+        loss: Tensor = connector(*as_samples(student, teacher, widen=False))
+        return loss
 
 
 def _margin(context: Context, stage: str, channels: int) -> Tensor:

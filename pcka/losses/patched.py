@@ -9,16 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_maps, check_temperature
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_maps, check_temperature
 from pcka.losses.dist import dist_loss
 from pcka.losses.kd import kd_loss
-from pcka.losses.outputs import Outputs
 from pcka.losses.pcka import PatchSize, as_patches
 from pcka.losses.pkd import pkd_loss
-from pcka.losses.registry import register
-from pcka.losses.stagewise import MatchedMapsLoss
 from pcka.ops.functional import as_patch_size
-from pcka.ops.reference import accumulation_dtype, patchify, resize_to_patches
+from pcka.ops.reference import patchify, resize_to_patches
 
 
 def patched_loss(
@@ -58,18 +56,16 @@ def patched_loss(
         ValueError: maps of different shapes or devices, an unknown method, a patch size or a
             temperature that is not positive, or ``"pkd"`` on patches of a single entry.
     """
-    check_maps(student, teacher)
+    student, teacher = as_maps(student, teacher)
     check_method(method)
     check_temperature(temperature)
-    rows = _rows(student, patch_size), _rows(teacher.detach(), patch_size)
-    return _METHODS[method](*rows, temperature)
+    return _METHODS[method](_rows(student, patch_size), _rows(teacher, patch_size), temperature)
 
 
 def _rows(x: Tensor, patch_size: PatchSize) -> Tensor:
-    """``(B, C, H, W)`` -> ``(C, N, B*P_H*P_W)``, in float32 or better."""
+    """``(B, C, H, W)`` -> ``(C, N, B*P_H*P_W)``."""
     patch = as_patch_size(patch_size)
-    resized = resize_to_patches(x.to(accumulation_dtype(x.dtype)), patch)
-    return patchify(resized, patch, "channel")
+    return patchify(resize_to_patches(x, patch), patch, "channel")
 
 
 def _at(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -78,7 +74,7 @@ def _at(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return kd_loss(student.flatten(0, 1), teacher.flatten(0, 1), temperature)
+    return kd_loss(student.flatten(0, 1), teacher.flatten(0, 1), temperature=temperature)
 
 
 def _pkd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -110,11 +106,8 @@ def check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
 
 
-@register("PATCHED")
-class PATCHED(MatchedMapsLoss):
+class Patched(StagewiseLoss):
     """:func:`patched_loss` of several levels: ``{"loss_patched_<method>_<stage>"}``.
-
-    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         method: ``"at"``, ``"kl"``, ``"pkd"`` or ``"dist"``.
@@ -126,6 +119,7 @@ class PATCHED(MatchedMapsLoss):
     """
 
     relational = True
+    same_shape = True
 
     def __init__(
         self,
@@ -139,18 +133,17 @@ class PATCHED(MatchedMapsLoss):
         super().__init__(stages, weights)
         check_method(method)
         check_temperature(temperature)
+        self.log_name = f"patched_{method}"
         self.method = method
         self.patch_sizes = as_patches(stages, patch_sizes)
         self.temperature = temperature
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        settings = zip(self.matched(student, teacher), self.weights, self.patch_sizes, strict=True)
-        return {
-            f"loss_patched_{self.method}_{stage}": weight
-            * patched_loss(
-                own, other, method=self.method, patch_size=patch, temperature=self.temperature
-            )
-            for (stage, own, other), weight, patch in settings
-        }
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
+        """:func:`patched_loss`."""
+        return patched_loss(
+            student,
+            teacher,
+            method=self.method,
+            patch_size=self.patch_sizes[self.taps.index(stage)],
+            temperature=self.temperature,
+        )

@@ -7,11 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from pcka.losses.checks import for_each
-from pcka.losses.degenerate import leave_out_constant
-from pcka.losses.outputs import Outputs
-from pcka.losses.registry import register
-from pcka.losses.stagewise import MatchedMapsLoss
+from pcka.losses.base import Outputs, StagewiseLoss, Term
+from pcka.losses.checks import as_list, as_maps, for_each
+from pcka.losses.numerics import leave_out_constant
 from pcka.ops import patch_cka
 from pcka.ops.functional import GROUPINGS, RELATIONS, as_patch_size, check_choice
 
@@ -35,7 +33,7 @@ def pcka_loss(
 
     Args:
         student: ``(B, C, H, W)``, any floating dtype.
-        teacher: same shape, dtype and device; must not require grad.
+        teacher: same shape and device; no gradient reaches it.
         patch_size: ``P`` or ``(P_H, P_W)``, in pixels of the map.
         group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
         relation: ``"rows"`` between patches, ``"columns"`` between the entries of a patch.
@@ -48,8 +46,9 @@ def pcka_loss(
         gradient 0.
 
     Raises:
-        ValueError: as :func:`pcka.patch_cka`, a teacher that requires grad among them.
+        ValueError: as :func:`pcka.patch_cka`.
     """
+    student, teacher = as_maps(student, teacher, widen=False)
     alignment = patch_cka(
         student,
         teacher,
@@ -81,11 +80,8 @@ def as_patches(
     return each
 
 
-@register("PCKA")
-class PCKA(MatchedMapsLoss):
+class PCKA(StagewiseLoss):
     """:func:`pcka_loss` of several levels and relations: ``{"loss_pcka_<stage>_<relation>"}``.
-
-    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         stages: names of the tapped feature maps.
@@ -101,6 +97,7 @@ class PCKA(MatchedMapsLoss):
     """
 
     relational = True
+    same_shape = True
 
     def __init__(
         self,
@@ -115,24 +112,24 @@ class PCKA(MatchedMapsLoss):
         super().__init__(stages, weights)
         self.patch_sizes = as_patches(stages, patch_sizes)
         check_choice("group_by", group_by, GROUPINGS)
-        if isinstance(relations, str):
-            raise ValueError(f"relations must be a list, got {relations!r}; write [{relations!r}]")
-        for relation in relations:
+        self.relations = as_list("relations", relations)
+        for relation in self.relations:
             check_choice("relations", relation, RELATIONS)
         if not relations:
             raise ValueError(f"relations must hold one or more of {', '.join(RELATIONS)}; got none")
         self.group_by = group_by
-        self.relations = tuple(relations)
         self.center = center
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Term]:
+        """One term a stage and relation."""
         terms = {}
-        settings = zip(self.matched(student, teacher), self.weights, self.patch_sizes, strict=True)
-        for (stage, own, other), weight, patch in settings:
+        for (stage, weight, own, other), patch in zip(
+            self.pairs(student, teacher), self.patch_sizes, strict=True
+        ):
             for relation in self.relations:
-                name = f"loss_pcka_{stage}_{relation}"
+                name = f"loss_{self.log_name}_{stage}_{relation}"
                 loss = pcka_loss(
                     own,
                     other,
@@ -142,5 +139,5 @@ class PCKA(MatchedMapsLoss):
                     center=self.center,
                     level=name,
                 )
-                terms[name] = weight * loss
+                terms[name] = Term(weight, loss)
         return terms

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.checks import check_maps
-from pcka.losses.map_size import at_one_size
-from pcka.losses.registry import register
-from pcka.losses.stagewise import MatchedMapsLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_maps
 
 EPSILON = 1e-6
 
@@ -31,21 +28,18 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: maps of different shapes or devices.
     """
-    check_maps(student, teacher)
-    difference = _normalize(student) - _normalize(teacher.detach())
+    student, teacher = as_maps(student, teacher)
+    difference = _normalize(student) - _normalize(teacher)
     return difference.square().mean() / 2
 
 
 def _normalize(x: Tensor) -> Tensor:
-    rows = x.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1)
+    rows = x.transpose(0, 1).flatten(1)
     return (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + EPSILON)
 
 
-@register("PKD")
-class PKD(MatchedMapsLoss):
+class PKD(StagewiseLoss):
     """:func:`pkd_loss` of several maps: ``{"loss_pkd_<stage>"}``.
-
-    A trained 1x1 convolution and pooling bring maps of other widths and sizes together.
 
     Args:
         stages: names of the tapped feature maps.
@@ -54,12 +48,13 @@ class PKD(MatchedMapsLoss):
     """
 
     relational = True
+    same_shape = True
 
     def __init__(
         self, *, stages: Sequence[str] = ("last",), weights: float | Sequence[float] = (10.0,)
     ) -> None:
         super().__init__(stages, weights)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`pkd_loss`."""
-        return pkd_loss(*at_one_size(student, teacher))
+        return pkd_loss(student, teacher)

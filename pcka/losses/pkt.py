@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.checks import check_samples
-from pcka.losses.precision import without_autocast
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import without_autocast
 
 EPSILON = 1e-7
 
@@ -33,19 +31,17 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that do not hold the same samples.
     """
-    check_samples(student, teacher)
-    p_s, p_t = _probabilities(student), _probabilities(teacher.detach())
+    p_s, p_t = map(_probabilities, as_samples(student, teacher))
     return (p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()).mean()
 
 
 def _probabilities(x: Tensor) -> Tensor:
-    rows = x.to(accumulation_dtype(x.dtype)).flatten(1)
+    rows = x.flatten(1)
     rows = rows / (rows.norm(dim=1, keepdim=True) + EPSILON)
     similarities = (rows @ rows.T + 1) / 2
     return similarities / similarities.sum(1, keepdim=True)
 
 
-@register("PKT")
 class PKT(StagewiseLoss):
     """:func:`pkt_loss` of several stages: ``{"loss_pkt_<stage>"}``.
 
@@ -64,6 +60,6 @@ class PKT(StagewiseLoss):
     ) -> None:
         super().__init__(stages, weights)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`pkt_loss`."""
         return pkt_loss(student, teacher)

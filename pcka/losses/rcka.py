@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.base import Loss
+from pcka.losses.base import Loss, Outputs, Term
 from pcka.losses.checks import as_stages, as_weights
 from pcka.losses.fcka import FCKA, fcka_loss
 from pcka.losses.lcka import LCKA, lcka_loss
-from pcka.losses.outputs import Outputs
-from pcka.losses.registry import register
 
 
 def rcka_loss(
@@ -63,7 +61,6 @@ def rcka_loss(
     return feature_weight * features + logits
 
 
-@register("RCKA")
 class RCKA(Loss):
     """The terms of :class:`FCKA` and :class:`LCKA`; cross-entropy is the loss ``CE`` beside it.
 
@@ -103,8 +100,9 @@ class RCKA(Loss):
         )
         self.taps = self.feature_loss.taps
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = self.feature_loss(student, teacher, target)
-        return {**terms, **self.logit_loss(student, teacher, target)}
+    ) -> dict[str, Term]:
+        """Those of the two parts."""
+        given = student, teacher, target
+        return {**self.feature_loss.terms(*given), **self.logit_loss.terms(*given)}

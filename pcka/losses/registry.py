@@ -1,33 +1,81 @@
-"""Loss modules by name, for configuration files."""
+"""Loss modules by name, for configuration files; each is imported where it is first needed."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from pcka.losses.base import Loss
 
 L = TypeVar("L", bound=type[Loss])
 
+# Module -> what it gives to pcka.losses: the loss first, which is built by its name in upper case,
+# then its functions.
+PUBLIC = {
+    "at": "AT at_loss",
+    "cc": "CC cc_loss cc_neighbours_loss",
+    "crd": "CRD crd_loss",
+    "cross_entropy": "CE",
+    "cwd": "CWD cwd_loss",
+    "dist": "DIST dist_loss",
+    "dkd": "DKD dkd_loss",
+    "fcka": "FCKA fcka_loss",
+    "fitnet": "FitNet fitnet_loss",
+    "ickd": "ICKD ickd_loss",
+    "ikl": "IKL ikl_loss",
+    "kd": "KD kd_loss",
+    "kdsvd": "KDSVD kdsvd_loss",
+    "lcka": "LCKA lcka_loss",
+    "mgd": "MGD mgd_loss",
+    "nkd": "NKD nkd_loss",
+    "nst": "NST nst_loss",
+    "ofd": "OFD ofd_loss",
+    "patched": "Patched patched_loss",
+    "pcka": "PCKA pcka_loss",
+    "pkd": "PKD pkd_loss",
+    "pkt": "PKT pkt_loss",
+    "rcka": "RCKA rcka_loss",
+    "reviewkd": "ReviewKD hcl_loss",
+    "rkd": "RKD rkd_loss",
+    "sp": "SP sp_loss",
+    "srrl": "SRRL srrl_loss",
+    "vid": "VID vid_loss",
+    "wttm": "WTTM wttm_loss",
+}
+MODULE_OF = {name: module for module, names in PUBLIC.items() for name in names.split()}
+CLASS_OF = {names.split()[0].upper(): names.split()[0] for names in PUBLIC.values()}
 
-_LOSSES: dict[str, type[Loss]] = {}
+_REGISTERED: dict[str, type[Loss]] = {}
 
 
 def register(name: str) -> Callable[[L], L]:
-    """Class decorator: make a loss module available to :func:`build` under ``name``.
+    """Class decorator: make a loss of your own available to :func:`build` under ``name``.
 
     Raises:
         ValueError: the name is taken.
     """
 
     def decorate(loss: L) -> L:
-        if name in _LOSSES:
+        if name in names():
             raise ValueError(f"name: a loss {name!r} is registered already; choose another name")
-        _LOSSES[name] = loss
+        _REGISTERED[name] = loss
         return loss
 
     return decorate
+
+
+def public(name: str) -> Any:
+    """The loss or function that ``pcka.losses`` has under ``name``; imports its module.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    if name in MODULE_OF:
+        return getattr(importlib.import_module(f"{__package__}.{MODULE_OF[name]}"), name)
+    hint = f"; the class of the loss {name} is {CLASS_OF[name]}" if name in CLASS_OF else ""
+    raise AttributeError(f"module {__package__!r} has no attribute {name!r}{hint}")
 
 
 def build(name: str, **kwargs: object) -> Loss:
@@ -46,7 +94,7 @@ def build(name: str, **kwargs: object) -> Loss:
 
 def names() -> list[str]:
     """The registered names, sorted."""
-    return sorted(_LOSSES)
+    return sorted({*CLASS_OF, *_REGISTERED})
 
 
 def defaults(name: str) -> dict[str, object]:
@@ -60,6 +108,8 @@ def defaults(name: str) -> dict[str, object]:
 
 
 def _find(name: str) -> type[Loss]:
-    if name not in _LOSSES:
+    if name in CLASS_OF:
+        return cast(type[Loss], public(CLASS_OF[name]))
+    if name not in _REGISTERED:
         raise ValueError(f"name: no loss {name!r}; there are {', '.join(names())}")
-    return _LOSSES[name]
+    return _REGISTERED[name]

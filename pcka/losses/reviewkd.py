@@ -10,11 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
-from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import as_stages, check_maps, check_samples, check_weights, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
+from pcka.losses.checks import as_maps, as_samples, as_stages, check_weights
 
 PYRAMID = (4, 2, 1)
 """Sides of the pooled maps of the hierarchical context loss."""
@@ -38,9 +35,8 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: maps of different shapes or devices.
     """
-    check_maps(student, teacher)
-    dtype = accumulation_dtype(student.dtype)
-    difference = student.to(dtype) - teacher.detach().to(dtype)  # pooling is linear
+    student, teacher = as_maps(student, teacher)
+    difference = student - teacher  # pooling is linear
     sides = [side for side in PYRAMID if side < min(difference.shape[2:])]
     levels = [difference, *(F.adaptive_avg_pool2d(difference, side) for side in sides)]
     weights = [0.5**k for k in range(len(levels))]
@@ -92,8 +88,7 @@ class Fusion(nn.Module):
         return self.expand(z), z
 
 
-@register("REVIEWKD")
-class REVIEWKD(Loss):
+class ReviewKD(Loss):
     """:func:`hcl_loss` of every stage, fused with all deeper ones: ``{"loss_reviewkd_<stage>"}``.
 
     From the pooled features to the shallowest stage, each stage of the student passes a
@@ -129,7 +124,7 @@ class REVIEWKD(Loss):
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
         """Make the fusion of each stage."""
-        teacher = require(teacher, "teacher", "REVIEWKD")
+        teacher = self.need(teacher, "teacher")
         deepest = self.taps[-1]
         width = min(self.max_width, student.feature(deepest).shape[1])
         for stage in self.taps:
@@ -137,17 +132,18 @@ class REVIEWKD(Loss):
             fusion = Fusion(feature.shape[1], width, other.shape[1], deepest=stage == deepest)
             self.fusions[stage] = fit(fusion, feature)
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "REVIEWKD")
-        fusions = prepared(self.fusions, "REVIEWKD")
+    ) -> dict[str, Term]:
+        """One term a stage, the pooled features among them."""
+        teacher = self.need(teacher, "teacher")
+        fusions = prepared(self.fusions, "ReviewKD")
         terms, deeper = {}, None
         for stage in reversed(self.taps):
-            feature, other = _as_map(student, stage), _as_map(teacher, stage)
-            check_samples(feature, other)
+            pair = _as_map(student, stage), _as_map(teacher, stage)
+            feature, other = as_samples(*pair, widen=False)
             fused, deeper = fusions[stage](feature, deeper, other.shape[2:])
-            terms[f"loss_reviewkd_{stage}"] = self.weight * hcl_loss(fused, other)
+            terms[f"loss_{self.log_name}_{stage}"] = Term(self.weight, hcl_loss(fused, other))
         return dict(reversed(terms.items()))
 
 

@@ -8,18 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_samples, check_weights
-from pcka.losses.precision import without_autocast
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_samples, check_weights
+from pcka.losses.numerics import without_autocast
 
 LEAST_SQUARE = 1e-12
 
 
 @without_autocast
 def rkd_loss(
-    student: Tensor, teacher: Tensor, distance_weight: float = 25, angle_weight: float = 50
+    student: Tensor, teacher: Tensor, *, distance_weight: float = 25, angle_weight: float = 50
 ) -> Tensor:
     r"""Smooth L1 differences of the pairwise distances and of the angles of all triplets.
 
@@ -39,9 +37,7 @@ def rkd_loss(
     Raises:
         ValueError: features that do not hold the same samples.
     """
-    check_samples(student, teacher)
-    dtype = accumulation_dtype(student.dtype)
-    s, t = (x.to(dtype).flatten(1) for x in (student, teacher.detach()))
+    s, t = (x.flatten(1) for x in as_samples(student, teacher))
     distance = F.smooth_l1_loss(_distances(s), _distances(t))
     angle = F.smooth_l1_loss(_angles(s), _angles(t))
     return distance_weight * distance + angle_weight * angle
@@ -64,7 +60,6 @@ def _angles(x: Tensor) -> Tensor:
     return torch.bmm(differences, differences.transpose(1, 2))
 
 
-@register("RKD")
 class RKD(StagewiseLoss):
     """:func:`rkd_loss` of several stages: ``{"loss_rkd_<stage>"}``.
 
@@ -90,6 +85,11 @@ class RKD(StagewiseLoss):
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`rkd_loss`."""
-        return rkd_loss(student, teacher, self.distance_weight, self.angle_weight)
+        return rkd_loss(
+            student,
+            teacher,
+            distance_weight=self.distance_weight,
+            angle_weight=self.angle_weight,
+        )

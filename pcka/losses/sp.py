@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pcka.losses.checks import check_samples
-from pcka.losses.precision import unit_length, without_autocast
-from pcka.losses.registry import register
-from pcka.losses.stagewise import StagewiseLoss
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import StagewiseLoss
+from pcka.losses.checks import as_samples
+from pcka.losses.numerics import unit_length, without_autocast
 
 
 @without_autocast
@@ -30,17 +28,16 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that do not hold the same samples.
     """
-    check_samples(student, teacher)
-    difference = _similarities(teacher.detach()) - _similarities(student)
+    student, teacher = as_samples(student, teacher)
+    difference = _similarities(teacher) - _similarities(student)
     return difference.square().sum() / student.shape[0] ** 2
 
 
 def _similarities(x: Tensor) -> Tensor:
-    rows = x.to(accumulation_dtype(x.dtype)).flatten(1)
+    rows = x.flatten(1)
     return unit_length(rows @ rows.T, dim=1)
 
 
-@register("SP")
 class SP(StagewiseLoss):
     """:func:`sp_loss` of several stages: ``{"loss_sp_<stage>"}``.
 
@@ -59,6 +56,6 @@ class SP(StagewiseLoss):
     ) -> None:
         super().__init__(stages, weights)
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`sp_loss`."""
         return sp_loss(student, teacher)

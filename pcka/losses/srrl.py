@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
-from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import check_samples, check_weights, require
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
+from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
+from pcka.losses.checks import as_samples, check_weights
 from pcka.ops.reference import accumulation_dtype, without_autocast
 
 
@@ -21,6 +19,7 @@ def srrl_loss(
     student: Tensor,
     teacher: Tensor,
     classifier: Callable[[Tensor], Tensor],
+    *,
     feature_weight: float = 1.0,
     regression_weight: float = 1.0,
 ) -> Tensor:
@@ -43,9 +42,7 @@ def srrl_loss(
     Raises:
         ValueError: features of different shapes or devices.
     """
-    dtype = accumulation_dtype(student.dtype)
-    student, teacher = student.to(dtype), teacher.detach().to(dtype)
-    check_samples(student, teacher)
+    student, teacher = as_samples(student, teacher)
     if student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must be pooled features of one shape (B, D); got student "
@@ -57,7 +54,6 @@ def srrl_loss(
     return feature_weight * F.mse_loss(student, teacher) + regression_weight * regression
 
 
-@register("SRRL")
 class SRRL(Loss):
     """:func:`srrl_loss` of the student's last map: ``{"loss_srrl"}``.
 
@@ -98,8 +94,8 @@ class SRRL(Loss):
         Raises:
             ValueError: no teacher, no ``context.teacher_classifier``, or a stage that is no map.
         """
-        pooled = require(teacher, "teacher", "SRRL").feature("pooled")
-        classifier = require(context.teacher_classifier, "context.teacher_classifier", "SRRL")
+        pooled = self.need(teacher, "teacher").feature("pooled")
+        classifier = self.need(context.teacher_classifier, "context.teacher_classifier")
         feature = student.feature(self.taps[0])
         if feature.dim() != 4:
             raise ValueError(
@@ -113,20 +109,21 @@ class SRRL(Loss):
         # Through __dict__, because assigning a module registers it as a submodule.
         self.__dict__["classifier"] = fit(frozen, feature)
 
-    def forward(
+    def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "SRRL")
+    ) -> dict[str, Term]:
+        """One term of feature matching and regression, which carry their own weights."""
+        teacher = self.need(teacher, "teacher")
         connector, classifier = prepared(self.connector, "SRRL"), prepared(self.classifier, "SRRL")
         connected = adapt(connector, student.feature(self.taps[0]))
         loss = srrl_loss(
             connected.to(accumulation_dtype(connected.dtype)).mean((2, 3)),
             teacher.feature("pooled"),
             classifier,
-            self.feature_weight,
-            self.regression_weight,
+            feature_weight=self.feature_weight,
+            regression_weight=self.regression_weight,
         )
-        return {"loss_srrl": loss}
+        return {f"loss_{self.log_name}": Term(1.0, loss)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Every move and cast of a module goes through here: take the classifier along."""

@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
-from pcka.losses.base import NO_CONTEXT, Loss
-from pcka.losses.checks import as_stages, as_weights, check_maps, check_samples, require
-from pcka.losses.map_size import at_one_size
-from pcka.losses.outputs import Context, Outputs
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
+from pcka.losses.checks import as_maps, as_samples
+from pcka.losses.numerics import at_one_size
 
 
 def vid_loss(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
@@ -37,15 +34,14 @@ def vid_loss(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     Raises:
         ValueError: maps of different shapes or devices, or a variance that is not one a channel.
     """
-    check_maps(student, teacher)
+    student, teacher = as_maps(student, teacher)
     if variance.shape != student.shape[1:2]:
         raise ValueError(
             f"variance must hold one value for each of the {student.shape[1]} channels, got "
             f"{tuple(variance.shape)}"
         )
-    dtype = accumulation_dtype(student.dtype)
-    variance = variance.to(dtype)[:, None, None]
-    square = (teacher.detach().to(dtype) - student.to(dtype)).square()
+    variance = variance.to(student.dtype)[:, None, None]
+    square = (teacher - student).square()
     return (square / variance + variance.log()).mean() / 2
 
 
@@ -81,8 +77,7 @@ class Predictor(nn.Module):
         return vid_loss(adapt(self.mean, student), teacher, variance)
 
 
-@register("VID")
-class VID(Loss):
+class VID(StagewiseLoss):
     """:func:`vid_loss` of several stages: ``{"loss_vid_<stage>"}``.
 
     A :class:`Predictor` of each stage, made by :meth:`prepare`, is trained with the student.
@@ -102,13 +97,11 @@ class VID(Loss):
         variance: float = 5.0,
         epsilon: float = 1e-5,
     ) -> None:
-        super().__init__()
+        super().__init__(stages, weights)
         if not variance > epsilon > 0:
             raise ValueError(
                 f"variance must be above epsilon, and both positive; got {variance} and {epsilon}"
             )
-        self.taps = as_stages(stages)
-        self.weights = as_weights(stages, weights)
         self.variance = variance
         self.epsilon = epsilon
         self.predictors = nn.ModuleDict()
@@ -117,18 +110,12 @@ class VID(Loss):
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
         """Make the predictor of each stage."""
-        teacher = require(teacher, "teacher", "VID")
+        teacher = self.need(teacher, "teacher")
         make = partial(Predictor, variance=self.variance, epsilon=self.epsilon)
         self.predictors = fit_maps(make, student, teacher, self.taps)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
-    ) -> dict[str, Tensor]:
-        teacher = require(teacher, "teacher", "VID")
-        predictors = prepared(self.predictors, "VID")
-        terms = {}
-        for stage, weight in zip(self.taps, self.weights, strict=True):
-            pair = student.feature(stage), teacher.feature(stage)
-            check_samples(*pair)
-            terms[f"loss_vid_{stage}"] = weight * predictors[stage](*pair)
-        return terms
+    def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
+        """:func:`vid_loss` of the predicted map."""
+        predictor = prepared(self.predictors, "VID")[stage]
+        loss: Tensor = predictor(*as_samples(student, teacher, widen=False))
+        return loss

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import check_logits, check_temperature
-from pcka.losses.logitwise import LogitLoss
-from pcka.losses.registry import register
-from pcka.ops.reference import accumulation_dtype
+from pcka.losses.base import LogitLoss
+from pcka.losses.checks import as_logits, check_temperature
 
 
-def wttm_loss(student: Tensor, teacher: Tensor, gamma: float = 0.2) -> Tensor:
+def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2) -> Tensor:
     r"""Weighted divergence of the student's probabilities from the teacher's, power-transformed.
 
     ``mean_i U_i KL(p_t^gamma / U_i || p_s)`` with ``p = softmax(logits)`` and ``U_i = sum_j
@@ -31,10 +29,8 @@ def wttm_loss(student: Tensor, teacher: Tensor, gamma: float = 0.2) -> Tensor:
     Raises:
         ValueError: logits of different shapes or devices, or a power that is not positive.
     """
-    check_logits(student, teacher)
+    student, teacher = as_logits(student, teacher)
     check_temperature(gamma, "gamma")
-    dtype = accumulation_dtype(student.dtype)
-    student, teacher = student.to(dtype), teacher.detach().to(dtype)
     softness = (gamma * F.log_softmax(teacher, dim=1)).exp().sum(1)
     transformed = F.log_softmax(gamma * teacher, dim=1)
     log_student = F.log_softmax(student, dim=1)
@@ -42,7 +38,6 @@ def wttm_loss(student: Tensor, teacher: Tensor, gamma: float = 0.2) -> Tensor:
     return (softness * divergence).mean()
 
 
-@register("WTTM")
 class WTTM(LogitLoss):
     """:func:`wttm_loss` as a module: ``{"loss_wttm"}``; cross-entropy with the labels comes beside.
 
@@ -58,4 +53,4 @@ class WTTM(LogitLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         """:func:`wttm_loss`."""
-        return wttm_loss(student, teacher, self.gamma)
+        return wttm_loss(student, teacher, gamma=self.gamma)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcka.losses import degenerate
+from pcka.losses import numerics
 
 RECORDS = Path(__file__).parents[1] / "fixtures" / "losses.json"
 Draw = Callable[..., Tensor]
@@ -57,7 +57,7 @@ def meets_record(draw, records):
 @pytest.fixture(autouse=True)
 def forget_warnings():
     """Degenerate levels warn once a process; each test starts anew."""
-    degenerate._warn_once.cache_clear()
+    numerics._warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from pcka.losses import Outputs
 from pcka.losses.adapters import (
     PooledLinear,
     adapt,
-    adapted,
     fit,
     pointwise,
     prepared,
@@ -97,20 +95,9 @@ def test_adapt_takes_any_dtype_in_and_out_of_autocast(draw, dtype):
     torch.testing.assert_close(adapt(adapter.double(), x).float(), y)
 
 
-def test_adapted_replaces_the_named_features_alone(draw):
-    logits, indices = draw(0, 2, 9), torch.arange(2)
-    features = {"a": draw(1, 2, 3, 4, 4), "b": draw(2, 2, 3, 4, 4)}
-    adapters = nn.ModuleDict({"b": pointwise(3, 5).double()})
-    outputs = adapted(Outputs(logits, features, indices), adapters, "FITNET")
-    assert outputs.logits is logits
-    assert outputs.indices is indices
-    assert outputs.feature("a") is features["a"]
-    torch.testing.assert_close(outputs.feature("b"), adapters["b"](features["b"]))
-
-
 @pytest.mark.parametrize("module", [None, nn.ModuleDict()])
 def test_what_was_not_prepared_names_the_loss_and_the_way_out(module):
-    with pytest.raises(RuntimeError, match=r"FITNET is not prepared.*Call Distiller\.prepare"):
-        prepared(module, "FITNET")
+    with pytest.raises(RuntimeError, match=r"FitNet is not prepared.*Call Distiller\.prepare"):
+        prepared(module, "FitNet")
     layer = pointwise(3, 5)
-    assert prepared(layer, "FITNET") is layer
+    assert prepared(layer, "FitNet") is layer

@@ -6,28 +6,19 @@ import torch
 from pcka.losses import checks
 
 
-def test_require_hands_the_value_over():
-    assert checks.require(0, "target", "CE") == 0
-
-
-def test_require_names_argument_and_loss():
-    with pytest.raises(ValueError, match=r"target: CE needs it"):
-        checks.require(None, "target", "CE")
-
-
 @pytest.mark.parametrize("shapes", [((4, 3), (4, 5)), ((4, 3), (5, 3)), ((4, 3, 1), (4, 3, 1))])
 def test_logits_need_one_shape(shapes):
     with pytest.raises(ValueError, match=r"logits of one shape \(B, P\)"):
-        checks.check_logits(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+        checks.as_logits(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
 @pytest.mark.parametrize("shapes", [((4, 3), (5, 3)), ((4,), (4,))])
 def test_features_need_the_same_samples(shapes):
     with pytest.raises(ValueError, match="same samples"):
-        checks.check_samples(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+        checks.as_samples(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
-@pytest.mark.parametrize("check", [checks.check_logits, checks.check_samples])
+@pytest.mark.parametrize("check", [checks.as_logits, checks.as_samples])
 def test_models_must_be_comparable(check):
     x = torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"teacher must be of a floating dtype, got torch\.int64"):
@@ -40,10 +31,19 @@ def test_models_must_be_comparable(check):
         check(x[:0], x[:0])
 
 
-def test_features_need_one_dtype():
-    x = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"one dtype; got student torch\.float32 and teacher"):
-        checks.check_samples(x, x.half())
+def test_models_of_two_dtypes_meet_in_the_wider_one():
+    x = torch.zeros(4, 3, requires_grad=True)
+    dtypes = {
+        (torch.float32, torch.float16): (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16): (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16): (torch.float32, torch.float32),
+        (torch.float16, torch.float64): (torch.float64, torch.float64),
+    }
+    for (student, teacher), (shared, widened) in dtypes.items():
+        for widen, expected in ((False, shared), (True, widened)):
+            own, other = checks.as_samples(x.to(student), x.to(teacher), widen=widen)
+            assert own.dtype == other.dtype == expected
+            assert own.requires_grad and not other.requires_grad
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "4", None, True])
@@ -61,7 +61,8 @@ def test_a_weight_is_a_finite_number_from_0_on(weight):
 def test_a_setting_holds_one_value_for_each_stage_or_one_for_all():
     assert checks.for_each(("a", "b"), "weights", [1, 2]) == (1, 2)
     assert checks.for_each(("a", "b"), "weights", 3.0) == (3.0, 3.0)
-    for values in ((16,), "16"):
+    assert checks.for_each(("a", "b"), "weights", [3.0]) == (3.0, 3.0)
+    for values in ((16, 16, 16), (), "16"):
         with pytest.raises(ValueError, match=r"patch_sizes must hold one value .* 2 stages a, b"):
             checks.for_each(("a", "b"), "patch_sizes", values)
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from pcka.losses.degenerate import DegenerateLevelWarning, leave_out_constant
+from pcka.losses.numerics import DegenerateLevelWarning, leave_out_constant
 
 
 @pytest.mark.parametrize(("samples", "center"), [(3, True), (2, False)])

@@ -12,10 +12,10 @@ import torch
 from pcka import losses
 from pcka.losses import (
     CWD,
-    PATCHED,
     PCKA,
     PKD,
     Outputs,
+    Patched,
     cwd_loss,
     fitnet_loss,
     patched_loss,
@@ -24,7 +24,7 @@ from pcka.losses import (
 )
 
 LOSSES = {"pkd": pkd_loss, "cwd": cwd_loss, "fitnet": fitnet_loss}
-FITNET = partial(losses.FITNET, regressor=False)
+FITNET = partial(losses.FitNet, regressor=False)
 MODULES = {"pkd": losses.PKD, "cwd": losses.CWD, "fitnet": FITNET}
 
 
@@ -91,7 +91,7 @@ ADAPTING = {
     "pkd": (PKD(weights=1.0), pkd_loss),
     "cwd": (CWD(weights=1.0), cwd_loss),
     "pcka": (PCKA(weights=1.0, patch_sizes=2), partial(pcka_loss, patch_size=2)),
-    "patched": (PATCHED(patch_sizes=2), partial(patched_loss, patch_size=2)),
+    "patched": (Patched(patch_sizes=2), partial(patched_loss, patch_size=2)),
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pcka.losses import FITNET, Outputs
+from pcka.losses import FitNet, Outputs
 
 STAGES = ("a", "b")
 
@@ -17,13 +17,13 @@ def outputs(draw):
 
 
 def test_published_setting():
-    loss = FITNET()
+    loss = FitNet()
     assert (loss.taps, loss.weights, loss.uses_regressor) == (("last",), (100.0,), True)
 
 
 def test_student_goes_through_convolution_batch_norm_and_relu(outputs):
     student, teacher = outputs
-    loss = FITNET(stages=("b",), weights=(2.0,))
+    loss = FitNet(stages=("b",), weights=(2.0,))
     loss.prepare(*outputs)
     parameters = dict(loss.regressors["b"].named_parameters())
     weight, bias, gamma, beta = (
@@ -40,11 +40,11 @@ def test_student_goes_through_convolution_batch_norm_and_relu(outputs):
 
 
 def test_every_stage_has_its_own_regressor_and_weight(outputs):
-    loss = FITNET(stages=STAGES, weights=(2.0, 0.5))
+    loss = FitNet(stages=STAGES, weights=(2.0, 0.5))
     loss.prepare(*outputs)
     assert list(loss.regressors) == ["a", "b"]
     terms = loss(*outputs, None)
-    double = FITNET(stages=STAGES, weights=(4.0, 1.0))
+    double = FitNet(stages=STAGES, weights=(4.0, 1.0))
     double.prepare(*outputs)
     double.load_state_dict(loss.state_dict())
     for name, value in double(*outputs, None).items():
@@ -52,7 +52,7 @@ def test_every_stage_has_its_own_regressor_and_weight(outputs):
 
 
 def test_maps_of_one_shape_need_no_regressor(draw):
-    loss = FITNET(stages=("a",), regressor=False)
+    loss = FitNet(stages=("a",), regressor=False)
     student, teacher = draw(0, 2, 3, 4, 4), draw(1, 2, 3, 4, 4)
     pair = Outputs(features={"a": student}), Outputs(features={"a": teacher})
     loss.prepare(*pair)
@@ -62,5 +62,5 @@ def test_maps_of_one_shape_need_no_regressor(draw):
 
 
 def test_prepare_needs_a_teacher(outputs):
-    with pytest.raises(ValueError, match="teacher: FITNET needs it"):
-        FITNET().prepare(outputs[0], None)
+    with pytest.raises(ValueError, match="teacher: FitNet needs it"):
+        FitNet().prepare(outputs[0], None)

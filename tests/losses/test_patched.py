@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pcka.losses import PATCHED, Outputs, patched_loss
+from pcka.losses import Outputs, Patched, patched_loss
 
 METHODS = ("at", "kl", "pkd", "dist")
 
@@ -122,7 +122,7 @@ def test_module_gives_a_weighted_term_a_stage(draw):
     )
     settings = {"a": (10.0, 4), "b": (0.5, (2, 4))}
     weights, patch_sizes = zip(*settings.values())
-    loss = PATCHED(
+    loss = Patched(
         method="kl", stages=["a", "b"], weights=weights, patch_sizes=patch_sizes, temperature=2.0
     )
     terms = loss(Outputs(features=student), Outputs(features=teacher), None)
@@ -144,7 +144,7 @@ def test_module_gives_a_weighted_term_a_stage(draw):
 )
 def test_settings_are_refused_when_the_loss_is_built(settings, message):
     with pytest.raises(ValueError, match=message):
-        PATCHED(**settings)
+        Patched(**settings)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +161,5 @@ def test_maps_that_cannot_be_compared_are_refused(draw, shape, options, message)
 
 
 def test_needs_a_teacher(draw):
-    with pytest.raises(ValueError, match="teacher: PATCHED needs it"):
-        PATCHED()(Outputs(features={"last": draw(0, 2, 3, 8, 12)}), None, None)
+    with pytest.raises(ValueError, match="teacher: Patched needs it"):
+        Patched()(Outputs(features={"last": draw(0, 2, 3, 8, 12)}), None, None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pcka.losses import at_loss, ickd_loss, nst_loss, pkd_loss, rkd_loss, sp_loss
-from pcka.losses.precision import unit_length, without_autocast
+from pcka.losses.numerics import unit_length, without_autocast
 
 
 @without_autocast

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ast
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +15,7 @@ from pcka.losses import registry
 
 @pytest.fixture
 def scratch_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_LOSSES", {})
+    monkeypatch.setattr(registry, "_REGISTERED", {})
 
 
 def test_the_losses_of_the_paper_are_registered():
@@ -67,7 +71,51 @@ def test_an_unknown_keyword_lists_the_accepted_ones():
 
 
 def test_a_name_is_registered_once(scratch_registry):
-    registry.register("Mine")(losses.KD)
-    assert registry.names() == ["Mine"]
-    with pytest.raises(ValueError, match="'Mine' is registered already"):
-        registry.register("Mine")(losses.CE)
+    class Mine(losses.KD):
+        pass
+
+    registry.register("Mine")(Mine)
+    assert registry.names() == sorted([*registry.CLASS_OF, "Mine"])
+    assert type(losses.build("Mine", temperature=2.0)) is Mine
+    for taken in ("Mine", "KD"):
+        with pytest.raises(ValueError, match=f"'{taken}' is registered already"):
+            registry.register(taken)(Mine)
+
+
+def test_public_names_are_those_that_type_checkers_see():
+    """The table of the registry and the imports under TYPE_CHECKING say the same."""
+    tree = ast.parse(Path(losses.__file__).read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: statement.module.rpartition(".")[2]
+        for statement in checked.body
+        for alias in statement.names
+    }
+    assert seen == registry.MODULE_OF
+    assert all(getattr(losses, name).__name__ == name for name in registry.MODULE_OF)
+    assert set(losses.__all__) <= set(dir(losses))
+
+
+def test_a_loss_is_found_by_its_class_and_by_its_name():
+    assert type(losses.build("FITNET")) is losses.FitNet
+    with pytest.raises(AttributeError, match="class of the loss FITNET is FitNet"):
+        losses.FITNET  # noqa: B018
+    with pytest.raises(AttributeError, match=r"pcka\.losses' has no attribute 'KL'$"):
+        losses.KL  # noqa: B018
+
+
+LAZY = """
+import sys, pcka
+shared = {"adapters", "base", "checks", "numerics", "registry"}
+of_losses = lambda: {m.rpartition(".")[2] for m in sys.modules if m.startswith("pcka.losses.")}
+assert of_losses() == shared, of_losses()
+assert "KD" in pcka.losses.names() and of_losses() == shared
+pcka.losses.build("KD")
+assert of_losses() == {*shared, "kd"}, of_losses()
+pcka.losses.RCKA
+assert of_losses() == {*shared, "kd", "rcka", "fcka", "lcka"}, of_losses()
+"""
+
+
+def test_a_loss_is_imported_where_it_is_first_named():
+    subprocess.run([sys.executable, "-c", LAZY], check=True)

@@ -79,7 +79,7 @@ def build(draw, **keywords):
     student = {"a": draw(0, 2, 4, 9, 9), "b": draw(1, 2, 5, 4, 4), "pooled": draw(2, 2, 7)}
     teacher = {"a": draw(3, 2, 3, 9, 9), "b": draw(4, 2, 6, 8, 8), "pooled": draw(5, 2, 5)}
     student, teacher = Outputs(features=student), Outputs(features=teacher)
-    loss = losses.REVIEWKD(stages=("a", "b"), **keywords)
+    loss = losses.ReviewKD(stages=("a", "b"), **keywords)
     torch.manual_seed(0)
     loss.prepare(student, teacher)
     return loss.eval(), student, teacher
@@ -143,7 +143,7 @@ def test_models_of_unlike_sizes(student, teacher):
     models = [create_model(name, 5) for name in (student, teacher)]
     taps = model_taps(*models, [])
     stages = [tap for tap in taps if re.fullmatch(r"stage[1-9]_preact", tap)]
-    loss = losses.REVIEWKD(stages=stages, max_width=16)
+    loss = losses.ReviewKD(stages=stages, max_width=16)
     distiller = Distiller(*models, [loss], taps)
     images = torch.randn(2, 3, 32, 32)
     distiller.prepare(images)
@@ -156,15 +156,15 @@ def test_models_of_unlike_sizes(student, teacher):
 
 def test_refusals(draw):
     loss, student, teacher = build(draw)
-    unprepared = losses.REVIEWKD(stages=("a", "b"))
+    unprepared = losses.ReviewKD(stages=("a", "b"))
     with pytest.raises(RuntimeError, match=r"Distiller\.prepare"):
         unprepared(student, teacher, None)
-    with pytest.raises(ValueError, match="teacher: REVIEWKD needs it"):
+    with pytest.raises(ValueError, match="teacher: ReviewKD needs it"):
         unprepared.prepare(student, None)
     with pytest.raises(ValueError, match="stages must name each stage once"):
-        losses.REVIEWKD(stages=("pooled",))
+        losses.ReviewKD(stages=("pooled",))
     with pytest.raises(ValueError, match="max_width must be at least 1, got 0"):
-        losses.REVIEWKD(max_width=0)
+        losses.ReviewKD(max_width=0)
     with pytest.raises(ValueError, match=r"a must be a feature map .* got \(2, 4, 5\)"):
         loss(Outputs(features={**student.features, "a": draw(0, 2, 4, 5)}), teacher, None)
     with pytest.raises(ValueError, match="one shape"):

@@ -1,0 +1,131 @@
+"""Arithmetic that several losses share: full precision, one size, what carries no signal."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcka.ops import reference
+from pcka.ops.reference import accumulation_dtype
+
+P = ParamSpec("P")
+LossFunction = Callable[Concatenate[Tensor, Tensor, P], Tensor]
+STANDARDIZING_EPSILON = 1e-7
+
+
+def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
+    """Decorator of a loss of student and teacher: autocast does not round its matrix products."""
+
+    @functools.wraps(loss)
+    def exact(student: Tensor, teacher: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with reference.without_autocast(student.device):
+            return loss(student, teacher, *args, **kwargs)
+
+    return exact
+
+
+def unit_length(x: Tensor, dim: int) -> Tensor:
+    """``x / ||x||`` along ``dim``, 0 where it is zero, for values whose squares would overflow."""
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    return F.normalize(x / largest.masked_fill(largest == 0, 1), dim=dim)
+
+
+def at_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps in float32 or better, each side pooled (adaptive average) to the smaller one.
+
+    Args:
+        student: ``(B, C_s, H_s, W_s)``.
+        teacher: ``(B, C_t, H_t, W_t)``.
+
+    Raises:
+        ValueError: features that are no maps.
+    """
+    if student.dim() != 4 or teacher.dim() != 4:
+        raise ValueError(
+            "student and teacher must be feature maps (B, C, H, W); got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Tap a module before the "
+            "pooling"
+        )
+    height = min(student.shape[2], teacher.shape[2])
+    size = (height, min(student.shape[3], teacher.shape[3]))
+    return _pooled(student, size), _pooled(teacher, size)
+
+
+def _pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    x = x.to(accumulation_dtype(x.dtype))
+    return x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size)
+
+
+def standardized_logits(logits: Tensor) -> Tensor:
+    r"""Z-scores of each sample's logits: how they rank the classes, without shift and scale.
+
+    ``(z - mean(z)) / (std(z) + 1e-7)``, ``std`` with ``P - 1`` (Sun et al., "Logit
+    Standardization in Knowledge Distillation", CVPR 2024, and the authors' public code). A student
+    that is compared by them need not match the teacher's magnitude.
+
+    Args:
+        logits: ``(B, P)``, any floating dtype, ``P >= 2``.
+
+    Returns:
+        ``(B, P)``: float32, or float64 for float64 input. Where a sample's logits are all equal,
+        0.
+    """
+    z = logits.to(accumulation_dtype(logits.dtype))
+    variance = z.var(-1, keepdim=True)
+    # The root of 0 has no derivative, and these samples are 0 whatever they are divided by.
+    deviation = variance.masked_fill(variance == 0, 1).sqrt()
+    return (z - z.mean(-1, keepdim=True)) / (deviation + STANDARDIZING_EPSILON)
+
+
+def without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """The logits of the classes that are not the sample's own.
+
+    By gathering, not by a mask: the host need not wait to learn how many entries a mask picks.
+
+    Args:
+        logits: ``(B, P)``.
+        target: ``(B,)`` class indices.
+
+    Returns:
+        ``(B, P - 1)``, in the order of the classes.
+    """
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, columns + (columns >= target[:, None]))
+
+
+class DegenerateLevelWarning(UserWarning):
+    """A loss leaves a level out, because its shape makes the alignment constant."""
+
+
+def leave_out_constant(loss: Tensor, *, samples: int, center: bool, level: str) -> Tensor:
+    """``loss``, or a zero with zero gradient where ``samples`` makes the alignment constant.
+
+    One sample always aligns with one sample, and two centered samples (``x`` and ``-x``) with any
+    other two: CKA is 1 whatever the features are. The zero stays attached to the graph, so a
+    backward pass through it works; the first one of each level warns.
+
+    Args:
+        loss: scalar computed from the alignment.
+        samples: ``N``, the side of the Gram matrices.
+        center: whether the Gram matrices are centered.
+        level: what the warning calls this level.
+    """
+    if samples > (2 if center else 1):
+        return loss
+    _warn_once(
+        f"{level}: the {'centered' if center else 'uncentered'} alignment of {samples} sample(s) "
+        "is constant, so this level is left out (loss 0, gradient 0). Take a larger batch, a "
+        "smaller patch, or drop the level"
+    )
+    return loss * 0
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, DegenerateLevelWarning, stacklevel=4)
