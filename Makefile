@@ -20,13 +20,13 @@ test: lint ctest pytest
 install: .venv/installed
 
 # torch first, so that pip need not fetch it a second time into an isolated build environment.
-.venv/installed: pyproject.toml setup.py constraints.txt detection/install_detectron2.py $(SOURCES)
+.venv/installed: pyproject.toml setup.py constraints.txt tools/install_detectron2.py $(SOURCES)
 	@echo "Setting up .venv: downloading torch and compiling the operators takes some minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch torchvision
 	$(PIP) "setuptools>=77" wheel ninja
 	$(PIP) --no-build-isolation -e ".[dev]"
-	$(BIN)/python detection/install_detectron2.py
+	$(BIN)/python tools/install_detectron2.py
 	$(BIN)/python -c "import pcka, pprint; pprint.pprint(pcka.build_info())"
 	touch $@
 

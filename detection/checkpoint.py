@@ -11,8 +11,9 @@ import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from pcka.checkpoint import CheckpointError, atomic_save, atomic_write, load_file
+from pcka.checkpoint import CheckpointError, atomic_save, load_file
 from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import write_text
 
 # What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
 _ALLOWED = {
@@ -61,8 +62,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the checkpoint that ``--resume`` goes on from, whole or not at all."""
-        name = last_filename_basename.encode()
-        atomic_write(lambda file: file.write(name), Path(self.save_dir, "last_checkpoint"))
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def way_on(self) -> str:
         """What to do where the last checkpoint cannot be read, in words."""
@@ -121,7 +121,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if "state_dict" in loaded:
             raise WeightsError(
                 f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
-                "detection/convert_mmdet.py gives a teacher's weights detectron2's names"
+                "tools/convert_mmdet.py gives a teacher's weights detectron2's names"
             )
         if "model_state" in loaded:  # of pycls; detectron2 matches its names, too
             loaded = {"model": loaded["model_state"], "matching_heuristics": True}

@@ -1,14 +1,12 @@
 """Compare detectors over seeds: ``python detection/compare.py --config-files F F ...``.
 
-Trains what is missing, each run in a process of its own, and goes on where it was killed. Runs of
+Trains what is missing, each run in a process of its own, and continues where it was killed. Runs of
 one seed share the start of what they have in common and the order of the images.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
@@ -23,17 +21,15 @@ from detectron2.config import CfgNode
 from detection.config import PROJECT, load_config
 from detection.data.register import name_coco_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT, changed_settings
-from pcka.checkpoint import atomic_write
 from pcka.engine.command import TrainingFailedError, run_command
+from pcka.engine.comparison import HOW_TO_READ, Comparison
 from pcka.engine.config import ConfigError
-from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
 NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> COCO's metric -> percent
-Results = dict[str, dict[int, Metrics]]  # run -> seed -> metrics
 
 
 def compare(
@@ -43,10 +39,11 @@ def compare(
     overrides: Sequence[str] = (),
     *,
     launcher: Sequence[str] = (sys.executable,),
-) -> Results:
+) -> Comparison:
     """Train each configuration with each seed into ``output/<its name>/seed<seed>``.
 
-    ``comparison.md`` and ``comparison.csv`` in ``output`` are written anew after every run.
+    ``comparison.md``, ``.csv`` and ``.png`` in ``output`` are written anew after every run. A run
+    that fails is listed there, and the others go on.
 
     Args:
         config_files: what is compared; the others stand beside the first.
@@ -57,6 +54,7 @@ def compare(
 
     Raises:
         ConfigError: two files of one name, or a run that was started with other settings.
+        TrainingFailedError: every run failed.
     """
     files = {path.stem: path for path in config_files}
     if len(files) != len(config_files):
@@ -64,14 +62,51 @@ def compare(
             "--config-files: expected files with names of their own, got "
             f"{', '.join(map(str, config_files))}"
         )
-    results: Results = {name: {} for name in files}
+    comparison = empty_comparison(list(files))
     for seed in seeds:
         for name, path in files.items():
             folder = output / name / f"seed{seed}"
-            results[name][seed] = train(path, seed, folder, overrides, launcher=launcher)
-            _write(output / "comparison.md", markdown(results))
-            _write(output / "comparison.csv", _csv(results))
-    return results
+            try:
+                add(comparison, name, seed, train(path, seed, folder, overrides, launcher=launcher))
+            except TrainingFailedError as error:
+                comparison.add(name, seed, error)
+            comparison.write(output)
+    if not comparison.results:
+        reasons = [text for by_seed in comparison.failures.values() for text in by_seed.values()]
+        raise TrainingFailedError("; ".join(reasons))
+    return comparison
+
+
+def empty_comparison(names: Sequence[str]) -> Comparison:
+    """A comparison of runs by average precision, still without a result."""
+    return Comparison(
+        names,
+        metrics={metric: metric for metric in METRICS},
+        subject="run",
+        difference="AP minus first row",
+        heading=f"COCO's metrics, mean ± standard deviation over seeds; {HOW_TO_READ}",
+    )
+
+
+def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
+    """Take in a finished run; the table has the columns that all runs have figures for.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    found = {
+        metric if task == "bbox" else f"{task} {metric}": values[metric]
+        for task, values in sorted(metrics.items())  # boxes first
+        if values.keys() >= set(METRICS)
+        for metric in METRICS
+    }
+    comparison.add(name, seed, found)
+    runs = [run for by_seed in comparison.results.values() for run in by_seed.values()]
+    comparison.metrics = {key: key for key in found if all(key in run for run in runs)}
+    if not comparison.metrics:
+        raise ConfigError(
+            f"DATASETS.TEST: no {', '.join(METRICS)} that all runs have; is the set annotated?"
+        )
 
 
 def train(
@@ -109,13 +144,9 @@ def train(
             raise KeyboardInterrupt
         if ended.returncode:
             raise TrainingFailedError(
-                f"the training in {str(folder)!r} failed; see the error above"
+                f"the training in {str(folder)!r} failed; see the error that it printed"
             )
     return _read_result(result)
-
-
-def _write(path: Path, text: str) -> None:
-    atomic_write(lambda file: file.write(text.encode()), path)
 
 
 def _check_settings(wanted: CfgNode, folder: Path) -> None:
@@ -146,69 +177,7 @@ def _read_result(path: Path) -> Metrics:
         ) from error
 
 
-def markdown(results: Results) -> str:
-    """A row for each run: means over the seeds, spread, and the difference to the first row."""
-    first, tasks = next(iter(results)), _tasks(results)
-    names = [_heading(task, metric) for task in tasks for metric in METRICS]
-    columns = ["", *names, f"AP minus {first}", "difference", "seeds"]
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for run, by_seed in results.items():
-        cells = [
-            mean_and_deviation([metrics[task][metric] for metrics in by_seed.values()])
-            for task in tasks
-            for metric in METRICS
-        ]
-        pairs = [] if run == first else _differences(results, run, first, tasks[0])
-        compared = [mean_and_deviation(pairs, signed=True), verdict(pairs)]
-        lines.append(f"| {' | '.join([run, *cells, *compared, str(len(by_seed))])} |")
-    lines += [
-        "",
-        "Mean ± standard deviation over the seeds. A difference is named where the "
-        f"{CONFIDENCE:.0%} interval of the paired differences leaves out 0 (paired t test, each "
-        "row against the first, one at a time).",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _differences(results: Results, run: str, first: str, task: str) -> list[float]:
-    own, other = (
-        {seed: metrics[task]["AP"] for seed, metrics in results[name].items()}
-        for name in (run, first)
-    )
-    return paired_differences(own, other)
-
-
-def _csv(results: Results) -> str:
-    """A line for each run and seed."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [(task, metric) for task in _tasks(results) for metric in METRICS]
-    writer.writerow(["run", "seed", *(_heading(*column) for column in columns)])
-    for run, by_seed in results.items():
-        for seed, metrics in by_seed.items():
-            writer.writerow([run, seed, *(metrics[task][metric] for task, metric in columns)])
-    return text.getvalue()
-
-
-def _tasks(results: Results) -> list[str]:
-    """Those that every run has figures of, boxes first."""
-    tasks = [
-        {task for task, found in metrics.items() if set(METRICS) <= found.keys()}
-        for by_seed in results.values()
-        for metrics in by_seed.values()
-    ]
-    if not (common := set.intersection(*tasks)):
-        raise ConfigError(
-            f"DATASETS.TEST: no {', '.join(METRICS)} that all runs have; is the set annotated?"
-        )
-    return sorted(common)
-
-
-def _heading(task: str, metric: str) -> str:
-    return metric if task == "bbox" else f"{task} {metric}"
-
-
-def main(arguments: Sequence[str] | None = None) -> Results:
+def main(arguments: Sequence[str] | None = None) -> Comparison:
     """Compare as the arguments say; print the table."""
     parser = argparse.ArgumentParser(description="Train several detectors, and compare them.")
     parser.add_argument("--config-files", nargs="+", type=Path, required=True, metavar="F")
@@ -222,15 +191,15 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     # KEY VALUE pairs may follow the lists, which would swallow them: they come after "--".
     parser.add_argument("overrides", metavar="KEY VALUE", nargs="*")
     given = parser.parse_args(arguments)
-    results = compare(
+    comparison = compare(
         given.config_files,
         given.seeds,
         given.output,
         given.overrides,
         launcher=shlex.split(given.launcher),
     )
-    print(markdown(results))
-    return results
+    print(comparison.markdown())
+    return comparison
 
 
 if __name__ == "__main__":

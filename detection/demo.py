@@ -15,7 +15,7 @@ from pathlib import Path
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from detection.checkpoint import load_weights
-from detection.compare import CONFIG, WEIGHTS, compare, markdown, train
+from detection.compare import CONFIG, WEIGHTS, compare, train
 from detection.config import PROJECT, load_config, student_architecture
 from detection.data import register_datasets
 from detection.pictures import draw_detections
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     longer = [*_schedule(TEACHER_FACTOR * given.steps), *overrides]
     reached = train(CONFIGS / "teacher.yaml", 0, teacher, longer)
     taught = ["DISTILL.TEACHER.WEIGHTS", str(teacher / WEIGHTS)]
-    results = compare(
+    comparison = compare(
         [CONFIGS / f"{method}.yaml" for method in given.methods],
         given.seeds,
         output,
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in given.seeds:
         folders = {method: output / method / f"seed{seed}" for method in given.methods}
         _picture({"teacher": teacher, **folders}, output / f"detections-{seed}.png")
-    print(f"teacher: AP {reached['bbox']['AP']:.2f}\n\n{markdown(results)}")
+    print(f"teacher: AP {reached['bbox']['AP']:.2f}\n\n{comparison.markdown()}")
 
 
 def _schedule(steps: int) -> list[str]:

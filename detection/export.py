@@ -18,9 +18,10 @@ from detection.checkpoint import load_weights
 from detection.config import load_config, student_architecture
 from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
-from pcka.checkpoint import atomic_save, atomic_write
+from pcka.checkpoint import atomic_save
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import write_text
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
 OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder
@@ -55,8 +56,7 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
         lazy = {"model": lazy_fcos(cfg), "input_format": cfg.INPUT.FORMAT}
         LazyConfig.save(OmegaConf.create(lazy), str(folder / LAZY))
         return folder / LAZY
-    plain = _plain_config(cfg, architecture, folder / WEIGHTS).dump().encode()
-    atomic_write(lambda file: file.write(plain), folder / YAML)
+    write_text(folder / YAML, _plain_config(cfg, architecture, folder / WEIGHTS).dump())
     return folder / YAML
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import launch
 
 from detection.compat import create_local_process_group
+from pcka.distributed import world_size
 from pcka.engine.config import ConfigError
+from pcka.engine.launch import process_group
 
 
 def run(
@@ -32,11 +33,9 @@ def run(
         ConfigError: more GPUs than the machine has.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join(on_gpus)
-        try:
+        with process_group("cuda" if on_gpus else "cpu"):
+            create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
             return main(arguments)
-        finally:
-            dist.destroy_process_group()
     if arguments.num_gpus > max(torch.cuda.device_count(), 1):
         raise ConfigError(
             f"--num-gpus: {arguments.num_gpus} are asked for, this machine has "
@@ -52,10 +51,3 @@ def run(
         dist_url=arguments.dist_url,
         args=(arguments,),
     )
-
-
-def _join(on_gpus: bool) -> None:
-    if on_gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))

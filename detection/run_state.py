@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
+
+from pcka.engine.random_state import capture_random_state, restore_random_state
 
 
 class RunState:
@@ -30,11 +32,11 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """The present states, as tensors and plain values."""
         normalizer = getattr(self.student, "loss_normalizer", None)
-        return {"random": random_states(), "loss_normalizer": normalizer}
+        return {"random": capture_random_state(), "loss_normalizer": normalizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the random states for :meth:`restore_random`; set the normaliser."""
-        self._random = state["random"]
+        self._random = _in_todays_form(state["random"])
         if state["loss_normalizer"] is not None:
             self.student.loss_normalizer = state["loss_normalizer"]
 
@@ -42,43 +44,31 @@ class RunState:
         """Set the generators, once everything that draws numbers at its start is built."""
         if self._random is None:
             return
-        set_random_states(self._random)
+        restore_random_state(self._random)
         if rank := comm.get_rank():
             random.seed(random.getrandbits(32) + rank)
             np.random.seed((int(np.random.randint(2**31)) + rank) % 2**32)
             torch.manual_seed(int(torch.randint(2**31, ()).item()) + rank)
 
 
-def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, as tensors and plain values."""
-    numpy_state = np.random.get_state(legacy=True)
-    assert isinstance(numpy_state, tuple)  # what legacy asks for; the annotation leaves it open
-    name, keys, *rest = numpy_state
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Set the generators to what :func:`random_states` gave."""
-    version, keys, position = states["python"]
-    random.setstate((version, tuple(keys), position))
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 @contextmanager
 def lent_random_states() -> Iterator[None]:
     """Let a block draw numbers, and give the generators back as they were."""
-    states = random_states()
+    states = capture_random_state()
     try:
         yield
     finally:
-        set_random_states(states)
+        restore_random_state(states)
+
+
+def _in_todays_form(states: dict[str, Any]) -> dict[str, Any]:
+    """Random states of an older checkpoint, which kept lists, and one GPU's state by itself."""
+    version, keys, position = states["python"]
+    name, own, *rest = states["numpy"]
+    cuda = states.get("cuda", [])
+    return {
+        "python": (version, tuple(keys), position),
+        "numpy": (name, torch.as_tensor(own), *rest),
+        "torch": states["torch"],
+        "cuda": [cuda] if isinstance(cuda, Tensor) else cuda,
+    }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 
 from detection.config import load_config
-from pcka.engine.config import ConfigError
+from pcka.engine.config import ConfigError, differing_keys
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -34,13 +32,8 @@ def changed_settings(
     had: CfgNode, wanted: CfgNode, passed_over: Collection[str] = ()
 ) -> dict[str, tuple[object, object]]:
     """Return what two configurations do not share: key -> (value had, value wanted)."""
-    # By way of YAML, in which a tuple is a list.
-    before, now = (_flat(yaml.safe_load(cfg.dump())) for cfg in (had, wanted))
-    return {
-        key: (before.get(key), value)
-        for key, value in now.items()
-        if before.get(key) != value and key not in passed_over
-    }
+    changed = differing_keys(had, wanted)
+    return {key: values for key, values in changed.items() if key not in passed_over}
 
 
 def check_resumed(cfg: CfgNode) -> None:
@@ -82,14 +75,3 @@ def check_resumed(cfg: CfgNode) -> None:
             f"{folder}: this run was started with other values of {', '.join(refused)}; resume it "
             "with its own, or take another OUTPUT_DIR"
         )
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value."""
-    flat: dict[str, object] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -29,10 +29,10 @@ from detection.launch import run
 from detection.preflight import check_run, check_teacher_file, usable_device
 from detection.settings import RESULT, check_resumed
 from detection.trainer import DetectionTrainer
-from pcka.checkpoint import atomic_write
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import lock_folder
+from pcka.engine.run_folder import remove_temporaries, write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -75,8 +75,7 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def write_result(results: dict[str, Any], path: Path) -> None:
     """Write metrics as JSON, which has no NaN: what could not be computed is null."""
-    text = json.dumps(_without_nan(results), indent=1, allow_nan=False).encode()
-    atomic_write(lambda file: file.write(text), path)
+    write_text(path, json.dumps(_without_nan(results), indent=1, allow_nan=False))
 
 
 def _without_nan(value: Any) -> Any:
@@ -94,8 +93,7 @@ def _held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock_folder(folder)
     try:
-        for left in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):  # by a killed run's atomic_write
-            left.unlink(missing_ok=True)
+        remove_temporaries(folder)
         yield
     finally:
         os.close(handle)

@@ -19,13 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
 from detection.config import teacher_config
-from detection.curves import plot_run
 from detection.data.loader import training_loader
 from detection.data.targets import check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
+from detection.figures import MetricsState, RestoreMetrics, plot_run
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
-from detection.metrics_state import MetricsState, RestoreMetrics
 from detection.run_state import RunState, lent_random_states
 from detection.teacher_checks import check_features
 from pcka.checkpoint import CheckpointError

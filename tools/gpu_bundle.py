@@ -115,7 +115,7 @@ def detectron2(archive: Path) -> None:
     """The Python files of the installed detectron2, which must be one without a C++ extension."""
     found = importlib.util.find_spec("detectron2")
     if found is None or not found.submodule_search_locations:
-        raise SystemExit("detectron2 is not installed: python detection/install_detectron2.py")
+        raise SystemExit("detectron2 is not installed: python tools/install_detectron2.py")
     package = Path(found.submodule_search_locations[0])
     if any(package.glob("_C.*.so")):
         raise SystemExit("detectron2 was compiled for this Python: pack one of Python files alone")

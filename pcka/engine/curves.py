@@ -1,17 +1,18 @@
-"""Curves of a training run."""
+"""Curves of a training run: panels side by side in one picture."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Metrics = Sequence[Mapping[str, float]]
+Points = Sequence[tuple[float, float]]  # (step or epoch, value)
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; black is kept for totals.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -19,8 +20,83 @@ _LINES = ("-", "--", "-.", ":")
 _PANEL_INCHES = (5.0, 3.8)
 
 
-def plot_curves(metrics: Metrics, path: str | os.PathLike[str]) -> None:
-    """Draw losses, accuracy and layer-wise CKA of a run by epoch, side by side, into one picture.
+class Panel(NamedTuple):
+    """One panel of a picture.
+
+    Attributes:
+        title: above the panel.
+        unit: label of its vertical axis.
+        curves: name in the legend -> points.
+        total: name of the curve that is drawn in black.
+        best: name of the curve whose first maximum is marked.
+        from_zero: whether the vertical axis shows 0.
+        top: end of the vertical axis; None for one that fits.
+    """
+
+    title: str
+    unit: str
+    curves: Mapping[str, Points]
+    total: str = ""
+    best: str = ""
+    from_zero: bool = True
+    top: float | None = None
+
+
+def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str) -> bool:
+    """Draw the panels that have curves side by side; return whether there was any.
+
+    Args:
+        panels: from left to right; each curve has a point or more.
+        path: picture to write; its suffix picks the format.
+        x: what the horizontal axes count, from 0: ``"epoch"`` or ``"step"``.
+    """
+    drawn = [panel for panel in panels if panel.curves]
+    if not drawn:
+        return False
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * len(drawn), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    last = max(points[-1][0] for panel in drawn for points in panel.curves.values())
+    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        _draw(axes, panel, x)
+        axes.set(title=panel.title, xlabel=x, ylabel=panel.unit)
+        axes.set_xlim(0, max(last, 1) * 1.02)  # the last point is drawn whole
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small" if len(panel.curves) <= len(_COLOURS) else "x-small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _draw(axes: Axes, panel: Panel, x: str) -> None:
+    names = [name for name in panel.curves if name != panel.total]
+    for index, name in enumerate(names):
+        # Colour and dash change together, so that the lines stay apart in grey too.
+        style = _COLOURS[index % len(_COLOURS)], _LINES[index % len(_LINES)]
+        _draw_curve(axes, name, panel.curves[name], *style)
+    if panel.total in panel.curves:
+        _draw_curve(axes, panel.total, panel.curves[panel.total], "black", "-")
+    if panel.best in panel.curves:
+        at, value = max(panel.curves[panel.best], key=itemgetter(1))
+        label = f"best: {value:.2f}, {x} {at:g}"
+        axes.plot(at, value, "*", color="black", markersize=11, label=label)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(0, bottom) if panel.from_zero else bottom, panel.top or top)
+
+
+def _draw_curve(axes: Axes, name: str, points: Points, colour: str, dash: str) -> None:
+    """A line; a single point is a line across, which can be read off and compared."""
+    if len(points) > 1:
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=colour, linestyle=dash, marker=".", markersize=4, label=name)
+        return
+    ((at, value),) = points
+    axes.plot(at, value, color=colour, marker="o", clip_on=False, label=f"{name}: {value:.3g}")
+    axes.axhline(value, color=colour, alpha=0.4, linestyle="--")
+
+
+def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draw losses, accuracy and layer-wise CKA of a classifier's run by epoch.
 
     A panel without a figure in any epoch is left out; an epoch may lack any figure.
 
@@ -34,87 +110,30 @@ def plot_curves(metrics: Metrics, path: str | os.PathLike[str]) -> None:
     """
     if any("epoch" not in entry for entry in metrics):
         raise ValueError("metrics: every entry must hold 'epoch'")
-    panels = [(draw, keys) for draw, keys in _panels(metrics) if keys]
-    if not panels:
+    keys = list(dict.fromkeys(key for entry in metrics for key in entry))
+    points = {key: [(e["epoch"], e[key]) for e in metrics if key in e] for key in keys}
+
+    def starting(prefix: str) -> dict[str, Points]:
+        return {key.removeprefix(prefix): points[key] for key in keys if key.startswith(prefix)}
+
+    accuracies = {"evaluation": "accuracy", "train": "train_accuracy"}
+    drawn = plot_panels(
+        [
+            Panel("Weighted loss terms", "loss", starting("loss_"), total="total"),
+            Panel(
+                "Top-1 accuracy",
+                "accuracy (%)",
+                {name: points[key] for name, key in accuracies.items() if key in points},
+                best="evaluation",
+                from_zero=False,
+            ),
+            Panel("Teacher\N{EN DASH}student CKA", "CKA", starting("cka_"), top=1.02),
+        ],
+        path,
+        x="epoch",
+    )
+    if not drawn:
         raise ValueError(
             "metrics: nothing to draw; expected keys 'loss_...', 'accuracy', 'train_accuracy' or "
-            f"'cka_...', got {_keys(metrics)}"
+            f"'cka_...', got {keys}"
         )
-    width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * len(panels), height), layout="constrained")
-    FigureCanvasAgg(figure)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (draw, keys) in zip(row, panels, strict=True):
-        draw(axes, metrics, keys)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def _panels(metrics: Metrics) -> list[tuple[Callable[[Axes, Metrics, list[str]], None], list[str]]]:
-    keys = _keys(metrics)
-    return [
-        (_draw_losses, [key for key in keys if key.startswith("loss_")]),
-        (_draw_accuracy, [key for key in ("train_accuracy", "accuracy") if key in keys]),
-        (_draw_cka, [key for key in keys if key.startswith("cka_")]),
-    ]
-
-
-def _keys(metrics: Metrics) -> list[str]:
-    """Every key of any epoch, in order of first appearance."""
-    return list(dict.fromkeys(key for entry in metrics for key in entry))
-
-
-def _curve(metrics: Metrics, key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of the entries that hold ``key``."""
-    present = [entry for entry in metrics if key in entry]
-    return [entry["epoch"] for entry in present], [entry[key] for entry in present]
-
-
-def _draw_curve(
-    axes: Axes, metrics: Metrics, key: str, label: str, colour: str, line: str = "-"
-) -> None:
-    epochs, values = _curve(metrics, key)
-    # A single epoch makes no line: the dots show it.
-    axes.plot(epochs, values, color=colour, linestyle=line, marker=".", markersize=4, label=label)
-
-
-def _draw_terms(axes: Axes, metrics: Metrics, keys: list[str], prefix: str) -> None:
-    """One line a key; colour and dash change together, so that they stay apart in grey too."""
-    for index, key in enumerate(keys):
-        colour, line = _COLOURS[index % len(_COLOURS)], _LINES[index % len(_LINES)]
-        _draw_curve(axes, metrics, key, key.removeprefix(prefix), colour, line)
-
-
-def _draw_losses(axes: Axes, metrics: Metrics, keys: list[str]) -> None:
-    terms = [key for key in keys if key != "loss_total"]
-    _draw_terms(axes, metrics, terms, "loss_")
-    if "loss_total" in keys:
-        _draw_curve(axes, metrics, "loss_total", "total", "black")
-    axes.set_title("Weighted loss terms")
-    axes.set_ylabel("loss")
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-
-
-def _draw_accuracy(axes: Axes, metrics: Metrics, keys: list[str]) -> None:
-    for key, label, colour in (
-        ("train_accuracy", "train", _COLOURS[1]),
-        ("accuracy", "evaluation", _COLOURS[0]),
-    ):
-        if key in keys:
-            _draw_curve(axes, metrics, key, label, colour)
-    if "accuracy" in keys:
-        epoch, accuracy = max(zip(*_curve(metrics, "accuracy"), strict=True), key=itemgetter(1))
-        label = f"best: {accuracy:.2f} %, epoch {epoch:g}"
-        axes.plot(epoch, accuracy, "*", color="black", markersize=11, label=label)
-    axes.set_title("Top-1 accuracy")
-    axes.set_ylabel("accuracy (%)")
-
-
-def _draw_cka(axes: Axes, metrics: Metrics, keys: list[str]) -> None:
-    _draw_terms(axes, metrics, keys, "cka_")
-    axes.set_title("Teacher\N{EN DASH}student CKA")
-    axes.set_ylabel("CKA")
-    axes.set_ylim(top=1.02)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 
-from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 CONFIDENCE = 0.95
 
@@ -30,7 +31,7 @@ def paired_differences(own: Mapping[int, float], other: Mapping[int, float]) -> 
 
 
 def verdict(pairs: Sequence[float]) -> str:
-    """``above``, ``below``, or ``none`` where the interval of the mean difference holds 0.
+    """``above``, ``below``, or ``not shown`` where the interval of the mean difference holds 0.
 
     The interval is that of the paired t test at :data:`CONFIDENCE`. ``unknown`` where a value is
     not a number.
@@ -39,9 +40,10 @@ def verdict(pairs: Sequence[float]) -> str:
         return "unknown (nan)"
     if len(pairs) < 2:
         return "unknown (one seed)" if pairs else ""
-    margin = student_t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)
-    margin *= statistics.stdev(pairs) / len(pairs) ** 0.5
-    mean = statistics.fmean(pairs)
-    if abs(mean) <= margin:
-        return "none"
-    return "above" if mean > 0 else "below"
+    with warnings.catch_warnings():
+        # Of equal differences, whose interval is a point.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = ttest_1samp(pairs, 0.0).confidence_interval(CONFIDENCE)
+    if low > 0:
+        return "above"
+    return "below" if high < 0 else "not shown"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from types import SimpleNamespace
 
@@ -18,12 +19,18 @@ AP = {
 }
 
 
-@pytest.fixture
-def results():
-    return {
-        run: {seed: {"bbox": {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2}} for seed, ap in by.items()}
-        for run, by in AP.items()
-    }
+SEGM = {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}
+
+
+def compared(change=lambda run, seed, metrics: None):
+    """The comparison of :data:`AP`, once ``change`` has seen each run's metrics."""
+    made = compare.empty_comparison(list(AP))
+    for run, by_seed in AP.items():
+        for seed, ap in by_seed.items():
+            metrics = {"bbox": {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2, "APl": 0.0}}
+            change(run, seed, metrics)
+            compare.add(made, run, seed, metrics)
+    return made
 
 
 @pytest.fixture
@@ -58,34 +65,43 @@ def trainings(monkeypatch):
     return commands
 
 
-def test_the_table_has_spread_and_paired_differences(results):
-    lines = compare.markdown(results).splitlines()
-    assert lines[0] == "|  | AP | AP50 | AP75 | AP minus student | difference | seeds |"
-    assert lines[2].startswith("| student | 22.00 ± 2.00 | 44.00 ± 4.00 | 11.00 ± 1.00 |  |  | 3 |")
-    assert "| pcka | 27.00 ± 2.29 |" in lines[3]
-    assert lines[3].endswith("| +5.00 ± 0.50 | above | 3 |")
-    assert lines[4].endswith("| +0.33 ± 4.04 | none | 3 |")
+def test_the_table_has_spread_and_paired_differences():
+    student, pcka, mimic = compared().rows()
+    assert list(student) == [
+        "run", "seeds", "AP", "AP50", "AP75", "AP minus first row", "difference",
+    ]  # fmt: skip
+    assert list(student.values()) == [
+        "student", "3", "22.00 ± 2.00", "44.00 ± 4.00", "11.00 ± 1.00", "", "",
+    ]  # fmt: skip
+    assert pcka["AP"] == "27.00 ± 2.29"
+    assert list(pcka.values())[-2:] == ["+5.00 ± 0.50", "above"]
+    assert list(mimic.values())[-2:] == ["+0.33 ± 4.04", "not shown"]
 
 
-def test_masks_have_columns_where_every_run_has_them(results):
-    for by_seed in results.values():
-        for metrics in by_seed.values():
-            metrics["segm"] = {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}
-    assert "| AP75 | segm AP | segm AP50 |" in compare.markdown(results)
-    del results["pcka"][1]["segm"]
-    assert "segm" not in compare.markdown(results)
+def test_masks_have_columns_where_every_run_has_them():
+    def with_masks(run, seed, metrics):
+        metrics["segm"] = SEGM
+
+    def with_few_masks(run, seed, metrics):
+        if (run, seed) != ("pcka", 1):
+            metrics["segm"] = SEGM
+
+    columns = list(compared(with_masks).rows()[0])
+    assert columns[2:8] == ["AP", "AP50", "AP75", "segm AP", "segm AP50", "segm AP75"]
+    assert "segm" not in compared(with_few_masks).markdown()
 
 
 def test_what_is_missing_is_trained_and_the_rest_is_kept(files, trainings, tmp_path):
     compare.compare(files, [3], tmp_path / "out", ["SOLVER.MAX_ITER", "7"])
     launcher = ("torchrun", "--nproc-per-node", "2")
     keys = ["SOLVER.MAX_ITER", "7"]
-    results = compare.compare(files, [3, 4], tmp_path / "out", keys, launcher=launcher)
+    comparison = compare.compare(files, [3, 4], tmp_path / "out", keys, launcher=launcher)
+    results = comparison.results
     assert {run: sorted(by_seed) for run, by_seed in results.items()} == {
         "student": [3, 4],
         "pcka": [3, 4],
     }
-    assert results["pcka"][4]["bbox"]["AP"] == 14.0
+    assert results["pcka"][4]["AP"] == 14.0
     assert len(trainings) == 4
     assert tuple(trainings[-1][:3]) == launcher
     assert "--resume" in trainings[-1]
@@ -93,7 +109,8 @@ def test_what_is_missing_is_trained_and_the_rest_is_kept(files, trainings, tmp_p
     assert table[0] == "run,seed,AP,AP50,AP75"
     assert table[1:] == [f"{run},{s},{10.0 + s},{10.0 + s},{10.0 + s}" for run in results
                          for s in (3, 4)]  # fmt: skip
-    assert (tmp_path / "out" / "comparison.md").read_text() == compare.markdown(results)
+    assert (tmp_path / "out" / "comparison.md").read_text() == comparison.markdown()
+    assert (tmp_path / "out" / "comparison.png").exists()
 
 
 def test_runs_with_other_settings_are_not_taken_for_these(files, trainings, tmp_path):
@@ -139,10 +156,21 @@ def test_the_command_line_may_hold_overrides_after_the_lists(files, trainings, t
     assert "unknown (one seed)" in capsys.readouterr().out
 
 
-def test_runs_without_figures_of_a_task_in_common_are_refused(results):
-    results["pcka"][0] = {"box_proposals": {"AR@100": 3.0}}
+def test_runs_without_figures_of_a_task_in_common_are_refused():
+    def of_another_task(run, seed, metrics):
+        if (run, seed) == ("pcka", 0):
+            metrics["box_proposals"] = {"AR@100": metrics.pop("bbox")["AP"]}
+
     with pytest.raises(ConfigError, match=r"DATASETS.TEST: no AP, .* is the set annotated"):
-        compare.markdown(results)
+        compared(of_another_task)
+
+
+def test_a_training_that_failed_is_listed_and_the_others_go_on(files, trainings, tmp_path):
+    comparison = compare.compare(files, [13, 3], tmp_path / "out")
+    assert [row["seeds"] for row in comparison.rows()] == ["1 (1 failed)"] * 2
+    assert len(trainings) == 4
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert re.search(r"\npcka, seed 13: the training in '.*pcka/seed13' failed", text)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"bbox": 3}'])

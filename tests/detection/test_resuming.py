@@ -11,7 +11,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 
 from detection import train_net
-from detection.curves import read_metrics
+from detection.figures import read_metrics
 from pcka.engine.config import ConfigError
 
 pytestmark = pytest.mark.slow

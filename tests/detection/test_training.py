@@ -17,8 +17,9 @@ from PIL import Image
 
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config
-from detection.curves import read_metrics
+from detection.figures import read_metrics
 from detection.meta_arch import BackboneTap
+from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
 
@@ -128,6 +129,12 @@ def test_keys_that_would_be_ignored_or_fail_later_are_refused(
 ):
     with pytest.raises(ConfigError, match=f"{key}: .*{message}"):
         train_net.main(arguments(tmp_path, 2, key, value))
+
+
+def test_a_training_that_diverges_ends_with_what_to_change(tmp_path, arguments):
+    wild = ("SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0")
+    with pytest.raises(TrainingFailedError, match=r"SOLVER.BASE_LR may be too high"):
+        train_net.main(arguments(tmp_path, 4, *wild))
 
 
 def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):

@@ -59,12 +59,20 @@ def test_three_panels_of_the_curves(drawn):
 
 def test_the_first_best_epoch_is_marked(drawn):
     accuracy = drawn(METRICS)["Top-1 accuracy"]
-    assert lines(accuracy)["best: 60.50 %, epoch 2"] == [[2, 60.5]]
+    assert lines(accuracy)["best: 60.50, epoch 2"] == [[2, 60.5]]
 
 
 def test_empty_panels_are_left_out(drawn):
     assert list(drawn([{"epoch": 1, "accuracy": 10.0}])) == ["Top-1 accuracy"]
     assert list(drawn([{"epoch": 1, "loss_ce": 1.0}])) == ["Weighted loss terms"]
+
+
+def test_a_single_figure_is_a_line_across_that_can_be_read_off(drawn):
+    (loss,) = drawn([{"epoch": 1, "loss_ce": 1.25}]).values()
+    point, across = loss.get_lines()
+    assert point.get_label() == "ce: 1.25"
+    assert across.get_ydata() == [1.25, 1.25]
+    assert point.get_color() == across.get_color()
 
 
 def test_writes_a_picture_without_global_state(tmp_path):

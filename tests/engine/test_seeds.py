@@ -28,12 +28,14 @@ def test_a_difference_is_named_where_its_interval_leaves_out_zero(seeds):
     deviations = [-1.0, 1.0] + [0.0] * (seeds - 2)
     spread = math.sqrt(2 / (seeds - 1))
     margin = T_95[seeds - 1] * spread / math.sqrt(seeds)
-    for factor, expected in ((1.01, "above"), (0.99, "none"), (-0.99, "none"), (-1.01, "below")):
+    for factor, expected in (
+        (1.01, "above"), (0.99, "not shown"), (-0.99, "not shown"), (-1.01, "below"),
+    ):  # fmt: skip
         assert verdict([factor * margin + deviation for deviation in deviations]) == expected
 
 
 def test_verdicts_of_equal_differences_one_seed_and_none():
-    assert verdict([0.0, 0.0, 0.0]) == "none"
+    assert verdict([0.0, 0.0, 0.0]) == "not shown"
     assert verdict([0.25, 0.25]) == "above"
     assert verdict([-0.25, -0.25]) == "below"
     assert verdict([3.0]) == "unknown (one seed)"

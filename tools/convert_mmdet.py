@@ -1,6 +1,6 @@
 """Give a teacher's weights of OpenMMLab's mmdet detectron2's names.
 
-``python detection/convert_mmdet.py --config-file TEACHER.yaml --weights X.pth --output Y.pth``
+``python tools/convert_mmdet.py --config-file TEACHER.yaml --weights X.pth --output Y.pth``
 
 A teacher is a backbone and a neck, and these alone are converted: a ResNet or ResNeXt, and an FPN
 whose P6 is pooled, or whose P6 and P7 are convolutions. ``TEACHER.yaml`` describes them, and every

@@ -1,17 +1,22 @@
-"""The figures of a run, over a kill: nothing is lost between the checkpoint and the writing."""
+"""The figures of a run: kept over a kill, read and drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, EventWriter
 
-from detection.curves import read_metrics
+from pcka.engine.curves import Panel, plot_panels
+
+Points = list[tuple[int, float]]  # step, value
 
 WINDOW = 20  # steps whose median detectron2's writers write
+EVALUATED = ("bbox/AP", "bbox/AP50", "segm/AP", "sem_seg/mIoU")
 
 
 class MetricsState:
@@ -78,3 +83,47 @@ class RestoreMetrics(HookBase):
         if self.trainer.storage.latest():
             for writer in self.writers:
                 writer.write()
+
+
+def plot_run(folder: str) -> None:
+    """Draw ``curves.png`` from the run's ``metrics.json``; a panel without figures is left out.
+
+    Args:
+        folder: ``OUTPUT_DIR`` of the run.
+    """
+    curves = read_metrics(Path(folder, "metrics.json"))
+
+    def chosen(wanted: Callable[[str], bool]) -> dict[str, Points]:
+        return {key: curves[key] for key in sorted(curves) if wanted(key)}
+
+    losses = chosen(lambda key: "loss" in key and key != "total_loss")
+    alignments = chosen(lambda key: key.startswith("cka/"))
+    panels = [
+        Panel("Weighted loss terms", "loss", losses),
+        Panel("Evaluations", "%", chosen(lambda key: key.endswith(EVALUATED))),
+        Panel("Teacher\N{EN DASH}student CKA of the levels", "CKA", alignments, top=1.02),
+    ]
+    plot_panels(panels, Path(folder, "curves.png"), x="step")
+
+
+def read_metrics(path: Path) -> dict[str, Points]:
+    """The points of every figure in a ``metrics.json``; of steps that were trained twice the last.
+
+    The lines of one writing are in no order of their steps, and a run that was killed and resumed,
+    or begun anew, writes steps again: each figure by itself begins anew where its steps go back.
+    Figures that could not be computed (NaN) are left out.
+    """
+    curves: dict[str, Points] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a kill tore the line, and a resumed run wrote on behind it
+            continue
+        step = int(entry.pop("iteration"))
+        for key, value in entry.items():
+            points = curves.setdefault(key, [])
+            while points and points[-1][0] >= step:
+                points.pop()
+            if math.isfinite(value):
+                points.append((step, value))
+    return {key: points for key, points in curves.items() if points}

@@ -1,4 +1,4 @@
-"""Make detectron2 importable: ``python detection/install_detectron2.py``; run by ``make``.
+"""Make detectron2 importable: ``python tools/install_detectron2.py``; run by ``make``.
 
 One that is importable already is kept. Else the official repository is installed, where it can be
 reached. Else the package ``pb1-detectron2`` 0.6 serves, which carries the unmodified Python files

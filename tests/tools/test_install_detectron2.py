@@ -5,8 +5,8 @@ import importlib
 import pytest
 from detectron2.engine import launch
 
-from detection import install_detectron2
-from detection.install_detectron2 import EXTENSION_STUB, REPAIRS, RepairError, repair
+from tools import install_detectron2
+from tools.install_detectron2 import EXTENSION_STUB, REPAIRS, RepairError, repair
 
 
 def _release(root):

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from detection import convert_mmdet
+pytest.importorskip("detectron2")
+
 from detection.checkpoint import WeightsError
 from detection.config import PROJECT, load_config
 from detection.teacher import build_teacher
+from tools import convert_mmdet
 
 TEACHERS = PROJECT / "configs" / "detection" / "coco" / "teachers"
 CAFFE = {"mean": [102.9801, 115.9465, 122.7717], "std": [1.0, 1.0, 1.0], "rgb": False}
@@ -371,5 +373,5 @@ def test_a_teacher_of_unconverted_weights_is_refused_with_the_way_out(tmp_path):
     torch.save({"meta": {}, "state_dict": {"backbone.conv1.weight": torch.ones(2)}}, path)
     cfg = load_config(str(TEACHERS / "../fcos_r50/from_r101_pcka.yaml"), [])
     cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.WEIGHTS = "cpu", str(path)
-    with pytest.raises(ValueError, match=r"under 'state_dict'.*detection/convert_mmdet\.py"):
+    with pytest.raises(ValueError, match=r"under 'state_dict'.*tools/convert_mmdet\.py"):
         build_teacher(cfg)

@@ -1,0 +1,126 @@
+"""A comparison of methods over seeds: one table, one file and one picture for both tasks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.run_folder import write_text
+from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
+
+HOW_TO_READ = (
+    f"a difference is named where the {CONFIDENCE:.0%} interval of the paired differences leaves "
+    "out 0 (paired t test, each row against the first, one at a time)."
+)
+
+
+@dataclass
+class Comparison:
+    """Results of several methods over seeds; the others are compared with the first.
+
+    Attributes:
+        methods: in the order of the table.
+        metrics: key of a result -> heading of its column; differences are those of the first.
+        subject: heading of the methods' column.
+        difference: heading of the column of the differences.
+        also_in_csv: further keys of a result, which ``comparison.csv`` has and the table has not.
+        heading: what was compared, above the table.
+        extra: heading of a further column -> method -> cell.
+        results: method -> seed -> result.
+        failures: method -> seed -> message.
+    """
+
+    methods: Sequence[str]
+    metrics: Mapping[str, str]
+    subject: str = "method"
+    difference: str = "minus first row"
+    also_in_csv: Sequence[str] = ()
+    heading: str = ""
+    extra: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    results: dict[str, dict[int, Mapping[str, Any]]] = field(default_factory=dict)
+    failures: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    def add(self, method: str, seed: int, result: Mapping[str, Any] | TrainingFailedError) -> None:
+        """Take in what a run came to."""
+        if isinstance(result, TrainingFailedError):
+            self.failures.setdefault(method, {})[seed] = str(result)
+        else:
+            self.results.setdefault(method, {})[seed] = result
+
+    def values(self, method: str, key: str | None = None) -> dict[int, float]:
+        """Seed -> a metric's value, that of the first metric where ``key`` is None."""
+        key = next(iter(self.metrics)) if key is None else key
+        return {seed: float(r[key]) for seed, r in self.results.get(method, {}).items()}
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table: a mapping of headings to cells for each method."""
+        return [self._row(method) for method in self.methods]
+
+    def _row(self, method: str) -> dict[str, str]:
+        failed = len(self.failures.get(method, {}))
+        seeds = str(len(self.results.get(method, {}))) + (f" ({failed} failed)" if failed else "")
+        row = {self.subject: method, "seeds": seeds}
+        for key, heading in self.metrics.items():
+            row[heading] = mean_and_deviation(self.values(method, key).values())
+        first = self.methods[0]
+        pairs = paired_differences(self.values(method), self.values(first))
+        pairs = [] if method == first else pairs
+        row[self.difference] = mean_and_deviation(pairs, signed=True)
+        row["difference"] = verdict(pairs)
+        return row | {heading: cells.get(method, "") for heading, cells in self.extra.items()}
+
+    def markdown(self) -> str:
+        """Heading, table and failures; columns that nobody has are left out."""
+        rows = self.rows()
+        kept = [heading for heading in rows[0] if any(row[heading] for row in rows)]
+        table = tabulate(
+            [[row[heading] for heading in kept] for row in rows],
+            headers=kept,
+            tablefmt="github",
+            disable_numparse=True,
+        )
+        parts = [self.heading] * bool(self.heading) + [table]
+        for method, by_seed in self.failures.items():
+            parts += ["\n".join(f"{method}, seed {seed}: {text}" for seed, text in by_seed.items())]
+        return "\n\n".join(parts) + "\n"
+
+    def csv(self) -> str:
+        """A line for each run that came to a result."""
+        keys = [*self.metrics, *self.also_in_csv]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([self.subject, "seed", *keys])
+        for method in self.methods:
+            for seed, result in sorted(self.results.get(method, {}).items()):
+                writer.writerow([method, seed, *(result[key] for key in keys)])
+        return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "comparison.md", self.markdown())
+        write_text(folder / "comparison.csv", self.csv())
+        self._draw(folder / "comparison.png")
+
+    def _draw(self, path: Path) -> None:
+        """Each run's first metric as a point, the means as bars."""
+        methods = [method for method in reversed(self.methods) if self.values(method)]
+        figure = Figure(figsize=(7, 0.9 + 0.32 * max(len(methods), 1)), layout="constrained")
+        axes = figure.subplots()
+        for row, method in enumerate(methods):
+            values = list(self.values(method).values())
+            axes.plot(values, [row] * len(values), "o", alpha=0.6)
+            axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], "k-")
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_xlabel(f"{next(iter(self.metrics.values()))}: a point a seed, a bar the mean")
+        axes.grid(axis="x", alpha=0.3)
+        figure.savefig(path, dpi=120)
