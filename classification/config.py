@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from classification.defaults import default_config
-from pcka import losses
-from pcka.engine.config import ConfigError, near_names, set_key
+from pcka.engine.config import ConfigError, near_names
+from pcka.engine.distill import check_methods, is_used, merge_settings, same_setting
 from pcka.engine.yaml_files import YamlFileError, flatten, read_leaves
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
@@ -58,28 +57,29 @@ def load_config(
     if method:
         path = method_file(method, config_file)
         of_method = _read(path)
-        _merge(cfg, of_method.items(), source=str(path))
+        merge_settings(cfg, of_method.items(), str(path))
     if config_file is not None:
         of_file = _read(config_file)
         if method:
             of_file.pop("DISTILL.METHODS", None)
-            _refuse_saved(of_file, cfg, source=str(config_file))
-        _merge(cfg, of_file.items(), source=str(config_file))
+            _refuse_saved(of_file, source=str(config_file))
+        merge_settings(cfg, of_file.items(), str(config_file))
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides: expected pairs of KEY VALUE, got {len(overrides)} words: "
             f"{' '.join(overrides)!r}"
         )
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
-    _merge(cfg, pairs, source="the command line")
+    merge_settings(cfg, pairs, "the command line")
     _check(cfg)
     cfg.freeze()
     return cfg
 
 
-def _refuse_saved(of_file: Mapping[str, object], cfg: CfgNode, source: str) -> None:
-    """A run's ``config.yaml`` has every setting of every method: none would be left to a method."""
-    if of_file.keys() >= flatten(cfg.DISTILL, "DISTILL.").keys() - {"DISTILL.METHODS"}:
+def _refuse_saved(of_file: Mapping[str, object], source: str) -> None:
+    """A run's ``config.yaml`` says everything, and would leave nothing to a method."""
+    everything = flatten(default_config())
+    if of_file.keys() >= {key for key in everything if key.startswith(("SOLVER.", "DATA."))}:
         raise ConfigError(
             f"{source}: is the saved configuration of a run, whose settings would take the place "
             "of the method's; give the file of the pair, and other keys on the command line, or "
@@ -108,7 +108,7 @@ def method_files(config_file: str | Path | None = None) -> dict[str, Path]:
 def config_from_text(text: str) -> CfgNode:
     """Return the configuration that ``cfg.dump()`` wrote; keys that it lacks take their default."""
     cfg = default_config()
-    _merge(cfg, flatten(yaml.safe_load(text)).items(), source="the saved configuration")
+    merge_settings(cfg, flatten(yaml.safe_load(text)).items(), "the saved configuration")
     return cfg
 
 
@@ -124,7 +124,13 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     evaluated = new.EVAL_EVERY == 1 or new.SOLVER.EPOCHS >= old.SOLVER.EPOCHS
     if new.SOLVER.SCHEDULE == "multistep" and not new.DISTILL.WARMUP and evaluated:
         harmless.add("SOLVER.EPOCHS")
-    return [key for key in after if key not in harmless and before[key] != after[key]]
+    return [
+        key
+        for key, value in after.items()
+        if key not in harmless
+        and is_used(key, new.DISTILL.METHODS)
+        and not (key in before and same_setting(key, before[key], value))
+    ]
 
 
 def _read(path: str | Path) -> dict[str, object]:
@@ -132,49 +138,6 @@ def _read(path: str | Path) -> dict[str, object]:
         return read_leaves(path)
     except YamlFileError as error:
         raise ConfigError(str(error)) from error
-
-
-def _merge(cfg: CfgNode, pairs: Iterable[tuple[str, object]], source: str) -> None:
-    known = flatten(cfg)
-    for key, value in pairs:
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}; {near_names(key, known)}")
-        set_key(cfg, key, _coerce(key, value, known[key], source))
-
-
-def _parse(text: str) -> object:
-    """Read the value of a word: YAML first (``true``, ``[a, b]``), then Python (``1e-4``)."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def _coerce(key: str, value: object, default: object, source: str) -> object:
-    """Return the value in the default's type; int serves for float, a tuple for a list."""
-    if isinstance(value, str) and not isinstance(default, str):
-        value = _parse(value)
-    if isinstance(default, list) and isinstance(value, list | tuple):
-        return [_coerce(key, v, _item(key, v, default), source) if default else v for v in value]
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if default is None or type(value) is type(default):
-        return value
-    raise ConfigError(
-        f"{source}: {key} expects a {type(default).__name__} (default {default!r}), got {value!r}"
-    )
-
-
-def _item(key: str, value: object, default: list) -> object:
-    """The default of a list's item; a patch is a side or a pair of sides."""
-    is_pair = key.endswith(".PATCH_SIZES") and isinstance(value, list | tuple)
-    return default if is_pair else default[0]
 
 
 CHOICES = {
@@ -244,7 +207,9 @@ def _check(cfg: CfgNode) -> None:
             )
     if not cfg.STUDENT.NAME:
         raise ConfigError("STUDENT.NAME: expected the name of a model, got an empty one")
-    _check_methods(cfg.DISTILL.METHODS)
+    if not cfg.DISTILL.METHODS:
+        raise ConfigError("DISTILL.METHODS: expected one or more losses, got none")
+    check_methods(cfg.DISTILL.METHODS)
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
@@ -264,15 +229,3 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, most in MOST.items():
         if values[key] > most:
             raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
-
-
-def _check_methods(methods: Sequence[str]) -> None:
-    if not methods or len(set(methods)) != len(methods):
-        raise ConfigError(
-            f"DISTILL.METHODS: expected one or more losses, each named once, got {methods}"
-        )
-    for name in methods:
-        if name not in losses.names():
-            raise ConfigError(
-                f"DISTILL.METHODS: no loss is called {name!r}; {near_names(name, losses.names())}"
-            )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from pcka import losses
-
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -13,8 +11,7 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 def default_config() -> CfgNode:
     """Return a fresh tree of all keys with their defaults.
 
-    ``DISTILL.<NAME>.<KEY>`` is made from the keyword defaults of every registered loss, so a new
-    loss has its configuration by being registered.
+    The sections ``DISTILL.<NAME>`` come in by :func:`pcka.engine.distill.merge_settings`.
     """
     cfg = CfgNode(
         {
@@ -90,9 +87,4 @@ def default_config() -> CfgNode:
             "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
         }
     )
-    for name in losses.names():
-        keywords = losses.defaults(name).items()
-        cfg.DISTILL[name] = CfgNode(
-            {k.upper(): list(v) if isinstance(v, tuple) else v for k, v in keywords}
-        )
     return cfg

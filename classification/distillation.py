@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import Tensor
@@ -14,88 +13,31 @@ from classification.stage_search import resolution_ends
 from classification.weights import named_model
 from pcka import losses
 from pcka.engine.config import ConfigError
+from pcka.engine.distill import UntappedError, build_losses
 
 Taps = dict[str, tuple[str, str]]
 
-# What STAGES may hold beside names of taps: all stages but the stem.
-WILDCARDS = {"all": "", "all_preact": "_preact"}
 
-
-class UntappedError(ConfigError):
-    """A loss names stages that are not tapped."""
-
-
-# Settings of which a single value serves all stages.
-PER_STAGE = ("weights", "feature_weights", "patch_sizes")
-
-
-def build_losses(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
-    """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
+def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
+    """Return the losses of a configuration, see :func:`pcka.engine.distill.build_losses`.
 
     Args:
         cfg: ``DISTILL`` and ``TEACHER.NAME`` are read.
         taps: what the losses may name as stages.
 
     Raises:
-        ConfigError: values that a loss refuses, stages that are none or not tapped, or a loss
-            that needs a teacher where there is none.
+        ConfigError: as there, or a loss that needs a teacher where there is none.
     """
-    built = []
-    for name in cfg.DISTILL.METHODS:
-        try:
-            loss = losses.build(name, **_keywords(name, cfg.DISTILL[name], taps))
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"DISTILL.{name}: {error}") from error
-        if loss.needs_teacher and not cfg.TEACHER.NAME:
-            raise ConfigError(
-                f"DISTILL.METHODS: {name} needs a teacher and TEACHER.NAME is empty; name one, "
-                "with its TEACHER.WEIGHTS or with TEACHER.TRAIN True"
-            )
-        if missing := [tap for tap in loss.taps if tap not in taps and cfg.TEACHER.NAME]:
-            raise UntappedError(
-                f"DISTILL.{name}: {', '.join(missing)} is not tapped; there are "
-                f"{', '.join(taps) or 'none'}, and DISTILL.TAPS adds more"
-            )
-        built.append(loss)
-    return built
 
-
-def _keywords(method: str, section: CfgNode, taps: Taps) -> dict[str, Any]:
-    """Return a section as keywords: wildcards replaced, single values repeated for all stages."""
-    keywords: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, list):
-            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        keywords[key.lower()] = value
-    if "stages" in keywords:
-        key = f"DISTILL.{method}.STAGES"
-        stages = [stage for name in section.STAGES for stage in _expand(key, name, taps)]
-        if not stages:
-            raise ConfigError(f"{key}: expected one or more stages, got none: the loss is nothing")
-        keywords["stages"] = tuple(stages)
-        for key in PER_STAGE:
-            if key in keywords and len(keywords[key]) == 1:
-                keywords[key] *= len(stages)
-    return keywords
-
-
-def _expand(key: str, name: str, taps: Taps) -> list[str]:
-    if name not in WILDCARDS:
-        return [name]
-    stages = [stage for stage in numbered_stages(taps) if stage != "stage0"]
-    if not stages:
-        raise UntappedError(
-            f"{key}: {name!r} stands for all numbered stages but the stem, and there are none; "
-            f"there are {', '.join(taps) or 'no taps'}, and DISTILL.TAPS adds them"
+    def unfit(loss: losses.Loss) -> str | None:
+        if not loss.needs_teacher or cfg.TEACHER.NAME:
+            return None
+        return (
+            "needs a teacher and TEACHER.NAME is empty; name one, with its TEACHER.WEIGHTS or "
+            "with TEACHER.TRAIN True"
         )
-    return [stage + WILDCARDS[name] for stage in stages]
 
-
-def numbered_stages(taps: Taps) -> Taps:
-    """Return the taps ``stage0``, ``stage1``, ... alone."""
-    return {name: paths for name, paths in taps.items() if name.removeprefix("stage").isdigit()}
+    return build_losses(cfg.DISTILL.METHODS, cfg.DISTILL, taps, unfit=unfit)
 
 
 def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]]) -> Taps:
@@ -160,7 +102,7 @@ def check_losses(cfg: CfgNode) -> None:
     student = named_model(cfg.STUDENT.NAME, 2, role="student")
     teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
     try:
-        build_losses(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
+        losses_of(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
     except UntappedError as error:
         raise ConfigError(f"{error}{_proposal(student, teacher)}") from None
 

@@ -15,12 +15,11 @@ from classification.config import changed_keys, load_config
 from classification.data import ImageSet, load_image_sets
 from classification.distillation import (
     Taps,
-    build_losses,
     check_losses,
     extra_taps,
     loss_context,
+    losses_of,
     model_taps,
-    numbered_stages,
 )
 from classification.loop import train
 from classification.models import Classifier, create_model
@@ -36,6 +35,7 @@ from pcka.distributed import from_first_process, rank
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
+from pcka.engine.distill import numbered_stages
 from pcka.engine.environment import describe_environment
 from pcka.engine.launch import process_group
 from pcka.engine.random_state import seed_everything
@@ -163,7 +163,7 @@ class _Run:
         frozen = teacher.model if teacher else None
         theirs = cast(Classifier, frozen.model) if frozen else student
         taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
-        losses = build_losses(cfg, taps)
+        losses = losses_of(cfg, taps)
         with naming("DISTILL"):
             distiller = Distiller(student, frozen, losses, taps, compile=cfg.COMPILE).to(device)
         followed = {}
@@ -203,7 +203,7 @@ class _Run:
     def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
         """The stages whose CKA is measured after every epoch, on the evaluation images."""
         if len(evaluation_set) >= MIN_SAMPLES:
-            return numbered_stages(taps)
+            return {name: taps[name] for name in numbered_stages(taps)}
         if self.files is not None:
             self.files.logger.warning(
                 "the CKA of the stages is not followed: it needs %d evaluation images or more, "

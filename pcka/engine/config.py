@@ -1,14 +1,18 @@
-"""What both trainers' configurations share: their error, near names, and how two of them differ."""
+"""What both trainers' configurations share: their error, near names, typed values, differences."""
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
 
 from pcka.engine.yaml_files import flatten
+
+# Settings of a loss of which a single value serves all stages; the configuration holds lists.
+PER_STAGE = ("WEIGHTS", "FEATURE_WEIGHTS", "PATCH_SIZES")
 
 
 class ConfigError(ValueError):
@@ -22,6 +26,32 @@ def near_names(word: str, known: Iterable[str]) -> str:
     matches += difflib.get_close_matches(word.upper(), by_upper, n=3)
     names = [by_upper[match] for match in dict.fromkeys(matches)]
     return f"{'near matches' if names else 'known'}: {', '.join(names or by_upper.values())}"
+
+
+def merge_leaves(
+    tree: Any,
+    leaves: Iterable[tuple[str, object]],
+    source: str,
+    proposed: Callable[[], Iterable[str]] = tuple,
+) -> None:
+    """Set dotted keys of a tree to values of their types.
+
+    Args:
+        tree: of mappings; its present values say which keys there are, and of which types.
+        leaves: dotted keys and values. Text is read as YAML (``true``, ``[a, b]``) or Python
+            (``1e-4``) where another type is wanted.
+        source: where they come from, for messages.
+        proposed: further keys that an unknown one may have meant.
+
+    Raises:
+        ConfigError: an unknown key (near ones are named), or a value of another type.
+    """
+    known = flatten(tree)
+    for key, value in leaves:
+        if key not in known:
+            near = near_names(key, dict.fromkeys([*known, *proposed()]))
+            raise ConfigError(f"{source}: unknown key {key!r}; {near}")
+        set_key(tree, key, _coerced(key, value, known[key], source))
 
 
 def set_key(tree: Any, key: str, value: object) -> None:
@@ -48,3 +78,44 @@ def differing_keys(
 def _dump(tree: Mapping[str, Any]) -> str:
     text: str = tree.dump() if hasattr(tree, "dump") else yaml.safe_dump(dict(tree))
     return text
+
+
+def _coerced(key: str, value: object, default: object, source: str) -> object:
+    """Return the value in the default's type; int serves for float, a tuple for a list."""
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _parsed(value)
+    if isinstance(default, list):
+        per_stage = key.rpartition(".")[2] in PER_STAGE
+        if per_stage and isinstance(value, int | float) and not isinstance(value, bool):
+            value = [value]
+        if isinstance(value, list | tuple):
+            return [
+                _coerced(key, v, _item(key, v, default), source) if default else v for v in value
+            ]
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if default is None or type(value) is type(default):
+        return value
+    raise ConfigError(
+        f"{source}: {key} expects a {type(default).__name__} (default {default!r}), got {value!r}"
+    )
+
+
+def _parsed(text: str) -> object:
+    """Read the value of a word: YAML first (``true``, ``[a, b]``), then Python (``1e-4``)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _item(key: str, value: object, default: list) -> object:
+    """The default of a list's item; a patch is a side or a pair of sides."""
+    is_pair = key.endswith(".PATCH_SIZES") and isinstance(value, list | tuple)
+    return default if is_pair else default[0]

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from classification.distillation import (
-    build_losses,
     check_losses,
     loss_context,
+    losses_of,
     model_taps,
-    numbered_stages,
 )
 from classification.models import create_model
 from pcka.engine.config import ConfigError
+from pcka.engine.distill import numbered_stages
 
 TAPS = {
     name: (f"student.{name}", f"teacher.{name}")
@@ -82,83 +82,12 @@ def test_a_tap_that_is_no_triple_is_refused(entry):
         model_taps(model("s0"), model("t0"), [entry])
 
 
-def test_the_stages_by_number_alone_are_followed():
-    names = ("stage0", "stage12", "stage1_preact", "last", "pooled", "stage")
-    taps = dict.fromkeys(names, ("", ""))
-    assert list(numbered_stages(taps)) == ["stage0", "stage12"]
-
-
 def test_losses_are_built_with_the_values_of_their_sections(tiny_config):
     cfg = tiny_config("kd_fcka", **{"DISTILL.KD.TEMPERATURE": 2, "DISTILL.FCKA.STAGES": "[stage2]"})
-    cfg.defrost()
-    cfg.DISTILL.FCKA.WEIGHTS = [7.0]
-    ce, kd, fcka = build_losses(cfg, TAPS)
+    ce, kd, fcka = losses_of(cfg, TAPS)
     assert (ce.weight, kd.weight, kd.temperature) == (0.1, 0.9, 2)
     assert fcka.taps == ("stage2",)
-    assert list(fcka.weights) == [7.0]
-
-
-def test_all_stands_for_every_stage_but_the_stem_and_a_single_weight_for_each(tiny_config):
-    (fcka,) = build_losses(
-        tiny_config(
-            **{"DISTILL.METHODS": "[FCKA]", "DISTILL.FCKA.STAGES": "[all]"}
-            | {"DISTILL.FCKA.WEIGHTS": "[3]"}
-        ),
-        TAPS,
-    )
-    assert fcka.taps == ("stage1", "stage2", "stage3")
-    assert list(fcka.weights) == [3, 3, 3]
-
-
-def test_all_preact_stands_for_the_same_stages_before_their_activation(tiny_config):
-    keys = {"DISTILL.METHODS": "[OFD]", "DISTILL.OFD.STAGES": "[all_preact, last_preact]"}
-    (ofd,) = build_losses(tiny_config(**keys), TAPS)
-    assert ofd.taps == ("stage1_preact", "stage2_preact", "stage3_preact", "last_preact")
-
-
-def test_a_weight_of_each_stage_stays_as_it_is(tiny_config):
-    keys = {"DISTILL.METHODS": "[RCKA]", "DISTILL.RCKA.STAGES": "[all]"}
-    (rcka,) = build_losses(tiny_config(**keys, **{"DISTILL.RCKA.FEATURE_WEIGHTS": "[1,2,3]"}), TAPS)
-    assert rcka.taps == ("stage1", "stage2", "stage3")
-    assert list(rcka.feature_loss.weights) == [1, 2, 3]
-    keys |= {"DISTILL.RCKA.FEATURE_WEIGHTS": "[1, 2]"}
-    with pytest.raises(ConfigError, match=r"^DISTILL\.RCKA: .*weight"):
-        build_losses(tiny_config(**keys), TAPS)
-
-
-def test_a_patch_size_serves_all_stages(tiny_config):
-    keys = {"DISTILL.METHODS": "[PATCHED]", "DISTILL.PATCHED.STAGES": "[all]"}
-    keys |= {"DISTILL.PATCHED.PATCH_SIZES": "[4]", "DISTILL.PATCHED.WEIGHTS": "[2]"}
-    (patched,) = build_losses(tiny_config(**keys), TAPS)
-    assert list(patched.patch_sizes) == [4, 4, 4]
-
-
-def test_a_stage_that_is_not_tapped_is_refused(tiny_config):
-    keys = {"DISTILL.METHODS": "[CE, FCKA]", "DISTILL.FCKA.STAGES": "[stage4, neck]"}
-    keys |= {"DISTILL.FCKA.WEIGHTS": "[1]"}
-    with pytest.raises(
-        ConfigError,
-        match=r"DISTILL\.FCKA: stage4, neck is not tapped; there are stage0, .*DISTILL\.TAPS adds",
-    ):
-        build_losses(tiny_config(**keys), TAPS)
-    taps = {**TAPS, "stage4": ("", ""), "neck": ("", "")}
-    (_, fcka) = build_losses(tiny_config(**keys), taps)
-    assert fcka.taps == ("stage4", "neck")
-
-
-@pytest.mark.parametrize(
-    ("method", "key", "wildcard"),
-    [("at", "AT", "all"), ("kd_fcka", "FCKA", "all"), ("ofd", "OFD", "all_preact")],
-)
-def test_all_stages_of_models_without_any_are_refused(tiny_config, method, key, wildcard):
-    expected = rf"DISTILL\.{key}\.STAGES: '{wildcard}' stands for .* there are none; .* pooled"
-    with pytest.raises(ConfigError, match=expected):
-        build_losses(tiny_config(method), {"pooled": ("fc:input", "fc:input")})
-
-
-def test_a_loss_on_no_stage_at_all_is_refused(tiny_config):
-    with pytest.raises(ConfigError, match=r"DISTILL\.AT\.STAGES: expected one or more stages"):
-        build_losses(tiny_config("at", **{"DISTILL.AT.STAGES": "[]"}), TAPS)
+    assert list(fcka.weights) == [3.0]
 
 
 def test_taps_that_are_missing_are_proposed_and_would_do(tiny_config):
@@ -171,7 +100,7 @@ def test_taps_that_are_missing_are_proposed_and_would_do(tiny_config):
         cfg = tiny_config(method, **keys, **{"DISTILL.TAPS": proposed.removesuffix('"')})
         check_losses(cfg)
     taps = model_taps(*(create_model(n, 2) for n in keys.values()), cfg.DISTILL.TAPS)
-    assert numbered_stages(taps) == {
+    assert {name: taps[name] for name in numbered_stages(taps)} == {
         "stage0": ("maxpool", "relu"),
         "stage1": ("stage2", "layer1"),
         "stage2": ("stage3", "layer2"),
@@ -181,12 +110,7 @@ def test_taps_that_are_missing_are_proposed_and_would_do(tiny_config):
 
 def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
     with pytest.raises(ValueError, match=r"RCKA needs a teacher and TEACHER.NAME is empty"):
-        build_losses(tiny_config("rcka", **{"TEACHER.NAME": ""}), TAPS)
-
-
-def test_values_that_a_loss_refuses_name_its_section(tiny_config):
-    with pytest.raises(ValueError, match=r"^DISTILL.KD: "):
-        build_losses(tiny_config("kd", **{"DISTILL.KD.TEMPERATURE": -1}), TAPS)
+        losses_of(tiny_config("rcka", **{"TEACHER.NAME": ""}), TAPS)
 
 
 def test_losses_are_checked_on_the_models_that_the_configuration_names(tiny_config):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from classification.config import CONFIGS, load_config, method_files
-from classification.distillation import build_losses, check_losses, loss_context, model_taps
+from classification.distillation import check_losses, loss_context, losses_of, model_taps
 from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
 from classification.trainer import Trainer
@@ -206,7 +206,7 @@ def test_adapters_fit_every_pair_of_cifar100(pair):
     outputs = {}
     for name in (*ADAPTED, "KDSVD"):
         cfg = load_config(pair, ["DISTILL.CRD.NEGATIVES", "8"], name.lower())
-        distiller = Distiller(student, frozen, build_losses(cfg, taps), taps)
+        distiller = Distiller(student, frozen, losses_of(cfg, taps), taps)
         distiller.prepare(images, context=context)
         terms = distiller(images, labels[indices], indices=indices)
         outputs |= terms

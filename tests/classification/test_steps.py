@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from classification import cuda_graph
 from classification.config import load_config, method_files
 from classification.data import ResidentSet
-from classification.distillation import build_losses, loss_context, model_taps
+from classification.distillation import loss_context, losses_of, model_taps
 from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
 from classification.steps import ask_teacher, teacher_observer
@@ -72,7 +72,7 @@ def cifar_trainer(method, device):
     norms = (model.get_submodule(path) for path in model.preactivation_norms)
     norms = {p: (n.weight, n.bias) for p, n in zip(model.preactivation_norms, norms)}
     taps = model_taps(student, model, [])
-    distiller = Distiller(student, FrozenTeacher(model), build_losses(cfg, taps), taps)
+    distiller = Distiller(student, FrozenTeacher(model), losses_of(cfg, taps), taps)
     images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(64, dtype=torch.int64)
     data = ResidentSet(images, labels, tuple(map(str, range(100))))
@@ -125,7 +125,7 @@ def test_a_loss_that_cannot_be_recorded_says_so(tiny_config):
     with FakeTensorMode():
         for method in NOT_CAPTURABLE:
             cfg = load_config(PAIR, [], method)
-            unfit = [loss for loss in build_losses(cfg, ALL_TAPS) if not loss.capturable]
+            unfit = [loss for loss in losses_of(cfg, ALL_TAPS) if not loss.capturable]
             assert [type(loss).__name__.lower() for loss in unfit] == [method]
 
 

@@ -78,8 +78,8 @@ class Waits(Loss):
 
 
 def test_a_recording_that_fails_leaves_no_trace(pair_config, tmp_path, caplog, monkeypatch):
-    build = experiment.build_losses
-    monkeypatch.setattr(experiment, "build_losses", lambda *a: [*build(*a), Waits()])
+    build = experiment.losses_of
+    monkeypatch.setattr(experiment, "losses_of", lambda *a: [*build(*a), Waits()])
     for name, graph in (("plain", False), ("graph", True)):
         run_experiment(pair_config("ce", name, DEVICE="cuda", CUDA_GRAPH=graph))
     assert f"{UNRECORDED}: recording it failed" in caplog.text

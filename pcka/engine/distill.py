@@ -1,0 +1,218 @@
+"""The section ``DISTILL`` of a configuration, and the losses that it describes, for both tasks.
+
+``DISTILL.METHODS`` names the losses that are summed; ``DISTILL.<NAME>`` holds the keywords of the
+loss ``<NAME>`` in upper case. A key's value is, from weakest to strongest, the loss's own default,
+the trainer's default, the configuration's and the command line's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from pcka import losses
+from pcka.engine.config import PER_STAGE, ConfigError, merge_leaves, near_names
+from pcka.engine.yaml_files import flatten
+
+# What STAGES may hold beside names of taps: all numbered stages but the stem.
+WILDCARDS = {"all": "", "all_preact": "_preact"}
+
+
+class UntappedError(ConfigError):
+    """A loss names stages that are not tapped."""
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a name that no loss has, and a loss that is named twice.
+
+    Raises:
+        ConfigError: near names are proposed.
+    """
+    if len(set(methods)) != len(methods):
+        raise ConfigError(f"DISTILL.METHODS: expected each loss once, got {list(methods)}")
+    for name in methods:
+        if name not in losses.names():
+            raise ConfigError(
+                f"DISTILL.METHODS: no loss is called {name!r}; {near_names(name, losses.names())}"
+            )
+
+
+def section_defaults(name: str) -> dict[str, object]:
+    """Key -> default of the section of a loss."""
+    return {
+        key.upper(): _as_setting(key.upper(), value) for key, value in losses.defaults(name).items()
+    }
+
+
+def add_sections(
+    distill: CfgNode,
+    names: Iterable[str],
+    defaults: Callable[[str], Mapping[str, object]] = section_defaults,
+) -> None:
+    """Give ``DISTILL`` the sections of some losses; those that it has stay as they are.
+
+    Args:
+        distill: the section; its type is that of the sections in it.
+        names: of registered losses.
+        defaults: name -> the section; a trainer may have defaults of its own.
+    """
+    for name in names:
+        if name not in distill:
+            distill[name] = type(distill)(dict(defaults(name)))
+
+
+def merge_settings(
+    cfg: CfgNode,
+    leaves: Iterable[tuple[str, object]],
+    source: str,
+    defaults: Callable[[str], Mapping[str, object]] = section_defaults,
+) -> None:
+    """:func:`pcka.engine.config.merge_leaves`, with the sections of the losses that are named.
+
+    A loss has its section by being named, in ``DISTILL.METHODS`` or by a setting of its own.
+
+    Args:
+        cfg: the whole configuration.
+        leaves: dotted keys and values.
+        source: where they come from, for messages.
+        defaults: as for :func:`add_sections`.
+
+    Raises:
+        ConfigError: an unknown key (near ones are named), or a value of another type.
+    """
+    leaves = list(leaves)
+    add_sections(cfg.DISTILL, named_losses(key for key, _ in leaves), defaults)
+
+    def settings_of_all() -> Iterable[str]:
+        return flatten({name: defaults(name) for name in losses.names()}, "DISTILL.")
+
+    merge_leaves(cfg, leaves, source, settings_of_all)
+    add_sections(cfg.DISTILL, [n for n in cfg.DISTILL.METHODS if n in losses.names()], defaults)
+
+
+def named_losses(keys: Iterable[str]) -> list[str]:
+    """The losses whose settings are among dotted keys, such as ``DISTILL.KD.WEIGHT``."""
+    sections = [key.split(".")[1] for key in keys if key.startswith("DISTILL.") and key.count(".")]
+    return [name for name in dict.fromkeys(sections) if name in losses.names()]
+
+
+def is_used(key: str, methods: Collection[str]) -> bool:
+    """Whether a dotted key counts: it is no setting of a loss that ``methods`` leaves out."""
+    return all(name in methods for name in named_losses([key]))
+
+
+def same_setting(key: str, value: object, other: object) -> bool:
+    """Whether two values of a dotted key mean the same: one for all stages, or equal ones."""
+    if key.rpartition(".")[2] not in PER_STAGE:
+        return value == other
+    return _merged(value) == _merged(other)
+
+
+def build_losses(
+    methods: Sequence[str],
+    sections: Mapping[str, Mapping[str, Any]],
+    taps: Collection[str],
+    *,
+    default_stages: Sequence[str] = (),
+    unfit: Callable[[losses.Loss], str | None] = lambda _: None,
+    taps_key: str = "DISTILL.TAPS",
+) -> list[losses.Loss]:
+    """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
+
+    ``STAGES`` are names of taps; ``all`` and ``all_preact`` stand for ``stage1``, ``stage2``, …
+    and ``stage1_preact``, …; an empty list for ``default_stages``. A setting of each stage may
+    hold a single value, which then serves all.
+
+    Args:
+        methods: names of losses.
+        sections: the section ``DISTILL``; a loss without one has its own defaults.
+        taps: names of what is tapped.
+        default_stages: what an empty ``STAGES`` stands for; () refuses it.
+        unfit: loss -> why it cannot serve here, or None.
+        taps_key: the key that adds taps, for messages.
+
+    Raises:
+        ConfigError: an unknown loss, values that a loss refuses, or a loss that is unfit.
+        UntappedError: stages that are not tapped.
+    """
+    check_methods(methods)
+    built = []
+    for name in methods:
+        keywords = {key.lower(): _as_keyword(v) for key, v in sections.get(name, {}).items()}
+        if "stages" in keywords:
+            keywords = _with_stages(name, keywords, taps, default_stages, taps_key)
+        try:
+            loss = losses.build(name, **keywords)
+        except ValueError as error:
+            raise ConfigError(f"DISTILL.{name}: {error}") from error
+        if reason := unfit(loss):
+            raise ConfigError(f"DISTILL.METHODS: {name} {reason}")
+        if missing := [tap for tap in loss.taps if tap not in taps]:
+            raise UntappedError(f"DISTILL.{name}: {_untapped(missing, taps, taps_key)}")
+        built.append(loss)
+    return built
+
+
+def numbered_stages(taps: Iterable[str]) -> list[str]:
+    """The taps ``stage0``, ``stage1``, … alone."""
+    return [name for name in taps if name.startswith("stage") and name[5:].isdigit()]
+
+
+def _with_stages(
+    name: str,
+    keywords: Mapping[str, Any],
+    taps: Collection[str],
+    default_stages: Sequence[str],
+    taps_key: str,
+) -> dict[str, Any]:
+    """The keywords with the wildcards replaced, and single values repeated for all stages."""
+    stages: list[str] = []
+    for stage in keywords["stages"] or default_stages:
+        stages += _expanded(name, stage, taps, taps_key) if stage in WILDCARDS else [stage]
+    if not stages:
+        raise ConfigError(
+            f"DISTILL.{name}.STAGES: expected one or more stages, got none: the loss is nothing"
+        )
+    single = {
+        key: value * len(stages)
+        for key, value in keywords.items()
+        if key.upper() in PER_STAGE and isinstance(value, tuple) and len(value) == 1
+    }
+    return {**keywords, **single, "stages": tuple(stages)}
+
+
+def _expanded(name: str, wildcard: str, taps: Collection[str], taps_key: str) -> list[str]:
+    stages = [stage for stage in numbered_stages(taps) if stage != "stage0"]
+    if not stages:
+        raise UntappedError(
+            f"DISTILL.{name}.STAGES: {wildcard!r} stands for all numbered stages but the stem, and "
+            f"there are none; there are {', '.join(taps) or 'no taps'}, and {taps_key} adds them"
+        )
+    return [stage + WILDCARDS[wildcard] for stage in stages]
+
+
+def _untapped(missing: Sequence[str], taps: Collection[str], taps_key: str) -> str:
+    there = ", ".join(taps) or "none"
+    return f"{', '.join(missing)} is not tapped; there are {there}, and {taps_key} adds more"
+
+
+def _as_setting(key: str, default: object) -> object:
+    """A keyword's default as the configuration holds it."""
+    if isinstance(default, tuple):
+        return list(default)
+    return [default] if key in PER_STAGE and not isinstance(default, list) else default
+
+
+def _as_keyword(value: object) -> object:
+    return tuple(map(_as_keyword, value)) if isinstance(value, list | tuple) else value
+
+
+def _merged(value: object) -> object:
+    """A list of one value for each stage without its repetitions, where they are all equal."""
+    if not isinstance(value, list | tuple):
+        return [value]
+    distinct = [item for item, _ in groupby(value)]
+    return distinct if len(distinct) == 1 else list(value)
