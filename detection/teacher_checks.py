@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from detectron2.config import CfgNode
@@ -14,9 +13,7 @@ from detection.data.mapper import NamingMapper
 from detection.data.targets import Entries
 from detection.run_state import lent_random_states
 from pcka.engine.config import ConfigError
-
-if TYPE_CHECKING:
-    from detection.teacher import TeacherBackbone
+from pcka.teacher import FrozenTeacher
 
 LARGEST = 1e6  # of a feature; trained pyramids stay below 1e3
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
@@ -55,11 +52,11 @@ def check_trained(backbone: nn.Module, path: str) -> None:
         )
 
 
-def check_features(teacher: TeacherBackbone, cfg: CfgNode, dataset: Entries) -> None:
+def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
     """Run a teacher on an image and its negative, and refuse what nobody can learn from.
 
     Args:
-        teacher: where it will run.
+        teacher: of :func:`detection.teacher.build_teacher`, where it will run.
         cfg: of the run; its images are read as for an evaluation.
         dataset: of the run.
 
