@@ -18,10 +18,10 @@ from PIL import Image
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config
 from detection.figures import read_metrics
-from detection.meta_arch import BackboneTap
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
+from pcka.taps import FeatureTap
 
 pytestmark = pytest.mark.slow
 
@@ -211,13 +211,13 @@ def test_mixed_precision_trains_near_float32_and_evaluates_in_it(
     exact, mixed = build(*own, config=config), build(*own, config=config)
     trainer.train_in_bfloat16(mixed)
     student = trainer.student_of(mixed)
-    with BackboneTap(student.backbone) as tap:
+    with FeatureTap(student.backbone, {"level": ":p3"}) as tap:
         terms = mixed.train()(batch)
-        assert {feature.dtype for feature in tap.features.values()} == {torch.bfloat16}
+        assert tap.pop()["level"].dtype == torch.bfloat16
         sum(terms.values()).backward()
-        mixed.eval()(batch)
-        student.eval()(batch)
-        assert {feature.dtype for feature in tap.features.values()} == {torch.float32}
+        for evaluated in (mixed, student):
+            evaluated.eval()(batch)
+            assert tap.pop()["level"].dtype == torch.float32
     expected = exact.train()(batch)
     assert terms.keys() == expected.keys()
     for name, term in expected.items():
