@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from classification.distillation import model_taps
 from torch import Tensor, nn
 
-from classification.distillation import model_taps
 from classification.models import create_model
 from pcka.taps import FeatureTap
 from pcka.teacher import fold_batch_norms
