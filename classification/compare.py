@@ -79,14 +79,7 @@ def compare(
     # All of them before the first is trained, so that a wrong name costs no time.
     cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
     first = cfgs[methods[0], seeds[0]]
-    published = {m: value for m in methods if (value := published_accuracy(first, m)) is not None}
-    comparison = Comparison(
-        methods,
-        METRICS,
-        difference="minus first row (%)",
-        also_in_csv=("best_epoch", "epochs"),
-        extra={"published (%)": {method: f"{value:.2f}" for method, value in published.items()}},
-    )
+    comparison = new_comparison(first, methods)
     with process_group(first.DEVICE) as device:
         if rank() == 0:
             remove_temporaries(output)
@@ -119,6 +112,18 @@ def _groups(
     by_seed = [[(method, seed) for method in methods] for seed in seeds]
     rows = [[run for row in by_seed for run in row]] if seeds_too else by_seed
     return [row[start : start + size] for row in rows for start in range(0, len(row), size)]
+
+
+def new_comparison(cfg: CfgNode, methods: Sequence[str]) -> Comparison:
+    """A comparison without results, with the paper's figures where the setting is the paper's."""
+    published = {m: value for m in methods if (value := published_accuracy(cfg, m)) is not None}
+    return Comparison(
+        methods,
+        METRICS,
+        difference="minus first row (%)",
+        also_in_csv=("best_epoch", "epochs"),
+        extra={"published (%)": {method: f"{value:.2f}" for method, value in published.items()}},
+    )
 
 
 def heading(cfg: CfgNode, comparison: Comparison) -> str:

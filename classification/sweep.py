@@ -5,7 +5,7 @@ Each student draws random numbers as if it were alone; this file alone juggles r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -84,7 +84,7 @@ class Sweep:
 
     def train(self) -> None:
         """Train every student to its last epoch, or until it fails."""
-        beside: _SideBySide | None = None
+        beside: SideBySide | None = None
         while waiting := [trainer for trainer in self._random if self._waits(trainer)]:
             epoch = min(trainer.epoch for trainer in waiting)
             group = tuple(trainer for trainer in waiting if trainer.epoch == epoch)
@@ -93,7 +93,7 @@ class Sweep:
                     group[0].train_epoch()
                 continue
             if beside is None or beside.trainers != group:
-                beside = _SideBySide(group, self)
+                beside = SideBySide(group, self)
             self._train_epoch(beside)
 
     def failure_of(self, trainer: Trainer | None) -> TrainingFailedError | None:
@@ -123,13 +123,13 @@ class Sweep:
         except TrainingFailedError as error:
             self.failures[trainer] = error
 
-    def _train_epoch(self, beside: _SideBySide) -> None:
+    def _train_epoch(self, beside: SideBySide) -> None:
         lead = beside.trainers[0]
         for trainer in beside.trainers:
             with self.random_state_of(trainer):
                 trainer.start_epoch()
         with lead.pace() as pace:
-            for step, inputs in enumerate(beside.lessons.over(pace.watch(beside.batches()))):
+            for step, inputs in enumerate(beside.inputs(pace.watch(beside.batches()))):
                 beside.step(inputs, step)
                 pace.count_step()
                 if lead.reads_after(step):
@@ -143,13 +143,13 @@ class Sweep:
             with self.random_state_of(trainer), self._failing(trainer):
                 trainer.finish_epoch(dict(figures))
 
-    def _read_losses(self, beside: _SideBySide) -> None:
+    def _read_losses(self, beside: SideBySide) -> None:
         for trainer in beside.training:
             with self._failing(trainer):
                 trainer.read_losses()
 
 
-class _SideBySide:
+class SideBySide:
     """The steps of students that are trained side by side.
 
     Students of one ``SEED`` share their batches, and what the teacher says of them. On a CUDA
@@ -172,7 +172,7 @@ class _SideBySide:
         obstacle = max(obstacles, default=None)  # one that is told, where there is one
         lead = trainers[0]
         learners = [[trainer.distiller for trainer in group] for group in by_seed]
-        self.lessons = Lessons(lead.cfg, learners, lead.device, obstacle=obstacle)
+        self._lessons = Lessons(lead.cfg, learners, lead.device, obstacle=obstacle)
         self._streams: list[torch.cuda.Stream] = []
         self._update = Recorded(
             self._on_streams,
@@ -190,6 +190,10 @@ class _SideBySide:
     def batches(self) -> Iterator[tuple[Batch, ...]]:
         """The epoch's batches, one for each ``SEED``."""
         return zip(*(first.batches() for first in self._first_of_seed), strict=True)
+
+    def inputs(self, batches: Iterable[Sequence[Batch]]) -> Iterator[list[StepInputs]]:
+        """The batches of each step with what the teacher says of them."""
+        return self._lessons.over(batches)
 
     def step(self, inputs: list[StepInputs], step: int) -> None:
         """Update every student that still trains.

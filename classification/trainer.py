@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -111,17 +111,12 @@ class Trainer:
         """Train one epoch, and evaluate and write it."""
         self.start_epoch()
         with self.pace() as pace:
-            batches = zip(pace.watch(self.batches()))
-            for step, (inputs,) in enumerate(self._lessons.over(batches)):
+            for step, inputs in enumerate(self.inputs(pace.watch(self.batches()))):
                 self.step(inputs, step)
                 pace.count_step()
                 if self.reads_after(step):
                     pace.show(loss=self.read_losses()["loss_total"])
         self.finish_epoch(pace.figures())
-
-    @cached_property
-    def _lessons(self) -> Lessons:
-        return Lessons(self.cfg, [[self.distiller]], self.device, obstacle=self.obstacle)
 
     def step(self, inputs: StepInputs, step: int) -> None:
         """Update the student by one batch; the loss terms stay on the device.
@@ -182,6 +177,14 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """This process's part of the epoch's batches."""
         return self.train_set.training_batches(self.cfg, self.epoch, rank(), world_size())
+
+    def inputs(self, batches: Iterable[Batch]) -> Iterator[StepInputs]:
+        """The batches with what the teacher says of them."""
+        return (inputs for (inputs,) in self._lessons.over(zip(batches)))
+
+    @cached_property
+    def _lessons(self) -> Lessons:
+        return Lessons(self.cfg, [[self.distiller]], self.device, obstacle=self.obstacle)
 
     def pace(self) -> Pace:
         """What times the epoch and shows how far it is."""

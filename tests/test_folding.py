@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from classification.distillation import model_taps
 from torch import Tensor, nn
 
 from classification.models import create_model
+from classification.models.taps import model_taps
 from pcka.taps import FeatureTap
 from pcka.teacher import fold_batch_norms
 
