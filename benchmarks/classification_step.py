@@ -28,9 +28,9 @@ from benchmarks import device as on_device
 from benchmarks.harness import Spread, markdown, ratio
 from classification.config import CONFIGS, load_config
 from classification.data import ResidentSet
-from classification.experiment import ImageSets, prepare_trainers
 from classification.models import create_model
-from classification.steps import Steps
+from classification.run import prepare_trainers
+from classification.teacher import ImageSets, Lessons
 from pcka.engine.environment import choose_device, has_bfloat16
 from pcka.losses import fcka_loss, kd_loss, lcka_loss
 from pcka.taps import FeatureTap
@@ -137,14 +137,16 @@ def own_step(cfg: CfgNode, sets: ImageSets) -> Step:
         while True:
             yield from trainer.batches()
 
-    batches, steps = forever(), Steps([trainer], ahead=1)
+    learners = [[trainer.distiller]]
+    lessons = Lessons(cfg, learners, trainer.device, obstacle=trainer.obstacle, ahead=1)
+    batches = forever()
 
     def step() -> float:
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
-        for inputs in steps.inputs([(batch,)]):
-            steps.run(inputs, 0)
+        for (inputs,) in lessons.over([(batch,)]):
+            trainer.step(inputs, 0)
         return waited
 
     return step

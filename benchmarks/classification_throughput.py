@@ -21,8 +21,9 @@ import torch
 from benchmarks import report
 from benchmarks.classification_step import configure, random_images
 from benchmarks.harness import markdown
-from classification.experiment import prepare_trainers
-from classification.steps import Steps
+from classification.run import Run as TrainingRun
+from classification.run import prepare
+from classification.sweep import SideBySide, Sweep
 
 IMAGES = 51_200  # an epoch of CIFAR-100's length
 
@@ -84,15 +85,19 @@ def measure(run: Run, on: str, seconds: float, images: int, folder: Path) -> dic
     cfgs = [configure(m, folder, *run.overrides()) for m in run.methods]
     device = torch.device(on)
     started = time.perf_counter()
-    steps = Steps(prepare_trainers(cfgs, device, sets))
-    stream = _endless(steps)
+    sweep, trainers = Sweep(), []
+    for trainer in prepare([TrainingRun(cfg) for cfg in cfgs], device, sets):
+        sweep.add(trainer)
+        trainers.append(trainer)
+    beside = trainers[0] if len(trainers) == 1 else SideBySide(tuple(trainers), sweep)
+    stream = _endless(beside)
 
     def advance(number: int) -> float:
         """Seconds for so many steps."""
         _synchronize(device)
         start = time.perf_counter()
         for step, inputs in zip(range(number), stream):
-            steps.run(inputs, step)
+            beside.step(inputs, step)
         _synchronize(device)
         return time.perf_counter() - start
 
@@ -109,9 +114,9 @@ def measure(run: Run, on: str, seconds: float, images: int, folder: Path) -> dic
     }
 
 
-def _endless(steps: Steps) -> Iterator:
+def _endless(beside: Any) -> Iterator[Any]:
     for _ in count():
-        yield from steps.inputs(steps.batches())
+        yield from beside.inputs(beside.batches())
 
 
 def _synchronize(device: torch.device) -> None:

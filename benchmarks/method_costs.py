@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.classification_step import STUDENT, TEACHER, configure, random_images
 from benchmarks.harness import markdown
+from classification.compare import measure_costs
 from classification.config import method_files
-from classification.cost import Cost, measure_costs
+from pcka.engine.cost import Cost
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Cost]:

@@ -9,23 +9,40 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+import yaml
 from fvcore.common.config import CfgNode
 
-from classification.command_line import config_arguments, console_log
-from classification.comparison import Comparison, write_comparison
-from classification.config import load_config
-from classification.cost import measure_costs
-from classification.experiment import run_side_by_side
+from classification.config import CONFIGS, config_arguments, load_config
+from classification.data import Batch
+from classification.run import prepare_trainers
+from classification.sweep import run_side_by_side
+from classification.teacher import ImageSets, Lessons
+from classification.trainer import Trainer
 from pcka.distributed import rank
 from pcka.engine.command import TrainingFailedError, run_command
+from pcka.engine.comparison import HOW_TO_READ, Comparison
 from pcka.engine.config import ConfigError
+from pcka.engine.cost import (
+    ROUNDS,
+    Cost,
+    kept_costs,
+    median_seconds,
+    peak_mebibytes,
+    settings_digest,
+)
 from pcka.engine.launch import is_first, process_group
+from pcka.engine.progress import console_log
 from pcka.engine.run_folder import remove_temporaries
 
-logger = logging.getLogger("classification")
+logger = logging.getLogger("pcka")
+
+PUBLISHED = CONFIGS / "published.yaml"
+METRICS = {"last_accuracy": "last epoch (%)", "best_accuracy": "best epoch (%)"}
 
 
 def compare(
@@ -50,7 +67,7 @@ def compare(
         costs: measure what a step of each method costs, once the runs are there.
 
     Raises:
-        ConfigError: a method named twice, or what :func:`run_side_by_side` refuses.
+        ConfigError: a method named twice, or what ``run_side_by_side`` refuses.
     """
     if len(set(methods)) != len(methods) or len(set(seeds)) != len(seeds):
         raise ConfigError(f"methods and seeds: expected each one once, got {methods} and {seeds}")
@@ -62,7 +79,7 @@ def compare(
     # All of them before the first is trained, so that a wrong name costs no time.
     cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
     first = cfgs[methods[0], seeds[0]]
-    comparison = Comparison(first, methods)
+    comparison = new_comparison(first, methods)
     with process_group(first.DEVICE) as device:
         if rank() == 0:
             remove_temporaries(output)
@@ -72,10 +89,12 @@ def compare(
                 if isinstance(result, TrainingFailedError):
                     logger.warning("%s, seed %d: failed: %s", method, seed, result)
                 comparison.add(method, seed, result)
+            comparison.heading = heading(first, comparison)
             _write(comparison, output)
         if costs:
             by_method = {method: cfgs[method, seeds[0]] for method in methods}
-            comparison.costs = measure_costs(by_method, output / "costs.json")
+            columns = cost_columns(measure_costs(by_method, output / "costs.json"))
+            comparison.extra = {**comparison.extra, **columns}
             _write(comparison, output)
     return comparison
 
@@ -83,7 +102,7 @@ def compare(
 def _write(comparison: Comparison, output: Path) -> None:
     """The first process alone writes."""
     if rank() == 0:
-        write_comparison(comparison, output)
+        comparison.write(output)
 
 
 def _groups(
@@ -93,6 +112,143 @@ def _groups(
     by_seed = [[(method, seed) for method in methods] for seed in seeds]
     rows = [[run for row in by_seed for run in row]] if seeds_too else by_seed
     return [row[start : start + size] for row in rows for start in range(0, len(row), size)]
+
+
+def new_comparison(cfg: CfgNode, methods: Sequence[str]) -> Comparison:
+    """A comparison without results, with the paper's figures where the setting is the paper's."""
+    published = {m: value for m in methods if (value := published_accuracy(cfg, m)) is not None}
+    return Comparison(
+        methods,
+        METRICS,
+        difference="minus first row (%)",
+        also_in_csv=("best_epoch", "epochs"),
+        extra={"published (%)": {method: f"{value:.2f}" for method, value in published.items()}},
+    )
+
+
+def heading(cfg: CfgNode, comparison: Comparison) -> str:
+    """What was compared, in a sentence or two.
+
+    Args:
+        cfg: one run's configuration; all share what is not in ``DISTILL``.
+        comparison: with the results so far.
+    """
+    some = next((r for by_seed in comparison.results.values() for r in by_seed.values()), {})
+    teacher = some.get("teacher_accuracy")
+    taught = f" from {cfg.TEACHER.NAME} ({teacher:.2f} %)" if teacher is not None else ""
+    return (
+        f"{cfg.STUDENT.NAME}{taught} on {cfg.DATA.NAME}: {some.get('training_images', '?')} "
+        f"training and {some.get('evaluation_images', '?')} evaluation images, "
+        f"{cfg.SOLVER.EPOCHS} epochs, batch {cfg.SOLVER.BATCH_SIZE}. Top-1 accuracy, mean ± "
+        f"standard deviation over seeds; {HOW_TO_READ}"
+    )
+
+
+def published_accuracy(cfg: CfgNode, method: str) -> float | None:
+    """Return the paper's top-1 accuracy (%) of a method, or None where it has none.
+
+    Args:
+        cfg: the setting; the paper's are the pairs of :data:`PUBLISHED` on all of CIFAR-100, by
+            its recipe.
+        method: name of a method file.
+    """
+    table = yaml.safe_load(PUBLISHED.read_text())
+    pair = [cfg.TEACHER.NAME, cfg.STUDENT.NAME]
+    whole = not (cfg.DATA.TRAIN_IMAGES or cfg.DATA.HOLDOUT)
+    recipe = (table["EPOCHS"], table["BATCH_SIZE"]) == (cfg.SOLVER.EPOCHS, cfg.SOLVER.BATCH_SIZE)
+    if cfg.DATA.NAME != "cifar100" or not whole or not recipe or pair not in table["PAIRS"]:
+        return None
+    by_pair = table["CIFAR100_TOP1"].get(method)
+    return None if by_pair is None else by_pair[table["PAIRS"].index(pair)]
+
+
+def cost_columns(costs: Mapping[str, Cost]) -> dict[str, dict[str, str]]:
+    """Columns of the table: heading -> method -> cell."""
+    first = next(iter(costs.values()))
+    return {
+        "step (ms/image)": {m: f"{cost.milliseconds:.3f}" for m, cost in costs.items()},
+        "step / first row": {
+            m: f"{cost.milliseconds / first.milliseconds:.2f}" for m, cost in costs.items()
+        },
+        "memory (MiB)": {m: f"{cost.mebibytes:.0f}" for m, cost in costs.items()},
+    }
+
+
+def measure_costs(
+    cfgs: Mapping[str, CfgNode],
+    path: Path,
+    *,
+    rounds: int = ROUNDS,
+    image_sets: ImageSets | None = None,
+) -> dict[str, Cost]:
+    """Measure what a step of each method costs; every round has one batch for all of them.
+
+    Args:
+        cfgs: method -> configuration; they differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
+        path: where the costs are kept, see :func:`pcka.engine.cost.kept_costs`.
+        rounds: timed steps of each method.
+        image_sets: training and evaluation images where they are in memory already.
+    """
+    lead = next(iter(cfgs.values()))
+    with process_group(lead.DEVICE) as device:
+
+        def measure() -> dict[str, Cost]:
+            made = prepare_trainers(list(cfgs.values()), device, image_sets)
+            return _measure(dict(zip(cfgs, made, strict=True)), rounds)
+
+        settings = {method: _settings(cfg, device) for method, cfg in cfgs.items()}
+        return kept_costs(path, settings, measure)
+
+
+def _settings(cfg: CfgNode, device: torch.device) -> str:
+    """What a step's cost depends on: all settings but the folders, and the machine."""
+    same = cfg.clone()
+    same.defrost()
+    same.OUTPUT_DIR = same.DATA.ROOT = ""
+    return settings_digest(same.dump(), device)
+
+
+def _measure(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Cost]:
+    lead = next(iter(trainers.values()))
+    batches, images = _endless(lead), lead.cfg.SOLVER.BATCH_SIZE
+    lessons = {method: _lessons(t, t.obstacle) for method, t in trainers.items()}
+
+    def one_round() -> Iterator[dict[str, partial[None]]]:
+        while True:
+            batch = next(batches)
+            yield {
+                method: partial(_step, trainer, lessons[method], batch)
+                for method, trainer in trainers.items()
+            }
+
+    seconds = median_seconds(one_round(), rounds, lead.device)
+    costs, batch = {}, next(batches)
+    for method, trainer in trainers.items():
+        # A replay asks for no memory.
+        step = partial(_plain_step, trainer, _lessons(trainer, ""), batch)
+        costs[method] = Cost(1000 * seconds[method] / images, peak_mebibytes(step, lead.device))
+    return costs
+
+
+def _lessons(trainer: Trainer, obstacle: str | None) -> Lessons:
+    learners = [[trainer.distiller]]
+    return Lessons(trainer.cfg, learners, trainer.device, obstacle=obstacle, ahead=1)
+
+
+def _endless(trainer: Trainer) -> Iterator[Batch]:
+    while True:
+        yield from trainer.batches()
+
+
+def _step(trainer: Trainer, lessons: Lessons, batch: Batch) -> None:
+    """The teacher's forward pass and the student's update."""
+    for (inputs,) in lessons.over([(batch,)]):
+        trainer.step(inputs, 0)
+
+
+def _plain_step(trainer: Trainer, lessons: Lessons, batch: Batch) -> None:
+    for (inputs,) in lessons.over([(batch,)]):
+        trainer.update(inputs)
 
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:

@@ -1,23 +1,109 @@
-"""Reading a run's configuration: safe YAML, known keys only, values of the default's type."""
+"""A run's configuration: every key, its default and its meaning, and how files are read."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from classification.defaults import default_config
-from pcka.engine.config import ConfigError, near_names
+from classification.data import dataset_names
+from pcka.engine.config import ConfigError, flatten, import_modules, merge_leaves, near_names
 from pcka.engine.distill import check_methods, is_used, merge_settings, same_setting
-from pcka.engine.yaml_files import YamlFileError, flatten, read_leaves
+from pcka.engine.yaml_files import read_leaves
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 
-DATASETS = ("digits", "folder", "cifar10", "cifar100")
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+def default_config() -> CfgNode:
+    """Return a fresh tree of all keys with their defaults.
+
+    The sections ``DISTILL.<NAME>`` come in by :func:`pcka.engine.distill.merge_settings`.
+    """
+    cfg = CfgNode(
+        {
+            "SEED": 0,  # of the student's start, the image order and the augmentation
+            "IMPORTS": [],  # modules that register losses, models or data sets of your own
+            "OUTPUT_DIR": "output/run",  # everything that a run writes lies in this folder
+            "DEVICE": "auto",  # auto (CUDA where there is one) | cpu | cuda
+            "CHANNELS_LAST": False,  # memory format of images, student and teacher
+            "AUTOCAST": "",  # "" (float32) | bfloat16 | auto: bfloat16 where the hardware has it
+            "COMPILE": False,  # torch.compile of both models: minutes at the start, faster steps
+            "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
+            "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
+            "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
+            "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
+        }
+    )
+    cfg.DATA = CfgNode(
+        {
+            "NAME": "",  # digits | folder | cifar10 | cifar100
+            "ROOT": "data",  # folder of the images; digits needs none
+            "NUM_CLASSES": 0,  # 0: as many as the data has; another count is refused
+            "IMAGE_SIZE": 32,  # side of the square images, pixels
+            "TRAIN_IMAGES": 0,  # 0: all; else a class-balanced subset of this many
+            "HOLDOUT": 0,  # > 0: this many training images are held out and evaluated on (tuning)
+            "SPLIT_SEED": 0,  # of the choice of HOLDOUT and TRAIN_IMAGES, apart from SEED
+            "CROP_PADDING": 4,  # zero padding of the random crop, pixels; 0: none (not for STREAM)
+            "FLIP": True,  # random horizontal flip
+            "DOWNLOAD": False,  # cifar10 and cifar100: fetch what is missing
+            "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
+            "STREAM": False,  # read the files of a folder batch by batch; RandomResizedCrop
+            "WORKERS": 4,  # STREAM: decoding processes of each training process; 0: itself
+            "RESIZE": 0,  # evaluating a folder: shorter side before the crop; 0: IMAGE_SIZE
+        }
+    )
+    cfg.STUDENT = CfgNode(
+        {
+            "NAME": "",  # a name of classification.models.model_names()
+            "WEIGHTS": "",  # checkpoint to start from; "": a random start from SEED
+            "PIXEL_MEAN": IMAGENET_MEAN,  # of the student's input, for pixels in [0, 1]
+            "PIXEL_STD": IMAGENET_STD,
+        }
+    )
+    cfg.TEACHER = CfgNode(
+        {
+            "NAME": "",  # "": no teacher
+            "WEIGHTS": "",  # the teacher's checkpoint
+            "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
+            "PIXEL_STD": IMAGENET_STD,
+            "ACCURACY": 0.0,  # on the evaluation images, percent; one 2 points worse stops the run
+            "TRAIN": False,  # with empty WEIGHTS: train the teacher first (CE), keep it for reuse
+            "EPOCHS": 240,  # of that training; all else as in SOLVER
+            "SEED": 0,  # of that training, so that runs of several SEEDs share a teacher
+            "CACHE_DIR": "output/teachers",  # trained teachers, named by what determines them
+        }
+    )
+    cfg.SOLVER = CfgNode(
+        {
+            "EPOCHS": 240,
+            "BATCH_SIZE": 64,  # an incomplete last batch of an epoch is left out
+            "BASE_LR": 0.05,
+            "MOMENTUM": 0.9,
+            "NESTEROV": False,
+            "WEIGHT_DECAY": 5e-4,
+            "SCHEDULE": "multistep",  # multistep | cosine (to 0 at EPOCHS); set at every step
+            "MILESTONES": [150, 180, 210],  # epochs after which the rate is multiplied by GAMMA
+            "GAMMA": 0.1,
+            "WARMUP_EPOCHS": 0.0,  # the rate rises linearly from 0 over these epochs
+        }
+    )
+    cfg.DISTILL = CfgNode(
+        {
+            "METHODS": ["CE"],  # the losses that are summed
+            "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
+            "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
+        }
+    )
+    return cfg
+
 
 # Keys that may differ between a run and its continuation: they change nothing that is computed.
 # (Another DATA.ROOT must hold the same images: the checkpoint knows their fingerprint.)
@@ -56,21 +142,20 @@ def load_config(
     cfg = default_config()
     if method:
         path = method_file(method, config_file)
-        of_method = _read(path)
-        merge_settings(cfg, of_method.items(), str(path))
+        _merge(cfg, read_leaves(path), str(path))
     if config_file is not None:
-        of_file = _read(config_file)
+        of_file = read_leaves(config_file)
         if method:
             of_file.pop("DISTILL.METHODS", None)
             _refuse_saved(of_file, source=str(config_file))
-        merge_settings(cfg, of_file.items(), str(config_file))
+        _merge(cfg, of_file, str(config_file))
     if len(overrides) % 2:
         raise ConfigError(
             f"overrides: expected pairs of KEY VALUE, got {len(overrides)} words: "
             f"{' '.join(overrides)!r}"
         )
     pairs = zip(overrides[::2], overrides[1::2], strict=True)
-    merge_settings(cfg, pairs, "the command line")
+    _merge(cfg, dict(pairs), "the command line")
     _check(cfg)
     cfg.freeze()
     return cfg
@@ -108,7 +193,7 @@ def method_files(config_file: str | Path | None = None) -> dict[str, Path]:
 def config_from_text(text: str) -> CfgNode:
     """Return the configuration that ``cfg.dump()`` wrote; keys that it lacks take their default."""
     cfg = default_config()
-    merge_settings(cfg, flatten(yaml.safe_load(text)).items(), "the saved configuration")
+    _merge(cfg, flatten(yaml.safe_load(text)), "the saved configuration")
     return cfg
 
 
@@ -133,58 +218,53 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     ]
 
 
-def _read(path: str | Path) -> dict[str, object]:
-    try:
-        return read_leaves(path)
-    except YamlFileError as error:
-        raise ConfigError(str(error)) from error
+def _merge(cfg: CfgNode, leaves: Mapping[str, object], source: str) -> None:
+    if "IMPORTS" in leaves:  # first, for what they register
+        merge_leaves(cfg, [("IMPORTS", leaves["IMPORTS"])], source)
+        import_modules(cfg.IMPORTS, "IMPORTS")
+    merge_settings(cfg, leaves.items(), source)
 
 
 CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "AUTOCAST": ("", "bfloat16", "auto"),
-    "DATA.NAME": DATASETS,
     "SOLVER.SCHEDULE": ("multistep", "cosine"),
 }
-LEAST = {
-    "LOG_EVERY": 1,
-    "EVAL_EVERY": 1,
-    "SAVE_EVERY": 1,
-    "DATA.IMAGE_SIZE": 1,
-    "DATA.NUM_CLASSES": 0,
-    "DATA.TRAIN_IMAGES": 0,
-    "DATA.HOLDOUT": 0,
-    "DATA.CROP_PADDING": 0,
-    "DATA.MEMORY_GB": 0,
-    "DATA.WORKERS": 0,
-    "DATA.RESIZE": 0,
-    "DISTILL.WARMUP": 0,
-    "TEACHER.ACCURACY": 0,
-    "SEED": 0,
-    "DATA.SPLIT_SEED": 0,
-    "TEACHER.SEED": 0,
-    "TEACHER.EPOCHS": 1,
-    "SOLVER.EPOCHS": 1,
-    "SOLVER.BATCH_SIZE": 1,
-    "SOLVER.BASE_LR": 0,
-    "SOLVER.MOMENTUM": 0,
-    "SOLVER.WEIGHT_DECAY": 0,
-    "SOLVER.GAMMA": 0,
-    "SOLVER.WARMUP_EPOCHS": 0,
-}
-MOST = {
-    "DISTILL.WARMUP": 1,  # a share of the epochs
-    "TEACHER.ACCURACY": 100,
-    "SOLVER.MOMENTUM": 1,
-    "SEED": 2**64 - 1,  # of torch's generators
-    "TEACHER.SEED": 2**64 - 1,
-    "DATA.SPLIT_SEED": 2**32 - 1,  # of numpy's legacy generator
+# Key -> least and greatest value; None: no bound.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "LOG_EVERY": (1, None),
+    "EVAL_EVERY": (1, None),
+    "SAVE_EVERY": (1, None),
+    "SEED": (0, 2**64 - 1),  # of torch's generators
+    "DATA.IMAGE_SIZE": (1, None),
+    "DATA.NUM_CLASSES": (0, None),
+    "DATA.TRAIN_IMAGES": (0, None),
+    "DATA.HOLDOUT": (0, None),
+    "DATA.SPLIT_SEED": (0, 2**32 - 1),  # of numpy's legacy generator
+    "DATA.CROP_PADDING": (0, None),
+    "DATA.MEMORY_GB": (0, None),
+    "DATA.WORKERS": (0, None),
+    "DATA.RESIZE": (0, None),
+    "DISTILL.WARMUP": (0, 1),  # a share of the epochs
+    "TEACHER.ACCURACY": (0, 100),
+    "TEACHER.SEED": (0, 2**64 - 1),
+    "TEACHER.EPOCHS": (1, None),
+    "SOLVER.EPOCHS": (1, None),
+    "SOLVER.BATCH_SIZE": (1, None),
+    "SOLVER.BASE_LR": (0, None),
+    "SOLVER.MOMENTUM": (0, 1),
+    "SOLVER.WEIGHT_DECAY": (0, None),
+    "SOLVER.GAMMA": (0, None),
+    "SOLVER.WARMUP_EPOCHS": (0, None),
 }
 
 
 def _check(cfg: CfgNode) -> None:
     values = flatten(cfg)
     _check_ranges(values)
+    if cfg.DATA.NAME not in dataset_names():
+        names = near_names(cfg.DATA.NAME, dataset_names())
+        raise ConfigError(f"DATA.NAME: no data set is called {cfg.DATA.NAME!r}; {names}")
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
@@ -223,9 +303,51 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
-    for key, least in LEAST.items():
+    for key, (least, most) in RANGES.items():
         if values[key] < least:
             raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
-    for key, most in MOST.items():
-        if values[key] > most:
+        if most is not None and values[key] > most:
             raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
+
+
+def config_arguments(description: str) -> argparse.ArgumentParser:
+    """Return a parser of ``--config-file F [KEY VALUE ...]``; use ``parse_intermixed_args``.
+
+    ``--list`` prints the configurations and methods that there are, and ends.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config-file", metavar="F", required=True, help="YAML configuration")
+    parser.add_argument("--list", action=_List, help="print the configurations and methods")
+    parser.add_argument(
+        "overrides", metavar="KEY VALUE", nargs="*", help="keys that override the file's"
+    )
+    return parser
+
+
+class _List(argparse.Action):
+    """Prints the catalog and ends, as ``--help`` does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(catalog())
+        parser.exit()
+
+
+def catalog() -> str:
+    """Return the configuration files and the methods, a line each."""
+    runs = sorted(
+        path
+        for path in CONFIGS.rglob("*.yaml")
+        if path.parent != CONFIGS and path.parent.name != "methods" and path.stem != "base"
+    )
+    lines = ["Configurations (--config-file F):"]
+    lines += [f"  configs/classification/{path.relative_to(CONFIGS)}" for path in runs]
+    lines += ["", "Methods (--method M, on any of them):"]
+    lines += [f"  {name:16s} {_headline(path)}" for name, path in method_files().items()]
+    return "\n".join(lines)
+
+
+def _headline(path: Path) -> str:
+    return path.read_text().partition("\n")[0].removeprefix("# ")

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from classification.command_line import console_log
 from classification.compare import compare
 from classification.config import CONFIGS
 from pcka.engine.command import run_command
+from pcka.engine.progress import console_log
 
 METHODS = ("ce", "kd", "rcka_short", "kd_fcka")
 SEEDS = (0, 1, 2)

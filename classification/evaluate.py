@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from classification.command_line import config_arguments, console_log
-from classification.config import load_config
-from classification.data import load_evaluation_set
-from classification.distillation import pixel_statistics
+from classification.config import config_arguments, load_config
+from classification.data import load_evaluation_set, pixel_statistics
 from classification.evaluation import accuracy
-from classification.weights import load_classifier
+from classification.models import load_classifier
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.environment import choose_device
+from pcka.engine.progress import console_log
 
 
 def evaluate(cfg: CfgNode, *, role: str = "student", weights: str = "") -> dict[str, float]:

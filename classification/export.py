@@ -16,11 +16,9 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from classification.command_line import config_arguments
-from classification.config import load_config
-from classification.distillation import pixel_statistics
-from classification.models import create_model
-from classification.weights import load_classifier
+from classification.config import config_arguments, load_config
+from classification.data import pixel_statistics
+from classification.models import create_model, load_classifier
 from pcka.checkpoint import (
     SAFETENSORS,
     CheckpointError,

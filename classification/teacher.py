@@ -1,4 +1,4 @@
-"""Where a teacher comes from: a file, or a training of its own that is kept for the next run."""
+"""The teacher: from a file or a training of its own, and what it says of a training's batches."""
 
 from __future__ import annotations
 
@@ -7,33 +7,41 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.data import ImageSet
-from classification.defaults import default_config
-from classification.distillation import pixel_statistics
+from classification.config import default_config
+from classification.data import Batch, ImageSet, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import Classifier
-from classification.weights import load_classifier
+from classification.models import Classifier, load_classifier
 from pcka.checkpoint import atomic_save, load_file
+from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank, world_size
-from pcka.engine.config import ConfigError
+from pcka.engine.config import ConfigError, flatten
+from pcka.engine.cuda_graph import Recorded
+from pcka.engine.distill import add_sections
+from pcka.engine.environment import autocast
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
 from pcka.engine.run_folder import remove_temporaries
-from pcka.engine.yaml_files import flatten
+from pcka.losses import Outputs
+from pcka.taps import Observer
 from pcka.teacher import FrozenTeacher
 
-logger = logging.getLogger("classification")
+logger = logging.getLogger("pcka")
 
 PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
 WAITING_SECONDS = 2.0  # between two looks at whether another run has trained the teacher
+
+AHEAD = 8  # batches that the teacher sees at once, where it is recorded
+AHEAD_IMAGES = 2048  # at once, at most
 
 ImageSets = tuple[ImageSet, ImageSet]
 
@@ -193,7 +201,10 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     a hash of all that determines the weights, the training images included.
     """
     run = default_config()
-    for key in ("DEVICE", "CHANNELS_LAST", "AUTOCAST", "CUDA_GRAPH", "LOG_EVERY", "SAVE_EVERY"):
+    add_sections(run.DISTILL, run.DISTILL.METHODS)
+    for key in (
+        "DEVICE", "CHANNELS_LAST", "AUTOCAST", "CUDA_GRAPH", "LOG_EVERY", "SAVE_EVERY", "IMPORTS"
+    ):  # fmt: skip
         run[key] = cfg[key]
     run.SEED = cfg.TEACHER.SEED
     run.DATA = cfg.DATA.clone()
@@ -212,3 +223,106 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.OUTPUT_DIR = str(Path(cfg.TEACHER.CACHE_DIR) / name)
     run.freeze()
     return run, Path(cfg.TEACHER.CACHE_DIR) / f"{name}.pth"
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step trains on.
+
+    Attributes:
+        images: (B, 3, S, S), float32 in [0, 1].
+        labels: (B,) int64.
+        indices: (B,) int64, positions in the training set.
+        teacher: the teacher's outputs on the same samples, or None where no loss needs them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    teacher: Outputs | None
+
+
+class Lessons:
+    """What the teacher says of the batches of a training.
+
+    Where a step can be a CUDA graph, the teacher is one too, and sees some batches ahead at once.
+
+    Args:
+        cfg: AUTOCAST, CHANNELS_LAST, COMPILE, SOLVER.BATCH_SIZE and the teacher's statistics.
+        learners: of each batch of a step, the students that train on it.
+        device: that trains.
+        obstacle: why a step cannot be recorded, "" where nobody wants it; None where it can be.
+        ahead: batches at once, at most.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        learners: Sequence[Sequence[Distiller]],
+        device: torch.device,
+        *,
+        obstacle: str | None,
+        ahead: int = AHEAD,
+    ) -> None:
+        self._cfg = cfg
+        self._taught = [any(learner.runs_teacher for learner in group) for group in learners]
+        self._observe = _shared_observer([one for group in learners for one in group], cfg.COMPILE)
+        self._pixels = pixel_statistics(cfg.TEACHER).to(device)
+        self._ask = Recorded(self._answer, obstacle=None if obstacle is None else "")
+        images = cfg.SOLVER.BATCH_SIZE * max(1, sum(self._taught))
+        self._ahead = 1 if self._ask.is_plain else max(1, min(ahead, AHEAD_IMAGES // images))
+
+    def over(self, steps: Iterable[Sequence[Batch]]) -> Iterator[list[StepInputs]]:
+        """Yield the batches of each step with what the teacher says of them."""
+        steps = iter(steps)
+        while group := list(islice(steps, self._ahead)):
+            for step, outputs in zip(group, self._teach(group), strict=True):
+                yield [
+                    StepInputs(batch.images, batch.labels, batch.indices, of_teacher)
+                    for batch, of_teacher in zip(step, outputs, strict=True)
+                ]
+
+    def _teach(self, group: list[Sequence[Batch]]) -> Iterable[list[Outputs | None]]:
+        """The outputs on the batches of some steps; None where nobody asks."""
+        if self._observe is None:
+            return [[None] * len(step) for step in group]
+        padded = group + group[-1:] * (self._ahead - len(group))  # a graph is of one shape
+        images = [batch.images for step in padded for batch in compress(step, self._taught)]
+        outputs = self._ask(images[0] if len(images) == 1 else torch.cat(images))
+        parts = _split(outputs, len(images), len(images[0]))
+        return [[next(parts) if taught else None for taught in self._taught] for _ in group]
+
+    def _answer(self, images: Tensor) -> Outputs:
+        """The teacher's outputs on images (B, 3, S, S) in [0, 1]."""
+        assert self._observe is not None  # else nobody asks
+        layout = torch.channels_last if self._cfg.CHANNELS_LAST else torch.contiguous_format
+        with autocast(self._cfg.AUTOCAST, images.device):
+            return self._observe(self._pixels(images).contiguous(memory_format=layout))
+
+
+def _shared_observer(students: Sequence[Distiller], compile: bool) -> Observer | None:
+    """The teacher with the taps of all students; None where none of them needs it.
+
+    Raises:
+        ConfigError: students that mean different modules of the teacher by the same tap.
+    """
+    learners = [student for student in students if student.runs_teacher]
+    if not learners:
+        return None
+    paths: dict[str, str] = {}
+    for tap, path in (item for learner in learners for item in learner.teacher_paths.items()):
+        if paths.setdefault(tap, path) != path:
+            raise ConfigError(
+                f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
+                f"{path!r} for another beside it; give them different names"
+            )
+    assert learners[0].teacher is not None  # it runs
+    return learners[0].teacher.observer(paths, compile=compile)
+
+
+def _split(outputs: Outputs, parts: int, size: int) -> Iterator[Outputs]:
+    """``parts`` pieces of ``size`` samples."""
+    for start in range(0, parts * size, size):
+        piece = slice(start, start + size)
+        logits = None if outputs.logits is None else outputs.logits[piece]
+        yield Outputs(logits, {name: x[piece] for name, x in outputs.features.items()})

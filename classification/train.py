@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from classification.command_line import config_arguments, console_log
-from classification.config import load_config
-from classification.experiment import run_experiment
+from classification.config import config_arguments, load_config
+from classification.run import run_experiment
 from pcka.engine.command import run_command
+from pcka.engine.progress import console_log
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:

@@ -1,11 +1,13 @@
-"""What trains one student: its optimizer, its figures, and the state that it goes on from."""
+"""Training one student: its loop, its steps, its figures, and the state that it goes on from."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,44 +15,30 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.data import Batch, ImageSet, PixelNormalize, steps_per_epoch
+from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.batches import PROCESS_STREAM, stream_seed
-from classification.distillation import pixel_statistics
 from classification.evaluation import accuracy, stage_alignment
-from classification.solver import build_optimizer, distillation_scale, learning_rate
+from classification.teacher import Lessons, StepInputs
 from pcka.distiller import Distiller
 from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.cuda_graph import Recorded
 from pcka.engine.environment import autocast
 from pcka.engine.loss_window import LossWindow, NonFiniteLossError
+from pcka.engine.progress import Pace
 from pcka.engine.random_state import (
     capture_random_state,
     restore_random_state,
     seed_everything,
 )
 from pcka.engine.run_folder import CHECKPOINT, RunFolder
-from pcka.losses import Outputs
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a step trains on.
-
-    Attributes:
-        images: (B, 3, S, S), float32 in [0, 1].
-        labels: (B,) int64.
-        indices: (B,) int64, positions in the training set.
-        teacher: the teacher's outputs on the same samples, or None where no loss needs them.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    teacher: Outputs | None
 
 
 class Trainer:
     """Trains ``distiller.student`` and writes an epoch's state and figures when it is complete.
+
+    On a CUDA device the step is recorded as a graph and replayed where that can be: it then costs
+    the device's work alone, not the time that Python takes to launch it.
 
     Args:
         cfg: the run's configuration.
@@ -59,6 +47,11 @@ class Trainer:
         train_set: on that device.
         evaluation_set: on that device.
         files: of the run; None in all processes but the first, which alone writes.
+
+    Attributes:
+        epoch: number of epochs completed.
+        best: accuracy (percent) and number of the best epoch so far.
+        seconds: of all epochs, their evaluation included.
     """
 
     def __init__(
@@ -76,49 +69,54 @@ class Trainer:
         self.train_set = train_set
         self.evaluation_set = evaluation_set
         self.files = files
-        self.student_pixels = pixel_statistics(cfg.STUDENT).to(train_set.device)
-        self.teacher_pixels = pixel_statistics(cfg.TEACHER).to(train_set.device)
+        self.device = train_set.device
+        self.steps_per_epoch = steps_per_epoch(train_set, cfg, world_size())
+        self.epoch = 0
+        self.best = {"best_accuracy": -1.0, "best_epoch": 0}
+        self.seconds = 0.0
+        self.window = LossWindow()
+        self._pixels = pixel_statistics(cfg.STUDENT).to(self.device)
         # On the device, so that a recorded step reads what is written here: the learning rate,
         # and the factor of the distillation terms.
         self._rate = torch.zeros((), device=self.device)
         self._scale = torch.zeros((), device=self.device)
         self._scheduled = (0.0, 0.0)
-        self.optimizer = build_optimizer(cfg, distiller.parameters(), self._rate)
         if cfg.DISTILL.WARMUP:
             distiller.distillation_scale = self._scale
-        self.steps_per_epoch = steps_per_epoch(train_set, cfg, world_size())
-        self.epoch = 0  # epochs completed
-        self.best = {"best_accuracy": -1.0, "best_epoch": 0}
-        self.seconds = 0.0
-        self.window = LossWindow()
-        self.failure: TrainingFailedError | None = None
+        self.optimizer = torch.optim.SGD(
+            distiller.parameters(),
+            fused=True,
+            lr=cfg.SOLVER.BASE_LR,
+            momentum=cfg.SOLVER.MOMENTUM,
+            nesterov=cfg.SOLVER.NESTEROV,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        )
+        self._read_rate_from_the_device()
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
-        self._random = capture_random_state()
-        self._draws_own = False
-        self._saved = 0  # epochs completed at the last checkpoint
+        self.obstacle = _obstacle(self)
+        self._update = Recorded(self.update, self.changed_tensors, obstacle=self.obstacle)
+        self._saved_epoch = 0
         self._terms: tuple[str, ...] = ()
 
-    @property
-    def device(self) -> torch.device:
-        """That trains."""
-        return self.train_set.device
+    def train(self) -> None:
+        """Train to the last epoch.
 
-    @property
-    def waiting(self) -> bool:
-        """There are epochs to train."""
-        return self.failure is None and self.epoch < self.cfg.SOLVER.EPOCHS
+        Raises:
+            TrainingFailedError: a loss, or the student, is not finite.
+        """
+        while self.epoch < self.cfg.SOLVER.EPOCHS:
+            self.train_epoch()
 
-    def batches(self) -> Iterator[Batch]:
-        """This process's part of the epoch's batches."""
-        return self.train_set.training_batches(self.cfg, self.epoch, rank(), world_size())
-
-    def start_epoch(self) -> None:
-        """Forget the losses of the last epoch; no two processes draw the same masks in this one."""
-        self.window = LossWindow()
-        if rank() > 0:  # the first one goes on with its own, as if it were alone
-            with self.own_random_state():
-                seed_everything(stream_seed(self.cfg.SEED, self.epoch, PROCESS_STREAM, rank()))
-        self.distiller.train()
+    def train_epoch(self) -> None:
+        """Train one epoch, and evaluate and write it."""
+        self.start_epoch()
+        with self.pace() as pace:
+            for step, inputs in enumerate(self.inputs(pace.watch(self.batches()))):
+                self.step(inputs, step)
+                pace.count_step()
+                if self.reads_after(step):
+                    pace.show(loss=self.read_losses()["loss_total"])
+        self.finish_epoch(pace.figures())
 
     def step(self, inputs: StepInputs, step: int) -> None:
         """Update the student by one batch; the loss terms stay on the device.
@@ -128,18 +126,7 @@ class Trainer:
             step: of the epoch, from 0.
         """
         self.set_schedule(step)
-        with self.own_random_state():
-            terms = self.update(inputs)
-        self.keep_losses(terms)
-
-    def set_schedule(self, step: int) -> None:
-        """Set what the step of the epoch trains with: the rate, and the warm-up's scale."""
-        progress = self.epoch + step / self.steps_per_epoch
-        values = learning_rate(self.cfg, progress), distillation_scale(self.cfg, progress)
-        if values != self._scheduled:  # mostly they stay
-            self._rate.fill_(values[0])
-            self._scale.fill_(values[1])
-            self._scheduled = values
+        self.keep_losses(self._update(inputs).clone())
 
     def update(self, inputs: StepInputs) -> Tensor:
         """One step of the optimizer, by work on the device alone: it can be recorded and replayed.
@@ -147,8 +134,9 @@ class Trainer:
         Returns:
             The loss terms and, last, their sum, ``(T + 1,)`` float32; for :meth:`keep_losses`.
         """
-        images = self._normalized(self.student_pixels, inputs.images)
-        with autocast(self.cfg.AUTOCAST, images.device):
+        layout = torch.channels_last if self.cfg.CHANNELS_LAST else torch.contiguous_format
+        images = self._pixels(inputs.images).contiguous(memory_format=layout)
+        with autocast(self.cfg.AUTOCAST, self.device):
             terms = self._model(
                 images, inputs.labels, indices=inputs.indices, teacher_outputs=inputs.teacher
             )
@@ -160,9 +148,167 @@ class Trainer:
         self._terms = (*terms, "loss_total")
         return torch.cat([values.detach(), total.detach()[None]]).float()
 
+    def set_schedule(self, step: int) -> None:
+        """Set what the step of the epoch trains with: the rate, and the warm-up's scale."""
+        progress = self.epoch + step / self.steps_per_epoch
+        values = learning_rate(self.cfg, progress), distillation_scale(self.cfg, progress)
+        if values != self._scheduled:  # mostly they stay
+            self._rate.fill_(values[0])
+            self._scale.fill_(values[1])
+            self._scheduled = values
+
     def keep_losses(self, terms: Tensor) -> None:
         """Keep what :meth:`update` returned for the epoch's means."""
         self.window.add(self._terms, terms)
+
+    def read_losses(self) -> dict[str, float]:
+        """The means of the epoch so far; waits for the device and for all processes.
+
+        Raises:
+            TrainingFailedError: a loss is not finite.
+        """
+        with self._telling_failures():
+            return self.window.read()
+
+    def reads_after(self, step: int) -> bool:
+        """Whether the losses are read after a step of the epoch."""
+        return (step + 1) % self.cfg.LOG_EVERY == 0 or step + 1 == self.steps_per_epoch
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's part of the epoch's batches."""
+        return self.train_set.training_batches(self.cfg, self.epoch, rank(), world_size())
+
+    def inputs(self, batches: Iterable[Batch]) -> Iterator[StepInputs]:
+        """The batches with what the teacher says of them."""
+        return (inputs for (inputs,) in self._lessons.over(zip(batches)))
+
+    @cached_property
+    def _lessons(self) -> Lessons:
+        return Lessons(self.cfg, [[self.distiller]], self.device, obstacle=self.obstacle)
+
+    def pace(self) -> Pace:
+        """What times the epoch and shows how far it is."""
+        desc = f"epoch {self.epoch + 1}/{self.cfg.SOLVER.EPOCHS}"
+        return Pace(desc, self.steps_per_epoch, self.cfg.SOLVER.BATCH_SIZE)
+
+    def start_epoch(self) -> None:
+        """Forget the losses of the last epoch; no two processes draw the same masks in this one."""
+        self.window = LossWindow()
+        if rank() > 0:  # the first one goes on with its own, as if it were alone
+            seed_everything(stream_seed(self.cfg.SEED, self.epoch, PROCESS_STREAM, rank()))
+        self.distiller.train()
+
+    def finish_epoch(self, figures: dict[str, float]) -> None:
+        """Evaluate and write the epoch; :meth:`restore` mends what a kill leaves undone.
+
+        Args:
+            figures: of the epoch, beside the losses: its ``seconds`` and whatever else is to be
+                written down.
+
+        Raises:
+            TrainingFailedError: the last step broke the student.
+        """
+        start = time.perf_counter()
+        means = self.read_losses()
+        student = self.distiller.student
+        average_buffers(student)  # before the check, which then finds the same in all processes
+        self._check_student(means)
+        self.epoch += 1
+        evaluated = self._evaluated() if self._due(self.cfg.EVAL_EVERY) else {}
+        if self.files is None:
+            return
+        whole = figures["seconds"] + time.perf_counter() - start
+        self.seconds += whole
+        record = {
+            "epoch": self.epoch, **evaluated, "lr": self._scheduled[0], **means, **figures
+        }  # fmt: skip
+        self.files.add_metrics(record)
+        is_best = self.best["best_epoch"] == self.epoch
+        # After the first epoch, too, and with the best one: what is there can be gone on from.
+        if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
+            self.files.save_last(student)
+            self.files.save_state(self.state())
+            self._saved_epoch = self.epoch
+        if is_best:
+            self.files.save_best(student)
+        self._log(self.files, record, whole)
+
+    def _due(self, every: int) -> bool:
+        """Whether what is done every so many epochs, and after the last one, is to be done."""
+        return self.epoch % every == 0 or self.epoch == self.cfg.SOLVER.EPOCHS
+
+    def _evaluated(self) -> dict[str, float]:
+        """Accuracies and, in the process that writes, the CKA of the stages."""
+        student = self.distiller.student
+        top1 = accuracy(student, self._pixels, self.evaluation_set)["top1"]
+        if top1 > self.best["best_accuracy"]:
+            self.best = {"best_accuracy": top1, "best_epoch": self.epoch}
+        figures = {"accuracy": top1, "best_accuracy": self.best["best_accuracy"]}
+        if self.files is None or not self.taps:
+            return figures
+        assert self.distiller.teacher is not None  # without one there are no taps
+        teacher = pixel_statistics(self.cfg.TEACHER).to(self.device), self.distiller.teacher.model
+        aligned = stage_alignment((self._pixels, student), teacher, self.taps, self.evaluation_set)
+        return figures | {f"cka_{stage}": value for stage, value in aligned.items()}
+
+    def _check_student(self, means: dict[str, float]) -> None:
+        """Refuse to keep a student that the last step broke: no loss has seen it yet."""
+        state = self.distiller.state_dict()
+        finite = torch.stack([v.isfinite().all().to(self.device) for v in state.values()])
+        for name, is_finite in zip(state, finite.tolist(), strict=True):
+            if not is_finite:
+                terms = {key: v for key, v in means.items() if key.startswith("loss_")}
+                with self._telling_failures():
+                    raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
+
+    @contextmanager
+    def _telling_failures(self) -> Iterator[None]:
+        """Say of what is not finite where it happened, and what may help."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            kept = "none yet"
+            if self._saved_epoch:
+                kept = f"{Path(self.cfg.OUTPUT_DIR) / CHECKPOINT} (epoch {self._saved_epoch})"
+            raise TrainingFailedError(
+                f"epoch {self.epoch + 1} is {error}; last good checkpoint: {kept}. A lower "
+                "SOLVER.BASE_LR, SOLVER.WARMUP_EPOCHS, DISTILL.WARMUP or a smaller loss weight "
+                "may help"
+            ) from error
+
+    def state(self) -> dict[str, object]:
+        """Return all that the next epoch depends on, loadable without running code."""
+        return {
+            "epoch": self.epoch,
+            "best": self.best,
+            "seconds": self.seconds,
+            "student": self.distiller.student.state_dict(),
+            "losses": self.distiller.losses.state_dict(),
+            "adapters": self.distiller.adapters.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": capture_random_state(),
+            "config": self.cfg.dump(),
+            "images": [self.train_set.fingerprint, self.evaluation_set.fingerprint],
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from :meth:`state`, with any number of processes."""
+        self.epoch, self.best, self.seconds = state["epoch"], state["best"], state["seconds"]
+        self.distiller.student.load_state_dict(state["student"])
+        self.distiller.losses.load_state_dict(state["losses"])
+        self.distiller.adapters.load_state_dict(state["adapters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._read_rate_from_the_device()
+        restore_random_state(state["random"])
+        self._saved_epoch = self.epoch
+        if self.files is not None:  # a kill may have come between the three files of an epoch
+            self.files.save_last(self.distiller.student)
+            if self.best["best_epoch"] == self.epoch:
+                self.files.save_best(self.distiller.student)
+
+    def _read_rate_from_the_device(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
 
     def changed_tensors(self) -> list[Tensor]:
         """All that :meth:`update` changes in place: the model, the losses, the momentum."""
@@ -175,134 +321,6 @@ class Trainer:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momenta.append(state["momentum_buffer"])
         return [*self.distiller.parameters(), *self.distiller.buffers(), *momenta]
-
-    def for_teacher(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1], normalised for the teacher."""
-        return self._normalized(self.teacher_pixels, images)
-
-    def _normalized(self, pixels: PixelNormalize, images: Tensor) -> Tensor:
-        layout = torch.channels_last if self.cfg.CHANNELS_LAST else torch.contiguous_format
-        return pixels(images).contiguous(memory_format=layout)
-
-    def finish_epoch(self, figures: dict[str, float]) -> None:
-        """Evaluate and write the epoch; :meth:`restore` mends what a kill leaves undone.
-
-        Args:
-            figures: of the epoch, beside the losses: its ``seconds`` and whatever else is to be
-                written down.
-        """
-        start = time.perf_counter()
-        means = self.window.read()
-        student = self.distiller.student
-        average_buffers(student)  # before the check, which then finds the same in all processes
-        self._check_student(means)
-        self.epoch += 1
-        record: dict[str, float] = {"epoch": self.epoch}
-        is_best = False
-        if self._due(self.cfg.EVAL_EVERY):
-            top1 = accuracy(student, self.student_pixels, self.evaluation_set)["top1"]
-            is_best = top1 > self.best["best_accuracy"]
-            if is_best:
-                self.best = {"best_accuracy": top1, "best_epoch": self.epoch}
-            record |= {"accuracy": top1, "best_accuracy": self.best["best_accuracy"]}
-            if self.files is not None and self.taps:
-                record |= self._alignment()
-        if self.files is None:
-            return
-        whole = figures["seconds"] + time.perf_counter() - start
-        self.seconds += whole
-        record |= {"lr": self._scheduled[0], **means, **figures}
-        self.files.add_metrics(record)
-        # After the first epoch, too, and with the best one: what is there can be gone on from.
-        if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
-            self.files.save_last(student)
-            self.files.save_state(self.state())
-            self._saved = self.epoch
-        if is_best:
-            self.files.save_best(student)
-        self._log(self.files, record, whole)
-
-    def _due(self, every: int) -> bool:
-        """Whether what is done every so many epochs, and after the last one, is to be done."""
-        return self.epoch % every == 0 or self.epoch == self.cfg.SOLVER.EPOCHS
-
-    def fail(self, error: NonFiniteLossError) -> None:
-        """Train no further, because of a loss that is not finite."""
-        kept = "none yet"
-        if self._saved:
-            kept = f"{Path(self.cfg.OUTPUT_DIR) / CHECKPOINT} (epoch {self._saved})"
-        self.failure = TrainingFailedError(
-            f"epoch {self.epoch + 1} is {error}; last good checkpoint: {kept}. A lower "
-            "SOLVER.BASE_LR, SOLVER.WARMUP_EPOCHS, DISTILL.WARMUP or a smaller loss weight "
-            "may help"
-        )
-
-    def _alignment(self) -> dict[str, float]:
-        student = (self.student_pixels, self.distiller.student)
-        assert self.distiller.teacher is not None  # without one there are no taps
-        teacher = (self.teacher_pixels, self.distiller.teacher.model)
-        by_stage = stage_alignment(student, teacher, self.taps, self.evaluation_set)
-        return {f"cka_{stage}": value for stage, value in by_stage.items()}
-
-    def state(self) -> dict[str, object]:
-        """Return all that the next epoch depends on, loadable without running code."""
-        if self._draws_own:
-            self._random = capture_random_state()
-        return {
-            "epoch": self.epoch,
-            "best": self.best,
-            "seconds": self.seconds,
-            "student": self.distiller.student.state_dict(),
-            "losses": self.distiller.losses.state_dict(),
-            "adapters": self.distiller.adapters.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": self._random,
-            "config": self.cfg.dump(),
-            "images": [self.train_set.fingerprint, self.evaluation_set.fingerprint],
-        }
-
-    def restore(self, state: dict) -> None:
-        """Go on from :meth:`state`, with any number of processes."""
-        self.epoch, self.best, self.seconds = state["epoch"], state["best"], state["seconds"]
-        self.distiller.student.load_state_dict(state["student"])
-        self.distiller.losses.load_state_dict(state["losses"])
-        self.distiller.adapters.load_state_dict(state["adapters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
-        self._random = state["random"]
-        self._saved = self.epoch
-        if self.files is not None:  # a kill may have come between the three files of an epoch
-            self.files.save_last(self.distiller.student)
-            if self.best["best_epoch"] == self.epoch:
-                self.files.save_best(self.distiller.student)
-
-    @contextmanager
-    def own_random_state(self) -> Iterator[None]:
-        """Draw from this run's random state, as if no other run trained beside it.
-
-        Within itself it does nothing: a run that is alone takes it once, for its whole training.
-        """
-        if self._draws_own:
-            yield
-            return
-        outside, self._draws_own = capture_random_state(), True
-        restore_random_state(self._random)
-        try:
-            yield
-            self._random = capture_random_state()
-        finally:
-            self._draws_own = False
-            restore_random_state(outside)
-
-    def _check_student(self, means: dict[str, float]) -> None:
-        """Refuse to keep a student that the last step broke: no loss has seen it yet."""
-        state = self.distiller.state_dict()
-        finite = torch.stack([v.isfinite().all().to(self.device) for v in state.values()])
-        for name, is_finite in zip(state, finite.tolist(), strict=True):
-            if not is_finite:
-                terms = {key: v for key, v in means.items() if key.startswith("loss_")}
-                raise NonFiniteLossError(f"the last step ({name}), after mean losses", terms)
 
     def _log(self, files: RunFolder, record: dict[str, float], seconds: float) -> None:
         parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
@@ -320,3 +338,45 @@ def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
     """Average gradients over processes; every process keeps the buffers that it computes."""
     uses_logits = any(loss.needs_logits for loss in distiller.losses)
     return DistributedDataParallel(distiller, find_unused_parameters=not uses_logits, **OWN_BUFFERS)
+
+
+def _obstacle(trainer: Trainer) -> str | None:
+    """Why the step cannot be a CUDA graph, "" where nobody asks for one; None where it can be."""
+    if trainer.device.type != "cuda" or not trainer.cfg.CUDA_GRAPH:
+        return ""
+    if world_size() > 1:
+        return "several processes train together"
+    if unfit := [type(loss).__name__ for loss in trainer.distiller.losses if not loss.capturable]:
+        return f"{', '.join(unfit)} cannot be part of one"
+    return None
+
+
+def learning_rate(cfg: CfgNode, progress: float) -> float:
+    """Return the rate of the step that starts at ``progress``.
+
+    ``BASE_LR`` times ``GAMMA^(milestones passed)`` (multistep) or ``(1 + cos(pi * progress /
+    EPOCHS)) / 2`` (cosine), times ``progress / WARMUP_EPOCHS`` while that is below 1.
+
+    Args:
+        cfg: the section ``SOLVER`` is read.
+        progress: epochs trained so far, with a fraction within an epoch.
+    """
+    solver = cfg.SOLVER
+    if solver.SCHEDULE == "cosine":
+        factor = (1 + math.cos(math.pi * progress / solver.EPOCHS)) / 2
+    else:
+        factor = solver.GAMMA ** bisect_right(sorted(solver.MILESTONES), progress)
+    if progress < solver.WARMUP_EPOCHS:
+        factor *= progress / solver.WARMUP_EPOCHS
+    return solver.BASE_LR * factor
+
+
+def distillation_scale(cfg: CfgNode, progress: float) -> float:
+    """Return the factor of the distillation terms: linear up to 1 in the share ``WARMUP`` of a run.
+
+    Args:
+        cfg: ``DISTILL.WARMUP`` and ``SOLVER.EPOCHS`` are read.
+        progress: epochs trained so far, with a fraction within an epoch.
+    """
+    warmup = cfg.DISTILL.WARMUP * cfg.SOLVER.EPOCHS
+    return progress / warmup if progress < warmup else 1.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from classification.distillation import model_taps
 from classification.models import create_model
+from classification.models.taps import model_taps
 from pcka.taps import FeatureTap
 from pcka.teacher import fold_batch_norms
 

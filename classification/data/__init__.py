@@ -3,8 +3,9 @@
 from classification.data.augment import crop_and_flip
 from classification.data.batches import Batch, steps_per_epoch
 from classification.data.build import load_evaluation_set, load_image_sets
-from classification.data.image_set import ImageSet
-from classification.data.normalize import PixelNormalize
+from classification.data.image_set import ImageSet, Source
+from classification.data.normalize import PixelNormalize, pixel_statistics
+from classification.data.registry import dataset_names, register
 from classification.data.resident import ResidentSet
 from classification.data.streaming import StreamingSet
 
@@ -13,9 +14,13 @@ __all__ = [
     "ImageSet",
     "PixelNormalize",
     "ResidentSet",
+    "Source",
     "StreamingSet",
     "crop_and_flip",
+    "dataset_names",
     "load_evaluation_set",
     "load_image_sets",
+    "pixel_statistics",
+    "register",
     "steps_per_epoch",
 ]

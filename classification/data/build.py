@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.data.cifar import cifar_source
-from classification.data.digits import digits_source
-from classification.data.folder import FolderSource, folder_source
+from classification.data import cifar, digits  # noqa: F401  (register themselves)
+from classification.data.folder import FolderSource
 from classification.data.image_set import ImageSet, Source, balanced_order
+from classification.data.registry import make_source
 from classification.data.resident import ResidentSet
 from classification.data.streaming import StreamingSet
 from pcka.engine.config import ConfigError
@@ -61,17 +61,12 @@ def load_evaluation_set(cfg: CfgNode) -> ImageSet:
 
 def _source(cfg: CfgNode, split: str) -> Source:
     data = cfg.DATA
-    if data.STREAM and data.NAME != "folder":
+    source = make_source(data, split)
+    if data.STREAM and not isinstance(source, FolderSource):
         raise ConfigError(
             f"DATA.STREAM: only image files stream (DATA.NAME folder), got {data.NAME!r}; set it "
             "to False"
         )
-    if data.NAME == "digits":
-        source = digits_source(split, data.IMAGE_SIZE)
-    elif data.NAME == "folder":
-        source = folder_source(data.ROOT, split, data.IMAGE_SIZE)
-    else:
-        source = cifar_source(data.NAME, data.ROOT, split, data.IMAGE_SIZE, data.DOWNLOAD)
     if data.NUM_CLASSES not in (0, len(source.classes)):
         raise ConfigError(
             f"DATA.NUM_CLASSES: {data.NUM_CLASSES} classes are configured, the data has "

@@ -6,29 +6,32 @@ from functools import partial
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
 from classification.data.image_set import Source, balanced_order
+from classification.data.registry import register
 
 TEST_IMAGES = 897  # of 1,797
 SPLIT_SEED = 0  # the same test images for ever, whatever the configuration says
 HIGHEST_VALUE = 16  # pixel values of the package are 0..16
 
 
-def digits_source(split: str, image_size: int) -> Source:
+@register("digits")
+def digits_source(data: CfgNode, split: str) -> Source:
     """Return the ``train`` (900 images) or ``test`` (897) part of the digits.
 
     Args:
+        data: IMAGE_SIZE, to which the 8x8 originals are resized bilinearly.
         split: "train" or "test".
-        image_size: side of the images, pixels; the 8x8 originals are resized bilinearly.
     """
     digits = load_digits()
     labels = digits.target.astype(np.int64)
     order = balanced_order(labels, SPLIT_SEED)
     chosen = np.sort(order[:TEST_IMAGES] if split == "test" else order[TEST_IMAGES:])
-    read = partial(_read, digits.images[chosen], image_size)
+    read = partial(_read, digits.images[chosen], data.IMAGE_SIZE)
     return Source(labels[chosen], tuple(str(name) for name in digits.target_names), read)
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from classification.data.image_set import Source
+from classification.data.registry import register
 from pcka.engine.config import ConfigError
 from pcka.engine.progress import Progress
 
@@ -113,20 +115,20 @@ class FolderSource(Source):
         return _read(self.files, self.image_size, resize, indices)
 
 
-def folder_source(root: str, split: str, image_size: int) -> FolderSource:
+@register("folder")
+def folder_source(data: CfgNode, split: str) -> FolderSource:
     """Return the ``train`` or ``test`` part of a class-per-folder set; classes are alphabetical.
 
     Args:
-        root: folder that holds the parts.
+        data: ROOT, the folder that holds the parts; IMAGE_SIZE, the side of the images that
+            ``read`` gives, pixels: the shorter side is resized to it and the centre cut out.
         split: "train" or "test" (a folder ``test`` or else ``val``).
-        image_size: side of the images that ``read`` gives, pixels: the shorter side is resized to
-            it and the centre cut out.
 
     Raises:
         ConfigError: no such folder, no class folders, a class without images, or a folder that a
             link leads to a second time.
     """
-    folders = [Path(root).expanduser() / name for name in FOLDERS[split]]
+    folders = [Path(data.ROOT).expanduser() / name for name in FOLDERS[split]]
     folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
         raise ConfigError(
@@ -142,8 +144,8 @@ def folder_source(root: str, split: str, image_size: int) -> FolderSource:
     names = [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path, _ in found]
     files = ImageFiles(folder, np.array(names))
     labels = np.array([label for _, label in found], dtype=np.int64)
-    read = partial(_read, files, image_size, image_size)
-    return FolderSource(labels, tuple(classes), read, files, image_size)
+    read = partial(_read, files, data.IMAGE_SIZE, data.IMAGE_SIZE)
+    return FolderSource(labels, tuple(classes), read, files, data.IMAGE_SIZE)
 
 
 def _refuse_second_visits(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 
@@ -28,3 +29,8 @@ class PixelNormalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the normalised images, (B, 3, H, W) -> (B, 3, H, W), float32."""
         return (images - self.mean) / self.std
+
+
+def pixel_statistics(role: CfgNode) -> PixelNormalize:
+    """Return the normalisation of the section STUDENT or TEACHER."""
+    return PixelNormalize(role.PIXEL_MEAN, role.PIXEL_STD)

@@ -13,6 +13,14 @@ from classification.models import (  # noqa: F401
     vgg,
     wrn,
 )
-from classification.models.registry import Classifier, create_model, model_names
+from classification.models.registry import Classifier, create_model, model_names, register
+from classification.models.weights import load_classifier, named_model
 
-__all__ = ["Classifier", "create_model", "model_names"]
+__all__ = [
+    "Classifier",
+    "create_model",
+    "load_classifier",
+    "model_names",
+    "named_model",
+    "register",
+]

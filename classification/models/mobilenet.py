@@ -129,5 +129,5 @@ class MobileNetV1(nn.Module):
         return self.fc(self.avgpool(self.model(images)))
 
 
-register("MobileNetV2", MobileNetV2)
-register("MobileNetV1", MobileNetV1)
+register("MobileNetV2")(MobileNetV2)
+register("MobileNetV1")(MobileNetV1)

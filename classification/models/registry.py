@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
+
+Constructor = Callable[[int], nn.Module]
+C = TypeVar("C", bound=Constructor)
 
 
 class Classifier(nn.Module):
     """What :func:`create_model` gives, for type checkers: the models are of classes of their own.
 
     All attributes are paths as `pcka.taps.FeatureTap` takes them (`<path>:input` is the input of a
-    module). A model whose stages are not known has empty tuples; losses on its stages need paths
-    given by hand. One without a linear layer has '' for the last two.
+    module). What a model does not have itself is empty, `()` or `''`: losses on its stages need
+    paths given by hand.
 
     Attributes:
         stage_names: the stage outputs after the activation, stem first. Where a family's stages
@@ -34,20 +37,33 @@ class Classifier(nn.Module):
     classifier_name: str
 
 
-_CONSTRUCTORS: dict[str, Callable[[int], nn.Module]] = {}
+UNKNOWN: dict[str, Any] = {
+    "stage_names": (),
+    "preactivation_names": (),
+    "preactivation_norms": (),
+    "pooled_name": "",
+    "classifier_name": "",
+}
+_CONSTRUCTORS: dict[str, Constructor] = {}
 
 
-def register(name: str, constructor: Callable[[int], nn.Module]) -> None:
-    """Make `constructor(num_classes)` available as `create_model(name, num_classes)`.
+def register(name: str) -> Callable[[C], C]:
+    """Decorator: make `constructor(num_classes)` available as `create_model(name, num_classes)`.
 
-    The model that it returns gives logits, and has the attributes of :class:`Classifier`.
+    The model that it returns gives logits; where it has the attributes of :class:`Classifier`,
+    losses find its stages by them.
 
     Raises:
         ValueError: the name is taken.
     """
-    if name in _CONSTRUCTORS:
-        raise ValueError(f"name: expected a name not registered yet, got {name!r}")
-    _CONSTRUCTORS[name] = constructor
+
+    def decorate(constructor: C) -> C:
+        if name in _CONSTRUCTORS:
+            raise ValueError(f"name: expected a name not registered yet, got {name!r}")
+        _CONSTRUCTORS[name] = constructor
+        return constructor
+
+    return decorate
 
 
 def model_names() -> list[str]:
@@ -75,7 +91,11 @@ def create_model(name: str, num_classes: int) -> Classifier:
         raise ValueError(f"name: expected one of model_names(), got {name!r}; {hint}")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    return cast(Classifier, _CONSTRUCTORS[name](num_classes))
+    model = _CONSTRUCTORS[name](num_classes)
+    for attribute, unknown in UNKNOWN.items():
+        if not hasattr(model, attribute):
+            setattr(model, attribute, unknown)
+    return cast(Classifier, model)
 
 
 def _nearest(name: str) -> list[str]:

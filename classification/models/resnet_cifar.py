@@ -186,8 +186,7 @@ def _register_thin(
     name: str, depth: int, layout: Layout = REPDISTILLER, stem: int = 16, widen: int = 1
 ) -> None:
     """Register three stages of 16, 32, 64 (times `widen`) channels, `depth` = 6n + 2 layers."""
-    register(
-        name,
+    register(name)(
         partial(
             CifarResNet,
             block=BasicBlock,
@@ -201,8 +200,7 @@ def _register_thin(
 
 def _register_wide(name: str, block: type[ResidualBlock], depths: Sequence[int]) -> None:
     """Register ImageNet's four stages behind a CIFAR stem."""
-    register(
-        name,
+    register(name)(
         partial(
             CifarResNet,
             block=block,

@@ -174,5 +174,5 @@ class ShuffleNetV2(ShuffleNet):
         return [DownUnitV2(in_channels, out_channels), *rest]
 
 
-register("ShuffleV1", ShuffleNetV1)
-register("ShuffleV2", ShuffleNetV2)
+register("ShuffleV1")(ShuffleNetV1)
+register("ShuffleV2")(ShuffleNetV2)

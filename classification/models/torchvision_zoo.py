@@ -132,4 +132,4 @@ def _create(name: str, num_classes: int) -> nn.Module:
 
 
 for _name in torchvision.models.list_models(module=torchvision.models):
-    register(PREFIX + _name, partial(_create, _name))
+    register(PREFIX + _name)(partial(_create, _name))

@@ -83,4 +83,4 @@ for _name, _depths in {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }.items():
-    register(_name, partial(VGG, depths=_depths))
+    register(_name)(partial(VGG, depths=_depths))

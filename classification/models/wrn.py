@@ -103,4 +103,4 @@ class WideResNet(nn.Module):
 
 for _depth in (16, 40):
     for _widen in (1, 2):
-        register(f"wrn_{_depth}_{_widen}", partial(WideResNet, depth=_depth, widen=_widen))
+        register(f"wrn_{_depth}_{_widen}")(partial(WideResNet, depth=_depth, widen=_widen))

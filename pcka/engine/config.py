@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
-
-from pcka.engine.yaml_files import flatten
 
 # Settings of a loss of which a single value serves all stages; the configuration holds lists.
 PER_STAGE = ("WEIGHTS", "FEATURE_WEIGHTS", "PATCH_SIZES")
@@ -52,6 +53,40 @@ def merge_leaves(
             near = near_names(key, dict.fromkeys([*known, *proposed()]))
             raise ConfigError(f"{source}: unknown key {key!r}; {near}")
         set_key(tree, key, _coerced(key, value, known[key], source))
+
+
+def import_modules(names: Iterable[object], key: str) -> None:
+    """Import modules, which register what they hold; the working folder is searched, too.
+
+    Args:
+        names: such as ``my_package.my_losses``.
+        key: of the configuration, for messages.
+
+    Raises:
+        ConfigError: a module that cannot be imported.
+    """
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
+    for name in names:
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            raise ConfigError(
+                f"{key}: {name!r} cannot be imported ({error}); name a module that is installed or "
+                f"lies in {folder!r}"
+            ) from error
+
+
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return the leaves of a tree by their dotted keys."""
+    leaves: dict[str, object] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            leaves.update(flatten(value, f"{key}."))
+        else:
+            leaves[key] = value
+    return leaves
 
 
 def set_key(tree: Any, key: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pcka.engine.config import ConfigError
+
+logger = logging.getLogger("pcka")
 
 WARM_UP = 3  # calls before the recording: libraries choose their algorithms, caches fill
 
@@ -91,6 +96,71 @@ class CapturedFunction:
             static.copy_(fresh, non_blocking=True)
         self._graph.replay()
         return self._outputs
+
+
+class Recorded:
+    """A function that is recorded at its first call where it can be, and called as it is elsewhere.
+
+    Args:
+        function: as :class:`CapturedFunction` takes it.
+        changed: gives the tensors that it changes in place.
+        obstacle: why it cannot be recorded, for the log; "" where nobody wants it; None where
+            nothing is known to stand against it.
+        plain: what is called where it is not recorded; ``function`` where None.
+        may_draw: it may draw random numbers when it is replayed.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        changed: Callable[[], Iterable[Tensor]] = list,
+        *,
+        obstacle: str | None = None,
+        plain: Callable[[Any], Any] | None = None,
+        may_draw: bool = True,
+    ) -> None:
+        self._function = function
+        self._changed = changed
+        self._plain = plain or function
+        self._may_draw = may_draw
+        self._captured: CapturedFunction | None = None
+        self._tries = obstacle is None
+        if obstacle:
+            self._give_up(obstacle)
+
+    @property
+    def is_plain(self) -> bool:
+        """It is not recorded, and will not be."""
+        return self._captured is None and not self._tries
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run on inputs; what a replay returns is overwritten by the next call.
+
+        Raises:
+            ConfigError: recording failed, and took the device's random numbers with it.
+        """
+        if self._tries:
+            self._record(inputs)
+        return (self._captured or self._plain)(inputs)
+
+    def _record(self, inputs: Any) -> None:
+        self._tries = False
+        try:
+            captured = CapturedFunction(self._function, inputs, self._changed())
+        except RecordingError as error:
+            if error.draws_are_lost:
+                raise ConfigError(
+                    f"CUDA_GRAPH: the step cannot be recorded ({error}); start again with it False"
+                ) from error
+            self._give_up(f"recording it failed: {error}")
+            return
+        if captured.draws and not self._may_draw:
+            self._give_up("it draws random numbers, which students side by side must not share")
+            return
+        self._captured = captured
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("CUDA_GRAPH: the step runs kernel by kernel: %s", reason)
 
 
 def _warm_up(function: Callable[[Any], Any], inputs: Any) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from pcka import losses
-from pcka.engine.config import PER_STAGE, ConfigError, merge_leaves, near_names
-from pcka.engine.yaml_files import flatten
+from pcka.engine.config import PER_STAGE, ConfigError, flatten, merge_leaves, near_names
 
 # What STAGES may hold beside names of taps: all numbered stages but the stem.
 WILDCARDS = {"all": "", "all_preact": "_preact"}

@@ -35,7 +35,7 @@ def process_group(device_name: str) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if distributed.get_rank() > 0:
-        logging.getLogger("classification").setLevel(logging.WARNING)
+        logging.getLogger("pcka").setLevel(logging.WARNING)
     yield device
     # Not after an error: the others, at another place, would keep this process waiting, and
     # torchrun, which ends them all, would never hear of it.

@@ -15,7 +15,7 @@ from pcka.checkpoint import atomic_save, atomic_write, save_student
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import lock_folder
 
-logger = logging.getLogger("classification")
+logger = logging.getLogger("pcka")
 
 CHECKPOINT = "checkpoint.pth"
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from pcka.engine.config import ConfigError, flatten
+
 BASE_KEY = "_BASE_"
-
-
-class YamlFileError(ValueError):
-    """A file that cannot be used; the message names it and what is wrong in it."""
 
 
 def read_leaves(path: str | Path) -> dict[str, object]:
@@ -21,7 +18,7 @@ def read_leaves(path: str | Path) -> dict[str, object]:
     says itself takes the place of what they say.
 
     Raises:
-        YamlFileError: no such file, no YAML, anything but plain values (a tag that would run code
+        ConfigError: no such file, no YAML, anything but plain values (a tag that would run code
             included), a key that stands twice, or a circle of bases or of aliases.
     """
     return _read(Path(path), ())
@@ -30,18 +27,18 @@ def read_leaves(path: str | Path) -> dict[str, object]:
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
     """Read a file for those that name it, directly or not, as their base."""
     if path.resolve() in readers:
-        raise YamlFileError(f"{path}: is its own {BASE_KEY}, directly or by a circle")
+        raise ConfigError(f"{path}: is its own {BASE_KEY}, directly or by a circle")
     tree = _tree(path)
     bases = tree.pop(BASE_KEY, [])
     leaves: dict[str, object] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise YamlFileError(f"{path}: {BASE_KEY}: expected a file or a list of files: {base!r}")
+            raise ConfigError(f"{path}: {BASE_KEY}: expected a file or a list of files: {base!r}")
         leaves |= _read(path.parent / Path(base).expanduser(), (*readers, path.resolve()))
     try:
         return leaves | flatten(tree)
     except RecursionError as error:
-        raise YamlFileError(
+        raise ConfigError(
             f"{path}: a section contains itself, by an alias (*); write its values out"
         ) from error
 
@@ -50,35 +47,23 @@ def _tree(path: Path) -> dict[str, object]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise YamlFileError(
+        raise ConfigError(
             f"{path}: cannot be read as UTF-8 text (byte {error.start}); save it in that encoding"
         ) from error
     except yaml.constructor.ConstructorError as error:
-        raise YamlFileError(
+        raise ConfigError(
             f"{path}: only plain YAML values are read, never tags that make objects or run code: "
             f"{error.problem}{error.problem_mark}"
         ) from error
     except RecursionError as error:
-        raise YamlFileError(f"{path}: cannot be read as YAML: nested too deeply") from error
+        raise ConfigError(f"{path}: cannot be read as YAML: nested too deeply") from error
     except (yaml.YAMLError, ValueError, OSError) as error:
-        raise YamlFileError(f"{path}: cannot be read as YAML: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise YamlFileError(
+        raise ConfigError(
             f"{path}: expected a mapping of keys to values, got a {type(tree).__name__}"
         )
     return tree
-
-
-def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the leaves of a tree by their dotted keys."""
-    leaves: dict[str, object] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            leaves.update(flatten(value, f"{key}."))
-        else:
-            leaves[key] = value
-    return leaves
 
 
 class _Loader(yaml.SafeLoader):

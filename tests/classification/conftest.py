@@ -39,7 +39,7 @@ def one_thread():
 def without_plots():
     """Runs draw no curves, which take longer than their training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("classification.experiment.plot_curves", lambda *_: None)
+        patch.setattr("classification.run.plot_curves", lambda *_: None)
         yield
 
 

@@ -6,13 +6,13 @@ from unittest.mock import Mock
 import pytest
 
 from classification import compare, evaluate, export, train
-from classification.command_line import catalog, config_arguments, console_log
-from classification.comparison import Comparison
-from classification.config import CONFIGS, load_config, method_files
+from classification.config import CONFIGS, catalog, config_arguments, load_config, method_files
 from pcka.checkpoint import CheckpointError
 from pcka.engine.command import TrainingFailedError, run_command
+from pcka.engine.comparison import Comparison
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError
+from pcka.engine.progress import console_log
 from pcka.engine.run_folder import RunFolder
 
 
@@ -79,7 +79,7 @@ def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeyp
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     with RunFolder(tmp_path / "kd", resume=False) as run, console_log():
         run.logger.info("epoch %d", 1)
-        logging.getLogger("classification").info("of all")
+        logging.getLogger("pcka").info("of all")
     assert capsys.readouterr().err == f"epoch 1  ({tmp_path / 'kd'})\nof all\n"
     assert " epoch 1\n" in (tmp_path / "kd" / "log.txt").read_text()
 

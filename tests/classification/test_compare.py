@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from classification import compare as script
-from classification.compare import _groups, compare
-from classification.experiment import run_side_by_side
+from classification.compare import _groups, compare, cost_columns, heading, new_comparison
+from classification.config import CONFIGS, load_config
+from classification.sweep import run_side_by_side
 from pcka.engine.config import ConfigError
+from pcka.engine.cost import Cost
 from pcka.engine.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -124,13 +126,13 @@ def test_a_method_that_fails_is_told_and_the_others_are_compared(comparing, tmp_
 
 
 def test_costs_are_measured_once_and_kept(comparing, tmp_path, monkeypatch):
-    assert not comparing("out", seeds=(0,)).costs
+    assert "step (ms/image)" not in comparing("out", seeds=(0,)).extra
     assert not (tmp_path / "out" / "costs.json").exists()
-    costs = comparing("out", seeds=(0,), costs=True).costs
-    assert list(costs) == list(METHODS)
+    costs = comparing("out", seeds=(0,), costs=True).extra
+    assert list(costs["step (ms/image)"]) == list(METHODS)
     assert "step (ms/image)" in (tmp_path / "out" / "comparison.md").read_text()
-    monkeypatch.setattr("classification.cost.prepare_trainers", None)  # is not called again
-    assert comparing("out", seeds=(0,), costs=True).costs == costs
+    monkeypatch.setattr(script, "prepare_trainers", None)  # is not called again
+    assert comparing("out", seeds=(0,), costs=True).extra == costs
 
 
 @pytest.mark.parametrize(
@@ -186,3 +188,45 @@ def test_on_a_gpu_seeds_are_trained_side_by_side_too():
     assert _groups("ab", [0, 1], 3, seeds_too=True) == [runs[:3], runs[3:]]
     assert _groups("ab", [0, 1], 3, seeds_too=False) == [runs[:2], runs[2:]]
     assert _groups("ab", [0, 1], 1, seeds_too=False) == [[run] for run in runs]
+
+
+@pytest.fixture
+def of_the_paper():
+    return load_config(CONFIGS / "cifar100" / "resnet110_resnet20.yaml")
+
+
+def result(last):
+    return {
+        "last_accuracy": last, "best_accuracy": last, "best_epoch": 7, "epochs": 240,
+        "teacher_accuracy": 74.311, "training_images": 50000, "evaluation_images": 10000,
+    }  # fmt: skip
+
+
+def test_published_figures_stand_where_the_setting_is_the_papers(of_the_paper):
+    comparison = new_comparison(of_the_paper, ["ce", "kd", "kd_fcka", "at"])
+    published = [row["published (%)"] for row in comparison.rows()]
+    assert published == ["69.06", "70.67", "", "70.22"]
+    other = load_config(CONFIGS / "cifar100" / "resnet56_resnet20.yaml")
+    assert "published" not in new_comparison(other, ["ce", "kd"]).markdown()
+
+
+def test_the_heading_says_what_was_compared(of_the_paper):
+    comparison = new_comparison(of_the_paper, ["ce", "kd"])
+    expected = "resnet20 on cifar100: ? training and ? evaluation images, 240 epochs, batch 64. "
+    assert heading(of_the_paper, comparison).startswith(expected)
+    comparison.add("ce", 0, result(69.0))
+    text = heading(of_the_paper, comparison)
+    assert text.startswith(
+        "resnet20 from resnet110 (74.31 %) on cifar100: 50000 training and 10000 evaluation "
+        "images, 240 epochs, batch 64. "
+    )
+    assert "95% interval" in text
+
+
+def test_costs_stand_beside_those_of_the_first_method():
+    columns = cost_columns({"ce": Cost(0.5, 100.4), "kd": Cost(0.625, 150.0)})
+    assert columns == {
+        "step (ms/image)": {"ce": "0.500", "kd": "0.625"},
+        "step / first row": {"ce": "1.00", "kd": "1.25"},
+        "memory (MiB)": {"ce": "100", "kd": "150"},
+    }

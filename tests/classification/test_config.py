@@ -11,8 +11,7 @@ from classification.config import (
     method_file,
     method_files,
 )
-from pcka.engine.config import ConfigError
-from pcka.engine.yaml_files import flatten
+from pcka.engine.config import ConfigError, flatten
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from classification.cost import Cost, measure_costs
+from classification.compare import measure_costs
 from classification.trainer import Trainer
+from pcka.engine.cost import Cost
 
 SECONDS = {"KD": [100, 100, 2, 9, 2], "CE": [100, 100, 1, 1, 9]}  # two rounds are for warming up
 
@@ -34,8 +35,8 @@ def steps(monkeypatch):
         order.append(name)
 
     monkeypatch.setattr(Trainer, "step", timed)
-    monkeypatch.setattr("classification.cost.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr("classification.cost.peak_growth", lambda call, device: 3 * 2**20)
+    monkeypatch.setattr("pcka.engine.cost.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pcka.engine.cost.peak_growth", lambda call, device: 3 * 2**20)
     return order
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from classification.config import CONFIGS, load_config, method_files
-from classification.distillation import check_losses, loss_context, losses_of, model_taps
-from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
+from classification.models.taps import loss_context, model_taps
+from classification.run import check_run, losses_of, run_experiment
+from classification.sweep import run_side_by_side
 from classification.trainer import Trainer
 from pcka.checkpoint import load_file
 from pcka.distiller import Distiller
@@ -176,14 +177,14 @@ def test_an_epoch_in_bfloat16_stays_finite(method, folder, in_bfloat16):
 def models_made_once():
     """Checks read no more of a model than its paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("classification.weights.create_model", functools.cache(create_model))
+        patch.setattr("classification.models.weights.create_model", functools.cache(create_model))
         yield
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_method_goes_with_every_configuration(run, models_made_once):
     for method in method_files(run):
-        check_losses(load_config(run, method=method))
+        check_run(load_config(run, method=method))
 
 
 def network(name):

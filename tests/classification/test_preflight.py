@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.experiment import prepare_trainers, run_experiment
 from classification.models import create_model
-from classification.preflight import check_teaching
+from classification.run import prepare_trainers, run_experiment
 from pcka.engine.config import ConfigError
+from pcka.engine.preflight import check_teaching
 from pcka.teacher import FrozenTeacher
 
 
@@ -57,11 +57,11 @@ def test_trying_the_losses_changes_neither_models_nor_losses_nor_random_numbers(
         return trainer.distiller.state_dict(), torch.get_rng_state()
 
     tried = prepared()
-    monkeypatch.setattr("classification.preflight._try_losses", lambda *_: None)
+    monkeypatch.setattr("classification.run.try_losses", lambda *_, **__: None)
     torch.testing.assert_close(prepared(), tried, rtol=0, atol=0)
 
 
 def test_a_loss_that_gives_no_term_is_refused(tiny_config, random_teacher, monkeypatch):
-    monkeypatch.setattr("pcka.losses.kd.KD.forward", lambda *_: {})
-    with pytest.raises(ConfigError, match=r"DISTILL\.METHODS: KD gives no term, and would be left"):
+    monkeypatch.setattr("pcka.losses.kd.KD.terms", lambda *_: {})
+    with pytest.raises(ConfigError, match=r"^DISTILL: losses: KD gives no term"):
         run_experiment(tiny_config("kd", **{"TEACHER.WEIGHTS": random_teacher}))

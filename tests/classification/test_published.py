@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from classification import published
+from classification import compare
+from classification.compare import PUBLISHED, published_accuracy
 from classification.config import CONFIGS, load_config, method_files
-from classification.published import CIFAR100_TOP1, PAIRS, published_accuracy
+
+TABLE = yaml.safe_load(PUBLISHED.read_text())
+PAIRS, CIFAR100_TOP1 = TABLE["PAIRS"], TABLE["CIFAR100_TOP1"]
 
 
 def config(pair="resnet110_resnet20", *overrides, folder="cifar100"):
     return load_config(CONFIGS / folder / f"{pair}.yaml", overrides)
 
 
-def test_the_figure_is_that_of_the_pairs_column_and_the_methods_row(monkeypatch):
+def test_the_figure_is_that_of_the_pairs_column_and_the_methods_row(monkeypatch, tmp_path):
     columns = len(PAIRS)
-    table = {"kd": tuple(range(columns)), "at": tuple(range(100, 100 + columns))}
-    monkeypatch.setattr(published, "CIFAR100_TOP1", {**table, "ofd": (None,) * columns})
+    table = {"kd": list(range(columns)), "at": list(range(100, 100 + columns))}
+    table["ofd"] = [None] * columns
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**TABLE, "CIFAR100_TOP1": table}))
+    monkeypatch.setattr(compare, "PUBLISHED", tmp_path / "table.yaml")
     for column, (teacher, student) in enumerate(PAIRS):
         cfg = config(f"{teacher}_{student}")
         assert published_accuracy(cfg, "kd") == column

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from classification.experiment import prepare_trainers, run_experiment
 from classification.models import create_model
+from classification.run import prepare_trainers, run_experiment
 from pcka.losses import kd_loss
 
 pytestmark = pytest.mark.usefixtures("without_plots")

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from classification.experiment import run_experiment
-from classification.saved_state import PARTS, load_state
+from classification.run import PARTS, run_experiment
 from pcka.engine.config import ConfigError
+from pcka.engine.saved_state import load_state
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 ALONE = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}
@@ -152,4 +152,4 @@ def test_one_flipped_bit_of_a_checkpoint_is_found(run):
 def test_a_file_that_holds_something_else_is_no_checkpoint(tmp_path):
     torch.save([1], tmp_path / "checkpoint.pth")
     with pytest.raises(ConfigError, match="it holds a list"):
-        load_state(tmp_path / "checkpoint.pth")
+        load_state(tmp_path / "checkpoint.pth", PARTS)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification import experiment
+from classification import run as runs_of
 from classification.config import method_files
-from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
+from classification.run import run_experiment
+from classification.sweep import run_side_by_side
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import read_metrics
-from pcka.losses import Loss
+from pcka.losses import Loss, Term
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -73,13 +74,13 @@ class Waits(Loss):
     needs_teacher = False
     needs_target = True
 
-    def forward(self, student, teacher, target):
-        return {"loss_waits": student.logits.square().mean() * target.float().mean().item()}
+    def terms(self, student, teacher, target):
+        return {"loss_waits": Term(target.float().mean().item(), student.logits.square().mean())}
 
 
 def test_a_recording_that_fails_leaves_no_trace(pair_config, tmp_path, caplog, monkeypatch):
-    build = experiment.losses_of
-    monkeypatch.setattr(experiment, "losses_of", lambda *a: [*build(*a), Waits()])
+    build = runs_of.losses_of
+    monkeypatch.setattr(runs_of, "losses_of", lambda *a: [*build(*a), Waits()])
     for name, graph in (("plain", False), ("graph", True)):
         run_experiment(pair_config("ce", name, DEVICE="cuda", CUDA_GRAPH=graph))
     assert f"{UNRECORDED}: recording it failed" in caplog.text

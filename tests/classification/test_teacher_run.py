@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from classification.data import ResidentSet
-from classification.experiment import run_experiment
 from classification.models import create_model
+from classification.run import run_experiment
 from classification.teacher import check_teacher, prepare_teacher, teacher_run
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
@@ -82,7 +82,7 @@ def save_teacher(path):
 
 
 def test_a_teacher_that_another_run_trains_is_waited_for(to_train, monkeypatch, caplog):
-    caplog.set_level("INFO", "classification")
+    caplog.set_level("INFO", "pcka")
     other, waited = lock_folder(to_train.folder), []
 
     def wait(seconds):

@@ -50,7 +50,7 @@ def with_group_norm(classes):
     return model
 
 
-register("resnet8_groups", with_group_norm)
+register("resnet8_groups")(with_group_norm)
 main()
 """
 
@@ -80,7 +80,7 @@ DISAGREEMENT = """
 import sys
 
 from classification.config import load_config
-from classification.experiment import run_side_by_side
+from classification.run import run_side_by_side
 from pcka.engine.loss_window import LossWindow
 from pcka.distributed import rank
 

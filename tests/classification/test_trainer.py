@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from classification.experiment import prepare_trainers, run_experiment
-from classification.steps import teacher_observer
+from classification.run import run_experiment
+from classification.teacher import _shared_observer
 from classification.trainer import Trainer
 from pcka.distiller import Distiller
 from pcka.engine.command import TrainingFailedError
@@ -33,22 +33,11 @@ def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_a_step_that_breaks_off_leaves_the_random_state_outside_as_it_was(tiny_config):
-    (trainer,) = prepare_trainers([tiny_config()], torch.device("cpu"))
-    torch.manual_seed(5)
-    expected = torch.rand(())
-    torch.manual_seed(5)
-    with pytest.raises(KeyboardInterrupt), trainer.own_random_state():
-        torch.rand(3)
-        raise KeyboardInterrupt
-    assert torch.rand(()) == expected
-
-
 def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeypatch):
     seen = {}
 
-    def recording_observer(trainers):
-        observe = teacher_observer(trainers)
+    def recording_observer(*arguments):
+        observe = _shared_observer(*arguments)
 
         def record(images):
             seen.setdefault("teacher", images)
@@ -70,7 +59,7 @@ def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeyp
     run_experiment(cfg)  # trains the teacher
     forward = Distiller.forward
     monkeypatch.setattr(Distiller, "forward", of_student)
-    monkeypatch.setattr("classification.steps.teacher_observer", recording_observer)
+    monkeypatch.setattr("classification.teacher._shared_observer", recording_observer)
     run_experiment(cfg_in(cfg, "again"))
     torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
     assert 0.99 < seen["student"].max() <= 1

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import pcka
 from classification.config import load_config
-from classification.experiment import run_experiment
 from classification.models import create_model
+from classification.run import run_experiment
 from classification.train import main
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError

@@ -11,7 +11,7 @@ from pcka.engine.progress import Progress
 @pytest.fixture
 def lines(monkeypatch, caplog):
     """``lines(seconds)``: what a work of four steps of ten images, each so long, logs."""
-    caplog.set_level("INFO", "classification")
+    caplog.set_level("INFO", "pcka")
     now = [100.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from classification.distillation import model_taps
 from classification.models import create_model
+from classification.models.taps import model_taps
 from pcka import Distiller, losses
 from pcka.losses import Context, Outputs, ofd_loss
 from pcka.losses.ofd import ofd_margin

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from classification.distillation import model_taps
 from classification.models import create_model
+from classification.models.taps import model_taps
 from pcka import Distiller, losses
 from pcka.losses import Outputs, hcl_loss
 

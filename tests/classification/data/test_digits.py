@@ -3,6 +3,7 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+from fvcore.common.config import CfgNode
 from sklearn.datasets import load_digits
 
 from classification.data.digits import TEST_IMAGES, digits_source
@@ -10,7 +11,7 @@ from classification.data.image_set import balanced_order
 
 
 def read_all(split, size=8):
-    source = digits_source(split, size)
+    source = digits_source(CfgNode({"IMAGE_SIZE": size}), split)
     return source.read(np.arange(len(source.labels))), source.labels
 
 
@@ -25,7 +26,7 @@ def test_the_split_takes_every_image_once():
 
 
 def test_the_split_is_class_balanced():
-    counts = np.bincount(digits_source("test", 8).labels)
+    counts = np.bincount(digits_source(CfgNode({"IMAGE_SIZE": 8}), "test").labels)
     assert counts.max() - counts.min() <= 1
 
 

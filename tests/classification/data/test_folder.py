@@ -5,12 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from fvcore.common.config import CfgNode
 from PIL import Image
 
 from classification.config import load_config
 from classification.data import load_image_sets
 from classification.data.digits import digits_source
 from classification.data.folder import folder_source
+from classification.data.registry import _SOURCES
 
 COLOURS = {"blue": (0, 0, 255), "amber": (255, 191, 0), "red": (255, 0, 0)}
 
@@ -78,7 +80,7 @@ def test_a_class_without_images_is_refused(root):
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected the folder .*test or .*val .* found none"):
-        folder_source(str(tmp_path), "test", 8)
+        folder_source(CfgNode({"ROOT": str(tmp_path), "IMAGE_SIZE": 8}), "test")
 
 
 def test_a_set_beyond_the_memory_limit_is_refused_before_an_image_is_read(root):
@@ -110,7 +112,7 @@ def test_resident_training_images_keep_all_that_the_middle_has(root):
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_a_resize_of_what_are_no_files_is_refused(root, name, monkeypatch):
-    monkeypatch.setattr("classification.data.build.cifar_source", lambda *_: digits_source("t", 8))
+    monkeypatch.setitem(_SOURCES, "cifar10", digits_source)
     with pytest.raises(ValueError, match=rf"DATA.RESIZE: is for .* is '{name}'; set it to 0"):
         load_image_sets(config(root, **{"DATA.NAME": name, "DATA.RESIZE": 9}))
 

@@ -38,4 +38,4 @@ def test_a_model_needs_a_class():
 
 def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="'resnet8'"):
-        register("resnet8", nn.Identity)
+        register("resnet8")(nn.Identity)

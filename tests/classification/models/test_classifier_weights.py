@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from classification.models import create_model
-from classification.weights import load_classifier
+from classification.models.weights import load_classifier
 from pcka.engine.config import ConfigError
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from classification.data import ResidentSet
-from classification.experiment import run_experiment, run_side_by_side
-from classification.steps import teacher_observer
+from classification.run import prepare_trainers, run_experiment
+from classification.sweep import SideBySide, Sweep, run_side_by_side
+from classification.teacher import _shared_observer
 from classification.trainer import Trainer
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
@@ -98,7 +99,7 @@ def test_one_that_is_behind_catches_up(config, alone, tmp_path, monkeypatch, ass
 
 
 def test_a_finished_run_among_them_is_not_touched(config, tmp_path, caplog):
-    caplog.set_level("INFO", "classification")
+    caplog.set_level("INFO", "pcka")
     first = config("kd", "kd")
     expected = run_experiment(first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kd").rglob("*")}
@@ -109,7 +110,7 @@ def test_a_finished_run_among_them_is_not_touched(config, tmp_path, caplog):
 
 
 def test_a_log_tells_of_its_own_run_alone(config, tmp_path, caplog):
-    caplog.set_level("INFO", "classification")
+    caplog.set_level("INFO", "pcka")
     run_side_by_side([config(method, method) for method in ("kd", "at")])
     for method, other in (("kd", "at"), ("at", "kd")):
         lines = (tmp_path / method / "log.txt").read_text().splitlines()
@@ -143,14 +144,15 @@ def test_a_student_that_the_last_step_breaks_does_not_stop_the_others(
     config, alone, tmp_path, monkeypatch, assert_same_run
 ):
     cfgs = [config(method, f"together/{method}") for method in ("kd", "mgd")]
-    step = Trainer.step
+    step = SideBySide.step
 
     def breaking(self, inputs, number):
         step(self, inputs, number)
-        if self.epoch == 1 and number == 3 and "KD" in self.cfg.DISTILL.METHODS:
-            self.distiller.student.conv1.weight.data.fill_(float("nan"))
+        kd = self.trainers[0]
+        if kd.epoch == 1 and number == 3:
+            kd.distiller.student.conv1.weight.data.fill_(float("nan"))
 
-    monkeypatch.setattr(Trainer, "step", breaking)
+    monkeypatch.setattr(SideBySide, "step", breaking)
     failure, _ = run_side_by_side(cfgs)
     assert isinstance(failure, TrainingFailedError)
     assert "epoch 2 is not finite at the last step (student.conv1.weight)" in str(failure)
@@ -177,8 +179,8 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
         made.append(epoch)
         return training_batches(self, cfg, epoch, *others)
 
-    def counted_observer(trainers):
-        observe = teacher_observer(trainers)
+    def counted_observer(*arguments):
+        observe = _shared_observer(*arguments)
 
         def record(images):
             outputs = observe(images)
@@ -188,7 +190,7 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
         return record
 
     monkeypatch.setattr(ResidentSet, "training_batches", counted)
-    monkeypatch.setattr("classification.steps.teacher_observer", counted_observer)
+    monkeypatch.setattr("classification.teacher._shared_observer", counted_observer)
     run_side_by_side([config(method, method) for method in ("ce", "kd", "fitnet", "rcka")])
     assert made == [0, 1]
     assert taught == [{"stage2", "last"}] * (2 * 4)  # what FitNet and RCKA read, in each step
@@ -197,11 +199,11 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
 def test_a_teacher_that_no_student_needs_does_not_run(config, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "classification.steps.teacher_observer", lambda trainers: seen.append(trainers)
+        "classification.teacher._shared_observer", lambda *arguments: seen.append(arguments)
     )
     run_experiment(config("ce", "ce"))
     monkeypatch.undo()
-    assert teacher_observer(seen[0]) is None
+    assert _shared_observer(*seen[0]) is None
 
 
 def test_taps_of_one_name_and_two_places_are_refused(config, tmp_path):
@@ -228,6 +230,7 @@ def test_runs_that_differ_in_more_than_their_method_are_refused(config):
 def timed_run(tiny_config, tmp_path, monkeypatch):
     """A clock by which a batch takes 1 s to make, the first step 10 s and any other one 3 s."""
     now = [100.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0)
     training_batches, step = ResidentSet.training_batches, Trainer.step
 
     def slow_batches(self, *arguments):
@@ -239,7 +242,7 @@ def timed_run(tiny_config, tmp_path, monkeypatch):
         step(self, inputs, number)
         now[0] += 3 if number else 10
 
-    monkeypatch.setattr("classification.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pcka.engine.progress.time", clock)
     monkeypatch.setattr(ResidentSet, "training_batches", slow_batches)
     monkeypatch.setattr(Trainer, "step", slow_step)
 
@@ -266,10 +269,23 @@ def test_an_epoch_of_one_step_has_its_rate(timed_run):
 
 
 def test_the_line_of_an_epoch_tells_what_it_took_in_all(timed_run, monkeypatch, caplog):
-    caplog.set_level("INFO", "classification")
+    caplog.set_level("INFO", "pcka")
     seconds = iter([0.0, 4.0])  # before and after the evaluation
     monkeypatch.setattr(
         "classification.trainer.time", SimpleNamespace(perf_counter=lambda: next(seconds))
     )
     timed_run()
     assert " 27.0 s (23.0 s of training, " in caplog.text
+
+
+def test_a_step_that_breaks_off_leaves_the_random_state_outside_as_it_was(tiny_config):
+    (trainer,) = prepare_trainers([tiny_config()], torch.device("cpu"))
+    sweep = Sweep()
+    sweep.add(trainer)
+    torch.manual_seed(5)
+    expected = torch.rand(())
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt), sweep.random_state_of(trainer):
+        torch.rand(3)
+        raise KeyboardInterrupt
+    assert torch.rand(()) == expected

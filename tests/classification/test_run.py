@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.experiment import run_experiment
+from classification.run import run_experiment
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import RunFolder, read_metrics
 

@@ -5,32 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from classification.config import config_from_text
 from pcka.checkpoint import CheckpointError, load_file
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 
-# What ``Trainer.state`` writes.
-PARTS: dict[str, type | tuple[type, ...]] = {
-    "epoch": int,
-    "best": dict,
-    "seconds": (int, float),
-    "student": dict,
-    "losses": dict,
-    "optimizer": dict,
-    "random": dict,
-    "config": str,
-    "images": list,
-}
-BEST = {"best_accuracy", "best_epoch"}
+Kinds = Mapping[str, type | tuple[type, ...]]
 
 
-def load_state(path: Path) -> dict:
+def load_state(path: Path, parts: Kinds) -> dict:
     """Return the state in a run's checkpoint.
+
+    Args:
+        path: of the file.
+        parts: name -> type of what it must hold.
 
     Raises:
         ConfigError: the file is damaged, or none of a run; it is named, with the way out.
@@ -38,16 +28,14 @@ def load_state(path: Path) -> dict:
     try:
         state = load_file(path)
     except CheckpointError as error:
-        raise _refusal(path, str(error)) from error
+        raise refusal(path, str(error)) from error
     if not isinstance(state, dict):
-        raise _refusal(path, f"it holds a {type(state).__name__}")
-    for name, kind in PARTS.items():
+        raise refusal(path, f"it holds a {type(state).__name__}")
+    for name, kind in parts.items():
         if name not in state:
-            raise _refusal(path, f"it has no {name!r}")
+            raise refusal(path, f"it has no {name!r}")
         if not isinstance(state[name], kind):
-            raise _refusal(path, f"its {name!r} is a {type(state[name]).__name__}")
-    if lacking := BEST - state["best"].keys():
-        raise _refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
+            raise refusal(path, f"its {name!r} is a {type(state[name]).__name__}")
     return state
 
 
@@ -68,24 +56,12 @@ def with_adapters(state: dict, distiller: Distiller, path: Path) -> dict:
     for name in moved:
         adapters[name.partition(".adapters.")[2].replace(".0.", ".")] = losses.pop(name)
     if len(adapters) < len(moved) or (moved and losses):
-        raise _refusal(
+        raise refusal(
             path,
             f"its losses hold adapters of feature maps ({moved[0]}), which are one for each tap "
             "here, beside the losses",
         )
     return {**state, "losses": losses, "adapters": adapters}
-
-
-def saved_config(state: Mapping[str, str], path: Path) -> CfgNode:
-    """Return the configuration that a checkpoint was written under.
-
-    Raises:
-        ConfigError: it cannot be read; the file is named, with the way out.
-    """
-    try:
-        return config_from_text(state["config"])
-    except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
-        raise _refusal(path, f"its configuration cannot be read ({error})") from error
 
 
 def check_fits(
@@ -110,7 +86,7 @@ def check_fits(
             _check_entries(part, state[part], module.state_dict())
         _check_optimizer(state["optimizer"], optimizer)
     except CheckpointError as error:
-        raise _refusal(path, f"it does not fit the models: {error}") from error
+        raise refusal(path, f"it does not fit the models: {error}") from error
 
 
 def _check_optimizer(saved: Mapping, optimizer: Optimizer) -> None:
@@ -150,7 +126,8 @@ def _described(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _refusal(path: Path, reason: str) -> ConfigError:
+def refusal(path: Path, reason: str) -> ConfigError:
+    """The error that says why a run cannot be continued from a checkpoint, and the way out."""
     return ConfigError(
         f"OUTPUT_DIR: the run in {str(path.parent)!r} cannot be continued from {path.name}: "
         f"{reason}; put the file back as it was, or choose another OUTPUT_DIR"

@@ -11,15 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from classification import cuda_graph
 from classification.config import load_config, method_files
-from classification.data import ResidentSet
-from classification.distillation import loss_context, losses_of, model_taps
-from classification.experiment import run_experiment, run_side_by_side
+from classification.data import Batch, ResidentSet
 from classification.models import create_model
-from classification.steps import ask_teacher, teacher_observer
-from classification.trainer import StepInputs, Trainer
+from classification.models.taps import loss_context, model_taps
+from classification.run import losses_of, run_experiment
+from classification.sweep import run_side_by_side
+from classification.trainer import Trainer
 from pcka.distiller import Distiller
+from pcka.engine import cuda_graph
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import read_metrics
@@ -82,9 +82,8 @@ def cifar_trainer(method, device):
 
 def step_inputs(trainer):
     images, labels = torch.zeros(64, 3, 32, 32), trainer.train_set.labels
-    observe = teacher_observer([trainer])
-    outputs = None if observe is None else ask_teacher(trainer, observe, images)
-    return StepInputs(images, labels, labels, outputs)
+    trainer.obstacle = ""  # nothing is to be recorded here
+    return next(trainer.inputs([Batch(images, labels, labels)]))
 
 
 METHODS = sorted(method_files().keys() - NOT_CAPTURABLE)
@@ -192,8 +191,8 @@ class NoStream:
 def recorded(monkeypatch):
     """Steps are recorded and replayed, on the CPU."""
     monkeypatch.setattr(ReplayedOnTheCpu, "made", 0)
-    monkeypatch.setattr("classification.steps.CapturedFunction", ReplayedOnTheCpu)
-    monkeypatch.setattr("classification.steps.obstacle", lambda _: None)
+    monkeypatch.setattr(cuda_graph, "CapturedFunction", ReplayedOnTheCpu)
+    monkeypatch.setattr("classification.trainer._obstacle", lambda _: None)
     monkeypatch.setattr("torch.cuda.Stream", NoStream)
     monkeypatch.setattr("torch.cuda.current_stream", NoStream)
     monkeypatch.setattr("torch.cuda.stream", lambda _: nullcontext())

@@ -1,43 +1,17 @@
-"""From the configuration to the losses, the taps and the pixel statistics of a distillation."""
+"""What of student and teacher is tapped under which name, and what losses know of the models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fvcore.common.config import CfgNode
 from torch import Tensor
 
-from classification.data import PixelNormalize
-from classification.models import Classifier
-from classification.stage_search import resolution_ends
-from classification.weights import named_model
+from classification.models.registry import Classifier
+from classification.models.stage_search import resolution_ends
 from pcka import losses
 from pcka.engine.config import ConfigError
-from pcka.engine.distill import UntappedError, build_losses
 
 Taps = dict[str, tuple[str, str]]
-
-
-def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
-    """Return the losses of a configuration, see :func:`pcka.engine.distill.build_losses`.
-
-    Args:
-        cfg: ``DISTILL`` and ``TEACHER.NAME`` are read.
-        taps: what the losses may name as stages.
-
-    Raises:
-        ConfigError: as there, or a loss that needs a teacher where there is none.
-    """
-
-    def unfit(loss: losses.Loss) -> str | None:
-        if not loss.needs_teacher or cfg.TEACHER.NAME:
-            return None
-        return (
-            "needs a teacher and TEACHER.NAME is empty; name one, with its TEACHER.WEIGHTS or "
-            "with TEACHER.TRAIN True"
-        )
-
-    return build_losses(cfg.DISTILL.METHODS, cfg.DISTILL, taps, unfit=unfit)
 
 
 def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]]) -> Taps:
@@ -93,21 +67,7 @@ def _add_stages(
     taps[f"last{suffix}"] = (student[-1], teacher[-1])
 
 
-def check_losses(cfg: CfgNode) -> None:
-    """Refuse what the losses would refuse, before data is read or a teacher trained.
-
-    Raises:
-        ConfigError: as :func:`build_losses` does; where taps are missing, it proposes them.
-    """
-    student = named_model(cfg.STUDENT.NAME, 2, role="student")
-    teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
-    try:
-        losses_of(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
-    except UntappedError as error:
-        raise ConfigError(f"{error}{_proposal(student, teacher)}") from None
-
-
-def _proposal(student: Classifier, teacher: Classifier) -> str:
+def proposed_taps(student: Classifier, teacher: Classifier) -> str:
     """Say which DISTILL.TAPS would do: the last module of each resolution."""
     ours, theirs = (model.stage_names or resolution_ends(model) for model in (student, teacher))
     shared = min(len(ours), len(theirs))
@@ -141,8 +101,3 @@ def loss_context(
         teacher_classifier=teacher.get_submodule(classifier) if classifier else None,
         teacher_norms={name: norms[path] for name, path in by_tap.items() if path in norms},
     )
-
-
-def pixel_statistics(role: CfgNode) -> PixelNormalize:
-    """Return the normalisation of the section STUDENT or TEACHER."""
-    return PixelNormalize(role.PIXEL_MEAN, role.PIXEL_STD)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from classification.models import Classifier, create_model
+from classification.models.registry import Classifier, create_model
 from pcka.checkpoint import CheckpointError, load_weights
 from pcka.engine.config import ConfigError
 
-logger = logging.getLogger("classification")
+logger = logging.getLogger("pcka")
 
 
 def named_model(name: str, num_classes: int, *, role: str) -> Classifier:

@@ -1,0 +1,393 @@
+"""A run from its configuration to its result: what it starts or goes on from, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from fvcore.common.config import CfgNode
+
+from classification.config import changed_keys, config_from_text, load_config
+from classification.data import ImageSet, load_image_sets, pixel_statistics
+from classification.models import Classifier, create_model, load_classifier, named_model
+from classification.models.taps import (
+    Taps,
+    extra_taps,
+    loss_context,
+    model_taps,
+    proposed_taps,
+)
+from classification.teacher import ImageSets, Teacher, check_teacher, prepare_teacher
+from classification.trainer import Trainer
+from pcka import losses
+from pcka.analysis.layerwise import MIN_SAMPLES
+from pcka.distiller import Distiller
+from pcka.distributed import from_first_process, rank
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
+from pcka.engine.curves import plot_curves
+from pcka.engine.distill import UntappedError, build_losses, numbered_stages
+from pcka.engine.environment import describe_environment
+from pcka.engine.launch import process_group
+from pcka.engine.preflight import check_teaching, naming, try_losses
+from pcka.engine.random_state import seed_everything
+from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics
+from pcka.engine.saved_state import check_fits, load_state, refusal, with_adapters
+
+Result = dict[str, object]
+
+TRIED_IMAGES = 16  # that losses and teacher are tried on before a training
+# What ``Trainer.state`` writes; ``adapters`` may be missing, see ``with_adapters``.
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "best": dict,
+    "seconds": (int, float),
+    "student": dict,
+    "losses": dict,
+    "optimizer": dict,
+    "random": dict,
+    "config": str,
+    "images": list,
+}
+BEST = {"best_accuracy", "best_epoch"}
+
+
+def run_experiment(
+    cfg: CfgNode, *, resume: bool = False, image_sets: ImageSets | None = None
+) -> Result:
+    """Train as configured into OUTPUT_DIR; return the content of ``result.json``.
+
+    Under ``torchrun`` all processes train together, and the first one alone writes.
+
+    Args:
+        cfg: as :func:`classification.config.load_config` gives it.
+        resume: continue the run in OUTPUT_DIR after its last complete epoch (or start it). A
+            finished run is not touched.
+        image_sets: training and evaluation images where they are in memory already.
+
+    Raises:
+        ConfigError: a run that is there already without ``resume``, a continuation under another
+            configuration, or data, weights or losses that do not go together.
+        TrainingFailedError: a loss that is not finite.
+    """
+    check_run(cfg)
+    failure = None
+    with process_group(cfg.DEVICE) as device, ExitStack() as stack:
+        run = Run.open(cfg, resume, stack)
+        if run.result is not None:
+            return run.result
+        (trainer,) = prepare([run], device, image_sets)
+        try:
+            trainer.train()
+        except TrainingFailedError as error:  # of all processes, which part in peace
+            failure = error
+        else:
+            return run.conclude()
+    raise failure
+
+
+def check_run(cfg: CfgNode) -> None:
+    """Refuse what would fail later, before data is read or a teacher trained.
+
+    Raises:
+        ConfigError: weights that are not there, or as :func:`losses_of`; where taps are missing,
+            it proposes them.
+    """
+    check_teacher(cfg)
+    if cfg.STUDENT.WEIGHTS and not Path(cfg.STUDENT.WEIGHTS).is_file():
+        raise ConfigError(f"STUDENT.WEIGHTS: there is no file {cfg.STUDENT.WEIGHTS!r}")
+    student = named_model(cfg.STUDENT.NAME, 2, role="student")
+    teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
+    try:
+        losses_of(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
+    except UntappedError as error:
+        raise ConfigError(f"{error}{proposed_taps(student, teacher)}") from None
+
+
+def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
+    """Return the losses of a configuration, see :func:`pcka.engine.distill.build_losses`.
+
+    Args:
+        cfg: ``DISTILL`` and ``TEACHER.NAME`` are read.
+        taps: what the losses may name as stages.
+
+    Raises:
+        ConfigError: as there, or a loss that needs a teacher where there is none.
+    """
+
+    def unfit(loss: losses.Loss) -> str | None:
+        if not loss.needs_teacher or cfg.TEACHER.NAME:
+            return None
+        return (
+            "needs a teacher and TEACHER.NAME is empty; name one, with its TEACHER.WEIGHTS or "
+            "with TEACHER.TRAIN True"
+        )
+
+    return build_losses(cfg.DISTILL.METHODS, cfg.DISTILL, taps, unfit=unfit)
+
+
+def prepare(
+    runs: Sequence[Run], device: torch.device, image_sets: ImageSets | None = None
+) -> Iterator[Trainer]:
+    """Yield what trains each student, from its start or what was saved.
+
+    Each one draws from the random state that it is yielded with.
+
+    Args:
+        runs: that share data and teacher.
+        device: that trains.
+        image_sets: training and evaluation images where they are in memory already.
+    """
+    lead = runs[0].cfg
+    train_set, evaluation_set = image_sets or _load_image_sets(lead)
+    sets = train_set.to(device), evaluation_set.to(device)
+    taps = (extra_taps(run.cfg.DISTILL.TAPS) for run in runs)
+    read = {path for by_name in taps for _, path in by_name.values()}
+    teacher = prepare_teacher(lead, sets, _train_teacher, read)
+    for run in runs:
+        yield run.prepare(sets, teacher, device)
+
+
+def prepare_trainers(
+    cfgs: Sequence[CfgNode], device: torch.device, image_sets: ImageSets | None = None
+) -> list[Trainer]:
+    """Return what would train each student from its start, without files.
+
+    Args:
+        cfgs: that share data and teacher.
+        device: that trains.
+        image_sets: training and evaluation images where they are in memory already.
+    """
+    return list(prepare([Run(cfg) for cfg in cfgs], device, image_sets))
+
+
+@dataclass
+class Run:
+    """One student's run, from its folder to its result.
+
+    Attributes:
+        cfg: its configuration.
+        files: None in all processes but the first.
+        saved: the state to go on from.
+        result: where the run was finished before.
+        teacher_accuracy: percent.
+        trainer: once it is prepared.
+    """
+
+    cfg: CfgNode
+    files: RunFolder | None = None
+    saved: dict | None = None
+    result: Result | None = None
+    teacher_accuracy: float | None = None
+    trainer: Trainer | None = None
+
+    @classmethod
+    def open(cls, cfg: CfgNode, resume: bool, stack: ExitStack) -> Run:
+        """Lock the run's folder and read what is there, in the first process; tell the others."""
+        files, saved, result = None, None, None
+        if rank() == 0:
+            with ExitStack() as opened:
+                files = opened.enter_context(RunFolder(cfg.OUTPUT_DIR, resume=resume))
+                if files.checkpoint.exists():
+                    saved = _load_state(cfg, files.checkpoint)
+                    finished = saved["epoch"] >= cfg.SOLVER.EPOCHS
+                    result = files.read_result() if finished else None
+                elif traces := files.traces():
+                    result = _result_alone(cfg, files, traces)
+                if result is None:
+                    stack.push(opened.pop_all())  # a finished run is left alone
+        saved, result = from_first_process((saved, result))
+        return cls(cfg, files, saved, result)
+
+    def prepare(self, sets: ImageSets, teacher: Teacher | None, device: torch.device) -> Trainer:
+        """Build student, losses and trainer, and go on from what was saved."""
+        cfg, (train_set, evaluation_set) = self.cfg, sets
+        if self.saved is not None and self.saved["images"] != [s.fingerprint for s in sets]:
+            raise ConfigError(
+                "DATA.ROOT: the images are not those that the run was started with; give the "
+                "folder that holds them, or choose another OUTPUT_DIR"
+            )
+        seed_everything(cfg.SEED)
+        student = _build_student(cfg, len(train_set.classes))
+        frozen = teacher.model if teacher else None
+        theirs = cast(Classifier, frozen.model) if frozen else student
+        taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
+        with naming("DISTILL"):
+            distiller = Distiller(
+                student, frozen, losses_of(cfg, taps), taps, compile=cfg.COMPILE
+            ).to(device)
+        followed = {}
+        if teacher is not None:
+            self.teacher_accuracy = teacher.accuracy
+            context = loss_context(theirs, teacher.norms, taps, train_set.labels)
+            _prepare_distiller(cfg, distiller, context, train_set)
+            followed = self._followed(taps, evaluation_set)
+        self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
+        if self.saved is not None:
+            self._restore(self.saved, self.trainer)
+        if self.files is not None:
+            self._start_files(self.files, self.trainer.epoch, device)
+        return self.trainer
+
+    def _restore(self, saved: dict, trainer: Trainer) -> None:
+        path, distiller = Path(self.cfg.OUTPUT_DIR) / CHECKPOINT, trainer.distiller
+        saved = with_adapters(saved, distiller, path)
+        parts = {name: getattr(distiller, name) for name in ("student", "losses", "adapters")}
+        check_fits(saved, parts, trainer.optimizer, path)
+        trainer.restore(saved)
+
+    def _start_files(self, files: RunFolder, epoch: int, device: torch.device) -> None:
+        """Write down what is trained, now that nothing refuses it any more."""
+        files.result.unlink(missing_ok=True)  # of a shorter run that goes on
+        files.write_text("config.yaml", self.cfg.dump())
+        files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
+        files.start_metrics(epoch)
+        solver = self.cfg.SOLVER
+        unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
+        if unreached and solver.SCHEDULE == "multistep":
+            files.logger.warning(
+                "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
+                "not reach",
+                *(", ".join(unreached), solver.EPOCHS),
+            )
+
+    def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
+        """The stages whose CKA is measured after every epoch, on the evaluation images."""
+        if len(evaluation_set) >= MIN_SAMPLES:
+            return {name: taps[name] for name in numbered_stages(taps)}
+        if self.files is not None:
+            self.files.logger.warning(
+                "the CKA of the stages is not followed: it needs %d evaluation images or more, "
+                "there are %d (DATA.HOLDOUT, or the folder of test images)",
+                *(MIN_SAMPLES, len(evaluation_set)),
+            )
+        return {}
+
+    def conclude(self) -> Result:
+        """Write what the run came to, in the first process; every one gets it."""
+        if self.trainer is not None and self.files is not None:
+            self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
+        result: Result = from_first_process(self.result)
+        return result
+
+
+def _load_state(cfg: CfgNode, path: Path) -> dict:
+    """Return the state that a run goes on from; refuse that of another one."""
+    saved = load_state(path, PARTS)
+    if lacking := BEST - saved["best"].keys():
+        raise refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
+    try:
+        of_saved = config_from_text(saved["config"])
+    except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
+        raise refusal(path, f"its configuration cannot be read ({error})") from error
+    if changed := changed_keys(of_saved, cfg):
+        raise ConfigError(
+            f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
+            f"{', '.join(changed)}; continue it with its own (its config.yaml), or choose another "
+            "OUTPUT_DIR"
+        )
+    if saved["epoch"] > cfg.SOLVER.EPOCHS:
+        raise ConfigError(
+            f"SOLVER.EPOCHS: the run in {cfg.OUTPUT_DIR!r} has {saved['epoch']} epochs already, "
+            f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
+        )
+    return saved
+
+
+def _result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
+    """Return what a finished run came to whose checkpoint was removed since, to save room.
+
+    Raises:
+        ConfigError: it was another run, or did not finish: it can neither be taken for this one
+            nor continued, and to train it anew would overwrite it.
+    """
+    result, config = files.read_result(), files.directory / "config.yaml"
+    if (
+        result is not None
+        and result.get("epochs") == cfg.SOLVER.EPOCHS
+        and config.exists()
+        and not changed_keys(load_config(config), cfg)
+    ):
+        return result
+    raise ConfigError(
+        f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
+        f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
+        "choose another OUTPUT_DIR, or remove the folder to train anew"
+    )
+
+
+def _load_image_sets(cfg: CfgNode) -> ImageSets:
+    """Load the data; a download is the first process's alone."""
+    if not cfg.DATA.DOWNLOAD:
+        return load_image_sets(cfg)
+    sets = load_image_sets(cfg) if rank() == 0 else None
+    from_first_process(None)  # wait for it
+    return sets or load_image_sets(cfg)
+
+
+def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
+    """Train the teacher's own run, or go on with it; return the file of its last epoch."""
+    try:
+        run_experiment(cfg, resume=True, image_sets=image_sets)
+    except ConfigError as error:
+        raise ConfigError(
+            f"TEACHER.CACHE_DIR: the unfinished training of the teacher does not go on: {error} "
+            f"(here: remove {cfg.OUTPUT_DIR!r}, or set another TEACHER.CACHE_DIR)"
+        ) from error
+    return Path(cfg.OUTPUT_DIR) / "model_last.pth"
+
+
+def _build_student(cfg: CfgNode, classes: int) -> Classifier:
+    name, weights = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS
+    if weights:
+        student = load_classifier(name, weights, classes, role="student")
+    else:
+        student = create_model(name, classes)
+    layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
+    return student.to(memory_format=layout)
+
+
+def _prepare_distiller(
+    cfg: CfgNode, distiller: Distiller, context: losses.Context, train_set: ImageSet
+) -> None:
+    """Size the adapters by some images from all over the set; try teacher and losses on them."""
+    spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
+    pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
+    images, for_teacher = (
+        pixel_statistics(role).to(pixels.device)(pixels) for role in (cfg.STUDENT, cfg.TEACHER)
+    )
+    with naming("DISTILL"):
+        distiller.prepare(images[:2], for_teacher[:2], context)
+    assert distiller.teacher is not None
+    logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
+    check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
+    if not cfg.COMPILE:  # else the first step tries the losses: to compile for them takes minutes
+        try_losses(distiller, images, labels, for_teacher, indices=spaced.to(images.device))
+
+
+def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | None) -> Result:
+    cfg = trainer.cfg
+    metrics = read_metrics(files.metrics)
+    plot_curves(metrics, files.directory / "curves.png")
+    result = {
+        "methods": list(cfg.DISTILL.METHODS),
+        "student": cfg.STUDENT.NAME,
+        "teacher": cfg.TEACHER.NAME or None,
+        "teacher_accuracy": teacher_accuracy,
+        "last_accuracy": metrics[-1]["accuracy"],
+        **trainer.best,
+        "epochs": trainer.epoch,
+        "seconds": trainer.seconds,
+        "training_images": len(trainer.train_set),
+        "evaluation_images": len(trainer.evaluation_set),
+    }
+    files.write_json("result.json", result)
+    files.logger.info(
+        "finished: accuracy %.2f %% after the last epoch, %.2f %% after the best (epoch %d)",
+        *(result["last_accuracy"], result["best_accuracy"], result["best_epoch"]),
+    )
+    return result

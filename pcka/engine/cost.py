@@ -1,0 +1,108 @@
+"""What a training step costs: time, and memory at its peak."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcka.analysis.memory import peak_growth
+from pcka.distributed import from_first_process, rank
+from pcka.engine.environment import describe_environment
+from pcka.engine.run_folder import write_text
+
+ROUNDS, WARM_UP_ROUNDS = 15, 2
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step: its batch, the teacher's forward pass, the student's update.
+
+    Attributes:
+        milliseconds: for each image, the median over the rounds.
+        mebibytes: that memory grows by at the peak of the step, beside models and optimizer.
+    """
+
+    milliseconds: float
+    mebibytes: float
+
+
+def median_seconds(
+    rounds_of_calls: Iterator[Mapping[str, Call]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Time calls in turns, so that what slows the machine down slows all of them down.
+
+    Args:
+        rounds_of_calls: of each round the calls by name. What it takes to come counts for each.
+        rounds: that are timed, after :data:`WARM_UP_ROUNDS`.
+        device: that the calls work on.
+    """
+    seconds: dict[str, list[float]] = {}
+    for turn in range(rounds + WARM_UP_ROUNDS):
+        start = time.perf_counter()
+        calls = next(rounds_of_calls)
+        waited = time.perf_counter() - start
+        for name, call in calls.items():
+            taken = waited + _timed(call, device)
+            if turn >= WARM_UP_ROUNDS:
+                seconds.setdefault(name, []).append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _timed(call: Call, device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_mebibytes(call: Call, device: torch.device) -> float:
+    """What memory grows by at the peak of a call, MiB."""
+    return peak_growth(call, device) / 2**20
+
+
+def kept_costs(
+    path: Path, settings: Mapping[str, str], measure: Callable[[], Mapping[str, Cost]]
+) -> dict[str, Cost]:
+    """Return the costs that a file keeps, or measure them all and keep them there.
+
+    Args:
+        path: of the file; one that is damaged is written anew.
+        settings: name -> what its cost depends on, see :func:`settings_digest`. The file serves
+            where it has the costs of all names with the same settings.
+        measure: gives the costs of all names, in every process.
+    """
+    kept = from_first_process(_read(path))
+    if all(settings[name] == kept.get(name, {}).get("settings") for name in settings):
+        return {name: Cost(**kept[name]["cost"]) for name in settings}
+    costs = dict(measure())
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = {n: {"settings": settings[n], "cost": asdict(costs[n])} for n in costs}
+        write_text(path, json.dumps(entries, indent=2))
+    return costs
+
+
+def settings_digest(text: str, device: torch.device) -> str:
+    """A short name of what a step's cost depends on: its settings, and this machine."""
+    about = describe_environment(0, device)
+    machine = {key: about[key] for key in ("torch", "device", "threads", "processes")}
+    return hashlib.sha256(f"{text}{machine}".encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}

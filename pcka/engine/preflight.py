@@ -1,0 +1,99 @@
+"""What is tried on a few inputs before a training begins, so that nothing fails later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcka.distiller import Distiller
+from pcka.engine.config import ConfigError
+from pcka.modes import evaluation_mode
+from pcka.teacher import FrozenTeacher
+
+LARGEST = 1e6  # of a feature; those of trained models stay below 1e3
+
+
+@contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Name the section of the configuration, whatever in the block is refused."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
+@torch.no_grad()
+def try_losses(distiller: Distiller, *inputs: Any, **keywords: Any) -> None:
+    """Run all losses once; models, losses and random numbers stay as they are.
+
+    Args:
+        distiller: with its adapters made.
+        inputs: of its ``forward``.
+        keywords: likewise.
+
+    Raises:
+        ConfigError: a loss cannot compare what it taps, or gives no term.
+    """
+    devices = list({p.device for p in distiller.parameters() if p.is_cuda})
+    with naming("DISTILL"), torch.random.fork_rng(devices), evaluation_mode(distiller):
+        distiller(*inputs, **keywords)
+
+
+@torch.no_grad()
+def check_teaching(
+    teacher: FrozenTeacher, taps: Mapping[str, str], images: Tensor, *, logits: bool
+) -> None:
+    """Refuse a teacher that has nothing to teach: what it gives is one for all images, or none.
+
+    Args:
+        teacher: on the images' device.
+        taps: name -> path in the teacher of what the losses read.
+        images: (B, 3, S, S), normalised for the teacher. Where they are all the same, nothing can
+            be said.
+        logits: whether the losses read the logits too.
+
+    Raises:
+        ConfigError: the tap is named.
+    """
+    if is_constant(images):
+        return
+    outputs = teacher.observer(taps)(images)
+    read = {f"{name} ({taps[name]})": feature for name, feature in outputs.features.items()}
+    if logits and outputs.logits is not None:
+        read["logits"] = outputs.logits
+    for name, feature in read.items():
+        if fault := feature_fault(feature):
+            raise ConfigError(
+                f"TEACHER: its {name} {fault}; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and "
+                "PIXEL_STD, or leave this tap out"
+            )
+
+
+def feature_fault(feature: Tensor, largest: float = math.inf) -> str:
+    """What is wrong with a teacher's features of different images, or nothing.
+
+    Args:
+        feature: (B, ...), a row for each image.
+        largest: magnitude beyond which no trained model's features go.
+    """
+    if not feature.isfinite().all():
+        return "are not finite"
+    if (reached := feature.abs().max().item()) > largest:
+        return f"reach {reached:.0e}, as those of no trained model do"
+    if is_constant(feature):
+        return "are the same for every image, so that no alignment with them can be learned"
+    return ""
+
+
+def is_constant(feature: Tensor) -> bool:
+    """Whether nothing but rounding is left of the features once their mean is subtracted."""
+    rows = feature.flatten(1).double()
+    bound = 8 * torch.finfo(torch.float32).eps * rows.norm()
+    return bool((rows - rows.mean(0)).norm() <= bound)
