@@ -98,20 +98,22 @@ class DetectionTrainer(SimpleTrainer):
                 raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
         try:
             found = self.checkpointer.resume_or_load("", resume=True)
-            if "iteration" not in found:
-                raise WeightsError(
-                    f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
-                )
-            return found
         except (CheckpointError, AssertionError) as error:  # damaged, or not there
             raise ConfigError(f"{error}; {self.checkpointer.way_on()}") from error
         except (ValueError, RuntimeError) as error:
             unlike = ", ".join(self._unlike_parts())
+            if isinstance(error, RuntimeError) and not unlike:
+                raise
             raise ConfigError(
                 f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration "
                 f"({f'it has other weights of {unlike}' if unlike else error}); resume with the "
                 "run's own, or take another OUTPUT_DIR"
             ) from error
+        if "iteration" not in found:
+            raise WeightsError(
+                f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
+            )
+        return found
 
     def _unlike_parts(self) -> list[str]:
         """The losses and adapters that have other weights in the last checkpoint."""

@@ -267,6 +267,24 @@ def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
         )
 
 
+COUNTING = """
+import sys
+from detection import train_net
+train_net.main(sys.argv[1:])
+ours = ("pcka", "detection", "classification", "benchmarks", "tools")
+print(*sorted(name for name in sys.modules if name.partition(".")[0] in ours))
+"""
+
+
+def test_a_training_imports_at_most_60_modules_of_ours(tmp_path, arguments):
+    command = [sys.executable, "-W", "ignore", "-c", COUNTING, *arguments(tmp_path, 1)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    modules = done.stdout.splitlines()[-1].split()
+    assert "pcka.losses.pcka" in modules
+    assert len(modules) <= 60, modules
+
+
 def test_two_processes_train_resume_and_evaluate(tmp_path, arguments):
     def torchrun(steps, *flags):
         command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
