@@ -11,10 +11,16 @@ from typing import Any, NoReturn
 import yaml
 from fvcore.common.config import CfgNode
 
-from classification.data import dataset_names
-from pcka.engine.config import ConfigError, flatten, import_modules, merge_leaves, near_names
+from classification.data import check_name
+from pcka.engine.config import (
+    ConfigError,
+    flatten,
+    import_modules,
+    merge_leaves,
+    near_names,
+    read_leaves,
+)
 from pcka.engine.distill import check_methods, is_used, merge_settings, same_setting
-from pcka.engine.yaml_files import read_leaves
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 
@@ -262,9 +268,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
 def _check(cfg: CfgNode) -> None:
     values = flatten(cfg)
     _check_ranges(values)
-    if cfg.DATA.NAME not in dataset_names():
-        names = near_names(cfg.DATA.NAME, dataset_names())
-        raise ConfigError(f"DATA.NAME: no data set is called {cfg.DATA.NAME!r}; {names}")
+    check_name(cfg.DATA.NAME)
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:

@@ -94,12 +94,20 @@ def check_run(cfg: CfgNode) -> None:
     """Refuse what would fail later, before data is read or a teacher trained.
 
     Raises:
-        ConfigError: weights that are not there, or as :func:`losses_of`; where taps are missing,
-            it proposes them.
+        ConfigError: weights that are not there, or as :func:`check_losses`.
     """
     check_teacher(cfg)
     if cfg.STUDENT.WEIGHTS and not Path(cfg.STUDENT.WEIGHTS).is_file():
         raise ConfigError(f"STUDENT.WEIGHTS: there is no file {cfg.STUDENT.WEIGHTS!r}")
+    check_losses(cfg)
+
+
+def check_losses(cfg: CfgNode) -> None:
+    """Refuse losses that refuse their settings, or whose taps the models do not have.
+
+    Raises:
+        ConfigError: as :func:`losses_of`; where taps are missing, it proposes them.
+    """
     student = named_model(cfg.STUDENT.NAME, 2, role="student")
     teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
     try:
@@ -143,7 +151,7 @@ def prepare(
         image_sets: training and evaluation images where they are in memory already.
     """
     lead = runs[0].cfg
-    train_set, evaluation_set = image_sets or _load_image_sets(lead)
+    train_set, evaluation_set = image_sets or load_image_sets(lead)
     sets = train_set.to(device), evaluation_set.to(device)
     taps = (extra_taps(run.cfg.DISTILL.TAPS) for run in runs)
     read = {path for by_name in taps for _, path in by_name.values()}
@@ -318,15 +326,6 @@ def _result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
         f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
         "choose another OUTPUT_DIR, or remove the folder to train anew"
     )
-
-
-def _load_image_sets(cfg: CfgNode) -> ImageSets:
-    """Load the data; a download is the first process's alone."""
-    if not cfg.DATA.DOWNLOAD:
-        return load_image_sets(cfg)
-    sets = load_image_sets(cfg) if rank() == 0 else None
-    from_first_process(None)  # wait for it
-    return sets or load_image_sets(cfg)
 
 
 def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:

@@ -1,13 +1,11 @@
 """Image sets, resident in memory or streaming from their files, and their batches."""
 
-from classification.data.augment import crop_and_flip
 from classification.data.batches import Batch, steps_per_epoch
 from classification.data.build import load_evaluation_set, load_image_sets
-from classification.data.image_set import ImageSet, Source
+from classification.data.image_set import ImageSet
 from classification.data.normalize import PixelNormalize, pixel_statistics
-from classification.data.registry import dataset_names, register
-from classification.data.resident import ResidentSet
-from classification.data.streaming import StreamingSet
+from classification.data.resident import ResidentSet, crop_and_flip
+from classification.data.source import Source, check_name, dataset_names, register
 
 __all__ = [
     "Batch",
@@ -15,7 +13,7 @@ __all__ = [
     "PixelNormalize",
     "ResidentSet",
     "Source",
-    "StreamingSet",
+    "check_name",
     "crop_and_flip",
     "dataset_names",
     "load_evaluation_set",

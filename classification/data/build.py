@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from fvcore.common.config import CfgNode
 
-from classification.data import cifar, digits  # noqa: F401  (register themselves)
-from classification.data.folder import FolderSource
-from classification.data.image_set import ImageSet, Source, balanced_order
-from classification.data.registry import make_source
-from classification.data.resident import ResidentSet
-from classification.data.streaming import StreamingSet
+from classification.data.image_set import ImageSet, balanced_order
+from classification.data.source import Source, make_source
+from pcka.distributed import from_first_process, rank
 from pcka.engine.config import ConfigError
 
 
@@ -20,13 +16,21 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
 
     With ``DATA.HOLDOUT`` the latter are held out of the training data and the test data is not
     touched; ``DATA.TRAIN_IMAGES`` then chooses among the rest. Both choices are class-balanced and
-    depend on ``DATA.SPLIT_SEED`` alone.
+    depend on ``DATA.SPLIT_SEED`` alone. Of several processes the first one alone downloads.
 
     Raises:
         ConfigError: missing or damaged data, train and test of different classes, too few images,
             a resident set beyond ``DATA.MEMORY_GB``, a contradicting ``DATA.NUM_CLASSES``, or
             ``DATA.STREAM`` where there are no files to stream.
     """
+    if not cfg.DATA.DOWNLOAD:
+        return _load(cfg)
+    sets = _load(cfg) if rank() == 0 else None
+    from_first_process(None)  # wait for it
+    return sets or _load(cfg)
+
+
+def _load(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
     train = _source(cfg, "train")
     held_out, kept = _split(cfg, train)
     if cfg.DATA.HOLDOUT:
@@ -42,8 +46,8 @@ def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
             )
     _check_memory(cfg, len(kept) + len(tested))
     return (
-        _open(cfg, train, kept, evaluated=False),
-        _open(cfg, test, tested, evaluated=True),
+        train.open(cfg.DATA, kept, evaluated=False),
+        test.open(cfg.DATA, tested, evaluated=True),
     )
 
 
@@ -56,17 +60,12 @@ def load_evaluation_set(cfg: CfgNode) -> ImageSet:
         source = _source(cfg, "test")
         chosen = np.arange(len(source.labels))
     _check_memory(cfg, len(chosen))
-    return _open(cfg, source, chosen, evaluated=True)
+    return source.open(cfg.DATA, chosen, evaluated=True)
 
 
 def _source(cfg: CfgNode, split: str) -> Source:
     data = cfg.DATA
     source = make_source(data, split)
-    if data.STREAM and not isinstance(source, FolderSource):
-        raise ConfigError(
-            f"DATA.STREAM: only image files stream (DATA.NAME folder), got {data.NAME!r}; set it "
-            "to False"
-        )
     if data.NUM_CLASSES not in (0, len(source.classes)):
         raise ConfigError(
             f"DATA.NUM_CLASSES: {data.NUM_CLASSES} classes are configured, the data has "
@@ -97,26 +96,3 @@ def _check_memory(cfg: CfgNode, images: int) -> None:
             "there, set DATA.STREAM True to read image files batch by batch instead, or take a "
             "smaller DATA.IMAGE_SIZE or a subset by DATA.TRAIN_IMAGES"
         )
-
-
-def _open(cfg: CfgNode, source: Source, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
-    """Return the chosen images of a source, resident or streaming as DATA.STREAM says."""
-    labels, data = torch.from_numpy(source.labels[chosen]), cfg.DATA
-    resize = data.RESIZE or data.IMAGE_SIZE
-    if not isinstance(source, FolderSource):
-        if data.RESIZE:
-            raise ConfigError(
-                f"DATA.RESIZE: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to 0"
-            )
-        return ResidentSet(source.read(chosen), labels, source.classes)
-    if resize < data.IMAGE_SIZE:
-        raise ConfigError(
-            f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut out "
-            f"of it, got {resize}; 0 takes DATA.IMAGE_SIZE"
-        )
-    if data.STREAM:
-        files = source.files.take(chosen)
-        size = (data.IMAGE_SIZE, resize)
-        return StreamingSet(files, labels, source.classes, *size, workers=data.WORKERS)
-    images = source.read_resized(chosen, resize) if evaluated else source.read(chosen)
-    return ResidentSet(images, labels, source.classes)

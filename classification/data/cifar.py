@@ -7,8 +7,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from classification.data.image_set import Source
-from classification.data.registry import register
+from classification.data.source import Source, register
 from pcka.engine.config import ConfigError
 
 DATASETS = {"cifar10": CIFAR10, "cifar100": CIFAR100}

@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from classification.data.image_set import Source, balanced_order
-from classification.data.registry import register
+from classification.data.image_set import balanced_order
+from classification.data.source import Source, register
 
 TEST_IMAGES = 897  # of 1,797
 SPLIT_SEED = 0  # the same test images for ever, whatever the configuration says

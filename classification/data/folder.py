@@ -17,8 +17,9 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from classification.data.image_set import Source
-from classification.data.registry import register
+from classification.data.image_set import ImageSet
+from classification.data.resident import ResidentSet
+from classification.data.source import Source, register
 from pcka.engine.config import ConfigError
 from pcka.engine.progress import Progress
 
@@ -110,9 +111,24 @@ class FolderSource(Source):
     files: ImageFiles
     image_size: int
 
-    def read_resized(self, indices: np.ndarray, resize: int) -> Tensor:
-        """Return images as ``read`` does, their shorter side resized to ``resize`` before."""
-        return _read(self.files, self.image_size, resize, indices)
+    def open(self, data: CfgNode, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
+        """Return some of the images, resident or streaming as ``DATA.STREAM`` says."""
+        resize = data.RESIZE or data.IMAGE_SIZE
+        if resize < data.IMAGE_SIZE:
+            raise ConfigError(
+                f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut "
+                f"out of it, got {resize}; 0 takes DATA.IMAGE_SIZE"
+            )
+        labels = torch.from_numpy(self.labels[chosen])
+        if data.STREAM:
+            from classification.data.streaming import StreamingSet  # which reads these files
+
+            files = self.files.take(chosen)
+            size = (data.IMAGE_SIZE, resize)
+            return StreamingSet(files, labels, self.classes, *size, workers=data.WORKERS)
+        side = resize if evaluated else self.image_size
+        images = _read(self.files, self.image_size, side, chosen)
+        return ResidentSet(images, labels, self.classes)
 
 
 @register("folder")

@@ -1,10 +1,9 @@
-"""What an image set is: to the training, and before it is opened (its labels alone)."""
+"""What an image set is to the training."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,21 +13,6 @@ from torch import Tensor
 from classification.data.batches import Batch
 
 EVALUATION_BATCH_SIZE = 256  # images at once; what is measured does not depend on it
-
-
-@dataclass(frozen=True)
-class Source:
-    """A set whose labels are known and whose images can be read.
-
-    Attributes:
-        labels: class index of each image, (N,) int64.
-        classes: class names, by index.
-        read: image indices (M,) -> their pixels (M, 3, S, S), uint8, RGB.
-    """
-
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    read: Callable[[np.ndarray], Tensor]
 
 
 class ImageSet(ABC):

@@ -1,18 +1,10 @@
 """The community's model zoo, and torchvision's, by name.
 
-Each family registers itself when imported here.
+Each family is imported when one of its names is first asked for.
 """
 
 from __future__ import annotations
 
-from classification.models import (  # noqa: F401
-    mobilenet,
-    resnet_cifar,
-    shufflenet,
-    torchvision_zoo,
-    vgg,
-    wrn,
-)
 from classification.models.registry import Classifier, create_model, model_names, register
 from classification.models.weights import load_classifier, named_model
 

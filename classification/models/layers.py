@@ -1,4 +1,4 @@
-"""Parts that several model families are made of."""
+"""Parts that several model families are made of, and how they start."""
 
 from __future__ import annotations
 
@@ -44,3 +44,23 @@ class ChannelShuffle(nn.Module):
         batch, channels, height, width = x.shape
         grouped = x.view(batch, self.groups, channels // self.groups, height, width)
         return torch.transpose(grouped, 1, 2).reshape(batch, channels, height, width)
+
+
+def initialize_convolutions(model: nn.Module) -> None:
+    """Draw every convolution from N(0, 2 / fan_out) and zero its bias.
+
+    Normalisation and linear layers keep torch's defaults.
+
+    Source: He et al., Delving Deep into Rectifiers, ICCV 2015, section 2.2 (backward case).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def initialize_classifier(linear: nn.Linear) -> None:
+    """Draw the weights from N(0, 0.01^2) and zero the bias, as the VGGs and MobileNetV2 do."""
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)

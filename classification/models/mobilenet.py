@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from classification.models.initialization import initialize_classifier, initialize_convolutions
-from classification.models.layers import conv_bn, global_pool
+from classification.models.layers import (
+    conv_bn,
+    global_pool,
+    initialize_classifier,
+    initialize_convolutions,
+)
 from classification.models.registry import register
 
 EXPANSION = 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast
@@ -44,6 +45,15 @@ UNKNOWN: dict[str, Any] = {
     "pooled_name": "",
     "classifier_name": "",
 }
+# Module of this package -> beginnings of the names that it registers, imported when one is named.
+FAMILIES = {
+    "mobilenet": ("MobileNet",),
+    "resnet_cifar": ("resnet", "ResNet"),
+    "shufflenet": ("Shuffle",),
+    "torchvision_zoo": ("torchvision/",),
+    "vgg": ("vgg",),
+    "wrn": ("wrn",),
+}
 _CONSTRUCTORS: dict[str, Constructor] = {}
 
 
@@ -58,6 +68,7 @@ def register(name: str) -> Callable[[C], C]:
     """
 
     def decorate(constructor: C) -> C:
+        _import_family(name)
         if name in _CONSTRUCTORS:
             raise ValueError(f"name: expected a name not registered yet, got {name!r}")
         _CONSTRUCTORS[name] = constructor
@@ -68,6 +79,8 @@ def register(name: str) -> Callable[[C], C]:
 
 def model_names() -> list[str]:
     """Return the names that `create_model` knows, sorted."""
+    for family in FAMILIES:
+        importlib.import_module(f"{__package__}.{family}")
     return sorted(_CONSTRUCTORS)
 
 
@@ -85,6 +98,7 @@ def create_model(name: str, num_classes: int) -> Classifier:
     Raises:
         ValueError: unknown name (the message lists the nearest ones) or `num_classes` below 1.
     """
+    _import_family(name)
     if name not in _CONSTRUCTORS:
         near = _nearest(name)
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(model_names())}"
@@ -96,6 +110,13 @@ def create_model(name: str, num_classes: int) -> Classifier:
         if not hasattr(model, attribute):
             setattr(model, attribute, unknown)
     return cast(Classifier, model)
+
+
+def _import_family(name: str) -> None:
+    """Import the module that a name belongs to by its beginning."""
+    for module, beginnings in FAMILIES.items():
+        if name.startswith(beginnings):
+            importlib.import_module(f"{__package__}.{module}")
 
 
 def _nearest(name: str) -> list[str]:

@@ -14,8 +14,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.models.initialization import initialize_convolutions
-from classification.models.layers import conv_bn, global_pool
+from classification.models.layers import conv_bn, global_pool, initialize_convolutions
 from classification.models.registry import register
 
 

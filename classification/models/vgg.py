@@ -10,8 +10,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from classification.models.initialization import initialize_classifier, initialize_convolutions
-from classification.models.layers import conv_bn, global_pool
+from classification.models.layers import (
+    conv_bn,
+    global_pool,
+    initialize_classifier,
+    initialize_convolutions,
+)
 from classification.models.registry import register
 
 WIDTHS = (64, 128, 256, 512, 512)

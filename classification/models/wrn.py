@@ -9,8 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from classification.models.initialization import initialize_convolutions
-from classification.models.layers import global_pool
+from classification.models.layers import global_pool, initialize_convolutions
 from classification.models.registry import register
 
 STEM_WIDTH = 16

@@ -11,7 +11,7 @@ import torch
 from classification.config import CONFIGS, load_config, method_files
 from classification.models import create_model
 from classification.models.taps import loss_context, model_taps
-from classification.run import check_run, losses_of, run_experiment
+from classification.run import check_losses, losses_of, run_experiment
 from classification.sweep import run_side_by_side
 from classification.trainer import Trainer
 from pcka.checkpoint import load_file
@@ -184,7 +184,7 @@ def models_made_once():
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_method_goes_with_every_configuration(run, models_made_once):
     for method in method_files(run):
-        check_run(load_config(run, method=method))
+        check_losses(load_config(run, method=method))
 
 
 def network(name):

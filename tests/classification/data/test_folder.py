@@ -12,7 +12,7 @@ from classification.config import load_config
 from classification.data import load_image_sets
 from classification.data.digits import digits_source
 from classification.data.folder import folder_source
-from classification.data.registry import _SOURCES
+from classification.data.source import _SOURCES
 
 COLOURS = {"blue": (0, 0, 255), "amber": (255, 191, 0), "red": (255, 0, 0)}
 

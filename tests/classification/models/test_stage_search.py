@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from classification.models import create_model
-from classification.models.stage_search import resolution_ends
+from classification.models.taps import resolution_ends
 from pcka.taps import FeatureTap
 
 

@@ -9,7 +9,7 @@ from classification.models.taps import (
     loss_context,
     model_taps,
 )
-from classification.run import check_run, losses_of
+from classification.run import check_losses, losses_of
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import numbered_stages
 
@@ -93,11 +93,11 @@ def test_taps_that_are_missing_are_proposed_and_would_do(tiny_config):
     keys = {"STUDENT.NAME": "torchvision/shufflenet_v2_x0_5", "TEACHER.NAME": "resnet8"}
     for method in ("at", "rcka"):
         with pytest.raises(ConfigError) as refused:
-            check_run(tiny_config(method, **keys))
+            check_losses(tiny_config(method, **keys))
         proposed = str(refused.value).rpartition('DISTILL.TAPS "')[2]
         assert "[last, conv5, layer3]" in proposed
         cfg = tiny_config(method, **keys, **{"DISTILL.TAPS": proposed.removesuffix('"')})
-        check_run(cfg)
+        check_losses(cfg)
     taps = model_taps(*(create_model(n, 2) for n in keys.values()), cfg.DISTILL.TAPS)
     assert {name: taps[name] for name in numbered_stages(taps)} == {
         "stage0": ("maxpool", "relu"),
@@ -113,20 +113,20 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
 
 
 def test_losses_are_checked_on_the_models_that_the_configuration_names(tiny_config):
-    check_run(tiny_config("ce", **{"TEACHER.NAME": ""}))
+    check_losses(tiny_config("ce", **{"TEACHER.NAME": ""}))
     taps = {"DISTILL.TAPS": "[[neck, layer2, layer1]]", "DISTILL.FITNET.STAGES": "[neck]"}
-    check_run(tiny_config("fitnet", **taps))
+    check_losses(tiny_config("fitnet", **taps))
     # A model without known stages: what the losses read of it has to be given by hand.
     unknown = {"TEACHER.NAME": "torchvision/alexnet"}
     with pytest.raises(ConfigError, match=r"stage2 is not tapped; there are pooled, and"):
-        check_run(tiny_config("fitnet", **unknown))
-    check_run(tiny_config("kd", **unknown))
+        check_losses(tiny_config("fitnet", **unknown))
+    check_losses(tiny_config("kd", **unknown))
 
 
 @pytest.mark.parametrize("role", ["STUDENT", "TEACHER"])
 def test_a_model_that_nobody_knows_is_named_with_its_key(tiny_config, role):
     with pytest.raises(ConfigError, match=rf"^{role}\.NAME: expected .* got 'resnet7'; did you me"):
-        check_run(tiny_config("kd", **{f"{role}.NAME": "resnet7"}))
+        check_losses(tiny_config("kd", **{f"{role}.NAME": "resnet7"}))
 
 
 @pytest.fixture

@@ -1,0 +1,115 @@
+"""Data sets by name, before they are opened: their labels are known, their images can be read."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from classification.data.image_set import ImageSet
+from classification.data.resident import ResidentSet
+from pcka.engine.config import ConfigError, near_names
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set whose labels are known and whose images can be read.
+
+    Attributes:
+        labels: class index of each image, (N,) int64.
+        classes: class names, by index.
+        read: image indices (M,) -> their pixels (M, 3, S, S), uint8, RGB.
+    """
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    read: Callable[[np.ndarray], Tensor]
+
+    def open(self, data: CfgNode, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
+        """Return some of the images as a set that gives batches.
+
+        Args:
+            data: the section ``DATA``.
+            chosen: image indices, (M,).
+            evaluated: the set is evaluated on, not trained on.
+
+        Raises:
+            ConfigError: keys that are for image files alone.
+        """
+        if data.STREAM:
+            raise ConfigError(
+                f"DATA.STREAM: only image files stream (DATA.NAME folder), got {data.NAME!r}; set "
+                "it to False"
+            )
+        if data.RESIZE:
+            raise ConfigError(
+                f"DATA.RESIZE: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to 0"
+            )
+        labels = torch.from_numpy(self.labels[chosen])
+        return ResidentSet(self.read(chosen), labels, self.classes)
+
+
+MakeSource = Callable[[CfgNode, str], Source]
+F = TypeVar("F", bound=MakeSource)
+
+# Name -> module of this package that registers it, imported where it is first asked for.
+BUILT_IN = {"cifar10": "cifar", "cifar100": "cifar", "digits": "digits", "folder": "folder"}
+_SOURCES: dict[str, MakeSource] = {}
+
+
+def register(name: str) -> Callable[[F], F]:
+    """Decorator: make a data set available as ``DATA.NAME``.
+
+    What it decorates takes the section ``DATA`` and a split, "train" or "test", and gives the
+    :class:`Source` of that split.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(make: F) -> F:
+        _import_built_in(name)
+        if name in _SOURCES:
+            raise ValueError(f"name: a data set {name!r} is registered already; choose another")
+        _SOURCES[name] = make
+        return make
+
+    return decorate
+
+
+def dataset_names() -> list[str]:
+    """The names that ``DATA.NAME`` may have, sorted."""
+    return sorted({*BUILT_IN, *_SOURCES})
+
+
+def check_name(name: str) -> None:
+    """Refuse a ``DATA.NAME`` that nobody registered.
+
+    Raises:
+        ConfigError: near names are proposed.
+    """
+    if name not in dataset_names():
+        near = near_names(name, dataset_names())
+        raise ConfigError(f"DATA.NAME: no data set is called {name!r}; {near}")
+
+
+def make_source(data: CfgNode, split: str) -> Source:
+    """Return the "train" or "test" part of the data set ``DATA.NAME``.
+
+    Raises:
+        ConfigError: an unknown name (near ones are named), or what the data set refuses.
+    """
+    check_name(data.NAME)
+    _import_built_in(data.NAME)
+    return _SOURCES[data.NAME](data, split)
+
+
+def _import_built_in(name: str) -> None:
+    if name in BUILT_IN:
+        importlib.import_module(f"{__package__}.{BUILT_IN[name]}")
