@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import cast
@@ -198,9 +199,9 @@ def teacher_observer(trainers: Sequence[Trainer]) -> Observer | None:
 
 
 def ask_teacher(trainer: Trainer, observe: Observer, images: Tensor) -> Outputs:
-    """The teacher's outputs on images (B, 3, S, S) in [0, 1]."""
+    """The teacher's outputs on images (B, 3, S, S) in [0, 1]; a graph need not copy them twice."""
     with autocast(trainer.cfg, images.device):
-        return observe(trainer.for_teacher(images))
+        return replace(observe(trainer.for_teacher(images)), raw=None)
 
 
 def _split(outputs: Outputs, parts: int, size: int) -> Iterator[Outputs]:

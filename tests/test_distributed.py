@@ -211,7 +211,7 @@ def run(folder: Path, own_rank: int) -> None:
     trained = {case: train(*arguments) for case, arguments in CASES.items()}
     several = {"communication": communicate(), "apart": apart()}
     torch.save({**trained, **several}, folder / f"{own_rank}.pth")
-    torch.save({**trained, **several}, folder / f"{own_rank}.pth")
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
 from classification.random_state import seed_everything
 from classification.run_files import read_metrics
-from pcka.losses import Loss
+from pcka.losses import Loss, Term
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -73,8 +73,9 @@ class Waits(Loss):
     needs_teacher = False
     needs_target = True
 
-    def forward(self, student, teacher, target):
-        return {"loss_waits": student.logits.square().mean() * target.float().mean().item()}
+    def terms(self, student, teacher, target):
+        value = student.logits.square().mean() * target.float().mean().item()
+        return {"loss_waits": Term(1.0, value)}
 
 
 def test_a_recording_that_fails_leaves_no_trace(pair_config, tmp_path, caplog, monkeypatch):
