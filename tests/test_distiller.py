@@ -192,6 +192,11 @@ def test_parameters_of_losses_are_trained_and_saved(student, teacher):
 
 
 def test_refusals_at_construction(student, teacher):
+    with pytest.raises(ValueError, match=r"losses must be a list, got KD; write \[\.\.\.\]"):
+        Distiller(student, teacher, KD())
+    for loss in (nn.MSELoss(), KD, "KD"):
+        with pytest.raises(ValueError, match=r"losses must be of pcka\.losses\.Loss, got .*build"):
+            Distiller(student, teacher, [CE(), loss])
     with pytest.raises(ValueError, match=r"FCKA needs the tap 'last', there are \['stage1'"):
         Distiller(student, teacher, [CE(), FCKA()], TAPS)
     with pytest.raises(ValueError, match="teacher: KD needs one, got None"):
