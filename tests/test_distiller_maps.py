@@ -196,3 +196,53 @@ def test_a_tap_may_be_called_as_the_module_that_it_reads():
 def test_the_teachers_outputs_are_needed_to_size_adapters():
     with pytest.raises(ValueError, match="teacher: a loss compares its feature maps, got None"):
         distiller_of(of_one_shape("PKD")).prepare_for(maps()[0], None)
+
+
+class Detector(nn.Module):
+    """Answers with its own losses; its backbone with a pyramid."""
+
+    class Backbone(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, width, 3, padding=1)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            p3 = self.conv(images)
+            return {"p3": p3, "p4": nn.functional.avg_pool2d(p3, 2)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.Backbone(4)
+
+    def forward(self, batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        levels = self.backbone(torch.stack([entry["image"] for entry in batch]))
+        return {"loss_box": levels["p4"].square().mean()}
+
+
+class Pyramid(Detector.Backbone):
+    """A teacher that takes a list of images and their common size."""
+
+    def forward(self, images: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        return super().forward(torch.stack(images)[:, :, : size[0], : size[1]])
+
+
+def test_a_detector_learns_from_a_pyramid_by_outputs_that_its_trainer_has():
+    torch.manual_seed(0)
+    student, teacher = Detector(), Pyramid(6)
+    taps = {level: (f"backbone:{level}", f":{level}") for level in ("p3", "p4", "p9")}
+    loss = losses.PCKA(stages=["p3", "p4"], patch_sizes=4, weights=2.0)
+    distiller = Distiller(student, teacher, [loss], taps, gather=False)
+    images = list(IMAGES)
+
+    def observe() -> tuple[Outputs, Outputs | None]:
+        own = distiller.observe_student([{"image": image} for image in images])
+        return own, distiller.observe_teacher(images, (SIDE, SIDE))
+
+    distiller.prepare_for(*observe())
+    assert list(distiller.adapters) == ["p3", "p4"]
+    student_outputs, teacher_outputs = observe()
+    terms = distiller.terms(student_outputs, teacher_outputs, None)
+    assert list(terms) == ["loss_pcka_p3_rows", "loss_pcka_p4_rows"]
+    total = student_outputs.raw["loss_box"] + sum(term.weighted for term in terms.values())
+    total.backward()
+    assert all(p.grad.norm() > 0 for p in student.parameters() if p.dim() == 4)
