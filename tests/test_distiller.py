@@ -337,14 +337,6 @@ def test_a_loss_without_terms_is_named(student):
         Distiller(student, None, [CE(), Silent()])(IMAGES, TARGET)
 
 
-def test_a_loss_implements_terms_not_forward():
-    with pytest.raises(TypeError, match=r"Old has a forward\(\); a loss implements terms\(\)"):
-
-        class Old(Loss):
-            def forward(self, student, teacher, target):
-                return {}
-
-
 def test_losses_of_one_class_go_together_under_two_names(student):
     smooth = CE(weight=2.0, label_smoothing=0.5)
     smooth.log_name = "smooth"
