@@ -143,7 +143,8 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(run, content):
 
 def test_one_flipped_bit_of_a_checkpoint_is_found(run):
     content = bytearray(run.checkpoint.read_bytes())
-    content[len(content) // 2] ^= 4
+    weight = next(iter(torch.load(run.checkpoint, weights_only=True)["student"].values()))
+    content[content.index(weight.numpy().tobytes())] ^= 4  # not in the padding between entries
     run.checkpoint.write_bytes(content)
     with pytest.raises(ConfigError, match=r"cannot be continued from checkpoint\.pth: .*damaged"):
         run(**{"SOLVER.EPOCHS": 3})
@@ -153,3 +154,48 @@ def test_a_file_that_holds_something_else_is_no_checkpoint(tmp_path):
     torch.save([1], tmp_path / "checkpoint.pth")
     with pytest.raises(ConfigError, match="it holds a list"):
         load_state(tmp_path / "checkpoint.pth", PARTS)
+
+
+WIDER = {"STUDENT.NAME": "resnet8x4", "SOLVER.SCHEDULE": "multistep", "SOLVER.EPOCHS": 1}
+
+
+@pytest.fixture
+def adapted(pair_config, tmp_path):
+    """``adapted(*methods)``: the configuration of a student that is wider than its teacher."""
+
+    def config(name, methods, **keys):
+        chosen = {"DISTILL.METHODS": methods, "DISTILL.WARMUP": 0.0, **WIDER, **keys}
+        return pair_config("ce", name, **chosen)
+
+    return config
+
+
+def into_losses(state):
+    """As states were written in which each loss has its adapters."""
+    for name, value in state.pop("adapters").items():
+        tap, _, kind = name.rpartition(".")
+        state["losses"][f"1.adapters.{tap}.0.{kind}"] = value
+
+
+def test_adapters_saved_in_a_loss_are_gone_on_with(adapted, tmp_path, assert_same_run):
+    for name in ("whole", "parts"):
+        run_experiment(adapted(name, "[CE, PKD]"))
+    checkpoint = tmp_path / "parts" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    assert list(state["adapters"]) == ["last.weight", "last.bias"]
+    into_losses(state)
+    torch.save(state, checkpoint)
+    for name in ("whole", "parts"):
+        run_experiment(adapted(name, "[CE, PKD]", **{"SOLVER.EPOCHS": 2}), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_adapters_saved_beside_other_parameters_of_losses_are_refused(adapted, tmp_path):
+    run_experiment(adapted("run", "[CE, PKD, VID]"))
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    into_losses(state)
+    torch.save(state, checkpoint)
+    message = r"its losses hold adapters .*\(1\.adapters\.last\.0\.w.*beside"
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(adapted("run", "[CE, PKD, VID]", **{"SOLVER.EPOCHS": 2}), resume=True)
