@@ -137,10 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except RuntimeError as error:  # the others are worth having
                 print(f"{name}: {error}", flush=True)
                 records.append({"run": name, **asdict(run), "error": str(error)})
-                continue
-            records.append({"run": name, **asdict(run), **figures})
-            line = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
-            print(f"{name}: {line}", flush=True)
+            else:
+                records.append({"run": name, **asdict(run), **figures})
+                line = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
+                print(f"{name}: {line}", flush=True)
             report.write(
                 options.output, "classification_throughput", environment, records, _lines(records)
             )

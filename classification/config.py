@@ -26,6 +26,7 @@ HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
     "SAVE_EVERY",
+    "CUDA_GRAPH",
     "DATA.ROOT",
     "DATA.DOWNLOAD",
     "DATA.MEMORY_GB",
@@ -131,7 +132,9 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     """
     before, after = flatten(old), flatten(new)
     harmless = set(HARMLESS_KEYS)
-    if new.SOLVER.SCHEDULE == "multistep" and not new.DISTILL.WARMUP:
+    # A run may end after fewer epochs only where each one was evaluated.
+    evaluated = new.EVAL_EVERY == 1 or new.SOLVER.EPOCHS >= old.SOLVER.EPOCHS
+    if new.SOLVER.SCHEDULE == "multistep" and not new.DISTILL.WARMUP and evaluated:
         harmless.add("SOLVER.EPOCHS")
     return [key for key in after if key not in harmless and before[key] != after[key]]
 

@@ -13,6 +13,19 @@ from torch import Tensor
 WARM_UP = 3  # calls before the recording: libraries choose their algorithms, caches fill
 
 
+class RecordingError(RuntimeError):
+    """A function could not be recorded; nothing that it changes was left changed.
+
+    Attributes:
+        draws_are_lost: it draws random numbers, and the device's generator is not to be had again
+            in this process.
+    """
+
+    def __init__(self, reason: str, *, draws_are_lost: bool) -> None:
+        super().__init__(reason)
+        self.draws_are_lost = draws_are_lost
+
+
 class CapturedFunction:
     """A function on the current CUDA device, as one graph.
 
@@ -28,6 +41,9 @@ class CapturedFunction:
 
     Attributes:
         draws: the function draws from the device's default random generator.
+
+    Raises:
+        RecordingError: the function waits for the device, or there is too little memory.
     """
 
     def __init__(
@@ -39,7 +55,8 @@ class CapturedFunction:
         with torch.no_grad():
             self._inputs = map_tensors(torch.clone, inputs)
             kept = [tensor.clone() for tensor in changed]
-        random = torch.cuda.get_rng_state()
+        random, current = torch.cuda.get_rng_state(), torch.cuda.current_stream()
+        self.draws, recording = False, False
         self._graph = torch.cuda.CUDAGraph()
         try:
             # Worth its time: what is replayed thousands of times is chosen by measurement.
@@ -47,9 +64,18 @@ class CapturedFunction:
                 _warm_up(function, self._inputs)
                 self.draws = not torch.equal(random, torch.cuda.get_rng_state())
                 torch.cuda.set_rng_state(random)
-                with torch.cuda.graph(self._graph):
+                recording = True
+                # Of this thread alone: others (that pin batches, say) may go on meanwhile.
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._outputs = function(self._inputs)
+                recording = False
+        except RuntimeError as error:
+            raise RecordingError(str(error), draws_are_lost=self.draws and recording) from error
         finally:
+            torch.cuda.set_stream(current)  # a recording that fails leaves its own behind
+            torch.cuda.synchronize()
+            if not recording:
+                torch.cuda.set_rng_state(random)
             with torch.no_grad():
                 for tensor, value in zip(changed, kept, strict=True):
                     tensor.copy_(value)
@@ -57,6 +83,11 @@ class CapturedFunction:
     def __call__(self, inputs: Any) -> Any:
         """Run on new inputs; what is returned is overwritten by the next call."""
         for static, fresh in zip(tensors_of(self._inputs), tensors_of(inputs), strict=True):
+            if static.shape != fresh.shape or static.dtype != fresh.dtype:
+                raise ValueError(
+                    f"inputs: recorded with {tuple(static.shape)} {static.dtype}, got "
+                    f"{tuple(fresh.shape)} {fresh.dtype}"
+                )
             static.copy_(fresh, non_blocking=True)
         self._graph.replay()
         return self._outputs

@@ -89,8 +89,9 @@ def run_side_by_side(
     lead = cfgs[0]
     _check_alike(cfgs)
     check_teacher(lead)
-    if lead.STUDENT.WEIGHTS and not Path(lead.STUDENT.WEIGHTS).is_file():
-        raise ConfigError(f"STUDENT.WEIGHTS: there is no file {lead.STUDENT.WEIGHTS!r}")
+    for weights in {cfg.STUDENT.WEIGHTS for cfg in cfgs} - {""}:
+        if not Path(weights).is_file():
+            raise ConfigError(f"STUDENT.WEIGHTS: there is no file {weights!r}")
     for cfg in cfgs:
         check_losses(cfg)
     with process_group(lead.DEVICE) as device, ExitStack() as stack:

@@ -46,6 +46,7 @@ def _train_epoch(steps: Steps) -> None:
     with bar:
         for step, inputs in enumerate(steps.inputs(clock.watch(steps.batches()))):
             steps.run(inputs, step)
+            clock.count_step()
             bar.update(cfg.SOLVER.BATCH_SIZE)
             if (step + 1) % cfg.LOG_EVERY == 0 or step + 1 == count:
                 trainers = _still_finite(trainers)
@@ -86,10 +87,13 @@ class _Clock:
         for batch in batches:
             self._waiting += time.perf_counter() - asked
             yield batch
-            if self._steps == 0:
-                self._warm = time.perf_counter()
-            self._steps += 1
             asked = time.perf_counter()
+
+    def count_step(self) -> None:
+        """A step was made."""
+        if self._steps == 0:
+            self._warm = time.perf_counter()
+        self._steps += 1
 
     def figures(self, batch_size: int, students: int) -> dict[str, float]:
         """Seconds of the epoch, images a second, the share of time in data, students beside it."""

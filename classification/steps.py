@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from classification.config import ConfigError
-from classification.cuda_graph import CapturedFunction
+from classification.cuda_graph import CapturedFunction, RecordingError
 from classification.data import Batch
 from classification.environment import autocast
 from classification.trainer import StepInputs, Trainer
@@ -24,6 +24,7 @@ from pcka.teacher import FrozenTeacher
 logger = logging.getLogger("classification")
 
 TEACHER_AHEAD = 8
+TEACHER_IMAGES = 2048  # at once, at most
 
 
 class Steps:
@@ -37,15 +38,17 @@ class Steps:
 
     Args:
         trainers: on one device.
-        ahead: batches that the teacher sees at once, where steps are captured.
+        ahead: batches that the teacher sees at once, where steps are recorded.
+        record: whether they are, where they can be.
 
     Attributes:
         trainers: likewise.
     """
 
-    def __init__(self, trainers: Sequence[Trainer], ahead: int = TEACHER_AHEAD) -> None:
+    def __init__(
+        self, trainers: Sequence[Trainer], ahead: int = TEACHER_AHEAD, *, record: bool = True
+    ) -> None:
         self.trainers = tuple(trainers)
-        self._ahead = ahead
         self._lead = self.trainers[0]
         self._observe = teacher_observer(self.trainers)
         seeds = list(dict.fromkeys(trainer.cfg.SEED for trainer in self.trainers))
@@ -55,8 +58,10 @@ class Steps:
         self._taught_seeds = sorted({i for t, i in taught if t.distiller.runs_teacher})
         self._step: CapturedFunction | None = None
         self._teacher: CapturedFunction | None = None
-        self._captures = True
-        if reason := obstacle(self.trainers):
+        images = self._lead.cfg.SOLVER.BATCH_SIZE * max(1, len(self._taught_seeds))
+        self._ahead = max(1, min(ahead, TEACHER_IMAGES // images))
+        self._captures = record
+        if record and (reason := obstacle(self.trainers)):
             self._give_up(reason)
 
     def batches(self) -> Iterator[tuple[Batch, ...]]:
@@ -80,14 +85,14 @@ class Steps:
             inputs: of each ``SEED``.
             step: of the epoch, from 0.
         """
+        for trainer in self.trainers:
+            trainer.set_schedule(step)
         recorded = self._recorded(inputs) if self._captures else None
         if recorded is None:
             for trainer, seed in zip(self.trainers, self._seed_of):
                 if trainer.waiting:
                     trainer.step(inputs[seed], step)
             return
-        for trainer in self.trainers:
-            trainer.set_schedule(step)
         for trainer, terms in zip(self.trainers, recorded(inputs), strict=True):
             if trainer.waiting:
                 trainer.keep_losses(terms.clone())
@@ -100,8 +105,8 @@ class Steps:
         streams = [torch.cuda.Stream() for _ in self.trainers]
         try:
             self._step = CapturedFunction(lambda own: self._update(own, streams), inputs, changed)
-        except RuntimeError as error:
-            self._give_up(f"recording it failed: {error}")
+        except RecordingError as error:
+            self._give_up_after(error)
             return None
         if self._step.draws and len(self.trainers) > 1:
             self._give_up("it draws random numbers, which students side by side must not share")
@@ -117,6 +122,13 @@ class Steps:
         for stream in streams:
             current.wait_stream(stream)
         return terms
+
+    def _give_up_after(self, error: RecordingError) -> None:
+        if error.draws_are_lost:
+            raise ConfigError(
+                f"CUDA_GRAPH: the step cannot be recorded ({error}); start again with it False"
+            ) from error
+        self._give_up(f"recording it failed: {error}")
 
     def _give_up(self, reason: str) -> None:
         self._captures, self._step, self._teacher = False, None, None
@@ -142,7 +154,11 @@ class Steps:
         if not self._captures:
             return ask(images)
         if self._teacher is None:
-            self._teacher = CapturedFunction(ask, images, [])
+            try:
+                self._teacher = CapturedFunction(ask, images, [])
+            except RecordingError as error:
+                self._give_up_after(error)
+                return ask(images)
         outputs: Outputs = self._teacher(images)
         return outputs
 

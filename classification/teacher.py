@@ -193,7 +193,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     a hash of all that determines the weights, the training images included.
     """
     run = default_config()
-    for key in ("DEVICE", "CHANNELS_LAST", "AUTOCAST", "LOG_EVERY"):
+    for key in ("DEVICE", "CHANNELS_LAST", "AUTOCAST", "CUDA_GRAPH", "LOG_EVERY", "SAVE_EVERY"):
         run[key] = cfg[key]
     run.SEED = cfg.TEACHER.SEED
     run.DATA = cfg.DATA.clone()

@@ -98,6 +98,7 @@ class Trainer:
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
         self._random = capture_random_state()
         self._draws_own = False
+        self._saved = 0  # epochs completed at the last checkpoint
         self._terms: tuple[str, ...] = ()
 
     @property
@@ -168,13 +169,14 @@ class Trainer:
 
     def changed_tensors(self) -> list[Tensor]:
         """All that :meth:`update` changes in place: the model, the losses, the momentum."""
+        momenta = []
         for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
+            for parameter in group["params"] if group["momentum"] else []:
                 # What a first step starts from; made here, so that it is there to be put back.
-                self.optimizer.state[parameter].setdefault(
-                    "momentum_buffer", torch.zeros_like(parameter)
-                )
-        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+                state = self.optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momenta.append(state["momentum_buffer"])
         return [*self.distiller.parameters(), *self.distiller.buffers(), *momenta]
 
     def for_teacher(self, images: Tensor) -> Tensor:
@@ -212,11 +214,13 @@ class Trainer:
             return
         whole = figures["seconds"] + time.perf_counter() - start
         self.seconds += whole
-        record |= {"lr": float(self._rate), **means, **figures}
+        record |= {"lr": self._scheduled[0], **means, **figures}
         self.files.add_metrics(record)
-        if self._due(self.cfg.SAVE_EVERY):
+        # After the first epoch, too, and with the best one: what is there can be gone on from.
+        if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
             self.files.save_last(student)
             self.files.save_state(self.state())
+            self._saved = self.epoch
         if is_best:
             self.files.save_best(student)
         self._log(self.files, record, whole)
@@ -228,8 +232,8 @@ class Trainer:
     def fail(self, error: NonFiniteLossError) -> None:
         """Train no further, because of a loss that is not finite."""
         kept = "none yet"
-        if self.epoch:
-            kept = f"{Path(self.cfg.OUTPUT_DIR) / CHECKPOINT} (epoch {self.epoch})"
+        if self._saved:
+            kept = f"{Path(self.cfg.OUTPUT_DIR) / CHECKPOINT} (epoch {self._saved})"
         self.failure = TrainingFailedError(
             f"epoch {self.epoch + 1} is {error}; last good checkpoint: {kept}. A lower "
             "SOLVER.BASE_LR, SOLVER.WARMUP_EPOCHS, DISTILL.WARMUP or a smaller loss weight "
@@ -268,6 +272,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
         self._random = state["random"]
+        self._saved = self.epoch
         if self.files is not None:  # a kill may have come between the three files of an epoch
             self.files.save_last(self.distiller.student)
             if self.best["best_epoch"] == self.epoch:
@@ -294,7 +299,7 @@ class Trainer:
     def _check_student(self, means: dict[str, float]) -> None:
         """Refuse to keep a student that the last step broke: no loss has seen it yet."""
         state = self.distiller.state_dict()
-        finite = torch.stack([value.isfinite().all() for value in state.values()])
+        finite = torch.stack([v.isfinite().all().to(self.device) for v in state.values()])
         for name, is_finite in zip(state, finite.tolist(), strict=True):
             if not is_finite:
                 terms = {key: v for key, v in means.items() if key.startswith("loss_")}

@@ -158,7 +158,8 @@ def test_accuracy(tmp_path):
     assert len(records) == len(accuracy.CASES) * len(accuracy.DTYPES) * len(accuracy.INPUTS)
     for record in records:
         assert record["errors"]["pcka"].keys() == {"alignment", "gradient", "direction"}
-        assert record["errors"]["pcka"]["alignment"] < 1e-3
+        most = 3e-3 if record["case"]["dtype"] == "bfloat16" else 1e-3  # rows are rounded to it
+        assert record["errors"]["pcka"]["alignment"] < most
         assert isinstance(record["flags"], list)
 
 

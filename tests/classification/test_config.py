@@ -61,6 +61,11 @@ def test_the_shipped_configurations_are_read_with_every_method(path):
         assert all(key.startswith("DISTILL.") for key in changed_keys(plain, cfg))
 
 
+def test_a_teacher_trains_by_itself():
+    cfg = load_config(CONFIGS / "cifar100" / "teachers" / "resnet56.yaml")
+    assert (cfg.STUDENT.NAME, cfg.TEACHER.NAME, cfg.DISTILL.METHODS) == ("resnet56", "", ["CE"])
+
+
 def preset(pair, method, folder="cifar100"):
     return load_config(CONFIGS / folder / f"{pair}.yaml", method=method)
 

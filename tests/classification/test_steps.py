@@ -9,16 +9,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from classification import cuda_graph
-from classification.config import load_config, method_files
+from classification.config import ConfigError, load_config, method_files
 from classification.data import ResidentSet
 from classification.distillation import build_losses, loss_context, model_taps
 from classification.experiment import run_experiment, run_side_by_side
 from classification.models import create_model
 from classification.run_files import read_metrics
 from classification.steps import ask_teacher, teacher_observer
-from classification.trainer import StepInputs, Trainer
+from classification.trainer import StepInputs, Trainer, TrainingFailedError
 from pcka.distiller import Distiller
 from pcka.teacher import FrozenTeacher
 
@@ -29,21 +30,23 @@ NOT_CAPTURABLE = {"crd", "kdsvd"}
 
 
 class HostCopies(TorchDispatchMode):
-    """Counts operators, and names those that move values between the device and the host."""
+    """Names the operators that move values between the device and the host."""
 
     def __init__(self):
         super().__init__()
-        self.count, self.across = 0, []
+        self.across = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
         # Of the device alone by its signature: the rate is a tensor. It has no fake of its own.
         if function is torch.ops.aten._fused_sgd_.tensor_lr:
             assert kwargs["lr"].device == CUDA
             return None
         result = function(*args, **(kwargs or {}))
-        tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor) and x.dim()]
-        if len({x.device.type for x in tensors}) > 1:
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        # A number that Python made is a scalar of the host in every other operator.
+        copies = function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        devices = {x.device.type for x in tensors if x.dim() or copies}
+        if len(devices) > 1:
             self.across.append(str(function))
         return result
 
@@ -124,31 +127,57 @@ def test_a_loss_that_cannot_be_recorded_says_so(tiny_config):
             assert [type(loss).__name__.lower() for loss in unfit] == [method]
 
 
+class Recorder(TorchDispatchMode):
+    """Keeps every operator with the very tensors that it was called with and gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        read = {memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        outputs = [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
+        # A view needs no work of its own: it shows what is in the memory that it looks at.
+        fresh = [memory(x) not in read for x in outputs]
+        if function._schema.is_mutable or any(fresh):
+            self.calls.append((function, args, kwargs or {}, outputs, fresh))
+        return given
+
+
+def memory(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
 class ReplayedOnTheCpu:
-    """What a graph does, without one: static inputs, outputs that the next call overwrites."""
+    """What a graph does, without one: operators run again, in the same memory, without Python."""
 
     made = 0
 
     def __init__(self, function, inputs, changed):
         type(self).made += 1
-        self.function, self.draws = function, False
-        self.static = cuda_graph.map_tensors(torch.clone, inputs)
-        kept = [tensor.clone() for tensor in changed]
-        self.outputs = function(self.static)
+        self.draws, changed = False, list(changed)
+        with torch.no_grad():
+            self.inputs = cuda_graph.map_tensors(torch.clone, inputs)
+            kept = [tensor.clone() for tensor in changed]
+        with Recorder() as recorder:
+            self.outputs = function(self.inputs)
+        self.calls = recorder.calls
         with torch.no_grad():
             for tensor, value in zip(changed, kept, strict=True):
                 tensor.copy_(value)
 
     def __call__(self, inputs):
-        for static, fresh in zip(
-            cuda_graph.tensors_of(self.static), cuda_graph.tensors_of(inputs), strict=True
-        ):
-            static.copy_(fresh)
-        fresh = self.function(self.static)
-        for old, new in zip(
-            cuda_graph.tensors_of(self.outputs), cuda_graph.tensors_of(fresh), strict=True
-        ):
-            old.detach().copy_(new.detach())
+        pairs = zip(cuda_graph.tensors_of(self.inputs), cuda_graph.tensors_of(inputs), strict=True)
+        with torch.no_grad():
+            for static, fresh in pairs:
+                static.copy_(fresh)
+            for function, args, kwargs, outputs, fresh in self.calls:
+                again = tree_leaves(function(*args, **kwargs))
+                again = [x for x in again if isinstance(x, torch.Tensor)]
+                for old, new, is_fresh in zip(outputs, again, fresh, strict=True):
+                    if is_fresh and old.numel():
+                        old.detach().copy_(new)
         return self.outputs
 
 
@@ -172,12 +201,13 @@ def recorded(monkeypatch):
 def test_recorded_steps_train_as_plain_ones_do(
     pair_config, tmp_path, assert_same_run, monkeypatch, request
 ):
-    """40 images in batches of 10: the teacher's group of eight is never full."""
+    """Ten steps an epoch: the teacher sees eight batches at once, and then two."""
     runs = {"kd": 0, "fcka": 0, "ce": 1}
+    keys = {"SOLVER.BATCH_SIZE": 4, "SOLVER.SCHEDULE": "cosine"}
     for method, seed in runs.items():
-        run_experiment(pair_config(method, f"plain/{method}", SEED=seed))
+        run_experiment(pair_config(method, f"plain/{method}", SEED=seed, **keys))
     recorded = request.getfixturevalue("recorded")
-    cfgs = [pair_config(m, f"recorded/{m}", SEED=seed) for m, seed in runs.items()]
+    cfgs = [pair_config(m, f"recorded/{m}", SEED=seed, **keys) for m, seed in runs.items()]
     run_side_by_side(cfgs)
     assert recorded.made == 2  # the step of all students, and the teacher
     for method in runs:
@@ -232,3 +262,50 @@ def test_epochs_between_evaluations_and_checkpoints_are_trained_all_the_same(
     torch.testing.assert_close(*models, rtol=0, atol=0)
     state = torch.load(tmp_path / "rare" / "checkpoint.pth", weights_only=True)
     assert state["epoch"] == 5
+
+
+def test_a_run_killed_between_checkpoints_goes_on_to_the_same_end(
+    tiny_config, tmp_path, monkeypatch
+):
+    keys = {"TEACHER.NAME": "", "SOLVER.EPOCHS": 5, "SAVE_EVERY": 10, "EVAL_EVERY": 5}
+    result = run_experiment(tiny_config(name="whole", **keys))
+    finish, done = Trainer.finish_epoch, []
+
+    def killed(self, figures):
+        done.append(self.epoch)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        finish(self, figures)
+
+    monkeypatch.setattr(Trainer, "finish_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(tiny_config(name="parts", **keys))
+    again = run_experiment(tiny_config(name="parts", **keys), resume=True)
+    assert done == [0, 1, 2, 3, 1, 2, 3, 4]  # goes on after the first, whose checkpoint there is
+    assert again["last_accuracy"] == result["last_accuracy"]
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert [r["loss_total"] for r in records[0]] == [r["loss_total"] for r in records[1]]
+
+
+def test_a_failure_names_the_checkpoint_that_is_there(pair_config, monkeypatch):
+    keys = {"TEACHER.NAME": "", "SOLVER.EPOCHS": 5, "SAVE_EVERY": 10, "EVAL_EVERY": 5}
+    step = Trainer.step
+
+    def breaking(self, inputs, number):
+        step(self, inputs, number)
+        if self.epoch == 3:
+            self.distiller.student.conv1.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "step", breaking)
+    with pytest.raises(TrainingFailedError, match=r"epoch 4 .*checkpoint\.pth \(epoch 1\)"):
+        run_experiment(pair_config("ce", "run", **keys))
+
+
+def test_a_run_does_not_end_on_an_epoch_that_was_not_evaluated(tiny_config):
+    def config(epochs):
+        keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep", "EVAL_EVERY": 2}
+        return tiny_config(**{**keys, "SOLVER.EPOCHS": epochs})
+
+    run_experiment(config(4))
+    with pytest.raises(ConfigError, match=r"SOLVER\.EPOCHS"):
+        run_experiment(config(3), resume=True)

@@ -422,3 +422,25 @@ def test_the_compiled_operators_refuse_what_they_cannot_read():
         torch.ops.pcka.cka(x[0].long(), x[0].long(), True, False, False)
     with pytest.raises(RuntimeError, match="teacher must have the student's shape"):
         torch.ops.pcka.patch_cka(x, x[:1], 4, 4, 0, False, True, False)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("group_by", ["channel", "batch"])
+def test_a_map_of_several_chunks_equals_the_reference(group_by, relation):
+    """Groups are worked on some at a time, in the same buffers, and the last are fewer."""
+    shape = (3, 83, 64, 48) if group_by == "channel" else (11, 16, 64, 48)
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a chunk is of so many bytes for each thread
+    try:
+        options = {"patch_size": 16, "group_by": group_by, "relation": relation}
+        with torch.profiler.profile() as profile:
+            ours = value_and_grads(lambda s, t: pcka.patch_cka(s, t, **options), student, teacher)
+    finally:
+        torch.set_num_threads(threads)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["pcka::patchify_"] >= 3
+    options |= {"patch_size": (16, 16), "center": True}
+    theirs = value_and_grads(lambda s, t: reference.patch_cka(s, t, **options), student, teacher)
+    for a, b in zip(ours, theirs):
+        assert error(a, b) < tolerance(torch.float32)
