@@ -366,37 +366,45 @@ std::tuple<Tensor, Tensor> patch_cka(
   check_floating(student.scalar_type(), "student");
   check_device(teacher, "teacher", student, "student");
   const int64_t centering = !center ? kNone : columns ? kOverColumns : kOverRows;
-  // Every source pixel belongs to several groups there: the map cannot be cut, and its gradient is
-  // that by the rows.
-  const bool by_position = group_by == kPosition;
-  const ScalarType dtype =
-      by_position ? accumulation_dtype(student.scalar_type()) : rows_dtype(student);
-  g.stored = padded_rows(g.rows);
-  const int64_t step = by_position ? g.groups : chunk_groups(g, student, dtype, columns);
-  const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
-
-  const Tensor alignment =
-      torch::stable::new_empty(student, {g.groups}, accumulation_dtype(student.scalar_type()));
-  Tensor gradient = torch::stable::new_empty(student, {0});
-  if (needs_grad && !by_position) gradient = new_gradient(student);
+  const ScalarType sums = accumulation_dtype(student.scalar_type());
+  const Tensor alignment = torch::stable::new_empty(student, {g.groups}, sums);
+  const Tensor none = torch::stable::new_empty(student, {0});
   Buffers buffers;
+  if (group_by == kPosition) {
+    // Every source pixel belongs to several groups: the map cannot be cut, and its gradient is that
+    // by the rows. It is written over the teacher's, which therefore have memory of their own.
+    const auto rows = [&](const Tensor& map) {
+      const Rows result{
+          torch::stable::new_empty(map, {g.groups, g.rows, g.columns}, sums),
+          new_energy(map, g.groups)};
+      call_patchify(
+          result.values, result.energy, map, std::nullopt, patch_h, patch_w, group_by, centering,
+          true);
+      return result;
+    };
+    const Pair pair{rows(student), rows(teacher), std::nullopt};
+    const Gradients gradients =
+        align(alignment, pair, g.rows, columns, center, needs_grad, false, true, buffers);
+    return {alignment, needs_grad ? *gradients.x : none};
+  }
+
+  g.stored = padded_rows(g.rows);
+  const ScalarType dtype = rows_dtype(student);
+  const Tensor gradient = needs_grad ? new_gradient(student) : none;
+  const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
+  const int64_t step = chunk_groups(g, student, dtype, columns);
   for (int64_t first = 0; first < g.groups; first += step) {
     const int64_t count = std::min(step, g.groups - first);
-    const auto chunk = [&](const Tensor& map) {
-      return by_position ? map : narrow(map, dim, first, count);
-    };
+    const auto chunk = [&](const Tensor& map) { return narrow(map, dim, first, count); };
     const Tensor rows = buffers.get(Buffers::kRows, student, 2 * count, g.stored, g.columns, dtype);
     const Tensor energy = new_energy(student, 2 * count);
     call_patchify(
         rows, energy, chunk(student), chunk(teacher), patch_h, patch_w, group_by, centering, true);
     const Pair pair{{half(rows, 0), half(energy, 0)}, {half(rows, 1), half(energy, 1)}, rows};
     const Gradients gradients = align(
-        narrow(alignment, 0, first, count), pair, by_position ? g.rows : g.stored, columns, center,
-        needs_grad, false, !by_position, buffers);
-    if (!needs_grad) continue;
-    if (by_position) {
-      gradient = *gradients.x;
-    } else {
+        narrow(alignment, 0, first, count), pair, g.stored, columns, center, needs_grad, false,
+        true, buffers);
+    if (needs_grad) {
       call_patchify_backward(chunk(gradient), *gradients.x, patch_h, patch_w, group_by);
     }
   }
