@@ -8,233 +8,22 @@
 // time before any is needed. Where the resized pixels read the map stands in small tables in shared
 // memory, so that no loop has a division, a 64-bit product or float64.
 
+#include "../patchify.h"
+
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 
-#include "../dtypes.h"
-#include "../geometry.h"
-#include "../resize.h"
-#include "../scale.h"
+#include "../library.h"
+#include "centering.h"
+#include "column_blocks.h"
 #include "launch.h"
-#include "library.h"
+#include "resample.h"
 #include "vectors.h"
 
 namespace pcka {
 namespace {
-
-constexpr int kMaxTaps = 512;  // resized pixels, down or across, whose taps are at hand together
-// Values of a thread whose pixels are under way at once, of a column and of a line of patches.
-constexpr int kDown = 4, kAcross = 3;
-constexpr int kMaxSide = 64;  // of a block's rectangle
-constexpr int kUnit = 8;      // columns of a patch's line whose energies make a part
-constexpr int kFoldedLines = 16;
-constexpr int kFoldedBytes = 16 * 1024;
-
-// Source pixels of a line that are folded together.
-template <typename acc_t>
-constexpr int kMaxSpan = kFoldedBytes / sizeof(acc_t) / kFoldedLines;
-
-// How the work is cut; the same for every block. What a sum is made of, and in which order, depends
-// on the sizes alone: a map's memory layout changes no bit of the result.
-struct Tiling {
-  bool channels_first;          // threads run along c, else along x
-  int channels, height, width;  // of a block: channels, and pixels of a patch
-  int across, down;             // threads that share a column: they take every so manyth patch
-  int lines, patches;           // down and across, whose taps are at hand together
-  unsigned channel_blocks, y_blocks, x_blocks, blocks;
-  int stride_y, last_y, stride_x, last_x;  // between pixels of a plane, and to the last
-  int64_t line_units, units, parts;        // energies: of a patch's line, of a channel, of a group
-
-  __device__ int slices() const { return across * down; }
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int power_of_two_below(int64_t most) {
-  int power = 1;
-  while (2 * power <= most) power *= 2;
-  return power;
-}
-
-template <typename acc_t>
-Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_by) {
-  Tiling t{};
-  const int64_t area = g.patch_h * g.patch_w;
-  const auto share = [](int64_t wanted, int64_t least, int64_t most) {
-    return static_cast<int>(std::clamp<int64_t>(wanted, least, std::max(least, most)));
-  };
-  // The threads of a warp read 32 neighbouring pixels, where there are as many.
-  t.across = power_of_two_below(std::min(g.n_w, std::max<int64_t>(1, 32 / g.patch_w)));
-  const int64_t lines = kMaxTaps / std::min<int64_t>(g.patch_h, kMaxSide);
-  const int64_t patches = kMaxTaps / std::min<int64_t>(g.patch_w, kMaxSide);
-  t.down = share(
-      std::min((lines - 1) / (kDown - 1), kThreads / (t.across * std::max<int64_t>(area, 32))), 1,
-      g.n_h);
-  const int threads = kThreads / (t.across * t.down);
-  t.channels_first = in.c < in.x || (in.c == 1 && area == 1);
-  const int64_t unit = std::min<int64_t>(g.patch_w, kUnit), along_c = area == 1 ? 32 : 16;
-  t.channels =
-      share(t.channels_first ? along_c : threads / area, 1, std::min(g.channels, threads / unit));
-  const int64_t columns = threads / t.channels;
-  t.width = share(g.patch_w <= columns ? g.patch_w : columns / kUnit * kUnit, 1, kMaxSide);
-  t.height = share(columns / t.width, 1, std::min<int64_t>(g.patch_h, kMaxSide));
-  t.lines = share(lines - (kDown - 1) * t.down, 1, g.n_h);
-  // A pixel more at either end may be read.
-  const int64_t spanned = (kMaxSpan<acc_t> - 2) * g.resized_w / g.width / g.patch_w;
-  t.patches = share(std::min(patches - (kAcross - 1) * t.across, spanned), 1, g.n_w);
-  const int64_t channel_blocks = ceil_div(g.channels, t.channels);
-  const int64_t y_blocks = ceil_div(g.patch_h, t.height), x_blocks = ceil_div(g.patch_w, t.width);
-  const int64_t blocks = g.batch * channel_blocks * y_blocks * x_blocks;
-  STD_TORCH_CHECK(
-      2 * blocks <= std::numeric_limits<int>::max(), "input has too many channels: split it");
-  t.channel_blocks = static_cast<unsigned>(channel_blocks);
-  t.y_blocks = static_cast<unsigned>(y_blocks), t.x_blocks = static_cast<unsigned>(x_blocks);
-  t.blocks = static_cast<unsigned>(blocks);
-  t.stride_y = g.height == 1 ? 0 : static_cast<int>(in.y);
-  t.stride_x = g.width == 1 ? 0 : static_cast<int>(in.x);
-  t.last_y = static_cast<int>(t.stride_y * (g.height - 1));
-  t.last_x = static_cast<int>(t.stride_x * (g.width - 1));
-  t.line_units = ceil_div(g.patch_w, kUnit);
-  t.units = g.patch_h * t.line_units;
-  t.parts = group_by == kPosition  ? g.columns
-            : group_by == kChannel ? g.batch * t.units
-                                   : g.channels * t.units;
-  return t;
-}
-
-// The columns of a block: channels [c, c + channels) of image b, and a rectangle of a patch's
-// pixels.
-struct Block {
-  int64_t b, c;
-  int channels, py, px, height, width;
-};
-
-__device__ inline Block make_block(unsigned i, const Tiling& t, const PatchGeometry& g) {
-  Block block;
-  block.px = static_cast<int>(i % t.x_blocks) * t.width, i /= t.x_blocks;
-  block.py = static_cast<int>(i % t.y_blocks) * t.height, i /= t.y_blocks;
-  block.c = static_cast<int64_t>(i % t.channel_blocks) * t.channels;
-  block.b = i / t.channel_blocks;
-  block.channels = static_cast<int>(min(static_cast<int64_t>(t.channels), g.channels - block.c));
-  block.height = static_cast<int>(min(static_cast<int64_t>(t.height), g.patch_h - block.py));
-  block.width = static_cast<int>(min(static_cast<int64_t>(t.width), g.patch_w - block.px));
-  return block;
-}
-
-// What a thread does: of one column, patches down, down + t.down, ... and likewise across.
-struct Share {
-  int down, across, k, y, x;  // channel and pixel of the block
-  bool works;                 // a few threads may be left over
-
-  __device__ int slice(const Tiling& t) const { return down * t.across + across; }
-  __device__ int column(const Block& b) const { return (k * b.height + y) * b.width + x; }
-};
-
-__device__ inline Share make_share(const Block& b, const Tiling& t) {
-  unsigned i = threadIdx.x;
-  const auto next = [&](int size) {
-    const unsigned at = i % size;
-    i /= size;
-    return static_cast<int>(at);
-  };
-  Share share{};
-  if (t.channels_first) share.k = next(b.channels);
-  share.x = next(b.width), share.across = next(t.across), share.y = next(b.height);
-  if (!t.channels_first) share.k = next(b.channels);
-  share.down = static_cast<int>(i);
-  share.works = share.down < t.down;
-  return share;
-}
-
-// How a resized pixel reads its axis: one load.
-template <typename acc_t>
-struct alignas(2 * sizeof(acc_t)) NearTap {
-  int low;  // offset in a plane
-  acc_t weight;
-};
-
-// Patches [first, first + count) of an axis, and the part of them that a block works on: pixels
-// [pixel, pixel + width) of each.
-struct Axis {
-  int64_t first, size;
-  int count, pixel, width;
-  int64_t in, out;
-  int stride;
-
-  // The resized pixel that is the i-th of theirs.
-  __device__ int64_t pixel_of(int i) const {
-    return (first + min(i / width, count - 1)) * size + pixel + i % width;
-  }
-};
-
-// Source pixels [begin, begin + count) of a line.
-struct Span {
-  int begin, count;
-};
-
-// Those that some patches across read.
-__device__ inline Span make_span(const Axis& x) {
-  const int64_t first = x.first * x.size + x.pixel;
-  const int64_t last = (x.first + x.count - 1) * x.size + x.pixel + x.width - 1;
-  const int64_t begin = bilinear_tap<float>(first, x.in, x.out).low;
-  const int64_t end = bilinear_tap<float>(last, x.in, x.out).high + 1;
-  return {static_cast<int>(begin), static_cast<int>(end - begin)};
-}
-
-// The block's shared memory.
-template <typename acc_t>
-struct Shared {
-  NearTap<acc_t> down[kMaxTaps], across[kMaxTaps];
-  short pixels[kMaxTaps];                      // of `across`: source pixels from the span's first
-  acc_t folded[kFoldedBytes / sizeof(acc_t)];  // (down, height, span, channels)
-  double sums[2][kThreads];
-
-  // Of the axis, and `more` times its last patch: what is read together may end beyond it.
-  __device__ void fill_down(const Axis& y, int more) {
-    for (int i = threadIdx.x; i < (y.count + more) * y.width; i += kThreads) {
-      const Tap<acc_t> tap = bilinear_tap<acc_t>(y.pixel_of(i), y.in, y.out);
-      down[i] = {static_cast<int>(tap.low) * y.stride, tap.weight};
-    }
-  }
-
-  __device__ void fill_across(const Axis& x, int more, const Span& span) {
-    for (int i = threadIdx.x; i < (x.count + more) * x.width; i += kThreads) {
-      const Tap<acc_t> tap = bilinear_tap<acc_t>(x.pixel_of(i), x.in, x.out);
-      across[i] = {static_cast<int>(tap.low) * x.stride, tap.weight};
-      pixels[i] = static_cast<short>(tap.low - span.begin);
-    }
-  }
-};
-
-template <typename acc_t>
-__device__ inline acc_t interpolate(acc_t low, acc_t high, acc_t weight) {
-  return low + weight * (high - low);
-}
-
-// The two source lines of a resized one.
-template <typename scalar_t>
-class Lines {
- public:
-  using acc_t = acc_type<scalar_t>;
-
-  __device__ Lines(const scalar_t* plane, const NearTap<acc_t>& tap, const Tiling& t)
-      : upper_(plane + tap.low),
-        lower_(plane + min(tap.low + t.stride_y, t.last_y)),
-        weight_(tap.weight) {
-    keep_in_registers(upper_);
-    keep_in_registers(lower_);
-  }
-
-  __device__ acc_t operator[](int offset) const {
-    return interpolate<acc_t>(
-        load_constant(upper_ + offset), load_constant(lower_ + offset), weight_);
-  }
-
- private:
-  const scalar_t *upper_, *lower_;
-  acc_t weight_;
-};
 
 // Writes this thread's patches of a line, centered. Returns their energy.
 template <typename scalar_t, typename acc_t, typename rows_t>
@@ -433,91 +222,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 2 : 4) patch
   }
 }
 
-// Centers every row of (G, N, D) over its columns; one block a row. Sums are formed of what the
-// values differ by from the row's first, a vector at a time before they are float64.
-template <typename acc_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
-    const acc_t* from, PatchGeometry g, int64_t rows, bool wide, rows_t* to,
-    double* __restrict__ row_energy) {
-  constexpr int kSize = Vector<acc_t>::kSize;
-  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
-    const acc_t* row = from + i * g.columns;
-    const acc_t origin = row[0];
-    const auto for_each_vector = [&](auto&& f) {
-      for (int64_t d = threadIdx.x * kSize; d < g.columns; d += kThreads * kSize) {
-        const int count = static_cast<int>(min(g.columns - d, int64_t{kSize}));
-        f(d, count, load<Vector<acc_t>>(row + d, count, wide));
-      }
-    };
-    double total[1] = {0};
-    for_each_vector([&](int64_t, int count, const Vector<acc_t>& vector) {
-      acc_t sum = 0;
-      for (int v = 0; v < kSize; ++v) sum += v < count ? vector.values[v] - origin : acc_t(0);
-      total[0] += sum;
-    });
-    block_sum(total);
-    const double mean = origin + total[0] / static_cast<double>(g.columns);
-    const acc_t high = static_cast<acc_t>(mean), low = static_cast<acc_t>(mean - high);
-    double energy[1] = {0};
-    for_each_vector([&](int64_t d, int count, const Vector<acc_t>& vector) {
-      Vector<rows_t, kSize> centered;
-      acc_t sum = 0;
-      for (int v = 0; v < kSize; ++v) {
-        const acc_t value = (vector.values[v] - high) - low;
-        sum += v < count ? value * value : acc_t(0);
-        centered.values[v] = static_cast<rows_t>(value);
-      }
-      energy[0] += sum;
-      store(to + i * g.columns + d, centered, count, wide);
-    });
-    block_sum(energy);
-    if (threadIdx.x == 0) {
-      double* pair = row_energy + 2 * i;
-      pair[0] = mean * mean * static_cast<double>(g.columns);
-      pair[1] = energy[0];
-    }
-  }
-}
-
-// The energies of a group from those of its `parts`, and the group scaled where it needs that; one
-// block a group.
-template <typename rows_t>
-__global__ void __launch_bounds__(kThreads) finish_groups_kernel(
-    const double* __restrict__ part_energy, PatchGeometry g, int64_t groups, int64_t parts,
-    bool scale, rows_t* __restrict__ rows, double* __restrict__ energy) {
-  using acc_t = acc_type<rows_t>;
-  for (int64_t i = blockIdx.x; i < groups; i += gridDim.x) {
-    double total[2] = {0, 0};  // what centering took, and what it left
-    for (int64_t j = threadIdx.x; j < parts; j += kThreads) {
-      const double* pair = part_energy + 2 * (i * parts + j);
-      total[0] += pair[0], total[1] += pair[1];
-    }
-    block_sum(total);
-    acc_t factor = 1;
-    if (scale && needs_scale<acc_t>(total[1])) {  // for the whole block alike
-      rows_t* values = rows + i * g.stored * g.columns;
-      const int64_t count = g.rows * g.columns;
-      acc_t largest = 0;
-      for (int64_t j = threadIdx.x; j < count; j += kThreads) {
-        largest = max(largest, abs(static_cast<acc_t>(values[j])));
-      }
-      factor = scale_of(static_cast<acc_t>(block_max(largest)));
-      double left[1] = {0};
-      for (int64_t j = threadIdx.x; j < count; j += kThreads) {
-        const acc_t value = static_cast<acc_t>(values[j]) * factor;
-        values[j] = static_cast<rows_t>(value);
-        left[0] += static_cast<double>(value) * value;
-      }
-      block_sum(left);
-      total[0] *= static_cast<double>(factor) * factor, total[1] = left[0];
-    }
-    if (threadIdx.x == 0) {
-      energy[3 * i] = total[0] + total[1], energy[3 * i + 1] = total[1];
-      energy[3 * i + 2] = factor;
-    }
-  }
-}
-
 // The map, or a copy of it where the pixels of a plane are too far apart for offsets of 32 bits.
 Tensor with_near_pixels(const Tensor& input) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
@@ -527,84 +231,73 @@ Tensor with_near_pixels(const Tensor& input) {
   return farthest < most ? input : torch::stable::contiguous(input);
 }
 
-bool same_strides(const Tensor& a, const Tensor& b) {
-  bool same = true;
-  for (int64_t i = 0; i < 4; ++i) same = same && a.stride(i) == b.stride(i);
-  return same;
+bool same_strides(const MapStrides& a, const MapStrides& b) {
+  return a.b == b.b && a.c == b.c && a.y == b.y && a.x == b.x;
 }
 
-// Rows of one or two maps, and the energies of their columns (maps, G, parts, 2).
+// Rows of one or two maps, and the energies (maps, G, parts, 2) of their columns.
 template <typename scalar_t, typename rows_t>
 void fill_rows(
     const LaunchScope& scope, const Tensor& input, const Tensor* second, const PatchGeometry& g,
-    const Tiling& t, int64_t group_by, bool center, rows_t* rows, double* energy) {
-  const auto data = [](const Tensor& map) {
-    return static_cast<const scalar_t*>(map.const_data_ptr());
-  };
-  const bool together = second == nullptr || same_strides(input, *second);
-  const unsigned maps = together && second != nullptr ? 2 : 1;
+    int64_t group_by, bool center, rows_t* rows, double* energy) {
+  const MapStrides in = map_strides(input);
+  const Tiling t = make_tiling<acc_type<scalar_t>>(in, g, group_by);
+  const bool together = second != nullptr && same_strides(in, map_strides(*second));
+  const unsigned maps = together ? 2 : 1;
   launch(
-      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{t.blocks}), data(input),
-      second == nullptr ? nullptr : data(*second), maps, map_strides(input), g, t, group_by, center,
-      rows, energy);
-  if (together) return;
+      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{t.blocks}),
+      data<scalar_t>(input), together ? data<scalar_t>(*second) : nullptr, maps, in, g, t, group_by,
+      center, rows, energy);
+  if (second == nullptr || together) return;
   fill_rows<scalar_t>(
-      scope, *second, nullptr, g,
-      make_tiling<acc_type<scalar_t>>(map_strides(*second), g, group_by), group_by, center,
-      rows + g.groups * g.stored * g.columns, energy + 2 * g.groups * t.parts);
+      scope, *second, nullptr, g, group_by, center, rows + g.groups * g.stored * g.columns,
+      energy + 2 * g.groups * t.parts);
 }
 
-void patchify(
-    const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
-    const Tensor& energy,                 // (G or 2 G, 3); written
-    const Tensor& input,                  // (B, C, H, W), any strides
-    const std::optional<Tensor>& second,  // the same
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, bool scale) {
-  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
-  check_patchify(rows, energy, input, second, g, group_by, center);
-  const LaunchScope scope(input);
-  const Tensor first = with_near_pixels(input);
-  const Tensor other = second.has_value() ? with_near_pixels(*second) : first;
-  const int64_t groups = rows.size(0);
-  dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
-    using scalar_t = decltype(map);
-    using rows_t = decltype(row);
+struct Cuda {
+  template <typename scalar_t, typename rows_t>
+  static void run(
+      const Patchify<rows_t>& job, const Tensor& input, const std::optional<Tensor>& second) {
     using acc_t = acc_type<scalar_t>;
-    const Tiling tiling = make_tiling<acc_t>(map_strides(first), g, group_by);
-    const Tensor part_energy =
-        torch::stable::new_empty(energy, {groups, std::max(g.stored, tiling.parts), 2});
-    double* parts = static_cast<double*>(part_energy.mutable_data_ptr());
-    rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr());
-    const auto fill = [&](auto* to) {
+    const LaunchScope scope(input);
+    const PatchGeometry& g = job.g;
+    const Tensor first = with_near_pixels(input);
+    const Tensor other = second.has_value() ? with_near_pixels(*second) : first;
+    const int64_t groups = (second.has_value() ? 2 : 1) * g.groups;
+    const bool over_columns = job.center == kOverColumns;
+    const int64_t parts = energy_parts(g, job.group_by);
+    const Tensor part_energy = torch::stable::new_empty(
+        input, {groups, over_columns ? std::max(g.stored, parts) : parts, 2}, ScalarType::Double);
+    double* energy = mutable_data<double>(part_energy);
+    const auto fill = [&](auto* rows) {
       fill_rows<scalar_t>(
-          scope, first, second.has_value() ? &other : nullptr, g, tiling, group_by,
-          center == kOverRows, to, parts);
+          scope, first, second.has_value() ? &other : nullptr, g, job.group_by,
+          job.center == kOverRows, rows, energy);
     };
-    const bool over_columns = center == kOverColumns;
     if (over_columns) {
       // Centered before they are rounded: rows of bfloat16 come from others of float32.
-      const Tensor wide = std::is_same_v<rows_t, acc_t>
-                              ? rows
-                              : torch::stable::new_empty(
-                                    rows, rows.sizes(), accumulation_dtype(input.scalar_type()));
-      acc_t* from = static_cast<acc_t*>(wide.mutable_data_ptr());
+      constexpr bool rounds = !std::is_same_v<rows_t, acc_t>;
+      const Tensor unrounded = torch::stable::new_empty(
+          input, {rounds ? groups * g.stored * g.columns : 0},
+          accumulation_dtype(input.scalar_type()));
+      acc_t* from = mutable_data<acc_t>(unrounded);
+      if constexpr (!rounds) from = job.rows;
       fill(from);
       launch(
-          scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(groups * g.stored),
-          static_cast<const acc_t*>(from), g, groups * g.stored,
-          vectors_aligned(from, g.columns) && vectors_aligned(values), values, parts);
+          scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(groups * g.stored), from, g,
+          groups * g.stored, vectors_aligned(from, g.columns) && vectors_aligned(job.rows),
+          job.rows, energy);
     } else {
-      fill(values);
+      fill(job.rows);
     }
     launch(
-        scope, finish_groups_kernel<rows_t>, blocks_for(groups), static_cast<const double*>(parts),
-        g, groups, over_columns ? g.stored : tiling.parts, scale, values,
-        static_cast<double*>(energy.mutable_data_ptr()));
-  });
-}
+        scope, finish_groups_kernel<rows_t>, blocks_for(groups), energy, g, groups,
+        over_columns ? g.stored : parts, job.scale, job.rows, job.energy);
+  }
+};
 
 }  // namespace
 
-PCKA_KERNELS(m) { m.impl("patchify_", TORCH_BOX(&patchify)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CUDA, m) { m.impl("patchify_", TORCH_BOX(&patchify<Cuda>)); }
 
 }  // namespace pcka
