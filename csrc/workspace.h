@@ -81,21 +81,23 @@ inline int64_t bytes_per_group(
   const Form form = choose_form(columns, g.stored, g.columns);
   const int64_t values = g.stored * g.columns, side = form.of_columns ? g.columns : g.stored;
   const int64_t square = side * side, grams = form.direct ? 2 : 3;
-  int64_t bytes = 2 * values * size_of(rows) + grams * square * size_of(gram);
+  const ScalarType sums = accumulation_dtype(rows);
+  const bool over_columns = centering == kOverColumns;
+  int64_t work = grams * square * size_of(gram);
   if (needs_grad) {
     // Factors are the Grams' own memory in one dtype; the gradient is written over the teacher's
     // rows, and a cross one is the sum of two terms.
-    if (gram != rows) bytes += (grams - 1) * square * size_of(rows);
-    if (!form.direct) bytes += 2 * values * size_of(rows);
+    if (gram != rows) work += (grams - 1) * square * size_of(rows);
+    if (!form.direct) work += 2 * values * size_of(rows);
   }
-  const ScalarType sums = accumulation_dtype(rows);
-  const bool over_columns = centering == kOverColumns;
-  // Centered before they are rounded: on a CPU one map after the other.
-  if (over_columns && rows != sums) bytes += (map.is_cpu() ? 1 : 2) * values * size_of(sums);
+  if (over_columns && rows != sums) {
+    // Before that, rows that are yet to be centered and rounded: on a CPU those of one map.
+    work = std::max(work, (map.is_cpu() ? 1 : 2) * values * size_of(sums));
+  }
   // The energies of both maps and the coefficients, and at most what a GPU sums energies in.
   int64_t table = 2 * 3 + 4;
   if (!map.is_cpu()) table += 2 * 2 * std::max(g.columns, over_columns ? g.stored : 0);
-  return bytes + table * size_of(ScalarType::Double);
+  return 2 * values * size_of(rows) + work + table * size_of(ScalarType::Double);
 }
 
 // Groups that are worked on together: as many as `workspace` bytes hold, at least one. Without a
