@@ -91,8 +91,8 @@ inline int64_t bytes_per_group(
     if (!form.direct) work += 2 * values * size_of(rows);
   }
   if (over_columns && rows != sums) {
-    // Before that, rows that are yet to be centered and rounded: on a CPU those of one map.
-    work = std::max(work, (map.is_cpu() ? 1 : 2) * values * size_of(sums));
+    // Rows that are yet to be centered and rounded: on a CPU those of one map.
+    work += (map.is_cpu() ? 1 : 2) * values * size_of(sums);
   }
   // The energies of both maps and the coefficients, and at most what a GPU sums energies in.
   int64_t table = 2 * 3 + 4;

@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "../library.h"
@@ -208,9 +207,11 @@ void fill_rows(const Job<scalar_t, acc_t, rows_t>& job, int64_t group_by, const 
 
 template <typename scalar_t, typename rows_t>
 void run_map(
-    const scalar_t* input, MapStrides in, const PatchGeometry& g, int64_t group_by, int64_t center,
-    rows_t* rows, const Energies& energy) {
+    const Tensor& map, const PatchGeometry& g, int64_t group_by, int64_t center, rows_t* rows,
+    const Energies& energy) {
   using acc_t = acc_type<scalar_t>;
+  const scalar_t* input = data<scalar_t>(map);
+  const MapStrides in = map_strides(map);
   const bool over_rows = center == kOverRows;
   if (group_by == kBatch && g.patch_h * g.patch_w == 1 && center != kOverColumns) {
     // Patches of one pixel: the map is a matrix as it stands.
@@ -220,14 +221,15 @@ void run_map(
   }
   if constexpr (!std::is_same_v<acc_t, rows_t>) {
     if (center == kOverColumns) {
-      // Centered in float32 before they are rounded.
-      const int64_t count = g.groups * g.stored * g.columns;
-      const std::unique_ptr<acc_t[]> wide(new acc_t[count]);
-      run_map(input, in, g, group_by, center, wide.get(), energy);
+      // Centered before they are rounded: rows of bfloat16 come from others of float32.
+      const Tensor unrounded = torch::stable::new_empty(
+          map, {g.groups, g.stored, g.columns}, accumulation_dtype(map.scalar_type()));
+      acc_t* from = mutable_data<acc_t>(unrounded);
+      run_map<scalar_t>(map, g, group_by, center, from, energy);
       return torch::stable::parallel_for(0, g.groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t at = i * g.stored * g.columns;
-          convert(wide.get() + at, g.rows * g.columns, rows + at);
+          convert(from + at, g.rows * g.columns, rows + at);
         }
       });
     }
@@ -262,9 +264,7 @@ struct Cpu {
     const auto run_one = [&](const Tensor& map, int64_t i) {
       rows_t* rows = job.rows + i * g.groups * g.stored * g.columns;
       double* energy = job.energy + i * 3 * g.groups;
-      run_map(
-          data<scalar_t>(map), map_strides(map), g, job.group_by, job.center, rows,
-          Energies{energy, g.groups});
+      run_map<scalar_t>(map, g, job.group_by, job.center, rows, Energies{energy, g.groups});
       clear_further_rows(rows, g);
       if (job.scale) scale_extreme_groups(rows, g, energy);
     };
