@@ -108,6 +108,10 @@ def _flip_a_bit(state):
     state["backbone.fpn_output4.weight"].view(-1)[0] = 1e30
 
 
+def _overflow(state):
+    state["backbone.fpn_output4.weight"].fill_(3e38)
+
+
 @pytest.fixture
 def checked(small_config, backbone, tmp_path):
     """``checked(change, *overrides)``: build a teacher of changed weights, and run it."""
@@ -130,6 +134,7 @@ def test_a_trained_teacher_passes(checked):
     ("change", "message"),
     [
         (_zero, "level p3 is the same whatever the image"),
+        (_overflow, "level p4 is not finite"),
         (_flip_a_bit, r"level p4 reaches \de\+\d+, as no trained one does"),
     ],
 )

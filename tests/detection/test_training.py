@@ -13,10 +13,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ROIAlign
+from detectron2.modeling import build_backbone
 from PIL import Image
 
 from detection import export, train_net, trainer
-from detection.config import PROJECT, ConfigError, load_config
+from detection.config import PROJECT, ConfigError, load_config, teacher_config
 from detection.curves import read_metrics
 from detection.meta_arch import BackboneTap
 from pcka.folder_lock import FolderInUseError, lock_folder
@@ -52,6 +53,7 @@ def test_a_run_leaves_figures_and_pictures(tmp_path, arguments):
     assert json.loads((tmp_path / "result.json").read_text())["bbox"].keys() == (
         results["bbox"].keys()
     )
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 5000
     logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     drawn = read_metrics(tmp_path / "metrics.json")
@@ -127,6 +129,35 @@ def test_keys_that_would_be_ignored_or_fail_later_are_refused(
 ):
     with pytest.raises(ConfigError, match=f"{key}: .*{message}"):
         train_net.main(arguments(tmp_path, 2, key, value))
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Nothing may be trained or evaluated."""
+    for owner, name in ((trainer.SimpleTrainer, "train"), (train_net, "evaluate")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("the work has begun"))
+
+
+def test_a_teacher_with_nothing_to_teach_is_refused_before_the_first_step(
+    tmp_path, arguments, small_config, at_once
+):
+    backbone = build_backbone(teacher_config(small_config("pcka")))
+    state = {f"backbone.{name}": tensor * 0 for name, tensor in backbone.state_dict().items()}
+    torch.save(state, tmp_path / "zeros.pth")
+    teacher = ("DISTILL.TEACHER.WEIGHTS", str(tmp_path / "zeros.pth"))
+    with pytest.raises(ConfigError, match=r"zeros\.pth: the teacher's level p3 is the same"):
+        train_net.main(arguments(tmp_path / "run", 2, *teacher))
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)])
+def test_a_test_set_that_cannot_be_read_is_refused_before_the_work(
+    tmp_path, arguments, build, segmented, at_once, flags
+):
+    torch.save(build(config="student").state_dict(), tmp_path / "student.pth")
+    keys = ("MODEL.WEIGHTS", str(tmp_path / "student.pth"), "DATASETS.TEST", f"['{segmented}']")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: .*there is no image .*a\.png"):
+        train_net.main(arguments(tmp_path / "run", 2, *keys, flags=flags))
 
 
 def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):
