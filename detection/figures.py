@@ -114,12 +114,12 @@ def read_metrics(path: Path) -> dict[str, Points]:
     Figures that could not be computed (NaN) are left out.
     """
     curves: dict[str, Points] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            entry = json.loads(line)
-        except ValueError:  # a kill tore the line, and a resumed run wrote on behind it
-            continue
-        step = int(entry.pop("iteration"))
+            entry = dict(json.loads(line))
+            step = int(entry.pop("iteration"))
+        except (ValueError, TypeError, KeyError):
+            continue  # a kill tore the line, and a resumed run wrote on behind it, or it is damaged
         for key, value in entry.items():
             points = curves.setdefault(key, [])
             while points and points[-1][0] >= step:

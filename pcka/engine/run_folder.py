@@ -141,8 +141,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     records = []
     for number, line in enumerate(_lines(path), 1):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            record = dict(json.loads(line))
+            int(record["epoch"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"OUTPUT_DIR: {str(path)!r}: line {number} is damaged; remove that line (its epoch "
                 "will be missing in the curves), or choose another OUTPUT_DIR"

@@ -68,6 +68,13 @@ def test_a_torn_line_and_what_could_not_be_computed_are_left_out(tmp_path):
     assert read_metrics(path) == {"loss": [(9, 1.0)]}
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"{}", b"3", b'{"iteration": null}'])
+def test_a_damaged_line_is_left_out(tmp_path, line):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(line + b'\n{"iteration": 9, "loss": 1.0}\n')
+    assert read_metrics(path) == {"loss": [(9, 1.0)]}
+
+
 def test_the_picture_has_a_panel_for_each_kind_of_figure(run, tmp_path):
     for steps, evaluated in ((80, (25, 50)), (20, ())):
         (tmp_path / "metrics.json").unlink(missing_ok=True)

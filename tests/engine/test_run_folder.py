@@ -40,7 +40,7 @@ def test_metrics_are_cut_back_and_a_torn_line_is_left_out(tmp_path):
     assert [record["accuracy"] for record in read_metrics(metrics)] == [1, 2, 30]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "\0\0\0", '{"epoch": }'])
+@pytest.mark.parametrize("line", ["{", "[1]", "\0\0\0", '{"epoch": }', "{}", '{"epoch": null}'])
 def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(f'{{"epoch": 1}}\n{line}\n{{"epoch": 3}}\n')

@@ -424,6 +424,36 @@ def test_the_compiled_operators_refuse_what_they_cannot_read():
         torch.ops.pcka.patch_cka(x, x[:1], 4, 4, 0, False, True, False)
 
 
+def arguments_of_operators() -> dict[str, list]:
+    """What each operator that takes several tensors may be called with."""
+    x, energy, k = make(2, 3, 8, 8), make(3, 3), make(3, 4, 4)
+    rows, matrix, coefficients = make(3, 4, 32), make(2, 5, 6), make(3, 4)
+    return {
+        "cka": [matrix, matrix, True, False, False],
+        "patch_cka": [x, x, 4, 4, 0, False, True, False],
+        "patchify_": [make(6, 4, 32), make(6, 3), x, x, 4, 4, 0, 1, False],
+        "patchify_backward_": [x, rows, 4, 4, 0],
+        "gram_alignment_": [make(3), k, k, k, energy, energy, True],
+        "alignment_gradient_": [k, k, k, k, k, k, k, coefficients],
+        "scale_groups_": [x, x, make(3), 1],
+    }
+
+
+@pytest.mark.parametrize("name", arguments_of_operators())
+def test_a_tensor_of_another_device_is_refused_by_every_operator(name):
+    """Called as the dispatcher calls it where the first of them is on a GPU."""
+    operator, arguments = getattr(torch.ops.pcka, name).default, arguments_of_operators()[name]
+    on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    names = [argument.name for argument in operator._schema.arguments]
+    operator.redispatch(on_cpu, *arguments)
+    tensors = [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+    for i in tensors:
+        moved = [*arguments[:i], arguments[i].to("meta"), *arguments[i + 1 :]]
+        with pytest.raises(RuntimeError, match="must be on the device of") as refused:
+            operator.redispatch(on_cpu, *moved)
+        assert any(f"{given} must be on the device of" in str(refused.value) for given in names)
+
+
 def in_chunks(student, teacher, patch, group_by, relation, workspace):
     """Alignment, gradient by the student, and the profile of an operator with that workspace."""
     arguments = (patch, patch, GROUPINGS.index(group_by), relation == "columns", True, True)

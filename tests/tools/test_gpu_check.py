@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tools import gpu_check
+from tools.gpu.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("PCKA_GPU_PYTHON")  # such a machine's: Python 3.12, torch 2.11
@@ -36,6 +37,27 @@ def test_without_the_operators_it_ends_with_3_at_once(tmp_path, capfd):
     assert {name: s["status"] for name, s in results["stages"].items()} == {"environment": "failed"}
     assert "[environment] not in use: " in capfd.readouterr().out
     assert "| environment | failed |" in (tmp_path / "report.md").read_text()
+
+
+NOT_COMPILED = """
+import ctypes
+import torch
+
+def no_library(path, *rest, **more):
+    raise OSError(path)
+
+ctypes.CDLL = no_library
+import pcka
+"""
+
+
+def test_no_stage_runs_on_the_reference_instead(tmp_path, monkeypatch):
+    (tmp_path / "not_compiled.py").write_text(NOT_COMPILED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "choose", lambda *_: [Stage("it", "not_compiled", 60)])
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "PCKA_REQUIRE=cpu: the compiled operators are not in use on cpu" in log
 
 
 @pytest.mark.slow
