@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from classification.models import create_model
 from classification.run import PARTS, run_experiment
 from pcka.engine.config import ConfigError
 from pcka.engine.saved_state import load_state
@@ -153,3 +154,51 @@ def test_a_file_that_holds_something_else_is_no_checkpoint(tmp_path):
     torch.save([1], tmp_path / "checkpoint.pth")
     with pytest.raises(ConfigError, match="it holds a list"):
         load_state(tmp_path / "checkpoint.pth", PARTS)
+
+
+@pytest.fixture
+def wide_teacher(tmp_path):
+    """A teacher of other widths than the student's."""
+    torch.manual_seed(0)
+    torch.save(create_model("resnet8x4", 10).state_dict(), tmp_path / "wide.pth")
+    keys = {"TEACHER.NAME": "resnet8x4", "TEACHER.WEIGHTS": tmp_path / "wide.pth"}
+    return {**keys, "SOLVER.SCHEDULE": "multistep"}
+
+
+def with_adapters_in_the_losses(state):
+    """As a checkpoint has it whose losses have adapters of their own."""
+    for name, value in state.pop("adapters").items():
+        tap, part = name.split(".")
+        state["losses"][f"1.adapters.{tap}.0.{part}"] = value
+
+
+def test_a_checkpoint_whose_losses_hold_the_adapters_goes_on_to_the_same_end(
+    tiny_config, wide_teacher, tmp_path, assert_same_run
+):
+    def config(name, epochs):
+        return tiny_config("pkd", name, **wide_teacher, **{"SOLVER.EPOCHS": epochs})
+
+    run_experiment(config("whole", 3))
+    run_experiment(config("parts", 2))
+    path = tmp_path / "parts" / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    assert state["adapters"].keys() == {"last.weight", "last.bias"} and not state["losses"]
+    with_adapters_in_the_losses(state)
+    torch.save(state, path)
+    run_experiment(config("parts", 3), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_adapters_of_one_tap_cannot_become_one(tiny_config, wide_teacher, tmp_path):
+    both = {"DISTILL.METHODS": "[CE, PKD, CWD]", **wide_teacher}
+    run_experiment(tiny_config(**both, **{"SOLVER.EPOCHS": 1}))
+    path = tmp_path / "run" / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    of_second = {f"2.adapters.last.0.{n}": v for n, v in (("weight", 0), ("bias", 0))}
+    with_adapters_in_the_losses(state)
+    state["losses"] |= of_second
+    torch.save(state, path)
+    with pytest.raises(
+        ConfigError, match=r"losses hold adapters of feature maps \(1\.adapters\.la"
+    ):
+        run_experiment(tiny_config(**both), resume=True)
