@@ -172,8 +172,9 @@ def _config(method: str, opts: Sequence[str], on: str) -> CfgNode:
 def _build(methods: Sequence[str], opts: Sequence[str], on: str) -> tuple[Any, dict[str, Any]]:
     """A distilled model, and the losses of each method for it."""
     model: Any = build_model(_config(methods[0], opts, on)).train()
-    losses = {methods[0]: model.losses}
-    losses |= {method: build_model(_config(method, opts, on)).losses for method in methods[1:]}
+    losses = {methods[0]: model.distiller.losses}
+    for method in methods[1:]:
+        losses[method] = build_model(_config(method, opts, on)).distiller.losses
     return model, losses
 
 
@@ -195,7 +196,7 @@ def _steps(
 
     def distilled(method: str) -> Step:
         def run() -> None:
-            model.losses = losses[method]
+            model.distiller.losses = losses[method]
             train(model)
 
         return run

@@ -22,59 +22,20 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <tuple>
 
-#include "cpu/platform.h"
+#include "calls.h"
 #include "dtypes.h"
 #include "geometry.h"
 #include "library.h"
+#include "patchify.h"
+#include "workspace.h"
 
 namespace pcka {
 namespace {
 
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-constexpr int64_t kChunkBytesThread = int64_t{1} << 21;  // on the CPU, for each thread
-constexpr int64_t kChunkBytesAccelerator = int64_t{1} << 28;
-
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-// Buffers that one chunk of groups leaves to the next, by what they hold.
-class Buffers {
- public:
-  enum Slot {
-    kRows,
-    kGramX,
-    kGramY,
-    kGrams,
-    kCross,
-    kFactorX,
-    kFactorY,
-    kCrossX,
-    kCrossY,
-    kTermsX,
-    kTermsY,
-    kGradX,
-    kGradY,
-    kSlots
-  };
-
-  // (groups, rows, columns) on the device of `like`. A later request of a slot is of no more
-  // groups.
-  Tensor get(
-      Slot slot, const Tensor& like, int64_t groups, int64_t rows, int64_t columns,
-      ScalarType dtype) {
-    std::optional<Tensor>& buffer = slots_[slot];
-    if (!buffer) buffer = torch::stable::new_empty(like, {groups, rows, columns}, dtype);
-    return buffer->size(0) == groups ? *buffer : torch::stable::narrow(*buffer, 0, 0, groups);
-  }
-
- private:
-  std::array<std::optional<Tensor>, kSlots> slots_;
-};
 
 struct Rows {
   Tensor values;  // (G, N, D)
@@ -98,54 +59,6 @@ Tensor half(const Tensor& both, int64_t i) {
   return narrow(both, 0, i * groups, groups);
 }
 
-// bfloat16 rows for a bfloat16 map, where products of them are fast.
-ScalarType rows_dtype(const Tensor& map) {
-  const ScalarType dtype = map.scalar_type();
-  const bool rounded =
-      dtype == ScalarType::BFloat16 && (!map.is_cpu() || cpu_multiplies_bfloat16());
-  return rounded ? dtype : accumulation_dtype(dtype);
-}
-
-// Grams of bfloat16 rows are float32 where the product can write them so.
-ScalarType gram_dtype(const Tensor& rows) {
-  return rows.is_cpu() ? rows.scalar_type() : accumulation_dtype(rows.scalar_type());
-}
-
-void call_patchify(
-    const Tensor& rows, const Tensor& energy, const Tensor& input,
-    const std::optional<Tensor>& second, int64_t patch_h, int64_t patch_w, int64_t group_by,
-    int64_t center, bool scale) {
-  std::array<StableIValue, 9> stack{from(rows),     from(energy),  from(input),
-                                    from(second),   from(patch_h), from(patch_w),
-                                    from(group_by), from(center),  from(scale)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(PCKA_OPERATOR("patchify_"), "", stack.data(), TORCH_ABI_VERSION));
-}
-
-void call_patchify_backward(
-    const Tensor& grad_input, const Tensor& grad_rows, int64_t patch_h, int64_t patch_w,
-    int64_t group_by) {
-  std::array<StableIValue, 5> stack{
-      from(grad_input), from(grad_rows), from(patch_h), from(patch_w), from(group_by)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
-      PCKA_OPERATOR("patchify_backward_"), "", stack.data(), TORCH_ABI_VERSION));
-}
-
-// out = a b, batched. The out= variants on purpose: autocast leaves them alone, while under
-// autocast a plain bmm would silently round its operands to bfloat16.
-Tensor multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  if (out.scalar_type() == a.scalar_type()) {
-    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-    return to<Tensor>(stack[0]);
-  }
-  std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
-
 // The same values in `dtype`.
 Tensor cast(const Tensor& x, ScalarType dtype) {
   if (x.scalar_type() == dtype) return x;
@@ -155,39 +68,9 @@ Tensor cast(const Tensor& x, ScalarType dtype) {
 
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 1, 2); }
 
-Tensor call_gram_alignment(
-    const Tensor& alignment, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
-    const Pair& pair, bool center) {
-  std::array<StableIValue, 7> stack{
-      from(alignment),     from(k),     from(l), from(cross), from(pair.x.energy),
-      from(pair.y.energy), from(center)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(PCKA_OPERATOR("gram_alignment_"), "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
-
-struct Factors {
-  std::optional<Tensor> x, y, cross_x, cross_y;
-};
-
-void call_alignment_gradient(
-    const Factors& factors, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
-    const Tensor& coefficients) {
-  std::array<StableIValue, 8> stack{from(factors.x),       from(factors.y),   from(factors.cross_x),
-                                    from(factors.cross_y), from(k),           from(l),
-                                    from(cross),           from(coefficients)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
-      PCKA_OPERATOR("alignment_gradient_"), "", stack.data(), TORCH_ABI_VERSION));
-}
-
 struct Gradients {
   std::optional<Tensor> x, y;  // (G, N, D), where asked for
 };
-
-// Products of 2 m m k operations each: 3 (direct) against 5 (cross, forward and gradient).
-bool is_direct(bool columns, int64_t n, int64_t d) {
-  return columns ? 3 * d < 5 * n : 3 * n <= 5 * d;
-}
 
 // X (G, N, D_x), Y (G, N, D_y) -> alignment (G), written, and the gradients, of the first `n` rows.
 // The one by x is written over Y with `over_y`, where Y is done with then.
@@ -196,12 +79,13 @@ Gradients align(
     bool needs_grad_x, bool needs_grad_y, bool over_y, Buffers& buffers) {
   const Tensor &x = pair.x.values, &y = pair.y.values;
   const int64_t groups = x.size(0), d_x = x.size(2), d_y = y.size(2);
-  const bool direct = is_direct(columns, x.size(1), std::max(d_x, d_y));
-  const bool of_columns = columns == direct;  // the matrices formed: A' B (D x D), else A B'
+  const Form form = choose_form(columns, x.size(1), std::max(d_x, d_y));
+  const bool direct = form.direct, of_columns = form.of_columns;
+  const ScalarType gram_type = gram_dtype(x, x.scalar_type());
 
   const auto gram = [&](Buffers::Slot slot, const Tensor& a, const Tensor& b) {
     const Tensor p = of_columns ? transposed(a) : a, q = of_columns ? b : transposed(b);
-    const Tensor out = buffers.get(slot, x, a.size(0), p.size(1), q.size(2), gram_dtype(x));
+    const Tensor out = buffers.get(slot, x, a.size(0), p.size(1), q.size(2), gram_type);
     return multiply(out, p, q);
   };
   std::optional<Tensor> both, cross;
@@ -210,7 +94,8 @@ Gradients align(
   const Tensor l = both ? half(*both, 1) : gram(Buffers::kGramY, y, y);
   if (!direct) cross = gram(Buffers::kCross, x, y);
 
-  const Tensor coefficients = call_gram_alignment(alignment, k, l, cross, pair, center);
+  const Tensor coefficients =
+      call_gram_alignment(alignment, k, l, cross, pair.x.energy, pair.y.energy, center);
   if (!needs_grad_x && !needs_grad_y) return {};
 
   // In the rows' dtype, and in the Grams' own memory where that is theirs as well.
@@ -267,7 +152,7 @@ Tensor new_energy(const Tensor& like, int64_t groups) {
   return torch::stable::new_empty(like, {groups, 3}, ScalarType::Double);
 }
 
-std::tuple<Tensor, Tensor> patchify(
+std::tuple<Tensor, Tensor> new_rows(
     const Tensor& input,  // (B, C, H, W), any strides
     int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, ScalarType dtype) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
@@ -325,24 +210,6 @@ std::tuple<Tensor, Tensor, Tensor> cka(
   return {alignment, output(gradients.x, x), output(gradients.y, y)};
 }
 
-// Groups that are worked on together, so that their rows, Grams and what is formed of those fit the
-// cache or a bounded buffer, and every thread has some.
-int64_t chunk_groups(
-    const PatchGeometry& g, const Tensor& student, ScalarType dtype, bool columns) {
-  const int64_t bytes = student.is_cpu() ? kChunkBytesThread * torch::stable::get_num_threads()
-                                         : kChunkBytesAccelerator;
-  const auto size = [](ScalarType type) {
-    return int64_t{type == ScalarType::BFloat16 ? 2 : type == ScalarType::Double ? 8 : 4};
-  };
-  const ScalarType gram = student.is_cpu() ? dtype : accumulation_dtype(dtype);
-  const bool direct = is_direct(columns, g.stored, g.columns);
-  const int64_t rows = g.stored * g.columns, m = columns == direct ? g.columns : g.stored;
-  const int64_t grams = direct ? 2 : 3;  // and as many factors less one, beside rounded rows
-  const int64_t per_group = (direct ? 2 : 4) * rows * size(dtype) + grams * m * m * size(gram) +
-                            (gram == dtype ? 0 : (grams - 1) * m * m * size(dtype));
-  return std::clamp<int64_t>(bytes / per_group, 1, g.groups);
-}
-
 // Fresh memory for a map's gradient, in the map's own layout.
 Tensor new_gradient(const Tensor& map) {
   const ScalarType dtype = gradient_dtype(map.scalar_type());
@@ -353,8 +220,8 @@ Tensor new_gradient(const Tensor& map) {
 std::tuple<Tensor, Tensor> patch_cka(
     const Tensor& student,  // (B, C, H, W)
     const Tensor& teacher,  // (B, C, H, W)
-    int64_t patch_h, int64_t patch_w, int64_t group_by, bool columns, bool center,
-    bool needs_grad) {
+    int64_t patch_h, int64_t patch_w, int64_t group_by, bool columns, bool center, bool needs_grad,
+    int64_t workspace) {  // bytes of a chunk of groups; 0: the device's own
   PatchGeometry g = make_geometry(student, "student", patch_h, patch_w, group_by);
   STD_TORCH_CHECK(
       teacher.dim() == 4 && teacher.size(0) == g.batch && teacher.size(1) == g.channels &&
@@ -366,37 +233,45 @@ std::tuple<Tensor, Tensor> patch_cka(
   check_floating(student.scalar_type(), "student");
   check_device(teacher, "teacher", student, "student");
   const int64_t centering = !center ? kNone : columns ? kOverColumns : kOverRows;
-  // Every source pixel belongs to several groups there: the map cannot be cut, and its gradient is
-  // that by the rows.
-  const bool by_position = group_by == kPosition;
-  const ScalarType dtype =
-      by_position ? accumulation_dtype(student.scalar_type()) : rows_dtype(student);
-  g.stored = padded_rows(g.rows);
-  const int64_t step = by_position ? g.groups : chunk_groups(g, student, dtype, columns);
-  const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
-
-  const Tensor alignment =
-      torch::stable::new_empty(student, {g.groups}, accumulation_dtype(student.scalar_type()));
-  Tensor gradient = torch::stable::new_empty(student, {0});
-  if (needs_grad && !by_position) gradient = new_gradient(student);
+  const ScalarType sums = accumulation_dtype(student.scalar_type());
+  const Tensor alignment = torch::stable::new_empty(student, {g.groups}, sums);
+  const Tensor none = torch::stable::new_empty(student, {0});
   Buffers buffers;
+  if (group_by == kPosition) {
+    // Every source pixel belongs to several groups: the map cannot be cut, and its gradient is that
+    // by the rows. It is written over the teacher's, which therefore have memory of their own.
+    const auto rows = [&](const Tensor& map) {
+      const Rows result{
+          torch::stable::new_empty(map, {g.groups, g.rows, g.columns}, sums),
+          new_energy(map, g.groups)};
+      call_patchify(
+          result.values, result.energy, map, std::nullopt, patch_h, patch_w, group_by, centering,
+          true);
+      return result;
+    };
+    const Pair pair{rows(student), rows(teacher), std::nullopt};
+    const Gradients gradients =
+        align(alignment, pair, g.rows, columns, center, needs_grad, false, true, buffers);
+    return {alignment, needs_grad ? *gradients.x : none};
+  }
+
+  g.stored = padded_rows(g.rows);
+  const ScalarType dtype = rows_dtype(student);
+  const Tensor gradient = needs_grad ? new_gradient(student) : none;
+  const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
+  const int64_t step = chunk_groups(g, student, columns, centering, needs_grad, workspace);
   for (int64_t first = 0; first < g.groups; first += step) {
     const int64_t count = std::min(step, g.groups - first);
-    const auto chunk = [&](const Tensor& map) {
-      return by_position ? map : narrow(map, dim, first, count);
-    };
+    const auto chunk = [&](const Tensor& map) { return narrow(map, dim, first, count); };
     const Tensor rows = buffers.get(Buffers::kRows, student, 2 * count, g.stored, g.columns, dtype);
     const Tensor energy = new_energy(student, 2 * count);
     call_patchify(
         rows, energy, chunk(student), chunk(teacher), patch_h, patch_w, group_by, centering, true);
     const Pair pair{{half(rows, 0), half(energy, 0)}, {half(rows, 1), half(energy, 1)}, rows};
     const Gradients gradients = align(
-        narrow(alignment, 0, first, count), pair, by_position ? g.rows : g.stored, columns, center,
-        needs_grad, false, !by_position, buffers);
-    if (!needs_grad) continue;
-    if (by_position) {
-      gradient = *gradients.x;
-    } else {
+        narrow(alignment, 0, first, count), pair, g.stored, columns, center, needs_grad, false,
+        true, buffers);
+    if (needs_grad) {
       call_patchify_backward(chunk(gradient), *gradients.x, patch_h, patch_w, group_by);
     }
   }
@@ -405,8 +280,8 @@ std::tuple<Tensor, Tensor> patch_cka(
 
 }  // namespace
 
-PCKA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
-  m.impl("patchify", TORCH_BOX(&patchify));
+STABLE_TORCH_LIBRARY_IMPL(pcka, CompositeExplicitAutograd, m) {
+  m.impl("patchify", TORCH_BOX(&new_rows));
   m.impl("cka", TORCH_BOX(&cka));
   m.impl("patch_cka", TORCH_BOX(&patch_cka));
 }

@@ -1,4 +1,4 @@
-// Dispatch on a tensor's dtype, and the type that its sums are formed in.
+// A tensor's dtype: dispatch on it, its size, and the type that sums are formed in.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,6 +6,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstdint>
+#include <optional>
 #include <type_traits>
 
 namespace pcka {
@@ -28,6 +30,18 @@ inline ScalarType gradient_dtype(ScalarType dtype) {
   return dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
+inline int64_t size_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Double:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
 inline void check_floating(ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -41,6 +55,28 @@ inline void check_device(
   STD_TORCH_CHECK(
       tensor.device() == other.device(), name, " must be on the device of ", other_name,
       ": move one of them with .to()");
+}
+
+// A tensor's first value.
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// The same, or null without a tensor.
+template <typename T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+template <typename T>
+T* mutable_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? mutable_data<T>(*tensor) : nullptr;
 }
 
 // Calls f(scalar_t{}) for the type of a floating dtype; `name` is the argument named in the error.

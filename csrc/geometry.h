@@ -27,6 +27,8 @@ struct PatchGeometry {
   int64_t stride_b, stride_c, stride_ny, stride_py, stride_nx, stride_px;
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline PatchGeometry make_geometry(
     int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t patch_h,
     int64_t patch_w, int64_t group_by, int64_t stored = 0) {
@@ -38,8 +40,8 @@ inline PatchGeometry make_geometry(
   PatchGeometry g{};
   g.batch = batch, g.channels = channels, g.height = height, g.width = width;
   g.patch_h = patch_h, g.patch_w = patch_w;
-  g.n_h = (height + patch_h - 1) / patch_h;
-  g.n_w = (width + patch_w - 1) / patch_w;
+  g.n_h = ceil_div(height, patch_h);
+  g.n_w = ceil_div(width, patch_w);
   g.resized_h = g.n_h * patch_h;
   g.resized_w = g.n_w * patch_w;
   g.rows = g.n_h * g.n_w;
@@ -72,11 +74,10 @@ inline PatchGeometry make_geometry(
 
 // Rows that the Grams of `rows` are formed of: products of sizes that are multiples of 8 are
 // faster, and the zeros of the rows that make up the number change no sum.
-inline int64_t padded_rows(int64_t rows) { return rows < 16 ? rows : (rows + 7) / 8 * 8; }
+inline int64_t padded_rows(int64_t rows) { return rows < 16 ? rows : ceil_div(rows, 8) * 8; }
 
 // table must be a contiguous float64 (G, width).
-inline void check_table(
-    const torch::stable::Tensor& table, const char* name, int64_t groups, int64_t width) {
+inline void check_table(const Tensor& table, const char* name, int64_t groups, int64_t width) {
   STD_TORCH_CHECK(
       table.dim() == 2 && table.size(0) == groups && table.size(1) == width &&
           table.is_contiguous() && table.scalar_type() == ScalarType::Double,
@@ -86,8 +87,8 @@ inline void check_table(
 // The same from a map; `name` is the argument named in the error. `rows`, where given, say how many
 // rows of zeros they hold.
 inline PatchGeometry make_geometry(
-    const torch::stable::Tensor& map, const char* name, int64_t patch_h, int64_t patch_w,
-    int64_t group_by, const torch::stable::Tensor* rows = nullptr) {
+    const Tensor& map, const char* name, int64_t patch_h, int64_t patch_w, int64_t group_by,
+    const Tensor* rows = nullptr) {
   STD_TORCH_CHECK(map.dim() == 4, name, " must be (B, C, H, W), got ", map.dim(), " dimensions");
   return make_geometry(
       map.size(0), map.size(1), map.size(2), map.size(3), patch_h, patch_w, group_by,
@@ -99,14 +100,14 @@ struct MapStrides {
   int64_t b, c, y, x;
 };
 
-inline MapStrides map_strides(const torch::stable::Tensor& map) {
+inline MapStrides map_strides(const Tensor& map) {
   return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
 // rows must be a contiguous (G, N, D) of this geometry for each map, in a dtype for maps of `map`;
 // N may be more than the patches.
 inline void check_rows(
-    const torch::stable::Tensor& rows, const char* name, const PatchGeometry& g, ScalarType map,
+    const Tensor& rows, const char* name, const PatchGeometry& g, ScalarType map,
     int64_t maps = 1) {
   STD_TORCH_CHECK(
       rows.dim() == 3 && rows.size(0) == maps * g.groups && rows.size(1) == g.stored &&
@@ -117,35 +118,6 @@ inline void check_rows(
   STD_TORCH_CHECK(
       dtype == accumulation_dtype(map) || (dtype == map && map == ScalarType::BFloat16), name,
       " must be of the dtype that sums are formed in, or bfloat16 for a bfloat16 map");
-}
-
-// What patchify_ is called with.
-inline void check_patchify(
-    const torch::stable::Tensor& rows, const torch::stable::Tensor& energy,
-    const torch::stable::Tensor& input, const std::optional<torch::stable::Tensor>& second,
-    const PatchGeometry& g, int64_t group_by, int64_t center) {
-  STD_TORCH_CHECK(
-      center >= kNone && center <= kOverColumns,
-      "center must be 0 (none), 1 (over rows) or 2 (over columns), got ", center);
-  check_floating(input.scalar_type(), "input");
-  check_device(rows, "rows", input, "input");
-  check_device(energy, "energy", input, "input");
-  if (second.has_value()) {
-    check_device(*second, "second", input, "input");
-    STD_TORCH_CHECK(
-        second->dim() == 4 && second->scalar_type() == input.scalar_type(),
-        "second must be a map of input's dtype");
-    for (int64_t i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(second->size(i) == input.size(i), "second must have input's shape");
-    }
-  }
-  const int64_t maps = second.has_value() ? 2 : 1;
-  check_rows(rows, "rows", g, input.scalar_type(), maps);
-  check_table(energy, "energy", maps * g.groups, 3);
-  STD_TORCH_CHECK(
-      rows.scalar_type() != ScalarType::BFloat16 || group_by != kPosition,
-      "rows may be bfloat16 only where they are centered before they are rounded: not by "
-      "position");
 }
 
 }  // namespace pcka

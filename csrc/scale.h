@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "resize.h"  // PCKA_HOST_DEVICE
+#include "host_device.h"
 
 namespace pcka {
 

@@ -5,7 +5,7 @@
 
 #include "library.h"
 
-PCKA_LIBRARY_DEFINE(m) {
+STABLE_TORCH_LIBRARY(pcka, m) {
   // input, second (B, C, H, W) -> rows (G, N, D), or (2 G, N, D) of both maps, and energy (G or
   // 2 G, 3), float64: |X|^2 before and after centering, and the power of two that the group was
   // multiplied by. That is 1 but with `scale`, for groups whose Grams would leave the range of
@@ -44,8 +44,10 @@ PCKA_LIBRARY_DEFINE(m) {
       "-> (Tensor alignment, Tensor grad_x, Tensor grad_y)");
   // student, teacher (B, C, H, W) -> alignment (G) and its gradient by the student (empty unless
   // asked for; float32 for float16): (B, C, H, W), or (G, N, D) when grouped by position, where one
-  // source pixel belongs to several groups.
+  // source pixel belongs to several groups. Otherwise groups are worked on in chunks that take
+  // `workspace` bytes at most, or one group's; 0 stands for the default of the device.
   m.def(
       "patch_cka(Tensor student, Tensor teacher, int patch_h, int patch_w, int group_by, "
-      "bool columns, bool center, bool needs_grad) -> (Tensor alignment, Tensor gradient)");
+      "bool columns, bool center, bool needs_grad, int workspace=0) "
+      "-> (Tensor alignment, Tensor gradient)");
 }

@@ -13,8 +13,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
 
-from pcka import losses
-from pcka.engine.config import ConfigError
+from pcka.engine import distill
+from pcka.engine.config import PER_STAGE, ConfigError
+from pcka.engine.yaml_files import flatten
 
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"
@@ -25,9 +26,8 @@ PROJECT = Path(__file__).parents[1]
 def detection_config() -> CfgNode:
     """Return detectron2's defaults with the keys of this project.
 
-    ``DISTILL.<METHOD>`` holds the keywords of each loss that compares features. ``STAGES`` () means
-    all of ``DISTILL.LEVELS``; a setting with one value for each stage may hold a single one, which
-    then serves all.
+    ``DISTILL.<NAME>``, the keywords of a loss, comes with the loss's being named; see
+    :mod:`pcka.engine.distill`.
     """
     cfg = get_cfg()
     cfg.DATASETS.COCO_TRAIN = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
@@ -70,12 +70,21 @@ def detection_config() -> CfgNode:
             },
         }
     )
-    for name in feature_methods():
-        keywords = {key.upper(): _editable(value) for key, value in losses.defaults(name).items()}
-        keywords["STAGES"] = []
-        cfg.DISTILL[name] = CfgNode(keywords)
-    cfg.DISTILL.FITNET.REGRESSOR = False  # the detector has brought both maps to one shape
     return cfg
+
+
+def section_defaults(name: str) -> dict[str, object]:
+    """Key -> default of a loss's section; an empty ``STAGES`` means all of ``DISTILL.LEVELS``."""
+    # A single value serves whatever levels there are.
+    keywords = {
+        key: value[:1] if key in PER_STAGE and isinstance(value, list) else value
+        for key, value in distill.section_defaults(name).items()
+    }
+    if "STAGES" in keywords:
+        keywords["STAGES"] = []
+    if name == "FITNET":
+        keywords["REGRESSOR"] = False  # the distiller's adapters bring both maps to one shape
+    return keywords
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -100,15 +109,25 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
             f"{config_file}: a LazyConfig of detectron2's, and a YAML file is needed; give the "
             "model's keys in one"
         )
+    if len(overrides) % 2:
+        raise ConfigError(f"overrides: expected pairs of KEY VALUE, got {' '.join(overrides)!r}")
+    pairs = list(zip(overrides[::2], overrides[1::2], strict=True))
+    own = [pair for pair in pairs if pair[0].startswith("DISTILL.")]
+    others = [word for pair in pairs if pair not in own for word in pair]
+    known = cfg.DISTILL.clone()
+    cfg.DISTILL.set_new_allowed(True)  # taken as it stands, and merged below
     try:
         cfg.merge_from_file(config_file, allow_unsafe=trusted)
-        cfg.merge_from_list(list(overrides))
+        cfg.merge_from_list(others)
     except RecursionError as error:
         raise ConfigError(f"{config_file}: its _BASE_ leads back to itself; take it out") from error
     except AttributeError as error:
         raise ConfigError(f"{config_file}: {NO_MAPPING}") from error
     except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{config_file}: {_reason(error)}") from error
+    of_file, cfg.DISTILL = flatten(cfg.DISTILL, "DISTILL."), known
+    for leaves, source in ((of_file.items(), config_file), (own, "the command line")):
+        distill.merge_settings(cfg, leaves, source, section_defaults)
 
 
 def _reason(error: Exception) -> object:
@@ -174,24 +193,6 @@ def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
         known = ", ".join(sorted(entry for entry, _ in registry))
         raise ConfigError(f"{key}: detectron2 has no {name!r}; it has {known}")
     return registry.get(name)
-
-
-def feature_methods() -> list[str]:
-    """Names of the losses that compare named feature maps, which is what detectors have."""
-    return [name for name in losses.names() if _compares_features(name)]
-
-
-def _compares_features(name: str) -> bool:
-    built = losses.build(name)
-    needs_more = (
-        built.needs_target or built.needs_logits or built.needs_indices or built.needs_context
-    )
-    return "stages" in losses.defaults(name) and built.needs_teacher and not needs_more
-
-
-def _editable(value: object) -> object:
-    """Settings of each stage start as one value, which serves all stages."""
-    return list(value[:1]) if isinstance(value, tuple) else value
 
 
 def _zoo_file(name: str) -> str:

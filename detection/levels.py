@@ -1,16 +1,22 @@
-"""Which feature map of the teacher stands beside which one of the student."""
+"""Which levels of both pyramids are compared, and by which losses."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from torch import Tensor
-from torch.nn import functional as F
 
+from pcka import losses
+from pcka.engine import distill
 from pcka.engine.config import ConfigError
 
+logger = logging.getLogger("detectron2.pcka")
+
+CONSTANT_UP_TO = {True: 2, False: 1}  # centered or not -> patches whose alignment is constantly 1
 DEFAULT_LEVELS = 4
 ENOUGH_PATCHES = 16
 
@@ -52,25 +58,64 @@ def match_levels(
     return pairs
 
 
-def match_map(
-    teacher: Tensor, canvas: tuple[int, int], stride: int, size: tuple[int, ...]
-) -> Tensor:
-    """Return the teacher's map of the student's image area, at the student's size.
-
-    The models may pad a batch to different sizes, always on the right and below: what lies beyond
-    the student's canvas is cut off. A map of another resolution is resized bilinearly.
+def build_losses(
+    cfg: CfgNode, levels: Mapping[str, str], shapes: Mapping[str, ShapeSpec]
+) -> list[losses.Loss]:
+    """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
 
     Args:
-        teacher: ``(B, C, H_t, W_t)``.
-        canvas: height and width of the student's padded images, pixels.
-        stride: of the teacher's map, pixels.
-        size: ``(H_s, W_s)`` of the student's map.
+        cfg: ``DISTILL`` and ``INPUT.MIN_SIZE_TRAIN`` are read.
+        levels: student level -> teacher level.
+        shapes: channels and stride of the student's levels.
+
+    Raises:
+        ConfigError: an unknown loss, one that compares no feature maps, a level that is not
+            matched, or values that a loss refuses.
     """
-    rows, columns = (math.ceil(side / stride) for side in canvas)
-    teacher = teacher[:, :, :rows, :columns]
-    if tuple(teacher.shape[-2:]) != tuple(size):
-        teacher = F.interpolate(teacher, size, mode="bilinear", align_corners=False)
-    return teacher
+    built = distill.build_losses(
+        cfg.DISTILL.METHODS,
+        cfg.DISTILL,
+        levels,
+        default_stages=list(levels),
+        unfit=_unfit,
+        taps_key="DISTILL.LEVELS",
+    )
+    for name, loss in zip(cfg.DISTILL.METHODS, built):
+        if name == "PCKA":
+            _check_patches(cast(losses.PCKA, loss), shapes, min(cfg.INPUT.MIN_SIZE_TRAIN))
+    return built
+
+
+def _unfit(loss: losses.Loss) -> str | None:
+    """Why a loss is none of named feature maps, which is all that detectors have in common."""
+    needs = {
+        "logits": loss.needs_logits,
+        "a target": loss.needs_target,
+        "indices of samples": loss.needs_indices,
+        "more of the teacher": loss.needs_context,
+    }
+    lacking = [name for name, needed in needs.items() if needed]
+    if lacking:
+        return f"needs {lacking[0]}, and detectors have losses of feature maps alone"
+    if not (loss.needs_teacher and loss.taps):
+        return "compares no feature maps, which is all that a detector's losses can do"
+    return None
+
+
+def _check_patches(loss: losses.PCKA, shapes: Mapping[str, ShapeSpec], side: int) -> None:
+    """Say which level of PCKA has too few patches for a signal, at the smallest training size."""
+    if "rows" not in loss.relations:
+        return
+    for level, patch in zip(loss.taps, loss.patch_sizes):
+        stride = cast(int, shapes[level].stride)
+        number = patches(side, stride, patch)
+        if number <= CONSTANT_UP_TO[loss.center]:
+            logger.warning(
+                "DISTILL.PCKA.PATCH_SIZES: at %d pixels the level %s (stride %d) has %d patch(es) "
+                "of size %s, too few to carry a signal; a patch of %d would leave %d",
+                side, level, stride, number, patch, patch_for(side, stride),
+                patches(side, stride, patch_for(side, stride)),
+            )  # fmt: skip
 
 
 def patches(side: int, stride: int, patch: int | tuple[int, int]) -> int:

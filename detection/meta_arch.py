@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,87 +11,56 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import student_architecture
-from detection.levels import match_levels, match_map
-from detection.methods import build_losses
+from detection.levels import build_losses, match_levels
 from detection.teacher import TeacherBackbone, build_teacher
+from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 from pcka.losses import Loss, Outputs
+from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
 from pcka.ops import cka
+from pcka.taps import FeatureTap
+from pcka.teacher import FrozenTeacher
 
 DRY_RUN_SIDE = 256
-
-
-class BackboneTap:
-    """Keeps what a backbone was given and what it returned, for the length of a ``with`` block.
-
-    Args:
-        backbone: images ``(B, 3, H, W)`` -> level -> map.
-    """
-
-    def __init__(self, backbone: nn.Module) -> None:
-        self.features: dict[str, Tensor] = {}
-        self.canvas: tuple[int, int] = (0, 0)
-        self._handle = backbone.register_forward_hook(self._keep)
-
-    def __enter__(self) -> BackboneTap:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...], output: dict[str, Tensor]) -> None:
-        height, width = inputs[0].shape[-2:]
-        self.canvas = height, width
-        self.features = dict(output)
 
 
 @META_ARCH_REGISTRY.register()
 class DistilledDetector(nn.Module):
     """A student, trained by its own losses and by losses that compare its feature maps.
 
-    In training a batch gives the student's loss terms and the distillation's, each under its own
-    name. In inference it is exactly the student. The teacher is held beside the module, not in it:
-    it is in neither ``state_dict`` nor ``parameters``, but follows ``.to()``.
+    In training a batch gives the student's loss terms and those of a :class:`pcka.Distiller`, each
+    under its own name. In inference it is exactly the student. In several processes each compares
+    the maps of its own batch: those of the others have other sizes.
 
     Args:
         student: any detectron2 detector with a ``backbone`` that returns named maps.
-        teacher: gives the teacher's maps; None for a student that trains by itself.
+        teacher: of :func:`detection.teacher.build_teacher`; None for a student that trains by
+            itself.
         losses: of :mod:`pcka.losses`, on taps named like the student's levels.
         levels: student level -> teacher level.
         log_period: steps between logged alignments and gradient norms of the levels; 0 for never.
-
-    Raises:
-        ConfigError: a level that the backbones do not have, or losses without a teacher.
     """
-
-    teacher: TeacherBackbone | None
 
     @configurable
     def __init__(
         self,
         *,
         student: nn.Module,
-        teacher: TeacherBackbone | None,
+        teacher: FrozenTeacher | None,
         losses: Sequence[Loss],
         levels: Mapping[str, str],
         log_period: int = 0,
     ) -> None:
         super().__init__()
-        self.student = student
-        self.__dict__["teacher"] = teacher
-        # A level that no loss reads would have an adapter without a gradient.
-        read = {tap for loss in losses for tap in loss.taps}
-        self.levels = {level: other for level, other in levels.items() if level in read}
+        taps = {own: (f"backbone:{own}", f":{other}") for own, other in levels.items()}
+        self.distiller = Distiller(student, teacher, losses, taps, gather=False)
         self.log_period = log_period
-        self.losses = nn.ModuleList(losses)
-        self.adapters = nn.ModuleDict()
         if teacher is not None:
-            self._fit_to_teacher(teacher)
+            self._prepare()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -101,7 +71,8 @@ class DistilledDetector(nn.Module):
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
         teacher = build_teacher(cfg)
         shapes = student.backbone.output_shape()
-        levels = match_levels(cfg.DISTILL.LEVELS, shapes, teacher.output_shape())
+        teacher_shapes = cast(TeacherBackbone, teacher.model).output_shape()
+        levels = match_levels(cfg.DISTILL.LEVELS, shapes, teacher_shapes)
         return {
             "student": student,
             "teacher": teacher,
@@ -109,6 +80,16 @@ class DistilledDetector(nn.Module):
             "levels": levels,
             "log_period": cfg.DISTILL.LOG_PERIOD,
         }
+
+    @property
+    def student(self) -> nn.Module:
+        """The plain detectron2 detector."""
+        return self.distiller.student
+
+    @property
+    def teacher(self) -> FrozenTeacher | None:
+        """The frozen backbone of the teacher, which is no part of the module."""
+        return self.distiller.teacher
 
     @property
     def device(self) -> torch.device:
@@ -120,71 +101,37 @@ class DistilledDetector(nn.Module):
 
         Args:
             batched_inputs: as detectron2's data loaders give them.
+
+        Raises:
+            ValueError: two losses give a term of one name, or one gives none.
         """
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         # Both models bring the images to the device: moved here, they travel once.
         images = [entry["image"].to(self.device) for entry in batched_inputs]
         batched_inputs = [{**entry, "image": i} for entry, i in zip(batched_inputs, images)]
-        with BackboneTap(self.student.get_submodule("backbone")) as tap:
-            terms = dict(self.student(batched_inputs))
-        logged = self._logs_now()
-        own = {level: tap.features[level] for level in self.levels}
-        if logged:
-            own = {level: _log_gradient(level, feature) for level, feature in own.items()}
-        student, teacher = self._pair(own, self.teacher(images, tap.canvas), tap.canvas)
-        if logged:
-            _log_alignment(student, teacher)
-        for loss in self.losses:
-            added = loss(student, teacher, None)
-            if twice := terms.keys() & added.keys():
-                raise ConfigError(f"DISTILL.METHODS: two losses give {', '.join(sorted(twice))}")
-            terms.update(added)
+        with FeatureTap(self.student, {"canvas": "backbone:input"}) as tap:
+            student = self.distiller.observe_student(batched_inputs)
+            canvas = tap.pop()["canvas"].shape[-2:]
+        teacher = self.distiller.observe_teacher(images, canvas)
+        if self.log_period > 0 and get_event_storage().iter % self.log_period == 0:
+            student = _log_levels(student, teacher)
+        terms: dict[str, Tensor] = dict(student.raw)
+        for name, term in self.distiller.terms(student, teacher, None).items():
+            if name in terms:
+                raise ConfigError(f"DISTILL.METHODS: a loss gives {name}, as the student does")
+            terms[name] = term.weighted
         return terms
 
-    def _pair(
-        self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], canvas: tuple[int, int]
-    ) -> tuple[Outputs, Outputs]:
-        """Both models' maps by the student's levels, at one size and width."""
-        assert self.teacher is not None  # it gave one of the two
-        strides = self.teacher.output_shape()
-        student, teacher = {}, {}
-        for level, teacher_level in self.levels.items():
-            feature = self._adapt(level, own[level])
-            stride = strides[teacher_level].stride
-            matched = match_map(other[teacher_level], canvas, stride, feature.shape[-2:])
-            student[level], teacher[level] = feature, matched.to(feature.dtype)
-        return Outputs(features=student), Outputs(features=teacher)
-
-    def _adapt(self, level: str, feature: Tensor) -> Tensor:
-        return self.adapters[level](feature) if level in self.adapters else feature
-
-    def _fit_to_teacher(self, teacher: TeacherBackbone) -> None:
-        """Size the adapters by a dry run: a 1x1 convolution where the widths differ."""
-        backbone = self.student.get_submodule("backbone")
-        canvas = (DRY_RUN_SIDE, DRY_RUN_SIDE)
-        with torch.no_grad(), evaluation_mode(backbone):
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Size the adapters by a dry run of both backbones."""
+        backbone, canvas = self.student.get_submodule("backbone"), (DRY_RUN_SIDE, DRY_RUN_SIDE)
+        with evaluation_mode(backbone):
             device = next(backbone.parameters()).device
-            own = backbone(torch.zeros(2, 3, *canvas, device=device))
-            other = teacher([torch.zeros(3, *canvas)] * 2, canvas)
-        for level, teacher_level in self.levels.items():
-            widths = own[level].shape[1], other[teacher_level].shape[1]
-            if widths[0] != widths[1]:
-                self.adapters[level] = nn.Conv2d(*widths, 1).to(device)
-        with torch.no_grad():
-            pair = self._pair({level: own[level] for level in self.levels}, other, canvas)
-        for loss in cast(Iterable[Loss], self.losses):
-            loss.prepare(*pair)
-
-    def _logs_now(self) -> bool:
-        return self.log_period > 0 and get_event_storage().iter % self.log_period == 0
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every move of a module goes through here: take the teacher along."""
-        super()._apply(fn, recurse)
-        if self.teacher is not None:
-            self.teacher._apply(fn, recurse)
-        return self
+            features = backbone(torch.zeros(2, 3, *canvas, device=device))
+        teacher = self.distiller.observe_teacher([torch.zeros(3, *canvas)] * 2, canvas)
+        self.distiller.prepare_for(Outputs(features=features), teacher)
 
 
 def check_exportable(cfg: CfgNode) -> None:
@@ -203,8 +150,25 @@ def check_exportable(cfg: CfgNode) -> None:
         )
 
 
+def _log_levels(student: Outputs, teacher: Outputs | None) -> Outputs:
+    """Log what the levels are like; return the student's outputs as the losses shall see them.
+
+    ``cka/<level>`` is the alignment of the positions of both maps, ``X (B * H * W, C)``;
+    ``distill_grad/<level>`` is the norm of what the losses send back through the student's map.
+    """
+    assert teacher is not None  # every loss of a detector needs it
+    storage = get_event_storage()
+    watched = {}
+    for level, feature in student.features.items():
+        pair = at_one_size(feature.detach(), teacher.feature(level))
+        rows = (maps.movedim(1, -1).flatten(0, 2) for maps in pair)
+        storage.put_scalar(f"cka/{level}", cka(*rows).item(), smoothing_hint=False)
+        watched[level] = _log_gradient(level, feature)
+    return replace(student, features=watched)
+
+
 def _log_gradient(level: str, feature: Tensor) -> Tensor:
-    """The map as the losses see it; the norm of what they send back through it is logged."""
+    """The map on a branch of its own, whose gradient is that of the losses alone."""
     storage = get_event_storage()
     branch = feature.view_as(feature)
     branch.register_hook(
@@ -213,11 +177,3 @@ def _log_gradient(level: str, feature: Tensor) -> Tensor:
         )
     )
     return branch
-
-
-@torch.no_grad()
-def _log_alignment(student: Outputs, teacher: Outputs) -> None:
-    """Log ``CKA`` between the positions of each level's maps, ``X (B * H * W, C)``."""
-    for level, feature in student.features.items():
-        pair = (f.float().movedim(1, -1).flatten(0, 2) for f in (feature, teacher.features[level]))
-        get_event_storage().put_scalar(f"cka/{level}", cka(*pair).item(), smoothing_hint=False)

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from detection.config import load_config
 from pcka.engine.config import ConfigError, differing_keys
+from pcka.engine.distill import is_used, same_setting
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -32,8 +33,13 @@ def changed_settings(
     had: CfgNode, wanted: CfgNode, passed_over: Collection[str] = ()
 ) -> dict[str, tuple[object, object]]:
     """Return what two configurations do not share: key -> (value had, value wanted)."""
-    changed = differing_keys(had, wanted)
-    return {key: values for key, values in changed.items() if key not in passed_over}
+    return {
+        key: (before, now)
+        for key, (before, now) in differing_keys(had, wanted).items()
+        if key not in passed_over
+        and is_used(key, had.DISTILL.METHODS)
+        and not same_setting(key, before, now)
+    }
 
 
 def check_resumed(cfg: CfgNode) -> None:

@@ -31,7 +31,7 @@ class TeacherBackbone(nn.Module):
     own pixel statistics then: one decoded image serves both models.
 
     Args:
-        backbone: detectron2 backbone; frozen here, and its batch norms folded.
+        backbone: detectron2 backbone; its batch norms are folded here.
         pixel_mean, pixel_std: of the teacher, in its channel order.
         swap_channels: the student's images are BGR and the teacher's RGB, or the other way round.
         autocast: dtype of the forward pass, or None for the student's.
@@ -52,30 +52,27 @@ class TeacherBackbone(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.model = FrozenTeacher(fold_batch_norms(backbone), channels_last=channels_last)
+        self.backbone = fold_batch_norms(backbone)
         self.size_divisibility = max(backbone.size_divisibility, 1)
         self.swap_channels = swap_channels
         self.autocast = autocast
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone.to(memory_format=self.memory_format)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1))
-        self.eval()
-
-    def train(self, mode: bool = True) -> TeacherBackbone:
-        """Stay in eval mode, whatever ``mode`` asks for."""
-        return super().train(False)
 
     def output_shape(self) -> Mapping[str, ShapeSpec]:
         """Channels and stride of each level."""
-        return cast(Backbone, self.model.model).output_shape()
+        return cast(Backbone, self.backbone).output_shape()
 
-    @torch.no_grad()
     def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
-        """Level -> ``(B, C, H, W)``, without a graph.
+        """Level -> ``(B, C, H, W)``, of the canvas alone.
 
         Args:
             images: ``(3, H_i, W_i)`` each, as the student's data loader gives them, 0 to 255.
-            canvas: height and width that the student padded the batch to; the teacher pads to the
-                next size that its own backbone can halve.
+            canvas: height and width that the student padded the batch to. The teacher pads to the
+                next size that its own backbone can halve, on the right and below, and what lies
+                beyond the canvas is cut off its maps.
         """
         device = self.pixel_mean.device
         step = self.size_divisibility
@@ -85,7 +82,9 @@ class TeacherBackbone(nn.Module):
             image = image.to(device).flip(0) if self.swap_channels else image.to(device)
             slot[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
         with self._precision(device.type):
-            return self.model(batch)
+            maps = self.backbone(batch.contiguous(memory_format=self.memory_format))
+        strides = {level: shape.stride for level, shape in self.output_shape().items()}
+        return {level: _cut(maps[level], canvas, stride or 1) for level, stride in strides.items()}
 
     def _precision(self, device: str) -> AbstractContextManager[object]:
         if self.autocast is None:
@@ -93,8 +92,13 @@ class TeacherBackbone(nn.Module):
         return torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32)
 
 
-def build_teacher(cfg: CfgNode) -> TeacherBackbone:
-    """Build the teacher of ``DISTILL.TEACHER`` with its weights.
+def _cut(feature: Tensor, canvas: tuple[int, int], stride: int) -> Tensor:
+    rows, columns = (math.ceil(side / stride) for side in canvas)
+    return feature[:, :, :rows, :columns]
+
+
+def build_teacher(cfg: CfgNode) -> FrozenTeacher:
+    """Return the :class:`TeacherBackbone` of ``DISTILL.TEACHER`` with its weights, frozen.
 
     Raises:
         ValueError: a configuration that cannot be read, or weights that do not fill the backbone.
@@ -113,13 +117,15 @@ def build_teacher(cfg: CfgNode) -> TeacherBackbone:
         except ValueError as error:
             raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
     wanted = cfg.DISTILL.TEACHER
-    return TeacherBackbone(
-        backbone,
-        own.MODEL.PIXEL_MEAN,
-        own.MODEL.PIXEL_STD,
-        swap_channels=_unlike_channels(cfg.INPUT.FORMAT, own.INPUT.FORMAT),
-        autocast=_autocast_dtype(wanted.AUTOCAST),
-        channels_last=wanted.CHANNELS_LAST,
+    return FrozenTeacher(
+        TeacherBackbone(
+            backbone,
+            own.MODEL.PIXEL_MEAN,
+            own.MODEL.PIXEL_STD,
+            swap_channels=_unlike_channels(cfg.INPUT.FORMAT, own.INPUT.FORMAT),
+            autocast=_autocast_dtype(wanted.AUTOCAST),
+            channels_last=wanted.CHANNELS_LAST,
+        )
     )
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
-from torch import Tensor, nn
+from torch import nn
 
 from detection.data.mapper import NamingMapper
 from detection.data.targets import Entries
 from detection.run_state import lent_random_states
 from pcka.engine.config import ConfigError
+from pcka.engine.preflight import LARGEST, feature_fault
+from pcka.teacher import FrozenTeacher
 
-if TYPE_CHECKING:
-    from detection.teacher import TeacherBackbone
-
-LARGEST = 1e6  # of a feature; trained pyramids stay below 1e3
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
 
 
@@ -55,11 +51,11 @@ def check_trained(backbone: nn.Module, path: str) -> None:
         )
 
 
-def check_features(teacher: TeacherBackbone, cfg: CfgNode, dataset: Entries) -> None:
+def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
     """Run a teacher on an image and its negative, and refuse what nobody can learn from.
 
     Args:
-        teacher: where it will run.
+        teacher: of :func:`detection.teacher.build_teacher`, where it will run.
         cfg: of the run; its images are read as for an evaluation.
         dataset: of the run.
 
@@ -70,22 +66,10 @@ def check_features(teacher: TeacherBackbone, cfg: CfgNode, dataset: Entries) -> 
         image = NamingMapper(cfg, False)(dataset[0])["image"]
     maps = teacher([image, 255 - image], tuple(image.shape[-2:]))
     for level, feature in maps.items():
-        if fault := _fault(feature.float()):
+        if fault := feature_fault(feature.float(), LARGEST):
             wanted = cfg.DISTILL.TEACHER
             raise ConfigError(
                 f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS or 'random weights'}: the teacher's "
-                f"level {level} {fault}; is the file whole, and described by "
+                f"maps of {level} {fault}; is the file whole, and described by "
                 f"{wanted.CONFIG_FILE!r} and its pixel statistics?"
             )
-
-
-def _fault(feature: Tensor) -> str:
-    """What is wrong with a map ``(2, C, H, W)`` of an image and its negative, or nothing."""
-    largest = feature.abs().max().item()
-    if not torch.isfinite(feature).all():
-        return "is not finite"
-    if largest > LARGEST:
-        return f"reaches {largest:.0e}, as no trained one does"
-    if (feature[0] - feature[1]).abs().max().item() <= 1e-5 * largest:
-        return "is the same whatever the image"
-    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ class DetectionTrainer(SimpleTrainer):
             "metrics": self.metrics,
         }
         if isinstance(model, DistilledDetector):
-            parts["adapters"], parts["losses"] = model.adapters, model.losses
+            parts["adapters"], parts["losses"] = model.distiller.adapters, model.distiller.losses
         self.cfg = cfg
         self.checkpointer = SafeCheckpointer(student, cfg.OUTPUT_DIR, **parts)
         resumed = resume and self.checkpointer.has_checkpoint()
@@ -97,18 +98,37 @@ class DetectionTrainer(SimpleTrainer):
                 raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
         try:
             found = self.checkpointer.resume_or_load("", resume=True)
-            if "iteration" not in found:
-                raise WeightsError(
-                    f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
-                )
-            return found
         except (CheckpointError, AssertionError) as error:  # damaged, or not there
             raise ConfigError(f"{error}; {self.checkpointer.way_on()}") from error
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            unlike = ", ".join(self._unlike_parts())
+            if isinstance(error, RuntimeError) and not unlike:
+                raise
             raise ConfigError(
-                f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration ({error}); "
-                "resume with the run's own, or take another OUTPUT_DIR"
+                f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration "
+                f"({f'it has other weights of {unlike}' if unlike else error}); resume with the "
+                "run's own, or take another OUTPUT_DIR"
             ) from error
+        if "iteration" not in found:
+            raise WeightsError(
+                f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
+            )
+        return found
+
+    def _unlike_parts(self) -> list[str]:
+        """The losses and adapters that have other weights in the last checkpoint."""
+        saved = self.checkpointer._load_file(self.checkpointer.get_checkpoint_file())
+        names = {f"losses.{i}": name for i, name in enumerate(self.cfg.DISTILL.METHODS)}
+        own, its = (
+            {
+                f"{part}.{name}": tensor.shape
+                for part in ("adapters", "losses")
+                for name, tensor in parts.get(part, {}).items()
+            }
+            for parts in (_states(self.checkpointer.checkpointables), saved)
+        )
+        owners = {".".join(name.split(".")[:2]) for name, _ in own.items() ^ its.items()}
+        return [names.get(owner, owner) for owner in sorted(owners)]
 
     def train_all(self) -> dict[str, Any]:
         """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
@@ -197,3 +217,7 @@ def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:
         return model
     devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE != "cpu" else None
     return DistributedDataParallel(model, device_ids=devices, **OWN_BUFFERS)
+
+
+def _states(parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: part.state_dict() for name, part in parts.items()}

@@ -60,9 +60,9 @@ class Distiller(nn.Module):
             start; a warm-up raises it from 0.
 
     Raises:
-        ValueError: a loss whose tap is missing from ``taps``, a path that a model lacks, a loss
-            that needs a teacher without one, or a teacher that shares parameters or buffers with
-            the student.
+        ValueError: what is no loss, a loss whose tap is missing from ``taps``, a path that a model
+            lacks, a loss that needs a teacher without one, or a teacher that shares parameters or
+            buffers with the student.
     """
 
     teacher: FrozenTeacher | None
@@ -79,6 +79,7 @@ class Distiller(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        _check_losses(losses)
         _check_apart(student, teacher)
         if isinstance(teacher, nn.Module) and not isinstance(teacher, FrozenTeacher):
             teacher = FrozenTeacher(teacher, logits_of=logits_of)
@@ -354,6 +355,18 @@ def _paths(
                 )
             paths[name] = pair[side]
     return paths
+
+
+def _check_losses(losses: object) -> None:
+    """Refuse what is no list, and what is no loss of this library's kind."""
+    if not isinstance(losses, Sequence | nn.ModuleList):
+        raise ValueError(f"losses must be a list, got {type(losses).__name__}; write [...]")
+    for loss in losses:
+        if not isinstance(loss, Loss):
+            raise ValueError(
+                f"losses must be of pcka.losses.Loss, got {loss!r}; take one by "
+                "pcka.losses.build(name), or make one that has terms()"
+            )
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -190,6 +192,11 @@ def test_parameters_of_losses_are_trained_and_saved(student, teacher):
 
 
 def test_refusals_at_construction(student, teacher):
+    with pytest.raises(ValueError, match=r"losses must be a list, got KD; write \[\.\.\.\]"):
+        Distiller(student, teacher, KD())
+    for loss in (nn.MSELoss(), KD, "KD"):
+        with pytest.raises(ValueError, match=r"losses must be of pcka\.losses\.Loss, got .*build"):
+            Distiller(student, teacher, [CE(), loss])
     with pytest.raises(ValueError, match=r"FCKA needs the tap 'last', there are \['stage1'"):
         Distiller(student, teacher, [CE(), FCKA()], TAPS)
     with pytest.raises(ValueError, match="teacher: KD needs one, got None"):
@@ -229,17 +236,112 @@ class Answering(nn.Module):
         return self.wrap(self.model(images))
 
 
-@pytest.mark.parametrize("wrap", [lambda x: {"logits": x}, lambda x: (x, x)])
+class Aux(NamedTuple):
+    """As torchvision's Inception answers in training."""
+
+    aux: torch.Tensor
+    logits: torch.Tensor
+
+
+ANSWERS = {
+    "dict": (lambda x: {"aux": -x, "logits": x}, None),
+    "object": (lambda x: SimpleNamespace(loss=None, logits=x), None),
+    "named tuple": (lambda x: Aux(-x, x), None),
+    "tuple": (lambda x: (None, x, -x), None),
+    "key": (lambda x: {"logits": -x, "scores": x}, "scores"),
+    "attribute": (lambda x: SimpleNamespace(scores=x), "scores"),
+    "number": (lambda x: [-x, x], "1"),
+    "function": (lambda x: [[-x], [x]], lambda output: output[1][0]),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_logits_are_found_in_what_models_return(student, teacher, answer):
+    wrap, logits_of = ANSWERS[answer]
+    expected = Distiller(student, teacher, [CE(), KD()])(IMAGES, TARGET)
+    wrapped = Answering(student, wrap), Answering(teacher, wrap)
+    distiller = Distiller(*wrapped, [CE(), KD()], logits_of=logits_of)
+    torch.testing.assert_close(distiller(IMAGES, TARGET), expected, rtol=0, atol=0)
+    mixed = FrozenTeacher(wrapped[1], logits_of=logits_of)
+    distiller = Distiller(student, mixed, [CE(), KD()])
+    torch.testing.assert_close(distiller(IMAGES, TARGET), expected, rtol=0, atol=0)
+    assert type(distiller.observe_teacher(IMAGES).raw) is type(wrap(TARGET))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"out": x}, lambda x: ([x], None), lambda x: None])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_model_that_returns_no_tensor_is_named_with_the_way_out(student, teacher, role, wrap):
+def test_a_model_without_logits_is_named_where_a_loss_needs_them(student, teacher, role, wrap):
     models = {"student": student, "teacher": teacher}
     models[role] = Answering(models[role], wrap)
     distiller = Distiller(models["student"], models["teacher"], [KD()])
-    message = rf"{role}: Answering returned (dict|tuple), expected its logits.*\.logits"
+    message = rf"{role}: KD needs logits .*Answering returned \((dict|tuple|NoneType)\).*logits_of"
     with pytest.raises(ValueError, match=message):
         distiller(IMAGES, TARGET)
     with pytest.raises(ValueError, match=message):
         distiller.prepare(IMAGES)
+    taps = {"body": tuple("model.body" if name == role else "body" for name in models)}
+    terms = Distiller(models["student"], models["teacher"], [FCKA(stages=["body"])], taps)(
+        IMAGES, None
+    )
+    assert terms["loss_fcka_body"].isfinite()
+
+
+def test_one_path_serves_both_models(student, teacher):
+    losses = [FCKA(stages=["body"])]
+    terms = [
+        Distiller(student, teacher, losses, {"body": paths})(IMAGES, TARGET)
+        for paths in ("body", ("body", "body"))
+    ]
+    torch.testing.assert_close(*terms, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"'body' must be \(student path, teacher path\) or one"):
+        Distiller(student, teacher, losses, {"body": ("stem", "body", "head")})
+
+
+def test_terms_come_weighted_and_raw_on_outputs_that_the_caller_has(student, teacher):
+    losses = [CE(weight=0.1), FCKA(stages=["stage1", "stage2"], weights=[3.0, 0.5])]
+    distiller = Distiller(student, teacher, losses, TAPS)
+    distiller.distillation_scale = 0.25
+    given = distiller.observe_student(IMAGES), distiller.observe_teacher(IMAGES)
+    terms = distiller.terms(*given, TARGET)
+    weights = {"loss_ce": 0.1, "loss_fcka_stage1": 0.75, "loss_fcka_stage2": 0.125}
+    assert {name: term.weight for name, term in terms.items()} == pytest.approx(weights)
+    features = (outputs.feature("stage1") for outputs in given)
+    torch.testing.assert_close(terms["loss_fcka_stage1"].value, fcka_loss(*features))
+    weighted = {name: term.weighted for name, term in terms.items()}
+    torch.testing.assert_close(weighted, distiller(IMAGES, TARGET))
+    sum(weighted.values()).backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_outputs_may_carry_what_only_the_callers_loss_reads(student, teacher):
+    class OnRaw(Loss):
+        def terms(self, student: Outputs, teacher: Outputs | None, target):
+            return {
+                "loss_raw": Term(2.0, (student.raw["aux"] - teacher.raw["aux"]).square().mean())
+            }
+
+    answer = lambda x: {"aux": 3 * x}  # noqa: E731
+    distiller = Distiller(Answering(student, answer), Answering(teacher, answer), [OnRaw()])
+    expected = 18 * (student(IMAGES) - teacher(IMAGES)).square().mean()
+    torch.testing.assert_close(distiller(IMAGES, None)["loss_raw"], expected)
+
+
+def test_a_loss_without_terms_is_named(student):
+    class Silent(Loss):
+        needs_teacher = False
+
+        def terms(self, student: Outputs, teacher: Outputs | None, target):
+            return {}
+
+    with pytest.raises(ValueError, match="losses: Silent gives no term; check its settings"):
+        Distiller(student, None, [CE(), Silent()])(IMAGES, TARGET)
+
+
+def test_losses_of_one_class_go_together_under_two_names(student):
+    smooth = CE(weight=2.0, label_smoothing=0.5)
+    smooth.log_name = "smooth"
+    terms = Distiller(student, None, [CE(), smooth])(IMAGES, TARGET)
+    assert list(terms) == ["loss_ce", "loss_smooth"]
 
 
 def test_two_losses_do_not_share_a_name(student):

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD, BATCH, STEPS, CLASSES, TRAINING_SET = 2, 8, 2, 5, 20
-WIDTH, TEACHER_WIDTH, SIDE = 4, 6, 16
+WIDTH, TEACHER_WIDTH, SIDE = 4, 6, 32
 
 # Losses with more than one form, or a random one.
 PATCHES = {"patch_sizes": (2,)}
@@ -65,25 +65,36 @@ def own_part(x: Tensor) -> Tensor:
     return x.chunk(world_size())[rank()]
 
 
-def net(width: int, seed: int) -> nn.Sequential:
+class Net(nn.Sequential):
+    """Answers with a dict, as models of other libraries do."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor | None]:
+        return {"loss": None, "logits": super().forward(images)}
+
+
+def net(width: int, seed: int, stride: int = 1) -> Net:
     """Three stages and a classifier without batch norm; module paths are the taps' names."""
     torch.manual_seed(seed)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for stage, channels in enumerate((3, width, width), start=1):
-        layers[f"stage{stage}_preact"] = nn.Conv2d(channels, width, 3, min(stage, 2), padding=1)
+        step = stride if stage == 1 else 2
+        layers[f"stage{stage}_preact"] = nn.Conv2d(channels, width, 3, step, padding=1)
         layers[f"stage{stage}"] = nn.ReLU()
     layers["pool"] = nn.AdaptiveAvgPool2d(1)
     layers["pooled"] = nn.Flatten()
     layers["head"] = nn.Linear(width, CLASSES)
-    return nn.Sequential(layers)
+    return Net(layers)
 
 
 def make_distiller(name: str, keywords: dict) -> Distiller:
-    """The loss beside cross-entropy, which keeps the whole student in use; all in float64."""
+    """The loss beside cross-entropy, which keeps the whole student in use; all in float64.
+
+    The teacher's maps are wider than the student's, and have half their sides.
+    """
     student = net(WIDTH, 0)
-    teacher = net(TEACHER_WIDTH, 1)
+    teacher = net(TEACHER_WIDTH, 1, stride=2)
     paths = [path for path, _ in teacher.named_children()]
-    taps = {path: (path, path) for path in paths} | {"last": ("stage3", "stage3")}
+    taps = {path: path for path in paths} | {"last": "stage3"}
     methods = [losses.build(name, **keywords)]
     if name != "CE":
         methods.append(losses.build("CE"))
@@ -120,6 +131,27 @@ def train(name: str, keywords: dict) -> dict[str, object]:
         gradients.append({path: p.grad.clone() for path, p in distiller.named_parameters()})
         optimizer.step()
     return {"terms": terms, "gradients": gradients, "state": distiller.state_dict()}
+
+
+def apart() -> dict[str, object]:
+    """Terms and student gradient of each process's own batch, whose maps have a size of their own.
+
+    The terms are means over samples or of each process: the gradient is that of their mean.
+    """
+    student, teacher = net(WIDTH, 0), net(TEACHER_WIDTH, 1, stride=2)
+    chosen = [losses.build("PKD"), losses.build("FCKA"), losses.build("CE")]
+    distiller = Distiller(student, teacher, chosen, {"last": "stage3"}, gather=False).double()
+    parts = [normal(20 + i, BATCH, 3, SIDE + 16 * i, SIDE) for i in range(WORLD)]
+    distiller.prepare(parts[0])
+    torch.nn.init.ones_(distiller.adapters["last"].weight)
+    own = range(WORLD) if world_size() == 1 else [rank()]
+    model = DistributedDataParallel(distiller) if world_size() > 1 else distiller
+    found = [model(parts[i], torch.arange(BATCH) % CLASSES) for i in own]
+    sum(sum(terms.values()) for terms in found).div(len(own)).backward()
+    return {
+        "terms": [{name: value.detach() for name, value in terms.items()} for terms in found],
+        "gradient": student.stage1_preact.weight.grad,
+    }
 
 
 def relate(batch: Tensor) -> Tensor:
@@ -177,7 +209,8 @@ def run(folder: Path, own_rank: int) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=own_rank, world_size=WORLD
     )
     trained = {case: train(*arguments) for case, arguments in CASES.items()}
-    torch.save({**trained, "communication": communicate()}, folder / f"{own_rank}.pth")
+    several = {"communication": communicate(), "apart": apart()}
+    torch.save({**trained, **several}, folder / f"{own_rank}.pth")
     distributed.destroy_process_group()
 
 
@@ -229,6 +262,14 @@ def test_two_processes_learn_what_one_learns(processes, case):
             if term == "loss_ce" or not relational:
                 found = found.mean(0, keepdim=True)
             assert_close(found, value.expand(len(found)))
+
+
+def test_without_gathering_each_process_compares_its_own_batch(processes):
+    """Also where the processes' maps are of two sizes, which cannot be gathered."""
+    one = apart()
+    for own_rank, process in enumerate(processes):
+        assert_close(process["apart"]["terms"], one["terms"][own_rank : own_rank + 1])
+        assert_close(process["apart"]["gradient"], one["gradient"])
 
 
 def test_every_case_trains_the_student_by_its_loss():

@@ -91,6 +91,32 @@ def test_compiled_gives_the_same_outputs_and_gradients():
         torch.testing.assert_close(results[True, mode], results[False, mode])
 
 
+class Heads(nn.Module):
+    """Takes two inputs and gives a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small_model()
+
+    def forward(self, images, scale):
+        logits = self.model(images) * scale
+        return {"logits": logits, "double": 2 * logits}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("compile", [False, True])
+def test_models_of_several_inputs_and_outputs_are_observed_as_they_are(compile):
+    model, images = Heads().eval(), torch.randn(2, 3, 8, 8)
+    observe = Observer(model, {"own": ":double", "map": "model.0"}, compile=compile)
+    observed, again = observe(images, 3.0), observe(images, 3.0)
+    torch.testing.assert_close(observed.logits, 3 * model.model(images))
+    torch.testing.assert_close(observed.features["own"], 2 * observed.logits)
+    torch.testing.assert_close(observed.features["map"], model.model[0](images))
+    assert observed.raw.keys() == {"logits", "double"}
+    torch.testing.assert_close(again.features, observed.features)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_a_compiled_distiller_gives_the_terms_of_the_eager_one():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -162,7 +164,9 @@ def test_an_input_that_is_no_tensor_is_refused(net):
 def test_an_output_that_is_no_tensor_is_refused(net):
     with (
         FeatureTap(net, {"pair": "pair"}),
-        pytest.raises(ValueError, match="module 'pair' returned tuple, expected a tensor"),
+        pytest.raises(
+            ValueError, match=r"'pair' returned tuple, expected a tensor; .*'pair:KEY'.*are 0, 1\)"
+        ),
     ):
         net(IMAGES)
 
@@ -180,3 +184,60 @@ def test_a_module_under_a_second_name_is_found(net):
     with FeatureTap(net, {"first": "alias"}) as tap:
         net(IMAGES)
         torch.testing.assert_close(tap.pop()["first"], net.conv1(IMAGES))
+
+
+class Parts(nn.Module):
+    """Gives a pyramid, as detectors' backbones do, and an object within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Net()
+        self.split = Split()
+
+    def forward(self, x):
+        x = self.backbone(x)
+        return {"p3": x, "p4": x[:, :, ::2, ::2], 5: self.split(x)}
+
+
+class Split(nn.Module):
+    def forward(self, x):
+        return SimpleNamespace(halves=x, parts=tuple(x.chunk(2)))
+
+
+def test_parts_of_what_a_module_returns_are_read_by_key_number_and_attribute():
+    model = Parts()
+    paths = {"a": ":p3", "b": ":p4", "c": "split:halves", "d": "backbone.pair:0"}
+    with FeatureTap(model, paths) as tap:
+        output = model(IMAGES)
+        features = tap.pop()
+    assert features["a"] is output["p3"] and features["b"] is output["p4"]
+    assert features["c"] is output[5].halves
+    assert features["d"].shape == (2, 2)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (":p9", "the model returned dict without 'p9'; there are p3, p4, 5"),
+        (":5", "the model returned SimpleNamespace, expected a tensor"),
+        (
+            "split:thirds",
+            "'split' returned SimpleNamespace without 'thirds'; there are halves, parts",
+        ),
+        ("backbone.pair:2", "'backbone.pair' returned tuple without '2'; there are 0, 1"),
+        ("", "the model returned dict, expected a tensor; .*':KEY' .there are p3, p4, 5"),
+    ],
+)
+def test_a_part_that_is_not_there_is_named_beside_those_that_are(path, message):
+    model = Parts()
+    with FeatureTap(model, {"a": path}), pytest.raises(ValueError, match=f"tap 'a': .*{message}"):
+        model(IMAGES)
+
+
+def test_a_part_changed_in_place_is_refused():
+    model = Parts()
+    with FeatureTap(model, {"a": ":p3", "b": ":p4"}) as tap:
+        model(IMAGES)["p3"].detach().add_(1)  # p4 is a view of it
+        with pytest.raises(RuntimeError, match="the output of the model was changed in place"):
+            tap.pop()

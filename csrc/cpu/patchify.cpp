@@ -5,16 +5,15 @@
 // for the means over the patches, once to write the centered rows. Nothing of the size of the map
 // is kept but the rows themselves.
 
+#include "../patchify.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
-#include "../dtypes.h"
-#include "../geometry.h"
 #include "../library.h"
-#include "../scale.h"
+#include "centering.h"
 #include "channel_blocks.h"
 #include "lines.h"
 #include "resample.h"
@@ -22,30 +21,7 @@
 namespace pcka {
 namespace {
 
-constexpr int64_t kLinesAhead = 16;    // that are fetched from memory while one is worked on
-constexpr int64_t kColumnBlock = 512;  // columns of a matrix centered together
-
-struct Energy {
-  double before = 0, after = 0;
-};
-
-// Where the energies of the groups go (G, 3).
-struct Energies {
-  double* data;
-  int64_t groups;
-
-  // Sums over as many values for each group, in order.
-  void set(const std::vector<Energy>& values) const {
-    const int64_t units = static_cast<int64_t>(values.size()) / groups;
-    for (int64_t i = 0; i < groups; ++i) {
-      Energy sum;
-      for (int64_t j = i * units; j < (i + 1) * units; ++j) {
-        sum.before += values[j].before, sum.after += values[j].after;
-      }
-      data[3 * i] = sum.before, data[3 * i + 1] = sum.after, data[3 * i + 2] = 1;
-    }
-  }
-};
+constexpr int64_t kLinesAhead = 16;  // that are fetched from memory while one is worked on
 
 // What all threads share of one map.
 template <typename scalar_t, typename acc_t, typename rows_t>
@@ -229,80 +205,13 @@ void fill_rows(const Job<scalar_t, acc_t, rows_t>& job, int64_t group_by, const 
   if (group_by != kPosition) energy.set(parts);
 }
 
-// Matrices (G, N, D) of any strides, a row's place being that of pixel (n / across, n % across).
-template <typename scalar_t>
-struct Matrices {
-  const scalar_t* data;
-  int64_t groups, rows, columns, across;
-  int64_t stride_group, stride_y, stride_x, stride_column;
-
-  const scalar_t* row(int64_t group, int64_t n) const {
-    return data + group * stride_group + n / across * stride_y + n % across * stride_x;
-  }
-};
-
-// Writes the matrices centered over their rows (or as they are) to `out` (G, stored, D), which they
-// may themselves be.
 template <typename scalar_t, typename rows_t>
-void center_matrices(
-    const Matrices<scalar_t>& m, bool center, rows_t* out, int64_t stored, const Energies& energy) {
+void run_map(
+    const Tensor& map, const PatchGeometry& g, int64_t group_by, int64_t center, rows_t* rows,
+    const Energies& energy) {
   using acc_t = acc_type<scalar_t>;
-  const int64_t blocks = (m.columns + kColumnBlock - 1) / kColumnBlock;
-  std::vector<Energy> parts(m.groups * blocks);
-  torch::stable::parallel_for(0, m.groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    acc_t line[kColumnBlock], means_high[kColumnBlock], means_low[kColumnBlock];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / blocks, first = i % blocks * kColumnBlock;
-      const int64_t count = std::min(kColumnBlock, m.columns - first);
-      const auto load = [&](int64_t n) {
-        const scalar_t* row = m.row(group, n) + first * m.stride_column;
-        if (m.stride_column == 1) return convert(row, count, line);
-        for (int64_t d = 0; d < count; ++d) line[d] = static_cast<acc_t>(row[d * m.stride_column]);
-      };
-      Energy& energy_of_block = parts[i];
-      if (center) {
-        double sums[kColumnBlock] = {};
-        for (int64_t n = 0; n < m.rows; ++n) load(n), add_line(line, count, sums);
-        for (int64_t d = 0; d < count; ++d) {
-          const double mean = sums[d] / static_cast<double>(m.rows);
-          const Mean<acc_t> parts(mean);
-          means_high[d] = parts.high, means_low[d] = parts.low;
-          energy_of_block.before += mean * mean * static_cast<double>(m.rows);
-        }
-      }
-      for (int64_t n = 0; n < m.rows; ++n) {
-        load(n);
-        if (center) subtract(line, means_high, means_low, count);
-        energy_of_block.after += sum_squares(line, count);
-        convert(line, count, out + (group * stored + n) * m.columns + first);
-      }
-      energy_of_block.before += energy_of_block.after;
-    }
-  });
-  energy.set(parts);
-}
-
-// Centers every row of (G, N, D) over its columns, in place.
-template <typename acc_t>
-void center_over_columns(acc_t* rows, const PatchGeometry& g, const Energies& energy) {
-  std::vector<Energy> parts(g.groups * g.rows);
-  torch::stable::parallel_for(0, g.groups * g.rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      acc_t* row = rows + (i / g.rows * g.stored + i % g.rows) * g.columns;
-      const double mean = sum(row, g.columns) / static_cast<double>(g.columns);
-      subtract(row, Mean<acc_t>(mean), g.columns);
-      parts[i].after = sum_squares(row, g.columns);
-      parts[i].before = parts[i].after + mean * mean * static_cast<double>(g.columns);
-    }
-  });
-  energy.set(parts);
-}
-
-template <typename scalar_t, typename rows_t>
-void run(
-    const scalar_t* input, MapStrides in, const PatchGeometry& g, int64_t group_by, int64_t center,
-    rows_t* rows, const Energies& energy) {
-  using acc_t = acc_type<scalar_t>;
+  const scalar_t* input = data<scalar_t>(map);
+  const MapStrides in = map_strides(map);
   const bool over_rows = center == kOverRows;
   if (group_by == kBatch && g.patch_h * g.patch_w == 1 && center != kOverColumns) {
     // Patches of one pixel: the map is a matrix as it stands.
@@ -312,14 +221,15 @@ void run(
   }
   if constexpr (!std::is_same_v<acc_t, rows_t>) {
     if (center == kOverColumns) {
-      // Centered in float32 before they are rounded.
-      const int64_t count = g.groups * g.stored * g.columns;
-      const std::unique_ptr<acc_t[]> wide(new acc_t[count]);
-      run(input, in, g, group_by, center, wide.get(), energy);
+      // Centered before they are rounded: rows of bfloat16 come from others of float32.
+      const Tensor unrounded = torch::stable::new_empty(
+          map, {g.groups, g.stored, g.columns}, accumulation_dtype(map.scalar_type()));
+      acc_t* from = mutable_data<acc_t>(unrounded);
+      run_map<scalar_t>(map, g, group_by, center, from, energy);
       return torch::stable::parallel_for(0, g.groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t at = i * g.stored * g.columns;
-          convert(wide.get() + at, g.rows * g.columns, rows + at);
+          convert(from + at, g.rows * g.columns, rows + at);
         }
       });
     }
@@ -346,69 +256,25 @@ void run(
   }
 }
 
-// The rows that are none of the map's.
-template <typename rows_t>
-void clear_further_rows(rows_t* rows, const PatchGeometry& g) {
-  for (int64_t i = 0; i < g.groups; ++i) {
-    rows_t* first = rows + (i * g.stored + g.rows) * g.columns;
-    std::fill_n(first, (g.stored - g.rows) * g.columns, rows_t(0));
-  }
-}
-
-// Scales the groups that need it.
-template <typename rows_t>
-void scale_groups(rows_t* rows, const PatchGeometry& g, double* energy) {
-  using acc_t = acc_type<rows_t>;
-  torch::stable::parallel_for(0, g.groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double* of_group = energy + 3 * i;
-      if (!needs_scale<acc_t>(of_group[1])) continue;
-      const int64_t count = g.rows * g.columns;
-      rows_t* values = rows + i * g.stored * g.columns;
-      acc_t largest = 0;
-      for (int64_t j = 0; j < count; ++j) {
-        largest = std::max(largest, std::abs(static_cast<acc_t>(values[j])));
-      }
-      const acc_t scale = scale_of(largest);
-      double after = 0;
-      for (int64_t j = 0; j < count; ++j) {
-        const acc_t value = static_cast<acc_t>(values[j]) * scale;
-        values[j] = static_cast<rows_t>(value);
-        after += static_cast<double>(value) * value;
-      }
-      const double taken = (of_group[0] - of_group[1]) * scale * scale;
-      of_group[0] = taken + after, of_group[1] = after, of_group[2] = scale;
-    }
-  });
-}
-
-void patchify(
-    const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
-    const Tensor& energy,                 // (G or 2 G, 3); written
-    const Tensor& input,                  // (B, C, H, W), any strides
-    const std::optional<Tensor>& second,  // the same
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, bool scale) {
-  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
-  check_patchify(rows, energy, input, second, g, group_by, center);
-  const int64_t size = g.groups * g.stored * g.columns;
-  dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
-    using scalar_t = decltype(map);
-    using rows_t = decltype(row);
-    const auto run_map = [&](const Tensor& map, int64_t i) {
-      rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr()) + i * size;
-      double* energies = static_cast<double*>(energy.mutable_data_ptr()) + i * 3 * g.groups;
-      run(static_cast<const scalar_t*>(map.const_data_ptr()), map_strides(map), g, group_by, center,
-          values, Energies{energies, g.groups});
-      clear_further_rows(values, g);
-      if (scale) scale_groups(values, g, energies);
+struct Cpu {
+  template <typename scalar_t, typename rows_t>
+  static void run(
+      const Patchify<rows_t>& job, const Tensor& input, const std::optional<Tensor>& second) {
+    const PatchGeometry& g = job.g;
+    const auto run_one = [&](const Tensor& map, int64_t i) {
+      rows_t* rows = job.rows + i * g.groups * g.stored * g.columns;
+      double* energy = job.energy + i * 3 * g.groups;
+      run_map<scalar_t>(map, g, job.group_by, job.center, rows, Energies{energy, g.groups});
+      clear_further_rows(rows, g);
+      if (job.scale) scale_extreme_groups(rows, g, energy);
     };
-    run_map(input, 0);
-    if (second.has_value()) run_map(*second, 1);
-  });
-}
+    run_one(input, 0);
+    if (second.has_value()) run_one(*second, 1);
+  }
+};
 
 }  // namespace
 
-PCKA_LIBRARY_IMPL(CPU, m) { m.impl("patchify_", TORCH_BOX(&patchify)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CPU, m) { m.impl("patchify_", TORCH_BOX(&patchify<Cpu>)); }
 
 }  // namespace pcka

@@ -3,13 +3,13 @@
 // The forward pass backwards (see patchify.cpp): lines of the resized map are read from the rows
 // and added to the source lines they were blended from, and each of those is then resized back.
 
+#include "../patchify_backward.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "../dtypes.h"
-#include "../geometry.h"
 #include "../library.h"
 #include "channel_blocks.h"
 #include "lines.h"
@@ -20,11 +20,7 @@ namespace {
 
 // What all threads share of one map.
 template <typename scalar_t, typename acc_t, typename rows_t>
-struct Job {
-  const rows_t* rows;
-  scalar_t* grad_input;
-  MapStrides out;
-  PatchGeometry g;
+struct Job : PatchifyBackward<scalar_t, rows_t> {
   ResamplingAdjoint<acc_t> across;
   std::vector<Tap<acc_t>> down;
 };
@@ -132,41 +128,28 @@ class Worker {
   Lines<acc_t> source_;    // (together, W): one line of the map
 };
 
-template <typename scalar_t, typename rows_t>
-void gather(const rows_t* rows, const PatchGeometry& g, MapStrides out, scalar_t* grad_input) {
-  using acc_t = acc_type<scalar_t>;
-  const Job<scalar_t, acc_t, rows_t> job{
-      rows, grad_input, out, g, {g.width, g.resized_w}, make_taps<acc_t>(g.height, g.resized_h)};
-  const ChannelBlocks blocks(g, out);
-  torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-    Worker<scalar_t, acc_t, rows_t> worker(job, blocks.together());
-    for (int64_t i = begin; i < end; ++i) {
-      worker.load(blocks[i]);
-      worker.store(blocks[i]);
-    }
-  });
-}
-
-void patchify_backward(
-    const Tensor& grad_input,  // (B, C, H, W), any strides; written
-    const Tensor& grad_rows,   // (G, N, D), contiguous
-    int64_t patch_h, int64_t patch_w, int64_t group_by) {
-  const PatchGeometry g =
-      make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by, &grad_rows);
-  check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
-  check_device(grad_rows, "grad_rows", grad_input, "grad_input");
-  dispatch_map_and_rows(
-      grad_input.scalar_type(), grad_rows.scalar_type(), "grad_input", [&](auto map, auto row) {
-        using scalar_t = decltype(map);
-        using rows_t = decltype(row);
-        gather(
-            static_cast<const rows_t*>(grad_rows.const_data_ptr()), g, map_strides(grad_input),
-            static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
-      });
-}
+struct Cpu {
+  template <typename scalar_t, typename rows_t>
+  static void run(const PatchifyBackward<scalar_t, rows_t>& b, const Tensor&) {
+    using acc_t = acc_type<scalar_t>;
+    const PatchGeometry& g = b.g;
+    const Job<scalar_t, acc_t, rows_t> job{
+        b, {g.width, g.resized_w}, make_taps<acc_t>(g.height, g.resized_h)};
+    const ChannelBlocks blocks(g, b.out);
+    torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+      Worker<scalar_t, acc_t, rows_t> worker(job, blocks.together());
+      for (int64_t i = begin; i < end; ++i) {
+        worker.load(blocks[i]);
+        worker.store(blocks[i]);
+      }
+    });
+  }
+};
 
 }  // namespace
 
-PCKA_LIBRARY_IMPL(CPU, m) { m.impl("patchify_backward_", TORCH_BOX(&patchify_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CPU, m) {
+  m.impl("patchify_backward_", TORCH_BOX(&patchify_backward<Cpu>));
+}
 
 }  // namespace pcka

@@ -1,19 +1,19 @@
 // A gradient times one factor for each group, on the CPU.
 
+#include "../scale_groups.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
-#include "../groups.h"
 #include "../library.h"
 #include "lines.h"
 
 namespace pcka {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // values that are worked on together
-constexpr int64_t kShortRun =
-    16;  // neighbours of one group that are fewer are taken group by group
+constexpr int64_t kPiece = 1024;   // values that are worked on together
+constexpr int64_t kShortRun = 16;  // fewer neighbours of one group are worked on with the others'
 
 // out <- factors[i % period] * gradient, of a run that is whole periods long or within one.
 template <typename gradient_t, typename out_t, typename acc_t>
@@ -33,36 +33,29 @@ void scale_run(
   }
 }
 
-void scale_groups(
-    const Tensor& out,       // of gradient's shape and strides; written, may be gradient
-    const Tensor& gradient,  // dense
-    const Tensor& factor,    // (G), along dim
-    int64_t dim) {
-  const GroupedMemory m = check_scale_groups(out, gradient, factor, dim);
-  dispatch_gradient_and_out(gradient.scalar_type(), out.scalar_type(), [&](auto zero, auto to) {
-    using gradient_t = decltype(zero);
-    using out_t = decltype(to);
+struct Cpu {
+  template <typename gradient_t, typename out_t>
+  static void run(const ScaleGroups<gradient_t, out_t>& job, const Tensor&) {
     using acc_t = acc_type<gradient_t>;
-    const gradient_t* from = static_cast<const gradient_t*>(gradient.const_data_ptr());
-    out_t* values = static_cast<out_t*>(out.mutable_data_ptr());
-    const acc_t* factors = static_cast<const acc_t*>(factor.const_data_ptr());
+    const GroupedMemory& m = job.memory;
     // Runs of one group, or, where those are short, of all groups with a factor for each value.
     const bool short_runs = m.stride < kShortRun;
     std::vector<acc_t> of_values(short_runs ? m.groups * m.stride : 0);
-    for (std::size_t i = 0; i < of_values.size(); ++i) of_values[i] = factors[i / m.stride];
+    for (std::size_t i = 0; i < of_values.size(); ++i) of_values[i] = job.factors[i / m.stride];
     const int64_t length = short_runs ? m.groups * m.stride : m.stride;
     const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / length);
     torch::stable::parallel_for(0, m.count / length, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const acc_t* of_run = short_runs ? of_values.data() : factors + i % m.groups;
-        scale_run(from + i * length, length, of_run, !short_runs, values + i * length);
+        const acc_t* of_run = short_runs ? of_values.data() : job.factors + i % m.groups;
+        const int64_t at = i * length;
+        scale_run(job.gradient + at, length, of_run, !short_runs, job.out + at);
       }
     });
-  });
-}
+  }
+};
 
 }  // namespace
 
-PCKA_LIBRARY_IMPL(CPU, m) { m.impl("scale_groups_", TORCH_BOX(&scale_groups)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CPU, m) { m.impl("scale_groups_", TORCH_BOX(&scale_groups<Cpu>)); }
 
 }  // namespace pcka

@@ -1,191 +1,118 @@
 // patchify on CUDA: bilinear resize, cut into patches, center, and the energies.
 //
 // A block owns some columns of an image: of `channels` channels, a rectangle of the patches'
-// pixels. A thread owns one column, or one of several slices of its rows, and walks over the
-// patches: once for the column's mean, once to write the centered rows. Neighbouring threads read
-// neighbouring pixels straight through the first-level cache, which holds what the second walk
-// reads again. Where the resized pixels read the map stands in small tables in shared memory, so
-// that the walk needs no division, no 64-bit product and no float64.
+// pixels. First it folds the source lines over the patches down, which needs each only once, and
+// what that leaves over the patches across: the columns' means. Then a thread owns one column, or
+// one of several slices of its rows, and walks over the patches to write the centered rows.
+// Neighbouring threads read neighbouring pixels straight through the first-level cache, many at a
+// time before any is needed. Where the resized pixels read the map stands in small tables in shared
+// memory, so that no loop has a division, a 64-bit product or float64.
+
+#include "../patchify.h"
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 
-#include "../dtypes.h"
-#include "../geometry.h"
-#include "../resize.h"
-#include "../scale.h"
+#include "../library.h"
+#include "centering.h"
+#include "column_blocks.h"
 #include "launch.h"
-#include "library.h"
+#include "resample.h"
 #include "vectors.h"
 
 namespace pcka {
 namespace {
 
-constexpr int kMaxTaps = 512;  // resized pixels, down or across, whose taps are at hand together
-constexpr int kUnit = 16;      // columns of a patch's line whose energies are added up
-
-// How the work is cut; the same for every block. What a sum is made of, and in which order, depends
-// on the sizes alone: a map's memory layout changes no bit of the result.
-struct Tiling {
-  bool channels_first;          // threads run along c, else along x
-  int channels, height, width;  // of a block: channels, and pixels of a patch
-  int slices;                   // threads that share a column
-  int lines, patches;           // down and across, whose taps are at hand together
-  unsigned channel_blocks, y_blocks, x_blocks, blocks;
-  int stride_x, last_x;              // between pixels of the map, and to the last of a line
-  int64_t line_units, units, parts;  // energies: of a patch's line, of a channel, of a group
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_by) {
-  Tiling t{};
-  const int64_t area = g.patch_h * g.patch_w;
-  const auto share = [](int64_t wanted, int64_t least, int64_t most) {
-    return static_cast<int>(std::clamp<int64_t>(wanted, least, std::max(least, most)));
-  };
-  t.slices = share(kThreads / std::max<int64_t>(area, 32), 1, g.n_h);
-  const int threads = kThreads / t.slices;
-  t.channels_first = in.c < in.x || (in.c == 1 && area == 1);
-  const int64_t unit = std::min<int64_t>(g.patch_w, kUnit);
-  t.channels =
-      share(t.channels_first ? 32 : threads / area, 1, std::min(g.channels, threads / unit));
-  const int64_t columns = threads / t.channels;
-  t.width = static_cast<int>(g.patch_w <= columns ? g.patch_w : columns / kUnit * kUnit);
-  t.height = share(columns / t.width, 1, g.patch_h);
-  t.lines = share(kMaxTaps / std::min<int64_t>(g.patch_h, kThreads), 1, g.n_h);
-  t.patches = share(kMaxTaps / std::min<int64_t>(g.patch_w, kThreads), 1, g.n_w);
-  const int64_t channel_blocks = ceil_div(g.channels, t.channels);
-  const int64_t y_blocks = ceil_div(g.patch_h, t.height), x_blocks = ceil_div(g.patch_w, t.width);
-  const int64_t blocks = g.batch * channel_blocks * y_blocks * x_blocks;
-  STD_TORCH_CHECK(
-      2 * blocks <= std::numeric_limits<int>::max(), "input has too many channels: split it");
-  t.channel_blocks = static_cast<unsigned>(channel_blocks);
-  t.y_blocks = static_cast<unsigned>(y_blocks), t.x_blocks = static_cast<unsigned>(x_blocks);
-  t.blocks = static_cast<unsigned>(blocks);
-  t.stride_x = g.width == 1 ? 0 : static_cast<int>(in.x);
-  t.last_x = static_cast<int>(t.stride_x * (g.width - 1));
-  t.line_units = ceil_div(g.patch_w, kUnit);
-  t.units = g.patch_h * t.line_units;
-  t.parts = group_by == kPosition  ? g.columns
-            : group_by == kChannel ? g.batch * t.units
-                                   : g.channels * t.units;
-  return t;
-}
-
-// The columns of a block: channels [c, c + channels) of image b, and a rectangle of a patch's
-// pixels.
-struct Block {
-  int64_t b, c;
-  int channels, py, px, height, width;
-};
-
-__device__ inline Block make_block(unsigned i, const Tiling& t, const PatchGeometry& g) {
-  Block block;
-  block.px = static_cast<int>(i % t.x_blocks) * t.width, i /= t.x_blocks;
-  block.py = static_cast<int>(i % t.y_blocks) * t.height, i /= t.y_blocks;
-  block.c = static_cast<int64_t>(i % t.channel_blocks) * t.channels;
-  block.b = i / t.channel_blocks;
-  block.channels = static_cast<int>(min(static_cast<int64_t>(t.channels), g.channels - block.c));
-  block.height = static_cast<int>(min(static_cast<int64_t>(t.height), g.patch_h - block.py));
-  block.width = static_cast<int>(min(static_cast<int64_t>(t.width), g.patch_w - block.px));
-  return block;
-}
-
-// What a thread does: rows slice, slice + slices, ... of lines of patches, of one column.
-struct Share {
-  int slice, k, y, x;  // channel and pixel of the block
-  bool works;          // a few threads may be left over
-
-  __device__ int column(const Block& b) const { return (k * b.height + y) * b.width + x; }
-};
-
-__device__ inline Share make_share(const Block& b, const Tiling& t) {
-  const unsigned area = b.height * b.width, columns = b.channels * area;
-  const unsigned slice = threadIdx.x / columns, column = threadIdx.x % columns;
-  const unsigned k = t.channels_first ? column % b.channels : column / area;
-  const unsigned pixel = t.channels_first ? column / b.channels : column % area;
-  return {
-      static_cast<int>(slice), static_cast<int>(k), static_cast<int>(pixel / b.width),
-      static_cast<int>(pixel % b.width), static_cast<int>(slice) < t.slices};
-}
-
-// How a resized pixel reads its line: one load.
-template <typename acc_t>
-struct alignas(2 * sizeof(acc_t)) NearTap {
-  int low;  // down, the source line; across, the offset in a line
-  acc_t weight;
-};
-
-// The taps of pixels [first, first + width) of the patches [patch, patch + patches) of an axis.
-template <typename acc_t>
-__device__ inline void fill_taps(
-    NearTap<acc_t>* taps, int64_t patch, int patches, int64_t size, int first, int width,
-    int64_t in, int64_t out, int stride) {
-  for (int i = threadIdx.x; i < patches * width; i += kThreads) {
-    const int64_t o = (patch + i / width) * size + first + i % width;
-    const Tap<acc_t> tap = bilinear_tap<acc_t>(o, in, out);
-    taps[i] = {static_cast<int>(tap.low) * stride, tap.weight};
-  }
-}
-
-template <typename acc_t>
-__device__ inline acc_t interpolate(acc_t low, acc_t high, acc_t weight) {
-  return low + weight * (high - low);
-}
-
-// The two source lines of a line of resized pixels.
-template <typename scalar_t>
-class Line {
- public:
-  using acc_t = acc_type<scalar_t>;
-
-  __device__ Line(const scalar_t* plane, const NearTap<acc_t>& tap, int64_t stride, int64_t height)
-      : upper_(plane + tap.low * stride),
-        lower_(tap.low + 1 < height ? upper_ + stride : upper_),
-        weight_(tap.weight) {
-    keep_in_registers(upper_);
-    keep_in_registers(lower_);
-  }
-
-  __device__ acc_t pixel(int offset) const { return load_constant(upper_ + offset); }
-
-  // f(value) for one pixel of each of `patches` patches, whose taps are `width` apart.
-  template <typename F>
-  __device__ void for_each(
-      const NearTap<acc_t>* taps, int width, int patches, const Tiling& t, F&& f) const {
-    for (int patch = 0; patch < patches; ++patch, taps += width) {
-      const NearTap<acc_t> x = *taps;
-      const int right = min(x.low + t.stride_x, t.last_x);
-      const acc_t above = interpolate<acc_t>(
-          load_constant(upper_ + x.low), load_constant(upper_ + right), x.weight);
-      const acc_t below = interpolate<acc_t>(
-          load_constant(lower_ + x.low), load_constant(lower_ + right), x.weight);
-      f(interpolate(above, below, weight_));
+// Writes this thread's patches of a line, centered. Returns their energy.
+template <typename scalar_t, typename acc_t, typename rows_t>
+__device__ inline acc_t write_line(
+    const Lines<scalar_t>& source, const Share& s, const Block& b, const Tiling& t, int patches,
+    const NearTap<acc_t>* taps, acc_t high, acc_t low, int64_t stride, rows_t* __restrict__ to) {
+  const int step = t.across * b.width;
+  const int64_t step_to = t.across * stride;
+  const NearTap<acc_t>* tap = taps + s.across * b.width + s.x;
+  to += s.across * stride;
+  acc_t energy = 0;
+  for (int left = patches - s.across; left > 0; left -= kAcross * t.across) {
+    acc_t values[kAcross];
+    for (int j = 0; j < kAcross; ++j, tap += step) {
+      const NearTap<acc_t> x = *tap;
+      values[j] = interpolate(source[x.low], source[min(x.low + t.stride_x, t.last_x)], x.weight);
+    }
+    for (int j = 0; j < kAcross; ++j, to += step_to) {
+      const acc_t centered = (values[j] - high) - low;
+      if (j * t.across < left) {
+        energy += centered * centered;
+        *to = static_cast<rows_t>(centered);
+      }
     }
   }
+  return energy;
+}
 
- private:
-  const scalar_t *upper_, *lower_;
-  acc_t weight_;
-};
+// Adds the source lines up over the patches down, as they are blended for one line of the patches
+// each, less `origin`; with clear, from 0. One item of work is a source pixel of such a line.
+template <typename scalar_t, typename acc_t>
+__device__ inline void fold(
+    const scalar_t* image, const MapStrides& in, const Block& b, const Tiling& t, const Span& span,
+    int lines, bool has_origin, bool clear, Shared<acc_t>& shared) {
+  const unsigned step = kThreads / b.channels;  // items apart; threads that are left over rest
+  const unsigned k = threadIdx.x % b.channels, item = threadIdx.x / b.channels;
+  if (item >= step) return;
+  const scalar_t* plane = image + k * in.c;
+  const acc_t origin = has_origin ? static_cast<acc_t>(load_constant(plane)) : acc_t(0);
+  const int step_row = static_cast<int>(step / span.count);
+  const int step_x = static_cast<int>(step % span.count);
+  int row = static_cast<int>(item / span.count), x = static_cast<int>(item % span.count);
+  for (; row < t.down * b.height; row += step_row) {
+    const int slice = t.down == 1 ? 0 : row / b.height, y = row - slice * b.height;
+    const scalar_t* pixel = plane + (span.begin + x) * t.stride_x;
+    keep_in_registers(pixel);
+    const NearTap<acc_t>* tap = shared.down + slice * b.height + y;
+    acc_t sum = 0;
+    for (int left = lines - slice; left > 0; left -= kDown * t.down) {
+      acc_t values[kDown];
+      for (int j = 0; j < kDown; ++j, tap += t.down * b.height) {
+        const NearTap<acc_t> of = *tap;
+        values[j] = interpolate<acc_t>(
+            load_constant(pixel + of.low),
+            load_constant(pixel + min(of.low + t.stride_y, t.last_y)), of.weight);
+      }
+      for (int j = 0; j < kDown; ++j) sum += j * t.down < left ? values[j] - origin : acc_t(0);
+    }
+    acc_t& folded = shared.folded[(row * span.count + x) * b.channels + k];
+    folded = clear ? sum : folded + sum;
+    x += step_x;
+    if (x >= span.count) x -= span.count, ++row;
+  }
+}
 
-// The block's shared memory.
+// What is folded, added up over this thread's patches across.
 template <typename acc_t>
-struct Shared {
-  NearTap<acc_t> down[kMaxTaps], across[kMaxTaps];
-  double sums[2][kThreads];
-};
+__device__ inline acc_t add_folded(
+    const Shared<acc_t>& shared, const Share& s, const Block& b, const Tiling& t, const Span& span,
+    int patches) {
+  const acc_t* line = shared.folded + (s.down * b.height + s.y) * span.count * b.channels + s.k;
+  acc_t sum = 0;
+  for (int patch = s.across; patch < patches; patch += t.across) {
+    const int tap = patch * b.width + s.x, left = shared.pixels[tap];
+    const int right = min(left + 1, span.count - 1);
+    sum +=
+        interpolate(line[left * b.channels], line[right * b.channels], shared.across[tap].weight);
+  }
+  return sum;
+}
 
-// The sum of the slices' values, in their order, for each of them.
+// The sum of the values of the threads that share a column, in a fixed order, for each of them.
 __device__ inline double sum_slices(
     double value, double* shared, const Share& share, const Block& b, const Tiling& t) {
   const int columns = b.channels * b.height * b.width, column = share.column(b);
-  if (share.works) shared[share.slice * columns + column] = value;
+  if (share.works) shared[share.slice(t) * columns + column] = value;
   __syncthreads();
   double total = 0;
-  for (int slice = 0; slice < t.slices; ++slice) total += shared[slice * columns + column];
+  for (int slice = 0; slice < t.slices(); ++slice) total += shared[slice * columns + column];
   return total;
 }
 
@@ -216,7 +143,7 @@ __device__ inline void write_energies(
 }
 
 template <typename scalar_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
+__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 2 : 4) patchify_kernel(
     const scalar_t* __restrict__ input, const scalar_t* __restrict__ second, unsigned maps,
     MapStrides in, PatchGeometry g, Tiling t, int64_t group_by, bool center,
     rows_t* __restrict__ rows, double* __restrict__ part_energy) {
@@ -227,68 +154,66 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
     const unsigned map = i / t.blocks;
     const Block block = make_block(i - map * t.blocks, t, g);
     const Share share = make_share(block, t);
-    const scalar_t* plane =
-        (map == 0 ? input : second) + block.b * in.b + (block.c + share.k) * in.c;
+    const scalar_t* image = (map == 0 ? input : second) + block.b * in.b + block.c * in.c;
+    const scalar_t* plane = image + share.k * in.c;
     rows_t* column = rows + map * g.groups * g.stored * g.columns + block.b * g.stride_b +
                      (block.c + share.k) * g.stride_c + (block.py + share.y) * g.stride_py +
                      (block.px + share.x) * g.stride_px;
-    acc_t high = 0, low = 0;  // the mean in two parts, for means far from zero
+    Axis y{0, g.patch_h, 0, block.py, block.height, g.height, g.resized_h, t.stride_y};
+    Axis x{0, g.patch_w, 0, block.px, block.width, g.width, g.resized_w, t.stride_x};
+    Span span{0, 0};
+    // The mean in two parts, for means far from zero: sums are formed, in float32, of what the
+    // values differ by from one that is near by. A single row is its own mean, to the last bit.
+    const bool has_origin = g.rows > 1;
+    acc_t high = 0, low = 0;
     double total = 0;
-    int64_t staged_y = -1, staged_x = -1;
     for (int walk = center ? 0 : 1; walk < 2; ++walk) {
       total = 0;
-      for (int64_t ny = 0; ny < g.n_h; ny += t.lines) {
-        for (int64_t nx = 0; nx < g.n_w; nx += t.patches) {
-          const int lines = static_cast<int>(min(static_cast<int64_t>(t.lines), g.n_h - ny));
-          const int patches = static_cast<int>(min(static_cast<int64_t>(t.patches), g.n_w - nx));
-          if (ny != staged_y || nx != staged_x) {
+      for (int64_t nx = 0; nx < g.n_w; nx += t.patches) {
+        for (int64_t ny = 0; ny < g.n_h; ny += t.lines) {
+          const bool same_x = x.count > 0 && x.first == nx, same_y = y.count > 0 && y.first == ny;
+          if (!same_x || !same_y) {
+            x.first = nx, y.first = ny;
+            x.count = static_cast<int>(min(static_cast<int64_t>(t.patches), g.n_w - nx));
+            y.count = static_cast<int>(min(static_cast<int64_t>(t.lines), g.n_h - ny));
             __syncthreads();  // the last taps are read
-            fill_taps(
-                shared.down, ny, lines, g.patch_h, block.py, block.height, g.height, g.resized_h,
-                1);
-            fill_taps(
-                shared.across, nx, patches, g.patch_w, block.px, block.width, g.width, g.resized_w,
-                t.stride_x);
+            if (!same_x) {
+              span = make_span(x);
+              shared.fill_across(x, (kAcross - 1) * t.across, span);
+            }
+            if (!same_y) shared.fill_down(y, (kDown - 1) * t.down);
             __syncthreads();
-            staged_y = ny, staged_x = nx;
+          }
+          if (walk == 0) {
+            fold(image, in, block, t, span, y.count, has_origin, ny == 0, shared);
+            continue;
           }
           if (!share.works) continue;
-          const NearTap<acc_t>* taps = shared.across + share.x;
-          for (int line = share.slice; line < lines; line += t.slices) {
-            const Line<scalar_t> source(
-                plane, shared.down[line * block.height + share.y], in.y, g.height);
-            rows_t* to = column + (ny + line) * g.stride_ny + nx * g.stride_nx;
-            // float32 sums over a line, of differences from a value near by, and float64 beyond.
-            const acc_t origin = patches > 1 ? source.pixel(taps->low) : acc_t(0);
-            acc_t sum = 0;
-            if (walk == 0) {
-              source.for_each(
-                  taps, block.width, patches, t, [&](acc_t value) { sum += value - origin; });
-              total += static_cast<double>(origin) * patches + sum;
-            } else {
-              source.for_each(taps, block.width, patches, t, [&](acc_t value) {
-                const acc_t centered = (value - high) - low;
-                sum += centered * centered;
-                *to = static_cast<rows_t>(centered);
-                to += g.stride_nx;
-              });
-              total += sum;
-            }
+          for (int line = share.down; line < y.count; line += t.down) {
+            total += write_line(
+                Lines<scalar_t>(plane, shared.down[line * block.height + share.y], t), share, block,
+                t, x.count, shared.across, high, low, g.stride_nx,
+                column + (ny + line) * g.stride_ny + nx * g.stride_nx);
           }
         }
+        if (walk > 0) continue;
+        __syncthreads();
+        if (share.works) total += add_folded(shared, share, block, t, span, x.count);
+        __syncthreads();
       }
       if (walk > 0) break;
       total = sum_slices(total, shared.sums[0], share, block, t) / static_cast<double>(g.rows);
+      if (has_origin) total += static_cast<double>(static_cast<acc_t>(load_constant(plane)));
       high = static_cast<acc_t>(total);
       low = static_cast<acc_t>(total - high);
     }
-    for (int64_t n = g.rows; share.works && share.slice == 0 && n < g.stored; ++n) {
+    for (int64_t n = g.rows; share.works && share.slice(t) == 0 && n < g.stored; ++n) {
       column[n * g.columns] = rows_t(0);
     }
     const double energy = sum_slices(total, shared.sums[1], share, block, t);
     const double mean = static_cast<double>(high) + low;
     __syncthreads();
-    if (share.slice == 0) {
+    if (share.works && share.slice(t) == 0) {
       shared.sums[0][share.column(block)] = mean * mean * static_cast<double>(g.rows);
       shared.sums[1][share.column(block)] = energy;
     }
@@ -297,174 +222,82 @@ __global__ void __launch_bounds__(kThreads, 4) patchify_kernel(
   }
 }
 
-// Centers every row of (G, N, D) over its columns; one block a row. Sums are formed of what the
-// values differ by from the row's first, a vector at a time before they are float64.
-template <typename acc_t, typename rows_t>
-__global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
-    const acc_t* from, PatchGeometry g, int64_t rows, bool wide, rows_t* to,
-    double* __restrict__ row_energy) {
-  constexpr int kSize = Vector<acc_t>::kSize;
-  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
-    const acc_t* row = from + i * g.columns;
-    const acc_t origin = row[0];
-    const auto for_each_vector = [&](auto&& f) {
-      for (int64_t d = threadIdx.x * kSize; d < g.columns; d += kThreads * kSize) {
-        const int count = static_cast<int>(min(g.columns - d, int64_t{kSize}));
-        f(d, count, load<Vector<acc_t>>(row + d, count, wide));
-      }
-    };
-    double total[1] = {0};
-    for_each_vector([&](int64_t, int count, const Vector<acc_t>& vector) {
-      acc_t sum = 0;
-      for (int v = 0; v < kSize; ++v) sum += v < count ? vector.values[v] - origin : acc_t(0);
-      total[0] += sum;
-    });
-    block_sum(total);
-    const double mean = origin + total[0] / static_cast<double>(g.columns);
-    const acc_t high = static_cast<acc_t>(mean), low = static_cast<acc_t>(mean - high);
-    double energy[1] = {0};
-    for_each_vector([&](int64_t d, int count, const Vector<acc_t>& vector) {
-      Vector<rows_t, kSize> centered;
-      acc_t sum = 0;
-      for (int v = 0; v < kSize; ++v) {
-        const acc_t value = (vector.values[v] - high) - low;
-        sum += v < count ? value * value : acc_t(0);
-        centered.values[v] = static_cast<rows_t>(value);
-      }
-      energy[0] += sum;
-      store(to + i * g.columns + d, centered, count, wide);
-    });
-    block_sum(energy);
-    if (threadIdx.x == 0) {
-      double* pair = row_energy + 2 * i;
-      pair[0] = mean * mean * static_cast<double>(g.columns);
-      pair[1] = energy[0];
-    }
-  }
-}
-
-// The energies of a group from those of its `parts`, and the group scaled where it needs that; one
-// block a group.
-template <typename rows_t>
-__global__ void __launch_bounds__(kThreads) finish_groups_kernel(
-    const double* __restrict__ part_energy, PatchGeometry g, int64_t groups, int64_t parts,
-    bool scale, rows_t* __restrict__ rows, double* __restrict__ energy) {
-  using acc_t = acc_type<rows_t>;
-  for (int64_t i = blockIdx.x; i < groups; i += gridDim.x) {
-    double total[2] = {0, 0};  // what centering took, and what it left
-    for (int64_t j = threadIdx.x; j < parts; j += kThreads) {
-      const double* pair = part_energy + 2 * (i * parts + j);
-      total[0] += pair[0], total[1] += pair[1];
-    }
-    block_sum(total);
-    acc_t factor = 1;
-    if (scale && needs_scale<acc_t>(total[1])) {  // for the whole block alike
-      rows_t* values = rows + i * g.stored * g.columns;
-      const int64_t count = g.rows * g.columns;
-      acc_t largest = 0;
-      for (int64_t j = threadIdx.x; j < count; j += kThreads) {
-        largest = max(largest, abs(static_cast<acc_t>(values[j])));
-      }
-      factor = scale_of(static_cast<acc_t>(block_max(largest)));
-      double left[1] = {0};
-      for (int64_t j = threadIdx.x; j < count; j += kThreads) {
-        const acc_t value = static_cast<acc_t>(values[j]) * factor;
-        values[j] = static_cast<rows_t>(value);
-        left[0] += static_cast<double>(value) * value;
-      }
-      block_sum(left);
-      total[0] *= static_cast<double>(factor) * factor, total[1] = left[0];
-    }
-    if (threadIdx.x == 0) {
-      energy[3 * i] = total[0] + total[1], energy[3 * i + 1] = total[1];
-      energy[3 * i + 2] = factor;
-    }
-  }
-}
-
-// The map, or a copy of it where the pixels of a line are too far apart for offsets of 32 bits.
+// The map, or a copy of it where the pixels of a plane are too far apart for offsets of 32 bits.
 Tensor with_near_pixels(const Tensor& input) {
-  const int64_t farthest = (input.size(3) - 1) * input.stride(3);
-  return farthest < std::numeric_limits<int>::max() / 2 ? input : torch::stable::contiguous(input);
+  constexpr int64_t most = std::numeric_limits<int>::max() / 2;
+  const int64_t height = input.size(2), width = input.size(3);
+  STD_TORCH_CHECK(height * width < most, "input has too many pixels: split it");
+  const int64_t farthest = (height - 1) * input.stride(2) + (width - 1) * input.stride(3);
+  return farthest < most ? input : torch::stable::contiguous(input);
 }
 
-bool same_strides(const Tensor& a, const Tensor& b) {
-  bool same = true;
-  for (int64_t i = 0; i < 4; ++i) same = same && a.stride(i) == b.stride(i);
-  return same;
+bool same_strides(const MapStrides& a, const MapStrides& b) {
+  return a.b == b.b && a.c == b.c && a.y == b.y && a.x == b.x;
 }
 
-// Rows of one or two maps, and the energies of their columns (maps, G, parts, 2).
+// Rows of one or two maps, and the energies (maps, G, parts, 2) of their columns.
 template <typename scalar_t, typename rows_t>
 void fill_rows(
     const LaunchScope& scope, const Tensor& input, const Tensor* second, const PatchGeometry& g,
-    const Tiling& t, int64_t group_by, bool center, rows_t* rows, double* energy) {
-  const auto data = [](const Tensor& map) {
-    return static_cast<const scalar_t*>(map.const_data_ptr());
-  };
-  const bool together = second == nullptr || same_strides(input, *second);
-  const unsigned maps = together && second != nullptr ? 2 : 1;
+    int64_t group_by, bool center, rows_t* rows, double* energy) {
+  const MapStrides in = map_strides(input);
+  const Tiling t = make_tiling<acc_type<scalar_t>>(in, g, group_by);
+  const bool together = second != nullptr && same_strides(in, map_strides(*second));
+  const unsigned maps = together ? 2 : 1;
   launch(
-      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{t.blocks}), data(input),
-      second == nullptr ? nullptr : data(*second), maps, map_strides(input), g, t, group_by, center,
-      rows, energy);
-  if (together) return;
+      scope, patchify_kernel<scalar_t, rows_t>, blocks_for(maps * int64_t{t.blocks}),
+      data<scalar_t>(input), together ? data<scalar_t>(*second) : nullptr, maps, in, g, t, group_by,
+      center, rows, energy);
+  if (second == nullptr || together) return;
   fill_rows<scalar_t>(
-      scope, *second, nullptr, g, make_tiling(map_strides(*second), g, group_by), group_by, center,
-      rows + g.groups * g.stored * g.columns, energy + 2 * g.groups * t.parts);
+      scope, *second, nullptr, g, group_by, center, rows + g.groups * g.stored * g.columns,
+      energy + 2 * g.groups * t.parts);
 }
 
-void patchify(
-    const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
-    const Tensor& energy,                 // (G or 2 G, 3); written
-    const Tensor& input,                  // (B, C, H, W), any strides
-    const std::optional<Tensor>& second,  // the same
-    int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, bool scale) {
-  const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
-  check_patchify(rows, energy, input, second, g, group_by, center);
-  const LaunchScope scope(input);
-  const Tensor first = with_near_pixels(input);
-  const Tensor other = second.has_value() ? with_near_pixels(*second) : first;
-  const Tiling tiling = make_tiling(map_strides(first), g, group_by);
-  const int64_t groups = rows.size(0);
-  const Tensor part_energy =
-      torch::stable::new_empty(energy, {groups, std::max(g.stored, tiling.parts), 2});
-  double* parts = static_cast<double*>(part_energy.mutable_data_ptr());
-  dispatch_map_and_rows(input.scalar_type(), rows.scalar_type(), "input", [&](auto map, auto row) {
-    using scalar_t = decltype(map);
-    using rows_t = decltype(row);
+struct Cuda {
+  template <typename scalar_t, typename rows_t>
+  static void run(
+      const Patchify<rows_t>& job, const Tensor& input, const std::optional<Tensor>& second) {
     using acc_t = acc_type<scalar_t>;
-    rows_t* values = static_cast<rows_t*>(rows.mutable_data_ptr());
-    const auto fill = [&](auto* to) {
+    const LaunchScope scope(input);
+    const PatchGeometry& g = job.g;
+    const Tensor first = with_near_pixels(input);
+    const Tensor other = second.has_value() ? with_near_pixels(*second) : first;
+    const int64_t groups = (second.has_value() ? 2 : 1) * g.groups;
+    const bool over_columns = job.center == kOverColumns;
+    const int64_t parts = energy_parts(g, job.group_by);
+    const Tensor part_energy = torch::stable::new_empty(
+        input, {groups, over_columns ? std::max(g.stored, parts) : parts, 2}, ScalarType::Double);
+    double* energy = mutable_data<double>(part_energy);
+    const auto fill = [&](auto* rows) {
       fill_rows<scalar_t>(
-          scope, first, second.has_value() ? &other : nullptr, g, tiling, group_by,
-          center == kOverRows, to, parts);
+          scope, first, second.has_value() ? &other : nullptr, g, job.group_by,
+          job.center == kOverRows, rows, energy);
     };
-    const bool over_columns = center == kOverColumns;
     if (over_columns) {
       // Centered before they are rounded: rows of bfloat16 come from others of float32.
-      const Tensor wide = std::is_same_v<rows_t, acc_t>
-                              ? rows
-                              : torch::stable::new_empty(
-                                    rows, rows.sizes(), accumulation_dtype(input.scalar_type()));
-      acc_t* from = static_cast<acc_t*>(wide.mutable_data_ptr());
+      constexpr bool rounds = !std::is_same_v<rows_t, acc_t>;
+      const Tensor unrounded = torch::stable::new_empty(
+          input, {rounds ? groups * g.stored * g.columns : 0},
+          accumulation_dtype(input.scalar_type()));
+      acc_t* from = mutable_data<acc_t>(unrounded);
+      if constexpr (!rounds) from = job.rows;
       fill(from);
       launch(
-          scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(groups * g.stored),
-          static_cast<const acc_t*>(from), g, groups * g.stored,
-          vectors_aligned(from, g.columns) && vectors_aligned(values), values, parts);
+          scope, center_over_columns_kernel<acc_t, rows_t>, blocks_for(groups * g.stored), from, g,
+          groups * g.stored, vectors_aligned(from, g.columns) && vectors_aligned(job.rows),
+          job.rows, energy);
     } else {
-      fill(values);
+      fill(job.rows);
     }
     launch(
-        scope, finish_groups_kernel<rows_t>, blocks_for(groups), static_cast<const double*>(parts),
-        g, groups, over_columns ? g.stored : tiling.parts, scale, values,
-        static_cast<double*>(energy.mutable_data_ptr()));
-  });
-}
+        scope, finish_groups_kernel<rows_t>, blocks_for(groups), energy, g, groups,
+        over_columns ? g.stored : parts, job.scale, job.rows, job.energy);
+  }
+};
 
 }  // namespace
 
-PCKA_KERNELS(m) { m.impl("patchify_", TORCH_BOX(&patchify)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CUDA, m) { m.impl("patchify_", TORCH_BOX(&patchify<Cuda>)); }
 
 }  // namespace pcka

@@ -7,15 +7,15 @@
 // the two source lines that the resized line reads. Where the resized lines lie and what they read
 // stands in a small table in shared memory.
 
-#include <torch/csrc/stable/ops.h>
+#include "../patchify_backward.h"
 
+#include <algorithm>
 #include <limits>
 
-#include "../dtypes.h"
-#include "../geometry.h"
+#include "../library.h"
 #include "../resize.h"
 #include "launch.h"
-#include "library.h"
+#include "vectors.h"
 
 namespace pcka {
 namespace {
@@ -41,9 +41,9 @@ Tiling make_tiling(const MapStrides& out, const PatchGeometry& g) {
   const int64_t pixels = g.batch * g.channels * g.height * g.width;
   t.lines = static_cast<int>(
       std::min<int64_t>(std::clamp<int64_t>(pixels / kThreadsWanted, 4, 32), g.height));
-  const int64_t items = (g.height + t.lines - 1) / t.lines * g.width;
-  const int64_t channel_blocks = (g.channels + t.channels - 1) / t.channels;
-  const int64_t item_blocks = (items + t.items - 1) / t.items;
+  const int64_t items = ceil_div(g.height, t.lines) * g.width;
+  const int64_t channel_blocks = ceil_div(g.channels, t.channels);
+  const int64_t item_blocks = ceil_div(items, t.items);
   const int64_t blocks = g.batch * channel_blocks * item_blocks;
   STD_TORCH_CHECK(
       blocks <= std::numeric_limits<int>::max(), "grad_input has too many pixels: split it");
@@ -180,35 +180,26 @@ __global__ void __launch_bounds__(
   }
 }
 
-void patchify_backward(
-    const Tensor& grad_input,  // (B, C, H, W), any strides; written
-    const Tensor& grad_rows,   // (G, N, D), contiguous
-    int64_t patch_h, int64_t patch_w, int64_t group_by) {
-  const PatchGeometry g =
-      make_geometry(grad_input, "grad_input", patch_h, patch_w, group_by, &grad_rows);
-  check_rows(grad_rows, "grad_rows", g, grad_input.scalar_type());
-  check_device(grad_rows, "grad_rows", grad_input, "grad_input");
-  const LaunchScope scope(grad_input);
-  const MapStrides out = map_strides(grad_input);
-  const Tiling tiling = make_tiling(out, g);
-  dispatch_map_and_rows(
-      grad_input.scalar_type(), grad_rows.scalar_type(), "grad_input", [&](auto map, auto row) {
-        using scalar_t = decltype(map);
-        using rows_t = decltype(row);
-        const auto gather = [&](auto kernel) {
-          launch(
-              scope, kernel, blocks_for(tiling.blocks),
-              static_cast<const rows_t*>(grad_rows.const_data_ptr()), g, tiling, out,
-              static_cast<scalar_t*>(grad_input.mutable_data_ptr()));
-        };
-        const bool many = 2 * g.resized_w > kReaders * g.width;  // as it is widened by half
-        many ? gather(patchify_backward_kernel<scalar_t, rows_t, true>)
-             : gather(patchify_backward_kernel<scalar_t, rows_t, false>);
-      });
-}
+struct Cuda {
+  template <typename scalar_t, typename rows_t>
+  static void run(const PatchifyBackward<scalar_t, rows_t>& job, const Tensor& on) {
+    const LaunchScope scope(on);
+    const PatchGeometry& g = job.g;
+    const Tiling tiling = make_tiling(job.out, g);
+    const auto gather = [&](auto kernel) {
+      launch(
+          scope, kernel, blocks_for(tiling.blocks), job.rows, g, tiling, job.out, job.grad_input);
+    };
+    const bool many = 2 * g.resized_w > kReaders * g.width;  // as it is widened by half
+    many ? gather(patchify_backward_kernel<scalar_t, rows_t, true>)
+         : gather(patchify_backward_kernel<scalar_t, rows_t, false>);
+  }
+};
 
 }  // namespace
 
-PCKA_KERNELS(m) { m.impl("patchify_backward_", TORCH_BOX(&patchify_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CUDA, m) {
+  m.impl("patchify_backward_", TORCH_BOX(&patchify_backward<Cuda>));
+}
 
 }  // namespace pcka

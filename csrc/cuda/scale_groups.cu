@@ -1,12 +1,12 @@
 // A gradient times one factor for each group, on CUDA, in vectors of 16 bytes.
 
-#include <torch/csrc/stable/ops.h>
+#include "../scale_groups.h"
 
 #include <limits>
 
-#include "../groups.h"
+#include "../geometry.h"  // ceil_div
+#include "../library.h"
 #include "launch.h"
-#include "library.h"
 #include "vectors.h"
 
 namespace pcka {
@@ -38,35 +38,29 @@ __global__ void __launch_bounds__(kThreads) scale_groups_kernel(
   }
 }
 
-void scale_groups(
-    const Tensor& out,       // of gradient's shape and strides; written, may be gradient
-    const Tensor& gradient,  // dense
-    const Tensor& factor,    // (G), along dim
-    int64_t dim) {
-  const GroupedMemory m = check_scale_groups(out, gradient, factor, dim);
-  const LaunchScope scope(gradient);
-  dispatch_gradient_and_out(gradient.scalar_type(), out.scalar_type(), [&](auto zero, auto to) {
-    using gradient_t = decltype(zero);
-    using out_t = decltype(to);
-    using acc_t = acc_type<gradient_t>;
-    const gradient_t* from = static_cast<const gradient_t*>(gradient.const_data_ptr());
-    out_t* values = static_cast<out_t*>(out.mutable_data_ptr());
-    const bool wide = vectors_aligned(from) && vectors_aligned(values);
+struct Cuda {
+  template <typename gradient_t, typename out_t>
+  static void run(const ScaleGroups<gradient_t, out_t>& job, const Tensor& on) {
+    const LaunchScope scope(on);
+    const GroupedMemory& m = job.memory;
+    const bool wide = vectors_aligned(job.gradient) && vectors_aligned(job.out);
     constexpr int64_t block = int64_t{kThreads} * Vector<gradient_t>::kSize;
     const auto scale = [&](auto index) {
       using index_t = decltype(index);
       launch(
           scope, scale_groups_kernel<gradient_t, out_t, index_t>,
-          blocks_for((m.count + block - 1) / block), from, static_cast<index_t>(m.count),
-          static_cast<index_t>(m.groups), static_cast<index_t>(m.stride), wide,
-          static_cast<const acc_t*>(factor.const_data_ptr()), values);
+          blocks_for(ceil_div(m.count, block)), job.gradient, static_cast<index_t>(m.count),
+          static_cast<index_t>(m.groups), static_cast<index_t>(m.stride), wide, job.factors,
+          job.out);
     };
     m.count < std::numeric_limits<int>::max() ? scale(unsigned{}) : scale(int64_t{});
-  });
-}
+  }
+};
 
 }  // namespace
 
-PCKA_KERNELS(m) { m.impl("scale_groups_", TORCH_BOX(&scale_groups)); }
+STABLE_TORCH_LIBRARY_IMPL(pcka, CUDA, m) {
+  m.impl("scale_groups_", TORCH_BOX(&scale_groups<Cuda>));
+}
 
 }  // namespace pcka

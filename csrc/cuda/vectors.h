@@ -1,4 +1,5 @@
-// Accesses of up to 16 bytes, the widest that a thread makes, and the tails that are narrower.
+// Accesses to memory: of up to 16 bytes, the widest that a thread makes, and the tails that are
+// narrower; of what no kernel writes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +7,8 @@
 #include <cstdint>
 
 namespace pcka {
+
+constexpr int64_t kPart = int64_t{1} << 13;  // elements of a large matrix that a block works on
 
 template <typename T, int size = 16 / sizeof(T)>
 struct alignas(size * sizeof(T)) Vector {
@@ -20,8 +23,6 @@ bool vectors_aligned(const T* data, Strides... strides) {
   [[maybe_unused]] constexpr int64_t size = Vector<T>::kSize;  // unused without strides
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides % size == 0) && ...);
 }
-
-#if defined(__CUDACC__) || defined(PCKA_EMULATION)
 
 // Neighbours: a whole vector in one access where `wide`, else `count` of them and zeros.
 template <typename vector_t, typename T>
@@ -54,6 +55,40 @@ __device__ inline void for_each_vector(int64_t begin, int64_t end, F&& f) {
   }
 }
 
+// f(group, first, count) for the block's vectors of the matrices of `groups` groups. A block works
+// on one of a group's ceil_div(elements, kPart) parts at a time.
+template <int size, typename F>
+__device__ inline void for_each_vector_of_groups(
+    int64_t groups, int64_t elements, int64_t parts, F&& f) {
+  for (int64_t i = blockIdx.x; i < groups * parts; i += gridDim.x) {
+    const int64_t group = i / parts, begin = group * elements + i % parts * kPart;
+    for_each_vector<size>(
+        begin, min(begin + kPart, (group + 1) * elements),
+        [&](int64_t first, int count) { f(group, first, count); });
+  }
+}
+
+// Keeps the compiler from forming a pointer anew at each of its uses, with 64-bit sums of its own:
+// an offset of 32 bits is then added in one instruction.
+template <typename T>
+__device__ inline void keep_in_registers([[maybe_unused]] const T*& pointer) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(pointer));
 #endif
+}
+
+// What nothing writes while the kernel runs, through the read-only path.
+template <typename T>
+__device__ inline T load_constant(const T* pointer) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 2) {
+    return T(__ldg(reinterpret_cast<const unsigned short*>(pointer)), T::from_bits());
+  } else {
+    return __ldg(pointer);
+  }
+#else
+  return *pointer;
+#endif
+}
 
 }  // namespace pcka

@@ -6,6 +6,7 @@ The only module that touches ``torch.ops.pcka``. Schemas and conventions: ``csrc
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,23 @@ from pcka.ops.reference import accumulation_dtype
 
 _BATCH, _POSITION = 1, 2  # codes of group_by
 _NONE, _OVER_ROWS = 0, 1  # codes of center
+
+
+def _workspace_bytes(mebibytes: str | None) -> int:
+    """Of PCKA_WORKSPACE_MIB: what patch_cka may take for a chunk of groups on a GPU.
+
+    0, where it is not set, stands for the operator's own 256 MiB.
+    """
+    if not mebibytes:
+        return 0
+    if not mebibytes.isdecimal() or int(mebibytes) == 0:
+        raise ImportError(
+            f"PCKA_WORKSPACE_MIB must be a positive whole number of MiB, got {mebibytes!r}"
+        )
+    return int(mebibytes) << 20
+
+
+_WORKSPACE = _workspace_bytes(os.environ.get("PCKA_WORKSPACE_MIB"))
 
 
 def cka(x: Tensor, y: Tensor, center: bool) -> Tensor:
@@ -45,8 +63,9 @@ def patch_cka(
 ) -> Tensor:
     """``(B, C, H, W)`` twice -> ``(G,)``."""
     _refuse_tangents(student, teacher)
+    workspace = 0 if student.is_cpu else _WORKSPACE
     alignment, _ = torch.ops.pcka.patch_cka(
-        student, teacher, *patch, group_by, columns, center, _needs_grad(student)
+        student, teacher, *patch, group_by, columns, center, _needs_grad(student), workspace
     )
     return alignment
 
@@ -176,6 +195,7 @@ def _patch_cka_fake(
     columns: bool,
     center: bool,
     needs_grad: bool,
+    workspace: int = 0,
 ) -> tuple[Tensor, Tensor]:
     rows = _rows_shape(student, patch_h, patch_w, group_by)
     wide = accumulation_dtype(student.dtype)
@@ -220,12 +240,14 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _scaled(gradient: Tensor, factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """``gradient`` times ``factor (G,)`` along ``dim``, in ``dtype``.
 
-    In the gradient's own memory where nobody will ask for it again.
+    On a CPU in the gradient's own memory where nobody will ask for it again: the first touch of
+    fresh memory costs more there than the product. A GPU's allocator hands out memory that is
+    there.
     """
     if type(gradient) is not Tensor:  # traced
         shape = [-1 if i == dim else 1 for i in range(gradient.dim())]
         return (gradient * factor.view(shape)).to(dtype)
-    own = gradient.dtype == dtype and not _graph_is_kept()
+    own = gradient.is_cpu and gradient.dtype == dtype and not _graph_is_kept()
     out = gradient if own else torch.empty_like(gradient, dtype=dtype)
     torch.ops.pcka.scale_groups_(out, gradient, factor.contiguous(), dim)
     return out
@@ -273,14 +295,14 @@ def _patch_cka_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _patch_cka_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     if grad is None or not ctx.needs:
-        return (None,) * 8
+        return (None,) * 9
     if ctx.group_by == _POSITION:
         rows = _scaled(gradient, grad, 0, gradient.dtype)
         result = rows.new_empty(ctx.shape, dtype=ctx.dtype)
         torch.ops.pcka.patchify_backward_(result, rows, ctx.patch_h, ctx.patch_w, ctx.group_by)
     else:
         result = _scaled(gradient, grad, 0 if ctx.group_by == _BATCH else 1, ctx.dtype)
-    return (result, *[None] * 7)
+    return (result, *[None] * 8)
 
 
 def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

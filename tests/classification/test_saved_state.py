@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from classification.models import create_model
 from classification.run import PARTS, run_experiment
 from pcka.engine.config import ConfigError
 from pcka.engine.saved_state import load_state
@@ -144,7 +143,8 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(run, content):
 
 def test_one_flipped_bit_of_a_checkpoint_is_found(run):
     content = bytearray(run.checkpoint.read_bytes())
-    content[len(content) // 2] ^= 4
+    weight = next(iter(torch.load(run.checkpoint, weights_only=True)["student"].values()))
+    content[content.index(weight.numpy().tobytes())] ^= 4  # not in the padding between entries
     run.checkpoint.write_bytes(content)
     with pytest.raises(ConfigError, match=r"cannot be continued from checkpoint\.pth: .*damaged"):
         run(**{"SOLVER.EPOCHS": 3})
@@ -156,49 +156,46 @@ def test_a_file_that_holds_something_else_is_no_checkpoint(tmp_path):
         load_state(tmp_path / "checkpoint.pth", PARTS)
 
 
+WIDER = {"STUDENT.NAME": "resnet8x4", "SOLVER.SCHEDULE": "multistep", "SOLVER.EPOCHS": 1}
+
+
 @pytest.fixture
-def wide_teacher(tmp_path):
-    """A teacher of other widths than the student's."""
-    torch.manual_seed(0)
-    torch.save(create_model("resnet8x4", 10).state_dict(), tmp_path / "wide.pth")
-    keys = {"TEACHER.NAME": "resnet8x4", "TEACHER.WEIGHTS": tmp_path / "wide.pth"}
-    return {**keys, "SOLVER.SCHEDULE": "multistep"}
+def adapted(pair_config, tmp_path):
+    """``adapted(*methods)``: the configuration of a student that is wider than its teacher."""
+
+    def config(name, methods, **keys):
+        chosen = {"DISTILL.METHODS": methods, "DISTILL.WARMUP": 0.0, **WIDER, **keys}
+        return pair_config("ce", name, **chosen)
+
+    return config
 
 
-def with_adapters_in_the_losses(state):
-    """As a checkpoint has it whose losses have adapters of their own."""
+def into_losses(state):
+    """As states were written in which each loss has its adapters."""
     for name, value in state.pop("adapters").items():
-        tap, part = name.split(".")
-        state["losses"][f"1.adapters.{tap}.0.{part}"] = value
+        tap, _, kind = name.rpartition(".")
+        state["losses"][f"1.adapters.{tap}.0.{kind}"] = value
 
 
-def test_a_checkpoint_whose_losses_hold_the_adapters_goes_on_to_the_same_end(
-    tiny_config, wide_teacher, tmp_path, assert_same_run
-):
-    def config(name, epochs):
-        return tiny_config("pkd", name, **wide_teacher, **{"SOLVER.EPOCHS": epochs})
-
-    run_experiment(config("whole", 3))
-    run_experiment(config("parts", 2))
-    path = tmp_path / "parts" / "checkpoint.pth"
-    state = torch.load(path, weights_only=True)
-    assert state["adapters"].keys() == {"last.weight", "last.bias"} and not state["losses"]
-    with_adapters_in_the_losses(state)
-    torch.save(state, path)
-    run_experiment(config("parts", 3), resume=True)
+def test_adapters_saved_in_a_loss_are_gone_on_with(adapted, tmp_path, assert_same_run):
+    for name in ("whole", "parts"):
+        run_experiment(adapted(name, "[CE, PKD]"))
+    checkpoint = tmp_path / "parts" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    assert list(state["adapters"]) == ["last.weight", "last.bias"]
+    into_losses(state)
+    torch.save(state, checkpoint)
+    for name in ("whole", "parts"):
+        run_experiment(adapted(name, "[CE, PKD]", **{"SOLVER.EPOCHS": 2}), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_two_adapters_of_one_tap_cannot_become_one(tiny_config, wide_teacher, tmp_path):
-    both = {"DISTILL.METHODS": "[CE, PKD, CWD]", **wide_teacher}
-    run_experiment(tiny_config(**both, **{"SOLVER.EPOCHS": 1}))
-    path = tmp_path / "run" / "checkpoint.pth"
-    state = torch.load(path, weights_only=True)
-    of_second = {f"2.adapters.last.0.{n}": v for n, v in (("weight", 0), ("bias", 0))}
-    with_adapters_in_the_losses(state)
-    state["losses"] |= of_second
-    torch.save(state, path)
-    with pytest.raises(
-        ConfigError, match=r"losses hold adapters of feature maps \(1\.adapters\.la"
-    ):
-        run_experiment(tiny_config(**both), resume=True)
+def test_adapters_saved_beside_other_parameters_of_losses_are_refused(adapted, tmp_path):
+    run_experiment(adapted("run", "[CE, PKD, VID]"))
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    into_losses(state)
+    torch.save(state, checkpoint)
+    message = r"its losses hold adapters .*\(1\.adapters\.last\.0\.w.*beside"
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(adapted("run", "[CE, PKD, VID]", **{"SOLVER.EPOCHS": 2}), resume=True)

@@ -75,7 +75,8 @@ class Waits(Loss):
     needs_target = True
 
     def terms(self, student, teacher, target):
-        return {"loss_waits": Term(target.float().mean().item(), student.logits.square().mean())}
+        value = student.logits.square().mean() * target.float().mean().item()
+        return {"loss_waits": Term(1.0, value)}
 
 
 def test_a_recording_that_fails_leaves_no_trace(pair_config, tmp_path, caplog, monkeypatch):

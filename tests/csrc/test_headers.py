@@ -83,5 +83,5 @@ def test_the_oldest_torch_in_cuda(oldest, source, tmp_path):
 def test_the_oldest_torch_in_emulated_cuda(oldest, source):
     """Where there is no nvcc, too."""
     emulation = f"-I{ROOT / 'tests' / 'emulation'}"
-    options = ("-fsyntax-only", "-DPCKA_EMULATION", emulation, "-Wall", "-Wextra", "-x", "c++")
+    options = ("-fsyntax-only", "-DUSE_CUDA", emulation, "-Wall", "-Wextra", "-x", "c++")
     compiles("g++", source, oldest, *options)

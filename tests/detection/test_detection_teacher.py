@@ -17,6 +17,7 @@ from detection.preflight import check_teacher_file
 from detection.teacher import TeacherBackbone, build_teacher, fold_batch_norms
 from detection.teacher_checks import check_features
 from pcka.engine.config import ConfigError
+from pcka.teacher import FrozenTeacher
 
 SMALL_TEACHER = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32]
 
@@ -65,9 +66,19 @@ def test_other_norms_stay_where_they_are(backbone):
 
 
 def test_a_teacher_folds_its_batch_norms_and_is_frozen(backbone):
-    teacher = TeacherBackbone(backbone("FrozenBN"), [0.0] * 3, [1.0] * 3)
+    teacher = FrozenTeacher(TeacherBackbone(backbone("FrozenBN"), [0.0] * 3, [1.0] * 3))
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_what_lies_beyond_the_students_images_is_cut_off(backbone):
+    teacher = FrozenTeacher(TeacherBackbone(backbone("BN"), [0.0] * 3, [1.0] * 3))
+    image = torch.randint(256, (3, 40, 72), dtype=torch.uint8)
+    whole, cut = teacher([image], (64, 96)), teacher([image], (40, 72))
+    assert {level: tuple(feature.shape[2:]) for level, feature in cut.items()} == {
+        "p3": (5, 9), "p4": (3, 5), "p5": (2, 3), "p6": (1, 2), "p7": (1, 1),
+    }  # fmt: skip
+    assert all(torch.equal(cut["p3"], whole["p3"][:, :, :5, :9]) for level in cut)
 
 
 class _CountsUploads(Tensor):
@@ -130,8 +141,8 @@ def test_a_trained_teacher_passes(checked):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_zero, "level p3 is the same whatever the image"),
-        (_flip_a_bit, r"level p4 reaches \de\+\d+, as no trained one does"),
+        (_zero, "maps of p3 are the same for every image, .*"),
+        (_flip_a_bit, r"maps of p4 reach \de\+\d+, as those of no trained model do"),
     ],
 )
 def test_a_teacher_with_nothing_to_teach_is_refused(checked, change, message):

@@ -7,10 +7,13 @@ import torch
 from detectron2.solver import build_optimizer
 from detectron2.structures import ImageList
 
+from detection.levels import _unfit
 from detection.teacher import TeacherBackbone
+from pcka import losses
 from pcka.engine.config import ConfigError
 
 LEVELS = ("p3", "p4", "p5")
+FEATURE_METHODS = [name for name in losses.names() if not _unfit(losses.build(name))]
 
 
 def _total(terms):
@@ -55,7 +58,7 @@ def test_the_teacher_is_in_neither_state_nor_parameters(build):
     own = {id(parameter) for parameter in model.teacher.parameters()}
     assert own
     assert not own & {id(parameter) for parameter in model.parameters()}
-    assert all(name.startswith("student.") for name in model.state_dict())
+    assert all(name.startswith("distiller.student.") for name in model.state_dict())
     assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
 
 
@@ -94,8 +97,10 @@ def test_the_distillation_loss_falls_on_one_batch(build, batch, storage):
 
 def test_features_are_the_same_alone_and_inside(build, batch):
     model = build()
-    alone = copy.deepcopy(model.teacher.model.model).eval()
-    pixels = [(x["image"] - model.teacher.pixel_mean) / model.teacher.pixel_std for x in batch]
+    alone = copy.deepcopy(model.teacher.model.backbone).eval()
+    pixels = [
+        (x["image"] - model.teacher.model.pixel_mean) / model.teacher.model.pixel_std for x in batch
+    ]
     images = ImageList.from_tensors(pixels, alone.size_divisibility).tensor
     inside = model.teacher([x["image"] for x in batch], tuple(images.shape[-2:]))
     with torch.no_grad():
@@ -107,23 +112,23 @@ def test_features_are_the_same_alone_and_inside(build, batch):
 def test_an_rgb_teacher_sees_rgb_whatever_the_student_sees(build, batch):
     rgb = str(["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [10.0, 20.0, 30.0]])
     model = build("DISTILL.TEACHER.OPTS", rgb)
-    assert model.teacher.swap_channels  # the student's loader gives BGR
+    assert model.teacher.model.swap_channels  # the student's loader gives BGR
     seen = []
-    model.teacher.model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.teacher.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     image = batch[0]["image"]
     model.teacher([image], (128, 96))
     mean = torch.tensor([10.0, 20.0, 30.0]).view(-1, 1, 1)
-    expected = (image.float()[[2, 1, 0]] - mean) / model.teacher.pixel_std
+    expected = (image.float()[[2, 1, 0]] - mean) / model.teacher.model.pixel_std
     torch.testing.assert_close(seen[0][0, :, :128, :96], expected)
 
 
 def test_a_wider_teacher_gets_an_adapter_that_learns(build, batch, storage):
     model = build("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64])).train()
-    assert {level: tuple(conv.weight.shape) for level, conv in model.adapters.items()} == {
-        level: (64, 32, 1, 1) for level in LEVELS
-    }
+    assert {
+        level: tuple(conv.weight.shape) for level, conv in model.distiller.adapters.items()
+    } == {level: (64, 32, 1, 1) for level in LEVELS}
     _total(model(batch)).backward()
-    assert all(conv.weight.grad.norm() > 0 for conv in model.adapters.values())
+    assert all(conv.weight.grad.norm() > 0 for conv in model.distiller.adapters.values())
 
 
 def test_the_dry_run_gives_every_module_its_own_mode_back(build, monkeypatch):
@@ -131,15 +136,15 @@ def test_the_dry_run_gives_every_module_its_own_mode_back(build, monkeypatch):
     frozen = next(m for m in model.student.modules() if isinstance(m, torch.nn.BatchNorm2d))
     frozen.eval()
     before = [module.training for module in model.student.modules()]
-    model._fit_to_teacher(model.teacher)
+    model._prepare()
     assert [module.training for module in model.student.modules()] == before
 
     def fail(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(model.teacher.model, "forward", fail)
+    monkeypatch.setattr(model.student.backbone, "forward", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        model._fit_to_teacher(model.teacher)
+        model._prepare()
     assert [module.training for module in model.student.modules()] == before
 
 
@@ -148,7 +153,7 @@ def test_only_what_a_loss_reads_is_matched_and_adapted(build):
     wide = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 48])
     one = ("DISTILL.PCKA.STAGES", "['p3']", "DISTILL.PCKA.PATCH_SIZES", "[4]")
     model = build("DISTILL.TEACHER.OPTS", wide, *one)
-    assert list(model.adapters) == list(model.levels) == ["p3"]
+    assert list(model.distiller.adapters) == list(model.distiller.teacher_paths) == ["p3"]
 
 
 def test_a_teacher_of_another_stride_is_resized(build, batch, storage):
@@ -159,6 +164,26 @@ def test_a_teacher_of_another_stride_is_resized(build, batch, storage):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("method", FEATURE_METHODS)
+def test_every_loss_of_feature_maps_with_a_teacher_of_another_width_and_stride(
+    build, batch, storage, method
+):
+    """A level of the student beside a coarser one and a finer one of the teacher, twice as wide."""
+    wide = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))
+    levels = ("DISTILL.LEVELS", "['p3:p4', 'p4:p3']", "DISTILL.PCKA.PATCH_SIZES", "4")
+    if method == "REVIEWKD":  # which takes its coarsest level by a key of its own
+        levels += ("DISTILL.REVIEWKD.STAGES", "['p3']", "DISTILL.REVIEWKD.POOLED", "p4")
+    model = build("DISTILL.METHODS", str([method]), *wide, *levels).train()
+    three = [*batch, batch[0]]  # FCKA of two samples is constantly 1
+    terms = {name: term for name, term in model(three).items() if method.lower() in name}
+    assert terms
+    _total(terms).backward()
+    backbone = model.student.backbone
+    assert backbone.fpn_lateral3.weight.grad.norm() > 0
+    parts = [*model.distiller.adapters.parameters(), *model.distiller.losses.parameters()]
+    assert all(parameter.grad is not None for parameter in parts)
+
+
 def test_two_methods_add_up(build, batch, storage):
     terms = build("DISTILL.METHODS", "['PCKA', 'PKD', 'CWD']").train()(batch)
     assert {name.split("_")[1] for name in terms} == {"cls", "box", "pcka", "pkd", "cwd"}
@@ -167,7 +192,7 @@ def test_two_methods_add_up(build, batch, storage):
 def test_adapters_of_the_losses_are_trained(build, batch, storage):
     model = build("DISTILL.METHODS", "['FITNET', 'VID', 'CC', 'KDSVD']").train()
     _total(model(batch)).backward()
-    fitnet, vid, cc, kdsvd = ([*loss.parameters()] for loss in model.losses)
+    fitnet, vid, cc, kdsvd = ([*loss.parameters()] for loss in model.distiller.losses)
     assert not fitnet and not kdsvd  # both maps have one shape already
     assert vid and cc
     assert all(parameter.grad.norm() > 0 for parameter in vid + cc)
@@ -210,7 +235,7 @@ def test_the_teacher_runs_in_the_students_precision_unless_told(build, batch, gi
 
 
 def test_moves_take_the_teacher_along(build):
-    assert build().double().teacher.pixel_mean.dtype == torch.float64
+    assert build().double().teacher.model.pixel_mean.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -219,18 +244,22 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.LEVELS", "['p2']"), r"'p2', which the student's backbone does not have.*p3"),
         (("DISTILL.LEVELS", "['p3:p9']"), r"'p9', which the teacher's backbone does not have"),
         (("DISTILL.LEVELS", "['p3', 'p3:p4']"), r"'p3' stands twice"),
-        (("DISTILL.LEVELS", "[3]"), r"DISTILL.LEVELS: expected names like 'p3'.*got 3"),
-        (("DISTILL.PCKA.PATCH_SIZES", "[4.5, 4, 2]"), r"DISTILL.PCKA: .*patch"),
+        (("DISTILL.LEVELS", "[3]"), r"DISTILL.LEVELS expects a str .*got 3"),
+        (("DISTILL.PCKA.PATCH_SIZES", "[4.5, 4, 2]"), r"PCKA.PATCH_SIZES expects a int"),
         (("DISTILL.PCKA.WEIGHTS", "[-1.0]"), r"DISTILL.PCKA: .*weight"),
-        (("DISTILL.METHODS", "['NOPE']"), r"no loss of feature maps is called 'NOPE'.*PCKA"),
-        (("DISTILL.PCKA.STAGES", "['p6']"), r"STAGES: p6 is not among DISTILL.LEVELS"),
-        (("DISTILL.PCKA.WEIGHTS", "[1.0, 2.0]"), r"DISTILL.PCKA: weights must hold one value"),
+        (("DISTILL.METHODS", "['PKDA']"), r"METHODS: no loss is called 'PKDA'; near matches: PKD"),
+        (("DISTILL.METHODS", "['KD']"), r"METHODS: KD needs logits, and .* feature maps alone"),
+        (
+            ("DISTILL.PCKA.STAGES", "['p6']", "DISTILL.PCKA.PATCH_SIZES", "4"),
+            r"DISTILL.PCKA: p6 is not tapped; there are p3, p4, p5, and DISTILL.LEVELS adds more",
+        ),
+        (("DISTILL.PCKA.WEIGHTS", "[1.0, 2.0]"), r"DISTILL.PCKA: weights must hold one"),
         (
             ("DISTILL.METHODS", "['PATCHED']", "DISTILL.PATCHED.METHOD", "cka"),
             r"DISTILL.PATCHED: method must be one of at, kl, pkd, dist; got 'cka'",
         ),
         (("DISTILL.METHODS", "['PCKA', 'PCKA']"), r"METHODS: expected each loss once"),
-        (("DISTILL.METHODS", "['OFD']"), r"no loss of feature maps is called 'OFD'"),
+        (("DISTILL.METHODS", "['OFD']"), r"METHODS: OFD needs more of the teacher"),
         (("DISTILL.PCKA.PATCH_SIZES", "[0]"), r"DISTILL.PCKA: patch_size must be a positive int"),
         (("DISTILL.PCKA.RELATIONS", "[]"), r"DISTILL.PCKA: relations must hold one or more"),
         (("DISTILL.PCKA.RELATIONS", "['row']"), r"DISTILL.PCKA: relations must be one of rows"),
@@ -294,12 +323,22 @@ def test_weights_of_another_model_are_refused(build, tmp_path):
 
 def test_two_losses_of_one_name_are_refused(build, batch, storage):
     model = build().train()
-    model.losses.append(model.losses[0])
-    with pytest.raises(ConfigError, match="two losses give loss_pcka_p3_rows"):
+    model.distiller.losses.append(model.distiller.losses[0])
+    with pytest.raises(ValueError, match=r"gives loss_pcka_p3_rows, .* which another loss gives"):
+        model(batch)
+
+
+def test_a_loss_that_takes_a_name_of_the_students_is_refused(build, batch, storage, monkeypatch):
+    model = build("DISTILL.METHODS", "['PKD']").train()
+    student = model.student.forward
+    monkeypatch.setattr(
+        model.student, "forward", lambda x: {**student(x), "loss_pkd_p4": torch.zeros(())}
+    )
+    with pytest.raises(ConfigError, match="a loss gives loss_pkd_p4, as the student does"):
         model(batch)
 
 
 def test_the_teacher_never_goes_to_training_mode(build):
     teacher = build().teacher
-    assert isinstance(teacher.train(), TeacherBackbone)
+    assert isinstance(teacher.train().model, TeacherBackbone)
     assert not any(module.training for module in teacher.modules())

@@ -163,8 +163,13 @@ def test_a_run_may_go_on_longer_and_with_files_elsewhere(left, arguments, caplog
 def test_a_checkpoint_of_another_configuration_is_refused(left, arguments):
     (left / "config.yaml").unlink()
     wider = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
-    with pytest.raises(ConfigError, match="its checkpoint is of another configuration"):
+    named = r"of another configuration \(it has other weights of adapters.p3, adapters.p4,"
+    with pytest.raises(ConfigError, match=named):
         train_net.main(arguments(left, 4, *wider, flags=["--resume"]))
+    (left / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"\(it has other weights of MGD\)"):
+        keys = ("DISTILL.METHODS", "['PCKA', 'MGD']")
+        train_net.main(arguments(left, 4, *keys, flags=["--resume"]))
     (left / "config.yaml").unlink()
     torch.save({"model": _checkpoint(left)["model"]}, left / "model_final.pth")
     with pytest.raises(ConfigError, match=r"model_final.pth: holds no training to go on with"):

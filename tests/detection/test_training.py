@@ -18,10 +18,10 @@ from PIL import Image
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config
 from detection.figures import read_metrics
-from detection.meta_arch import BackboneTap
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
+from pcka.taps import FeatureTap
 
 pytestmark = pytest.mark.slow
 
@@ -211,13 +211,13 @@ def test_mixed_precision_trains_near_float32_and_evaluates_in_it(
     exact, mixed = build(*own, config=config), build(*own, config=config)
     trainer.train_in_bfloat16(mixed)
     student = trainer.student_of(mixed)
-    with BackboneTap(student.backbone) as tap:
+    with FeatureTap(student.backbone, {"level": ":p3"}) as tap:
         terms = mixed.train()(batch)
-        assert {feature.dtype for feature in tap.features.values()} == {torch.bfloat16}
+        assert tap.pop()["level"].dtype == torch.bfloat16
         sum(terms.values()).backward()
-        mixed.eval()(batch)
-        student.eval()(batch)
-        assert {feature.dtype for feature in tap.features.values()} == {torch.float32}
+        for evaluated in (mixed, student):
+            evaluated.eval()(batch)
+            assert tap.pop()["level"].dtype == torch.float32
     expected = exact.train()(batch)
     assert terms.keys() == expected.keys()
     for name, term in expected.items():
@@ -265,6 +265,24 @@ def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
         train_net.main(
             arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", "['nothing.']")
         )
+
+
+COUNTING = """
+import sys
+from detection import train_net
+train_net.main(sys.argv[1:])
+ours = ("pcka", "detection", "classification", "benchmarks", "tools")
+print(*sorted(name for name in sys.modules if name.partition(".")[0] in ours))
+"""
+
+
+def test_a_training_imports_at_most_60_modules_of_ours(tmp_path, arguments):
+    command = [sys.executable, "-W", "ignore", "-c", COUNTING, *arguments(tmp_path, 1)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    modules = done.stdout.splitlines()[-1].split()
+    assert "pcka.losses.pcka" in modules
+    assert len(modules) <= 60, modules
 
 
 def test_two_processes_train_resume_and_evaluate(tmp_path, arguments):

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <utility>
 
 #include "emulation.h"
 
@@ -21,3 +23,34 @@ using std::abs;
 using std::max;
 using std::min;
 using std::sqrt;
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+
+struct dim3 {
+  explicit dim3(unsigned size) : x(size) {}
+  unsigned x;
+};
+
+namespace emulation {
+
+constexpr unsigned kMaxBlocks = 7;  // few, so that kernels' loops over further blocks are reached
+
+template <typename... Params, std::size_t... i>
+void launch_with(
+    void (*kernel)(Params...), unsigned blocks, unsigned threads, void** arguments,
+    std::index_sequence<i...>) {
+  launch(kernel, blocks, threads, *static_cast<Params*>(arguments[i])...);
+}
+
+}  // namespace emulation
+
+template <typename... Params>
+cudaError_t cudaLaunchKernel(
+    void (*kernel)(Params...), dim3 blocks, dim3 threads, void** arguments, std::size_t,
+    cudaStream_t) {
+  emulation::launch_with(
+      kernel, std::min(blocks.x, emulation::kMaxBlocks), threads.x, arguments,
+      std::index_sequence_for<Params...>{});
+  return 0;
+}

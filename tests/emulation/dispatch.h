@@ -84,11 +84,11 @@ struct PatchCka {
 
 inline PatchCka patch_cka(
     const std::string& library, const Tensor& student, const Tensor& teacher, const Patches& p,
-    bool columns, bool center) {
+    bool columns, bool center, int64_t workspace = 0) {
   const bool needs_grad = true;
-  std::array<StableIValue, 8> stack{from(student), from(teacher),    from(p.height),
+  std::array<StableIValue, 9> stack{from(student), from(teacher),    from(p.height),
                                     from(p.width), from(p.group_by), from(columns),
-                                    from(center),  from(needs_grad)};
+                                    from(center),  from(needs_grad), from(workspace)};
   call(library, "patch_cka", stack);
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }

@@ -235,3 +235,20 @@ int __tsan_atomic32_fetch_add(volatile int* p, int value, int) {
   return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
 }
 }
+
+// What launches ask of torch: a device that is always current, its stream, and the check after.
+extern "C" {
+std::int32_t aoti_torch_create_device_guard(std::int32_t, void** guard) {
+  *guard = nullptr;
+  return 0;
+}
+std::int32_t aoti_torch_get_current_cuda_stream(std::int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+void torch_c10_cuda_check_msg(
+    std::int32_t, const char*, const char*, std::uint32_t, bool, char** message) {
+  *message = nullptr;
+}
+void torch_c10_cuda_free_error_msg(char*) {}
+}

@@ -85,10 +85,11 @@ struct Case {
 // Enlarged by little, by much and not at all; one patch, one channel, one pixel; odd widths; more
 // channels, patches and taps than one block's share; a matrix as `cka` passes it.
 const std::vector<Case> kCases = {
-    {2, 3, 9, 14, 2, 5},   {2, 2, 21, 30, 16, 16}, {1, 1, 33, 40, 8, 8}, {1, 1, 5, 7, 8, 8},
-    {1, 20, 6, 9, 3, 3},   {1, 1, 1, 1, 1, 1},     {1, 2, 3, 2, 16, 16}, {2, 4, 8, 8, 4, 4},
-    {1, 1, 2, 700, 1, 4},  {1, 1, 300, 3, 2, 1},   {1, 70, 9, 1, 1, 1},  {1, 1, 1, 3, 1, 600},
-    {1, 18, 8, 12, 8, 12}, {1, 1, 140, 12, 1, 8},  {1, 3, 90, 2, 1, 1},  {1, 1, 3, 1, 600, 1},
+    {2, 3, 9, 14, 2, 5},  {2, 2, 21, 30, 16, 16}, {1, 1, 33, 40, 8, 8},  {1, 1, 5, 7, 8, 8},
+    {1, 20, 6, 9, 3, 3},  {1, 1, 1, 1, 1, 1},     {1, 2, 3, 2, 16, 16},  {2, 4, 8, 8, 4, 4},
+    {1, 1, 2, 700, 1, 4}, {1, 1, 300, 3, 2, 1},   {1, 70, 9, 1, 1, 1},   {1, 1, 1, 3, 1, 600},
+    {1, 2, 520, 1, 1, 1}, {1, 18, 8, 12, 8, 12},  {1, 1, 140, 12, 1, 8}, {1, 3, 90, 2, 1, 1},
+    {1, 1, 3, 1, 600, 1},
 };
 
 void check_patches(const Case& s, ScalarType dtype, ScalarType rows_dtype, Layout layout) {
@@ -122,6 +123,31 @@ void check_patches(const Case& s, ScalarType dtype, ScalarType rows_dtype, Layou
     dispatch::patchify_backward("pcka_emulated", ours, grad_rows, p);
     dispatch::patchify_backward("pcka", theirs, grad_rows, p);
     CHECK(difference(ours, theirs) < tolerance(dtype));
+  }
+}
+
+// A map's memory layout changes no bit of its rows, their energies and its gradient.
+void check_layouts(const Case& s) {
+  const Patches p{s.patch_h, s.patch_w, pcka::kChannel};
+  const pcka::PatchGeometry g =
+      pcka::make_geometry(s.b, s.c, s.h, s.w, s.patch_h, s.patch_w, p.group_by);
+  const Tensor map = make_map(s.b, s.c, s.h, s.w, ScalarType::Float, Layout::kPlanar);
+  const Tensor rows = torch::stable::new_empty(map, {g.groups, g.rows, g.columns});
+  const Tensor energy = torch::stable::new_empty(map, {g.groups, 3}, ScalarType::Double);
+  const Tensor gradient = make_map(s.b, s.c, s.h, s.w, ScalarType::Float, Layout::kPlanar);
+  dispatch::patchify("pcka_emulated", rows, energy, map, std::nullopt, p, pcka::kOverRows);
+  dispatch::patchify_backward("pcka_emulated", gradient, rows, p);
+  for (const Layout layout : {Layout::kChannelsLast, Layout::kSliced, Layout::kTransposed}) {
+    Tensor same = make_map(s.b, s.c, s.h, s.w, ScalarType::Float, layout);
+    torch::stable::copy_(same, map);
+    const Tensor same_rows = torch::stable::new_empty(rows, rows.sizes());
+    const Tensor same_energy = torch::stable::new_empty(energy, energy.sizes());
+    dispatch::patchify(
+        "pcka_emulated", same_rows, same_energy, same, std::nullopt, p, pcka::kOverRows);
+    dispatch::patchify_backward("pcka_emulated", same, rows, p);
+    CHECK(difference(same_rows, rows) == 0);
+    CHECK(difference(same_energy, energy) == 0);
+    CHECK(difference(same, gradient) == 0);
   }
 }
 
@@ -246,16 +272,19 @@ double gradient_tolerance(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? 5 * tolerance(dtype) : 1e-4;
 }
 
-// Several kernels and products, chunk by chunk.
+// Several kernels and products; all groups at once, or chunk by chunk, the last one smaller.
 void check_patch_cka(int64_t group_by, bool columns, bool center, ScalarType dtype, Layout layout) {
   const Tensor student = make_map(2, 6, 18, 21, dtype, layout);
   const Tensor teacher = make_map(2, 6, 18, 21, dtype, layout);
   const Patches p{8, 8, group_by};
-  const auto ours = dispatch::patch_cka("pcka_emulated", student, teacher, p, columns, center);
   const auto theirs = dispatch::patch_cka("pcka", student, teacher, p, columns, center);
   const double rounding = dtype == ScalarType::BFloat16 ? tolerance(dtype) : 1e-5;
-  CHECK(difference(ours.alignment, theirs.alignment) < rounding);
-  CHECK(difference(ours.gradient, theirs.gradient) < gradient_tolerance(dtype));
+  for (const int64_t workspace : {0, 1 << 16}) {
+    const auto ours =
+        dispatch::patch_cka("pcka_emulated", student, teacher, p, columns, center, workspace);
+    CHECK(difference(ours.alignment, theirs.alignment) < rounding);
+    CHECK(difference(ours.gradient, theirs.gradient) < gradient_tolerance(dtype));
+  }
 }
 
 void check_cka(int64_t n, int64_t d_x, int64_t d_y, bool center, ScalarType dtype) {
@@ -283,6 +312,14 @@ int main() {
     }
   }
   check_far_means();
+  for (const Case& s : std::vector<Case>{
+           {2, 20, 18, 35, 16, 16},
+           {1, 9, 18, 35, 8, 8},
+           {1, 7, 9, 30, 4, 4},
+           {1, 20, 40, 3, 1, 1},
+           {1, 3, 4, 300, 2, 70}}) {
+    check_layouts(s);
+  }
   for (const double scale : {1e-30, 1e30}) {
     check_scales(ScalarType::Float, ScalarType::Float, scale);
     check_scales(ScalarType::BFloat16, ScalarType::BFloat16, scale);

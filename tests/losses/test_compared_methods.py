@@ -53,7 +53,8 @@ def test_dkd_parts_are_the_binary_and_the_other_divergence(draw):
     temperature = 2.0
     total = {}
     for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
-        total[alpha] = dkd_loss(student, teacher, target, alpha, beta, temperature).item()
+        settings = {"alpha": alpha, "beta": beta, "temperature": temperature}
+        total[alpha] = dkd_loss(student, teacher, target, **settings).item()
     binary, others = 0.0, 0.0
     for s, t, own in zip(student.numpy(), teacher.numpy(), target.tolist()):
         p_s, p_t = (np.exp(x / temperature) / np.exp(x / temperature).sum() for x in (s, t))

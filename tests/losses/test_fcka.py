@@ -106,7 +106,7 @@ def test_refusals(draw):
     with pytest.raises(ValueError, match="same samples"):
         fcka_loss(x, draw(1, 5, 5))
     with pytest.raises(ValueError, match="weights must hold one value for each of the 2 stages"):
-        FCKA(stages=("a", "b"))
+        FCKA(stages=("a", "b"), weights=(1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match=r"feature 'last'.*\['a'\]"):
         FCKA()(Outputs(features={"a": x}), Outputs(features={"a": x}), None)
     with pytest.raises(ValueError, match="teacher: FCKA needs it"):

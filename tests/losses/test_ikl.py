@@ -26,7 +26,7 @@ def test_both_parts_from_the_definition(draw):
                 square_error += w[j] * w[k] * gap**2 / 4 / 6
     parts = {(1.0, 0.0): cross_entropy, (0.0, 1.0): square_error}
     for (alpha, beta), expected in parts.items():
-        loss = ikl_loss(student, teacher, alpha, beta, **SETTINGS)
+        loss = ikl_loss(student, teacher, alpha=alpha, beta=beta, **SETTINGS)
         assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -34,7 +34,7 @@ def test_gradient_of_the_cross_entropy_is_that_of_kl_divergence(draw):
     student, teacher = draw(0, 6, 5).requires_grad_(), draw(1, 6, 5)
     grads = [
         torch.autograd.grad(loss, student)[0]
-        for loss in (ikl_loss(student, teacher, 1.0, 0.0, 4.0), kd_loss(student, teacher, 4.0))
+        for loss in (ikl_loss(student, teacher, beta=0.0), kd_loss(student, teacher))
     ]
     torch.testing.assert_close(16 * grads[0], grads[1])
 
@@ -62,7 +62,7 @@ def test_module_has_the_published_defaults(draw):
         Outputs(student), Outputs(teacher), None
     )
     assert list(terms) == ["loss_ikl"]
-    expected = 0.5 * ikl_loss(student, teacher, 3.0, 2.0, **SETTINGS)
+    expected = 0.5 * ikl_loss(student, teacher, alpha=3.0, beta=2.0, **SETTINGS)
     torch.testing.assert_close(terms["loss_ikl"], expected)
 
 

@@ -36,7 +36,7 @@ def test_module_weighs_the_function(draw):
     student, teacher = draw(0, 6, 5), draw(1, 6, 5)
     terms = KD(weight=0.9, temperature=2.0)(Outputs(student), Outputs(teacher), None)
     assert list(terms) == ["loss_kd"]
-    torch.testing.assert_close(terms["loss_kd"], 0.9 * kd_loss(student, teacher, 2.0))
+    torch.testing.assert_close(terms["loss_kd"], 0.9 * kd_loss(student, teacher, temperature=2.0))
 
 
 def test_refusals(draw):

@@ -139,7 +139,7 @@ def test_module_gives_a_weighted_term_a_stage(draw):
     [
         ({"method": "cka"}, "method must be one of at, kl, pkd, dist; got 'cka'"),
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"stages": ("a", "b"), "weights": (1.0, 1.0)}, "patch_sizes must hold one value"),
+        ({"stages": ("a", "b"), "patch_sizes": (4, 4, 4)}, "patch_sizes must hold one value"),
     ],
 )
 def test_settings_are_refused_when_the_loss_is_built(settings, message):

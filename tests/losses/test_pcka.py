@@ -57,12 +57,6 @@ def test_scaled_maps_cost_nothing(draw):
     assert pcka_loss(3 * x, x, patch_size=4).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_teacher_that_requires_grad_is_refused(draw):
-    x = draw(0, 2, 3, 8, 12)
-    with pytest.raises(ValueError, match="teacher requires grad"):
-        pcka_loss(x, x.clone().requires_grad_(), patch_size=4)
-
-
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -115,12 +109,12 @@ def test_module_gives_a_weighted_term_a_stage_and_relation(draw):
 
 def test_settings_of_each_level_are_complete():
     with pytest.raises(ValueError, match="patch_sizes must hold one value for each of the 2"):
-        PCKA(stages=("a", "b"), weights=(1.0, 1.0))
+        PCKA(stages=("a", "b"), patch_sizes=(8, 8, 8))
     with pytest.raises(ValueError, match="weights must hold one value for each of the 2"):
-        PCKA(stages=("a", "b"), patch_sizes=(8, 8), weights=(1.0,))
+        PCKA(stages=("a", "b"), weights=(1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match=r"patch_size must be a positive int.*got 1\.5"):
         PCKA(patch_sizes=1.5)
-    with pytest.raises(ValueError, match=r"relations must be a list, got 'rows'.*\['rows'\]"):
+    with pytest.raises(ValueError, match=r"relations must be a list of names, got 'rows'"):
         PCKA(relations="rows")
 
 

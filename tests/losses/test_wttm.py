@@ -21,7 +21,7 @@ def numpy_wttm(student: np.ndarray, teacher: np.ndarray, gamma: float) -> comple
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 2.0])
 def test_value_and_gradient_from_the_definition(draw, meets_numpy, gamma):
     meets_numpy(
-        lambda s, t: wttm_loss(s, t, gamma),
+        lambda s, t: wttm_loss(s, t, gamma=gamma),
         lambda s, t: numpy_wttm(s, t, gamma),
         draw(0, 6, 5, scale=3),
         draw(1, 6, 5, scale=3),
@@ -30,7 +30,8 @@ def test_value_and_gradient_from_the_definition(draw, meets_numpy, gamma):
 
 def test_a_power_of_one_is_kd_without_temperature(draw):
     student, teacher = draw(0, 6, 5), draw(1, 6, 5)
-    torch.testing.assert_close(wttm_loss(student, teacher, 1.0), kd_loss(student, teacher, 1.0))
+    expected = kd_loss(student, teacher, temperature=1.0)
+    torch.testing.assert_close(wttm_loss(student, teacher, gamma=1.0), expected)
 
 
 def test_a_sample_weighs_by_how_soft_the_teacher_is_about_it(draw):
@@ -38,8 +39,9 @@ def test_a_sample_weighs_by_how_soft_the_teacher_is_about_it(draw):
     student = draw(0, 1, 5)
     for teacher, weight in (([0.0] * 5, 5**0.8), ([200.0, 0, 0, 0, 0], 1.0)):
         teacher = torch.tensor([teacher]).double()
-        divergence = kd_loss(student, 0.2 * teacher, 1.0)
-        assert wttm_loss(student, teacher, 0.2).item() == pytest.approx(weight * divergence.item())
+        divergence = kd_loss(student, 0.2 * teacher, temperature=1.0)
+        loss = wttm_loss(student, teacher, gamma=0.2)
+        assert loss.item() == pytest.approx(weight * divergence.item())
 
 
 def test_gradient_reaches_only_the_student(draw):
@@ -53,7 +55,7 @@ def test_module_weighs_the_function(draw):
     student, teacher = draw(0, 6, 5), draw(1, 6, 5)
     terms = WTTM(weight=3.0, gamma=0.4)(Outputs(student), Outputs(teacher), None)
     assert list(terms) == ["loss_wttm"]
-    torch.testing.assert_close(terms["loss_wttm"], 3 * wttm_loss(student, teacher, 0.4))
+    torch.testing.assert_close(terms["loss_wttm"], 3 * wttm_loss(student, teacher, gamma=0.4))
 
 
 def test_refusals(draw):
@@ -61,6 +63,6 @@ def test_refusals(draw):
         wttm_loss(draw(0, 6, 5), draw(1, 6, 4))
     for gamma in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="gamma must be positive and finite"):
-            wttm_loss(draw(0, 6, 5), draw(1, 6, 5), gamma)
+            wttm_loss(draw(0, 6, 5), draw(1, 6, 5), gamma=gamma)
         with pytest.raises(ValueError, match="gamma must be positive and finite"):
             WTTM(gamma=gamma)

@@ -424,23 +424,52 @@ def test_the_compiled_operators_refuse_what_they_cannot_read():
         torch.ops.pcka.patch_cka(x, x[:1], 4, 4, 0, False, True, False)
 
 
+def in_chunks(student, teacher, patch, group_by, relation, workspace):
+    """Alignment, gradient by the student, and the profile of an operator with that workspace."""
+    arguments = (patch, patch, GROUPINGS.index(group_by), relation == "columns", True, True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        outputs = torch.ops.pcka.patch_cka(student, teacher, *arguments, workspace)
+    return outputs, profile
+
+
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("group_by", ["channel", "batch"])
 def test_a_map_of_several_chunks_equals_the_reference(group_by, relation):
     """Groups are worked on some at a time, in the same buffers, and the last are fewer."""
     shape = (3, 83, 64, 48) if group_by == "channel" else (11, 16, 64, 48)
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a chunk is of so many bytes for each thread
-    try:
-        options = {"patch_size": 16, "group_by": group_by, "relation": relation}
-        with torch.profiler.profile() as profile:
-            ours = value_and_grads(lambda s, t: pcka.patch_cka(s, t, **options), student, teacher)
-    finally:
-        torch.set_num_threads(threads)
+    options = {
+        "patch_size": (16, 16), "group_by": group_by, "relation": relation, "center": True,
+    }  # fmt: skip
+    theirs = reference.patch_cka(student, teacher, **options)
+    (wanted,) = torch.autograd.grad(theirs.sum(), student)
+    (ours, gradient), profile = in_chunks(
+        student.detach(), teacher, 16, group_by, relation, 2 << 20
+    )
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["pcka::patchify_"] >= 3
-    options |= {"patch_size": (16, 16), "center": True}
-    theirs = value_and_grads(lambda s, t: reference.patch_cka(s, t, **options), student, teacher)
-    for a, b in zip(ours, theirs):
-        assert error(a, b) < tolerance(torch.float32)
+    assert error(ours, theirs.detach()) < tolerance(torch.float32)
+    assert error(gradient, wanted) < tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("patch", [16, 4])
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("group_by", ["channel", "batch"])
+def test_a_chunk_takes_the_workspace_and_no_more(dtype, patch, relation, group_by):
+    """Rows, Grams of either size, factors and terms, in bytes of their dtype: all are counted."""
+    shape = (2, 48, 64, 48) if group_by == "channel" else (48, 2, 64, 48)
+    student, teacher = (make(*shape, dtype=dtype, seed=seed) for seed in (0, 1))
+
+    def bytes_taken(workspace):
+        outputs, profile = in_chunks(student, teacher, patch, group_by, relation, workspace)
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(itertools.accumulate(changes)) - sum(output.nbytes for output in outputs)
+
+    # torch's product of bfloat16 has some memory of its own, whatever the number of groups.
+    own = 1 << 17 if dtype == torch.bfloat16 else 0
+    of_all_groups = bytes_taken(1 << 40)
+    for share in (3, 6):
+        workspace = of_all_groups // share
+        assert workspace / 2 < bytes_taken(workspace) <= workspace + own

@@ -1,5 +1,4 @@
-// A tensor as its memory lies, and where in it the groups along one of its dimensions are; shared
-// by both devices.
+// scale_groups_: argument checks and dispatch, shared by both devices.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,13 +13,22 @@
 
 namespace pcka {
 
-// Element i of memory belongs to group i / stride % groups.
+// Values as they lie in memory. Value i belongs to group i / stride % groups.
 struct GroupedMemory {
   int64_t count, groups, stride;
 };
 
-// What scale_groups_ is called with: tensors of one shape that fill the same stretch of memory in
-// the same order, and one factor for each group.
+// What a kernel is given: out[i] = factors[group of i] * gradient[i].
+template <typename gradient_t, typename out_t>
+struct ScaleGroups {
+  const gradient_t* gradient;
+  GroupedMemory memory;  // of gradient and out alike
+  const acc_type<gradient_t>* factors;
+  out_t* out;  // may be gradient
+};
+
+// The arguments of scale_groups_: tensors of one shape that fill the same stretch of memory in the
+// same order, and one factor for each group.
 inline GroupedMemory check_scale_groups(
     const Tensor& out, const Tensor& gradient, const Tensor& factor, int64_t dim) {
   check_device(out, "out", gradient, "gradient");
@@ -63,6 +71,24 @@ void dispatch_gradient_and_out(ScalarType gradient, ScalarType out, F&& f) {
       if (out == ScalarType::Half) return f(zero, Half{});
     }
     f(zero, zero);
+  });
+}
+
+// The operator. Device::run(ScaleGroups, a tensor on the device) does the work.
+template <typename Device>
+void scale_groups(
+    const Tensor& out,       // of gradient's shape and strides; written, may be gradient
+    const Tensor& gradient,  // dense
+    const Tensor& factor,    // (G), along dim
+    int64_t dim) {
+  const GroupedMemory memory = check_scale_groups(out, gradient, factor, dim);
+  dispatch_gradient_and_out(gradient.scalar_type(), out.scalar_type(), [&](auto from, auto to) {
+    using gradient_t = decltype(from);
+    using out_t = decltype(to);
+    const ScaleGroups<gradient_t, out_t> job{
+        data<gradient_t>(gradient), memory, data<acc_type<gradient_t>>(factor),
+        mutable_data<out_t>(out)};
+    Device::run(job, gradient);
   });
 }
 

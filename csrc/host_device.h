@@ -1,0 +1,8 @@
+// Functions that kernels call as well as host code.
+#pragma once
+
+#if defined(__CUDACC__)
+#define PCKA_HOST_DEVICE __host__ __device__
+#else
+#define PCKA_HOST_DEVICE
+#endif
