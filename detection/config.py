@@ -14,8 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
 
 from pcka.engine import distill
-from pcka.engine.config import PER_STAGE, ConfigError
-from pcka.engine.yaml_files import flatten
+from pcka.engine.config import PER_STAGE, ConfigError, flatten
 
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from classification.run import PARTS, run_experiment
 from pcka.engine.config import ConfigError
-from pcka.engine.saved_state import load_state
+from pcka.engine.saved_state import check_fits, load_state
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 ALONE = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}
@@ -132,6 +133,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_computed(
         run(**{"SOLVER.EPOCHS": 3})
     assert str(run.folder) in str(refused.value) and "another OUTPUT_DIR" in str(refused.value)
     assert contents(run.folder) == before
+
+
+def test_a_momentum_of_another_shape_is_refused_before_a_step_reads_beyond_its_end():
+    """By itself, because such a step may end the whole process."""
+    optimizer = torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), momentum=0.9)
+    saved = optimizer.state_dict()
+    saved["state"][1] = {"momentum_buffer": torch.zeros(1)}
+    expected = r"momentum_buffer of parameter 1 is torch.float32 \(1,\) for torch.float32 \(2,\)"
+    with pytest.raises(ConfigError, match=expected):
+        check_fits({"optimizer": saved}, {}, optimizer, Path("checkpoint.pth"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"text"])

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from detection.data import register_datasets
+from detection.data.mapper import UnusableImageError
 from detection.evaluation import ObjectEvaluator, evaluate, without_nan
 
 OBJECTS = [  # class, area, crowd
@@ -65,6 +66,20 @@ def test_a_model_that_detects_nothing_has_the_figures_of_one_that_detects_nothin
     assert math.isnan(nothing["APl"])  # the only large object is a crowd
     assert math.isnan(nothing["AP-c5"])
     assert str(nothing) == str(wrong)
+
+
+class _FindsNothing(torch.nn.Module):
+    def forward(self, batch):
+        found = Instances((200, 200), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
+        found.pred_classes = torch.zeros(0, dtype=torch.int64)
+        return [{"instances": found} for _ in batch]
+
+
+def test_a_run_asks_for_these_figures_and_names_what_it_cannot_read(tmp_path, test_set):
+    assert evaluate(test_set, _FindsNothing())["bbox"]["AP"] == 0
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises((UnusableImageError, OSError), match=r"a\.png: the image or its"):
+        evaluate(test_set, _FindsNothing())
 
 
 def test_objects_without_keypoints_are_none_to_be_found(tmp_path, test_set):

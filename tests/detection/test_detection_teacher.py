@@ -120,6 +120,10 @@ def _flip_a_bit(state):
     state["backbone.fpn_output4.weight"].view(-1)[0] = 1e30
 
 
+def _overflow(state):
+    state["backbone.fpn_output4.weight"].fill_(3e38)
+
+
 @pytest.fixture
 def checked(small_config, backbone, tmp_path):
     """``checked(change, *overrides)``: build a teacher of changed weights, and run it."""
@@ -142,6 +146,7 @@ def test_a_trained_teacher_passes(checked):
     ("change", "message"),
     [
         (_zero, "maps of p3 are the same for every image, .*"),
+        (_overflow, "maps of p4 are not finite"),
         (_flip_a_bit, r"maps of p4 reach \de\+\d+, as those of no trained model do"),
     ],
 )

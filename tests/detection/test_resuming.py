@@ -16,6 +16,11 @@ from pcka.engine.config import ConfigError
 
 pytestmark = pytest.mark.slow
 
+STUDENTS_SIZE = str(
+    ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4,
+     "MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.FPN.OUT_CHANNELS", 32]
+)  # fmt: skip
+
 
 def _checkpoint(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
@@ -210,6 +215,7 @@ def test_a_finished_run_without_its_checkpoint_is_not_trained_over(left, argumen
 def test_a_teacher_in_the_students_folder_is_refused_before_it_is_overwritten(left, arguments):
     before = (left / "model_final.pth").read_bytes()
     teacher = ("DISTILL.TEACHER.WEIGHTS", str(left / "model_final.pth"))
+    teacher += ("DISTILL.TEACHER.OPTS", STUDENTS_SIZE)  # it would teach
     with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*lies in OUTPUT_DIR"):
         train_net.main(arguments(left, 4, *teacher))
     assert (left / "model_final.pth").read_bytes() == before

@@ -13,10 +13,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ROIAlign
+from detectron2.modeling import build_backbone
 from PIL import Image
 
 from detection import export, train_net, trainer
-from detection.config import PROJECT, load_config
+from detection.config import PROJECT, load_config, teacher_config
 from detection.figures import read_metrics
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
@@ -54,6 +55,7 @@ def test_a_run_leaves_figures_and_pictures(tmp_path, arguments):
     assert json.loads((tmp_path / "result.json").read_text())["bbox"].keys() == (
         results["bbox"].keys()
     )
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 5000
     logged = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     drawn = read_metrics(tmp_path / "metrics.json")
@@ -135,6 +137,35 @@ def test_a_training_that_diverges_ends_with_what_to_change(tmp_path, arguments):
     wild = ("SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0")
     with pytest.raises(TrainingFailedError, match=r"SOLVER.BASE_LR may be too high"):
         train_net.main(arguments(tmp_path, 4, *wild))
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Nothing may be trained or evaluated."""
+    for owner, name in ((trainer.SimpleTrainer, "train"), (train_net, "evaluate")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("the work has begun"))
+
+
+def test_a_teacher_with_nothing_to_teach_is_refused_before_the_first_step(
+    tmp_path, arguments, small_config, at_once
+):
+    backbone = build_backbone(teacher_config(small_config("pcka")))
+    state = {f"backbone.{name}": tensor * 0 for name, tensor in backbone.state_dict().items()}
+    torch.save(state, tmp_path / "zeros.pth")
+    teacher = ("DISTILL.TEACHER.WEIGHTS", str(tmp_path / "zeros.pth"))
+    with pytest.raises(ConfigError, match=r"zeros\.pth: the teacher's maps of p3 are the same"):
+        train_net.main(arguments(tmp_path / "run", 2, *teacher))
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)])
+def test_a_test_set_that_cannot_be_read_is_refused_before_the_work(
+    tmp_path, arguments, build, segmented, at_once, flags
+):
+    torch.save(build(config="student").state_dict(), tmp_path / "student.pth")
+    keys = ("MODEL.WEIGHTS", str(tmp_path / "student.pth"), "DATASETS.TEST", f"['{segmented}']")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: .*there is no image .*a\.png"):
+        train_net.main(arguments(tmp_path / "run", 2, *keys, flags=flags))
 
 
 def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -135,9 +137,29 @@ def test_pixels_of_no_stated_range_are_refused(root, dtype):
         load_image_sets(config(root))
 
 
+@contextmanager
+def hung_up(pipe):
+    """Whoever opens the pipe finds its end, where he would wait for ever."""
+    done = threading.Event()
+
+    def hang_up():
+        while not done.wait(0.05):
+            with suppress(OSError):  # nobody has opened it
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_a_pipe_among_the_images_is_named(root):
-    os.mkfifo(root / "test" / "red" / "1.png")
-    with pytest.raises(ValueError, match=r"'.*red.1\.png': it is no regular file"):
+    pipe = root / "test" / "red" / "1.png"
+    os.mkfifo(pipe)
+    with hung_up(pipe), pytest.raises(ValueError, match=r"'.*red.1\.png': it is no regular file"):
         load_image_sets(config(root))
 
 

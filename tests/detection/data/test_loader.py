@@ -6,6 +6,7 @@ import pytest
 
 from detection.data import register_datasets
 from detection.data.loader import training_loader
+from detection.data.mapper import UnusableImageError
 from detection.data.targets import training_set
 from pcka.engine.config import ConfigError
 
@@ -27,6 +28,16 @@ def test_a_later_start_goes_on_with_the_same_images(small_config, sampler):
     other = small_config("student", *keys, "SEED", "1")
     register_datasets(other)
     assert _images(other, 0, STEPS) != whole
+
+
+def test_an_image_that_broke_since_is_named(small_config, tmp_path):
+    cfg = small_config("student", "DATASETS.DIGITS.ROOT", str(tmp_path))
+    register_datasets(cfg)
+    for path in (tmp_path / "train_8x128" / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    named = r"00000\d\.png: the image or its annotations cannot be used"
+    with pytest.raises((UnusableImageError, OSError), match=named):
+        next(iter(training_loader(cfg, training_set(cfg), 0)))
 
 
 def test_an_unknown_sampler_is_refused(small_config):

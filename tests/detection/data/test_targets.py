@@ -87,3 +87,7 @@ def test_a_test_set_that_cannot_be_read_is_named(own_set, config):
     DatasetCatalog.register("a_set", lambda: {}["width"])
     with pytest.raises(ConfigError, match=r"DATASETS.TEST: 'a_set': width"):
         check_test_sets(config("RetinaNet"))
+    DatasetCatalog.remove("a_set")
+    DatasetCatalog.register("a_set", list)
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: 'a_set' holds no image"):
+        check_test_sets(config("RetinaNet"))
