@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from pcka.checkpoint import load_file
 from pcka.engine.run_folder import read_metrics
+from pcka.files import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +80,7 @@ DISAGREEMENT = """
 import sys
 
 from classification.config import load_config
-from classification.run import run_side_by_side
+from classification.sweep import run_side_by_side
 from pcka.engine.loss_window import LossWindow
 from pcka.distributed import rank
 
