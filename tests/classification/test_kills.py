@@ -20,7 +20,10 @@ import sys
 import time
 import traceback
 
+from classification.data import digits  # what a run imports when it is named
+from classification.models import resnet_cifar
 from classification.train import main
+from pcka.losses import CE, MGD
 
 kills, seed, *words = sys.argv[1:]
 moments = random.Random(int(seed))

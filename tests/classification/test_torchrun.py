@@ -80,7 +80,7 @@ DISAGREEMENT = """
 import sys
 
 from classification.config import load_config
-from classification.run import run_side_by_side
+from classification.sweep import run_side_by_side
 from pcka.engine.loss_window import LossWindow
 from pcka.distributed import rank
 
