@@ -36,7 +36,7 @@ def default_config() -> CfgNode:
     cfg = CfgNode(
         {
             "SEED": 0,  # of the student's start, the image order and the augmentation
-            "IMPORTS": [],  # modules that register losses, models or data sets of your own
+            "IMPORTS": [],  # modules that register parts of your own; those of all files add up
             "OUTPUT_DIR": "output/run",  # everything that a run writes lies in this folder
             "DEVICE": "auto",  # auto (CUDA where there is one) | cpu | cuda
             "CHANNELS_LAST": False,  # memory format of images, student and teacher
@@ -226,9 +226,12 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
 
 def _merge(cfg: CfgNode, leaves: Mapping[str, object], source: str) -> None:
     if "IMPORTS" in leaves:  # first, for what they register
+        before = cfg.IMPORTS
         merge_leaves(cfg, [("IMPORTS", leaves["IMPORTS"])], source)
+        cfg.IMPORTS = list(dict.fromkeys([*before, *cfg.IMPORTS]))
         import_modules(cfg.IMPORTS, "IMPORTS")
-    merge_settings(cfg, leaves.items(), source)
+    settings = [(key, value) for key, value in leaves.items() if key != "IMPORTS"]
+    merge_settings(cfg, settings, source)
 
 
 CHOICES = {

@@ -61,6 +61,8 @@ def test_links_of_functions_lead_to_the_file_that_defines_them(page):
 
 @pages
 def test_paths_and_modules_exist(page):
+    if page.name == "extending.md":
+        pytest.skip("names files that its reader makes; tests/test_extending.py makes them")
     text = page.read_text()
     for path in re.findall(rf"(?<![\w/.\"])(?:{FOLDERS})/[\w./-]*", text):
         assert (ROOT / path.rstrip(".")).exists(), path

@@ -105,3 +105,13 @@ def test_a_name_that_the_project_has_is_taken_before_it_is_imported(name):
         register_data(name)(lambda data, split: None)
     with pytest.raises(ValueError, match="got 'vgg8'"):
         register_model("vgg8")(lambda num_classes: None)
+
+
+def test_the_modules_of_the_pair_the_method_and_the_command_line_add_up(my_parts, tmp_path):
+    (tmp_path / "methods").mkdir()
+    method = "IMPORTS: [my_parts]\nDISTILL: {METHODS: [CE, SHRINK_MINE]}\n"
+    (tmp_path / "methods" / "shrink.yaml").write_text(method)
+    pair = tmp_path / "pair.yaml"
+    pair.write_text("IMPORTS: [json]\nDATA: {NAME: digits}\nSTUDENT: {NAME: tiny_of_mine}\n")
+    cfg = load_config(pair, ["IMPORTS", "[csv, json]"], method="shrink")
+    assert cfg.IMPORTS == ["my_parts", "json", "csv"]  # what a saved configuration is read by
