@@ -20,7 +20,8 @@ import sys
 import time
 import traceback
 
-from classification.data import digits  # what a run imports when it is named
+import torch._dynamo  # what a run imports when it is first needed
+from classification.data import digits
 from classification.models import resnet_cifar
 from classification.train import main
 from pcka.losses import CE, MGD
