@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
-CPP_TESTS := $(wildcard tests/csrc/* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
+CPP_TESTS := $(wildcard tests/csrc/*.h tests/csrc/*.cpp tests/emulation/*.h tests/emulation/torch/csrc/stable/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 
 .PHONY: demo test install lint ctest pytest gpu-bundle clean
 

@@ -19,17 +19,10 @@ from torch import nn
 from classification.config import config_arguments, load_config
 from classification.data import pixel_statistics
 from classification.models import create_model, load_classifier
-from pcka.checkpoint import (
-    SAFETENSORS,
-    CheckpointError,
-    atomic_write,
-    extract_state_dict,
-    load_file,
-    optional_package,
-    save_student,
-)
+from pcka.checkpoint import extract_state_dict, optional_package, save_student
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
+from pcka.files import SAFETENSORS, CheckpointError, atomic_write, load_file
 
 ONNX = ".onnx"
 FORMATS = (".pth", SAFETENSORS, ONNX)

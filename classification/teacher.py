@@ -22,7 +22,6 @@ from classification.config import default_config
 from classification.data import Batch, ImageSet, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import Classifier, load_classifier
-from pcka.checkpoint import atomic_save, load_file
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
@@ -31,6 +30,7 @@ from pcka.engine.distill import add_sections
 from pcka.engine.environment import autocast
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
 from pcka.engine.run_folder import remove_temporaries
+from pcka.files import atomic_save, load_file
 from pcka.losses import Outputs
 from pcka.taps import Observer
 from pcka.teacher import FrozenTeacher

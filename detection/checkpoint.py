@@ -11,9 +11,9 @@ import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from pcka.checkpoint import CheckpointError, atomic_save, load_file
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
+from pcka.files import CheckpointError, atomic_save, load_file
 
 # What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
 _ALLOWED = {

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [*_schedule(given.steps), *taught, *overrides],
     )
     for seed in given.seeds:
-        folders = {method: output / method / f"seed{seed}" for method in given.methods}
+        finished = [name for name, by_seed in comparison.results.items() if seed in by_seed]
+        folders = {name: output / name / f"seed{seed}" for name in finished}
         _picture({"teacher": teacher, **folders}, output / f"detections-{seed}.png")
     print(f"teacher: AP {reached['bbox']['AP']:.2f}\n\n{comparison.markdown()}")
 

@@ -18,10 +18,10 @@ from detection.checkpoint import load_weights
 from detection.config import load_config, student_architecture
 from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
-from pcka.checkpoint import atomic_save
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
+from pcka.files import atomic_save
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
 OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder

@@ -28,10 +28,10 @@ from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
 from detection.teacher_checks import check_features
-from pcka.checkpoint import CheckpointError
 from pcka.distributed import OWN_BUFFERS, average_buffers
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
+from pcka.files import CheckpointError
 
 logger = logging.getLogger("detectron2.pcka")
 

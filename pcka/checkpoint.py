@@ -1,16 +1,12 @@
-"""Weights in files: written whole or not at all, read without running code, in any known layout."""
+"""Weights in files: a bare student saved, any known layout loaded."""
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcka.distiller import Distiller
 from pcka.extras import optional_package
+from pcka.files import (
+    CONTAINERS,
+    SAFETENSORS,
+    CheckpointError,
+    atomic_save,
+    atomic_write,
+    load_file,
+)
 
 ROLES = ("student", "teacher")
-SAFETENSORS = ".safetensors"  # files of this suffix are written and read by that package
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
-_CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys of files that hold more
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
-_ZIP = b"PK\x03\x04"  # how a file of torch.save begins
 # DenseNet's published files have names that torchvision itself renames when it loads them.
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that does not fit the model."""
 
 
 class ShapeMismatch(NamedTuple):
@@ -77,48 +74,6 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
-    """Write a file so that ``path`` is the old file or the new, never half.
-
-    The bytes go to a hidden ``.<name>.<random>.tmp`` beside it, are forced to disk, and take the
-    name in one step. A killed process may leave that temporary file; nothing reads it.
-
-    Args:
-        write: writes the content into the open file that it is given.
-        path: file to write; its folder is made where it is missing.
-
-    Raises:
-        OSError: it cannot be written, for want of space or rights; the message names ``path``.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save gives an error of its own, without the path, for what the file gave.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, f"{cause.strerror}; not written", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def atomic_save(obj: object, path: str | Path) -> None:
-    """Write a file as ``torch.save`` does, whole or not at all; see :func:`atomic_write`.
-
-    Args:
-        obj: what ``torch.save`` takes.
-        path: file to write; its folder is made where it is missing.
-    """
-    atomic_write(partial(torch.save, obj), path)
-
-
 def save_student(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights alone, on the CPU, under the names that its plain constructor has.
 
@@ -161,28 +116,6 @@ def _plain(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
-
-
-def load_file(path: str | Path) -> object:
-    """Read a file of ``torch.save`` or safetensors to the CPU, without running code it may hold.
-
-    The checksums that ``torch.save`` writes are compared first, which ``torch.load`` does not do.
-    Formats without any (safetensors, files older than torch 1.6) are read as they are.
-
-    Raises:
-        CheckpointError: the file holds objects other than tensors and plain containers (they are
-            not made), is damaged, or is no checkpoint.
-        ImportError: a ``.safetensors`` file, and that package is not installed.
-        OSError: it cannot be opened.
-    """
-    if Path(path).suffix == SAFETENSORS:
-        return _load_safetensors(Path(path))
-    with Path(path).open("rb") as file:
-        try:
-            _check_sums(file)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # arbitrary bytes make torch.load raise nearly anything
-            raise CheckpointError(_explain(error, path)) from error
 
 
 def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
@@ -295,29 +228,6 @@ def _name_in(own: Mapping[str, Tensor], name: str) -> str:
     return renamed if name not in own and renamed in own else name
 
 
-def _check_sums(file: BinaryIO) -> None:
-    """Refuse a zip archive whose content is not what its checksums were made of."""
-    is_zip = file.read(len(_ZIP)) == _ZIP
-    file.seek(0)
-    if not is_zip:
-        return
-    with zipfile.ZipFile(file) as archive:
-        # torch.serialization.set_crc32_options(False) writes zeros in the place of all of them.
-        written = any(entry.CRC for entry in archive.infolist())
-        if written and (damaged := archive.testzip()):
-            raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
-    file.seek(0)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    safetensors = optional_package("safetensors.torch")
-    content = path.read_bytes()
-    try:
-        return safetensors.load(content)
-    except Exception as error:  # a type of the package's own
-        raise CheckpointError(_damaged(error, path, "safetensors")) from error
-
-
 def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: str) -> LoadReport:
     shared = [name for name in own if name in state]
     absent = (name for name in own if name not in state)
@@ -354,7 +264,7 @@ def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
 def _find_container(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
     if _is_state_dict(obj):
         return obj, "bare"
-    keys = (*_CONTAINERS, role)
+    keys = (*CONTAINERS, role)
     if isinstance(obj, Mapping):
         for key in keys:
             if _is_state_dict(obj.get(key)):
@@ -383,30 +293,6 @@ def _strip_wrappers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         stripped += prefix
     return state, stripped
-
-
-def _explain(error: Exception, path: str | Path) -> str:
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused is None:
-        return _damaged(error, path, "torch.save")
-    rewrite = (
-        f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
-        "c = c if isinstance(c, dict) else {'model': c}; "  # a whole model
-        "torch.save({k: getattr(c[k], 'state_dict', lambda: c[k])() "
-        f"for k in {_CONTAINERS} if k in c}}, 'weights.pth')"
-    )
-    return (
-        f"path: expected tensors and plain containers, {str(path)!r} also holds "
-        f"{refused[1]}, and to load that is to run code from the file. If, and only if, you trust "
-        f'who made it, rewrite it once without: python -c "{rewrite}"'
-    )
-
-
-def _damaged(error: Exception, path: str | Path, kind: str) -> str:
-    return (
-        f"path: expected a file of {kind}, {str(path)!r} is damaged or something else "
-        f"({type(error).__name__}); get it anew, or remove it where a run of yours wrote it"
-    )
 
 
 def _abridge(entries: Sequence[object]) -> str:

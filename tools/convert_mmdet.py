@@ -23,8 +23,9 @@ from torch import Tensor
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import WeightsError
 from detection.config import load_config
-from pcka.checkpoint import LoadReport, ShapeMismatch, atomic_save, extract_state_dict, load_file
+from pcka.checkpoint import LoadReport, ShapeMismatch, extract_state_dict
 from pcka.engine.command import run_command
+from pcka.files import atomic_save, load_file
 
 PARTS = ("backbone.", "neck.")
 COUNTER = "num_batches_tracked"  # of batch norm; detectron2's frozen one has none

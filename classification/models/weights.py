@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from classification.models.registry import Classifier, create_model
-from pcka.checkpoint import CheckpointError, load_weights
+from pcka.checkpoint import load_weights
 from pcka.engine.config import ConfigError
+from pcka.files import CheckpointError
 
 logger = logging.getLogger("pcka")
 

@@ -15,16 +15,16 @@ namespace {
 // 2 (a_x L - b K) and 2 (a_y K - c L), where they are asked for.
 template <typename gram_t, typename factor_t>
 __global__ void __launch_bounds__(kThreads) mix_kernel(
-    AlignmentGradient<gram_t, factor_t> job, int64_t parts, bool wide,
-    const double* __restrict__ coefficients) {
+    const gram_t* k, const gram_t* l, int64_t groups, int64_t elements, int64_t parts, bool wide,
+    const double* __restrict__ coefficients, factor_t* factor_x, factor_t* factor_y) {
   using acc_t = acc_type<gram_t>;
   constexpr int kSize = Vector<gram_t>::kSize;
   for_each_vector_of_groups<kSize>(
-      job.grams.groups, job.grams.size_k, parts, [&](int64_t group, int64_t first, int count) {
+      groups, elements, parts, [&](int64_t group, int64_t first, int count) {
         const double a_x = 2 * coefficients[4 * group], b = 2 * coefficients[4 * group + 1];
         const double a_y = 2 * coefficients[4 * group + 2], c = 2 * coefficients[4 * group + 3];
-        const auto of_k = load<Vector<gram_t>>(job.grams.k + first, count, wide);
-        const auto of_l = load<Vector<gram_t>>(job.grams.l + first, count, wide);
+        const auto of_k = load<Vector<gram_t>>(k + first, count, wide);
+        const auto of_l = load<Vector<gram_t>>(l + first, count, wide);
         Vector<factor_t, kSize> to_x, to_y;
         for (int v = 0; v < kSize; ++v) {
           const double k_v = static_cast<acc_t>(of_k.values[v]);
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(
           to_x.values[v] = static_cast<factor_t>(static_cast<acc_t>(a_x * l_v - b * k_v));
           to_y.values[v] = static_cast<factor_t>(static_cast<acc_t>(a_y * k_v - c * l_v));
         }
-        if (job.x != nullptr) store(job.x + first, to_x, count, wide);
-        if (job.y != nullptr) store(job.y + first, to_y, count, wide);
+        if (factor_x != nullptr) store(factor_x + first, to_x, count, wide);
+        if (factor_y != nullptr) store(factor_y + first, to_y, count, wide);
       });
 }
 
@@ -66,8 +66,8 @@ struct Cuda {
       const bool wide = vectors_aligned(grams.k) && vectors_aligned(grams.l) &&
                         vectors_aligned(job.x) && vectors_aligned(job.y);
       launch(
-          scope, mix_kernel<gram_t, factor_t>, blocks_for(grams.groups * parts), job, parts, wide,
-          job.coefficients);
+          scope, mix_kernel<gram_t, factor_t>, blocks_for(grams.groups * parts), grams.k, grams.l,
+          grams.groups, grams.size_k, parts, wide, job.coefficients, job.x, job.y);
       return;
     }
     for (const auto& m : job.scaled()) {

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pcka.checkpoint import CheckpointError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError
+from pcka.files import CheckpointError
 
 
 class TrainingFailedError(RuntimeError):

@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from pcka.checkpoint import atomic_save, atomic_write, save_student
+from pcka.checkpoint import save_student
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import lock_folder
+from pcka.files import atomic_save, atomic_write
 
 logger = logging.getLogger("pcka")
 

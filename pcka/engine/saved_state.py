@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pcka.checkpoint import CheckpointError, load_file
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
+from pcka.files import CheckpointError, load_file
 
 Kinds = Mapping[str, type | tuple[type, ...]]
 

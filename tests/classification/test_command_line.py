@@ -7,12 +7,12 @@ import pytest
 
 from classification import compare, evaluate, export, train
 from classification.config import CONFIGS, catalog, config_arguments, load_config, method_files
-from pcka.checkpoint import CheckpointError
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError
 from pcka.engine.progress import console_log
 from pcka.engine.run_folder import RunFolder
+from pcka.files import CheckpointError
 
 
 @pytest.mark.parametrize("script", [train, compare, evaluate, export])

@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image, ImageDraw
 
 from classification import evaluate, export
-from pcka.checkpoint import load_file
 from pcka.engine.run_folder import read_metrics
+from pcka.files import load_file
 
 pytestmark = pytest.mark.slow
 

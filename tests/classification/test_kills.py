@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pcka.checkpoint import load_file
+from pcka.files import load_file
 
 KILLS = 100
 

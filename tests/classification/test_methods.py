@@ -14,10 +14,10 @@ from classification.models.taps import loss_context, model_taps
 from classification.run import check_losses, losses_of, run_experiment
 from classification.sweep import run_side_by_side
 from classification.trainer import Trainer
-from pcka.checkpoint import load_file
 from pcka.distiller import Distiller
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.run_folder import read_metrics
+from pcka.files import load_file
 from pcka.teacher import FrozenTeacher
 
 pytestmark = pytest.mark.usefixtures("without_plots")

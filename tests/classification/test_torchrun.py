@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from pcka.checkpoint import load_file
 from pcka.engine.run_folder import read_metrics
+from pcka.files import load_file
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from detection.checkpoint import SafeCheckpointer, WeightsError, load_weights
-from pcka.checkpoint import CheckpointError
+from pcka.files import CheckpointError
 
 
 class _RunsCode:

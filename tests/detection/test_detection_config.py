@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
 
 import detection.fcos
@@ -9,9 +10,11 @@ from detection.config import (
     PROJECT,
     detection_config,
     load_config,
+    section_defaults,
     student_architecture,
     teacher_config,
 )
+from detection.settings import changed_settings
 from pcka.engine.config import ConfigError
 
 FILES = sorted((PROJECT / "configs" / "detection").rglob("*.yaml"))
@@ -108,3 +111,28 @@ def test_a_students_architecture_is_named_wrapped_or_not():
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere.yaml"):
         load_config("nowhere.yaml", [])
+
+
+def test_a_loss_has_its_section_by_being_named(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("VERSION: 2\nDISTILL: {METHODS: [PKD], MGD: {WEIGHTS: 3}}\n")
+    cfg = load_config(str(path), ["DISTILL.CWD.STAGES", "['p4']"])
+    assert {"PKD", "MGD", "CWD"} < cfg.DISTILL.keys()
+    assert not {"PCKA", "KD"} & cfg.DISTILL.keys()
+    assert cfg.DISTILL.MGD.WEIGHTS == [3.0]  # a single value serves all levels
+    assert cfg.DISTILL.PKD.STAGES == []
+    with pytest.raises(ConfigError, match=r"unknown key 'DISTILL.PKD.WIGHTS'; .*PKD.WEIGHTS"):
+        load_config(str(path), ["DISTILL.PKD.WIGHTS", "3"])
+    with pytest.raises(ConfigError, match=r"expected pairs of KEY VALUE, got 'DISTILL.METHODS'"):
+        load_config(str(path), ["DISTILL.METHODS"])
+
+
+def test_a_saved_configuration_with_the_sections_of_all_losses_is_the_same(small_config, tmp_path):
+    cfg = small_config("pcka")
+    saved = yaml.safe_load(cfg.dump())
+    saved["DISTILL"] |= {name: section_defaults(name) for name in ("AT", "FCKA", "FITNET", "MGD")}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(saved))
+    assert changed_settings(load_config(str(path), []), cfg) == {}
+    cfg.DISTILL.PCKA.CENTER = False
+    assert list(changed_settings(load_config(str(path), []), cfg)) == ["DISTILL.PCKA.CENTER"]

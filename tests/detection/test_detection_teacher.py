@@ -81,6 +81,17 @@ def test_what_lies_beyond_the_students_images_is_cut_off(backbone):
     assert all(torch.equal(cut["p3"], whole["p3"][:, :, :5, :9]) for level in cut)
 
 
+def test_channels_last_gives_the_same_maps(backbone):
+    statistics = [0.0] * 3, [1.0] * 3
+    whole, images = backbone("BN"), [torch.randint(256, (3, 64, 64), dtype=torch.uint8)]
+    plain = FrozenTeacher(TeacherBackbone(copy.deepcopy(whole), *statistics))
+    other = FrozenTeacher(TeacherBackbone(whole, *statistics, channels_last=True))
+    maps = other(images, (64, 64))
+    assert maps["p3"].is_contiguous(memory_format=torch.channels_last)
+    for level, feature in plain(images, (64, 64)).items():
+        torch.testing.assert_close(maps[level], feature, rtol=1e-3, atol=1e-3 * feature.std())
+
+
 class _CountsUploads(Tensor):
     """An image that counts how often it is brought to a device as it came from the loader."""
 

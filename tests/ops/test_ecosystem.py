@@ -104,7 +104,7 @@ def test_without_gradients_the_loss_is_the_same(mode):
 
 @pytest.mark.parametrize("group_by", ["channel", "batch", "position"])
 def test_a_graph_that_is_kept_gives_its_gradient_again(group_by):
-    """The backward scales in the saved gradient's own memory unless the graph is kept."""
+    """A CPU's backward scales in the saved gradient's own memory unless the graph is kept."""
     student, teacher = make(5, 3, 9, 14, grad=True), make(5, 3, 9, 14, seed=1)
     loss = pcka_loss(student, teacher, patch_size=4, group_by=group_by) * 3
     loss = loss + fcka_loss(student, teacher) * 5
