@@ -22,7 +22,7 @@ from pcka.engine.cuda_graph import Recorded
 from pcka.engine.launch import process_group
 from pcka.engine.random_state import capture_random_state, restore_random_state
 
-OWN_KEYS = ("SEED", "STUDENT.", "DISTILL.", "OUTPUT_DIR")  # of each run side by side
+OWN_KEYS = ("SEED", "IMPORTS", "STUDENT.", "DISTILL.", "OUTPUT_DIR")  # of each run side by side
 
 
 def run_side_by_side(
