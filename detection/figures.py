@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase
-from detectron2.utils.events import EventStorage, EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 
 from pcka.engine.curves import Panel, plot_panels
 
@@ -82,7 +82,8 @@ class RestoreMetrics(HookBase):
         self.state.restore(self.trainer.storage)
         if self.trainer.storage.latest():
             for writer in self.writers:
-                writer.write()
+                if not isinstance(writer, CommonMetricPrinter):  # which estimates the time left
+                    writer.write()
 
 
 def plot_run(folder: str) -> None:

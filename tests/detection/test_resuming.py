@@ -103,6 +103,16 @@ def test_a_run_that_is_killed_before_it_writes_loses_no_figure(tmp_path, argumen
         assert sum("total_loss" in line for line in lines[len(written) :]) == 1 + (not written)
 
 
+def test_a_run_killed_in_its_first_steps_goes_on_when_it_logs_every_step(tmp_path, arguments):
+    """detectron2 has not timed a step by then, and divides by the steps since the last line."""
+    keys = ("DISTILL.LOG_PERIOD", "1")
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "metrics.json").write_text("")  # killed before it wrote
+    train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
+    assert _checkpoint(tmp_path / "cut")["iteration"] == 3
+
+
 def test_a_killed_run_goes_on_bit_for_bit_where_the_loader_starts_late(
     tmp_path, arguments, monkeypatch
 ):
