@@ -83,7 +83,7 @@ def run_experiment(
         (trainer,) = prepare([run], device, image_sets)
         try:
             trainer.train()
-        except TrainingFailedError as error:  # of all processes, which part in peace
+        except TrainingFailedError as error:  # raised once the process group is closed
             failure = error
         else:
             return run.conclude()
