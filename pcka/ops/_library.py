@@ -137,53 +137,12 @@ def _patchify_fake(
     )
 
 
-def _patchify_out_fake(
-    rows: Tensor,
-    energy: Tensor,
-    x: Tensor,
-    second: Tensor | None,
-    patch_h: int,
-    patch_w: int,
-    group_by: int,
-    center: int,
-    scale: bool,
-) -> None:
-    return None
+def _in_place_fake(*_: Any) -> None:
+    """Of the operators that write into their arguments alone."""
 
 
-def _patchify_backward_fake(
-    grad_input: Tensor, grad_rows: Tensor, patch_h: int, patch_w: int, group_by: int
-) -> None:
-    return None
-
-
-def _gram_alignment_fake(
-    alignment: Tensor,
-    k: Tensor,
-    l: Tensor,
-    cross: Tensor | None,
-    energy_x: Tensor,
-    energy_y: Tensor,
-    center: bool,
-) -> Tensor:
+def _gram_alignment_fake(alignment: Tensor, k: Tensor, *_: Any) -> Tensor:
     return k.new_empty((k.shape[0], 4), dtype=torch.float64)
-
-
-def _alignment_gradient_fake(
-    factor_x: Tensor | None,
-    factor_y: Tensor | None,
-    cross_x: Tensor | None,
-    cross_y: Tensor | None,
-    k: Tensor,
-    l: Tensor,
-    cross: Tensor | None,
-    coefficients: Tensor,
-) -> None:
-    return None
-
-
-def _scale_groups_fake(out: Tensor, gradient: Tensor, factor: Tensor, dim: int) -> None:
-    return None
 
 
 def _patch_cka_fake(
@@ -326,11 +285,11 @@ def _patchify_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | 
 _FAKES: dict[str, Callable[..., Any]] = {
     "cka": _cka_fake,
     "patchify": _patchify_fake,
-    "patchify_": _patchify_out_fake,
-    "patchify_backward_": _patchify_backward_fake,
+    "patchify_": _in_place_fake,
+    "patchify_backward_": _in_place_fake,
     "gram_alignment_": _gram_alignment_fake,
-    "alignment_gradient_": _alignment_gradient_fake,
-    "scale_groups_": _scale_groups_fake,
+    "alignment_gradient_": _in_place_fake,
+    "scale_groups_": _in_place_fake,
     "patch_cka": _patch_cka_fake,
 }
 
