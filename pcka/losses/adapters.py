@@ -12,6 +12,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pcka.losses.base import Outputs
+from pcka.losses.checks import unlike
 from pcka.losses.numerics import at_one_size
 from pcka.ops.reference import accumulation_dtype
 
@@ -45,11 +46,8 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
     elif h_s >= h_t and w_s >= w_t:
         conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
     else:
-        raise ValueError(
-            "student must have a map no smaller than the teacher's, or half as large; got student "
-            f"{tuple(student_shape)} and teacher {tuple(teacher_shape)}. Name a stage whose sizes "
-            "are closer"
-        )
+        wanted = "maps, the student's no smaller than the teacher's, or half as large"
+        raise unlike(student_shape, teacher_shape, wanted, "Name a stage whose sizes are closer")
     return nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU())
 
 

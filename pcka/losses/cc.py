@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import PooledLinear, adapt, fit, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
-from pcka.losses.checks import as_samples
+from pcka.losses.checks import as_samples, unlike
 from pcka.losses.numerics import without_autocast
 from pcka.ops.reference import accumulation_dtype
 
@@ -52,10 +52,8 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     as_samples(student, teacher)  # refuses what cannot be compared
     if student.dim() != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must be embeddings of one shape (B, D); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Embed both in one width"
-        )
+        wanted = "embeddings of one shape (B, D)"
+        raise unlike(student.shape, teacher.shape, wanted, "Embed both in one width")
     dtype = accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
     distance = (student.to(dtype) - teacher.to(dtype)).abs()
     return (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)

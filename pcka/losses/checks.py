@@ -22,11 +22,8 @@ def as_logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_comparable(student, teacher)
     if student.dim() != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must be logits of one shape (B, P); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Both models need the "
-            "same classes in the same order"
-        )
+        way_out = "Both models need the same classes in the same order"
+        raise unlike(student.shape, teacher.shape, "logits of one shape (B, P)", way_out)
     return ready(student, teacher)
 
 
@@ -38,11 +35,8 @@ def as_samples(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple
     """
     _check_comparable(student, teacher)
     if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            "student and teacher must be features of the same samples, (B, ...) each; got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Feed both models the "
-            "same batch"
-        )
+        wanted = "features of the same samples, (B, ...) each"
+        raise unlike(student.shape, teacher.shape, wanted, "Feed both models the same batch")
     return ready(student, teacher, widen=widen)
 
 
@@ -54,12 +48,35 @@ def as_maps(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Te
     """
     _check_comparable(student, teacher)
     if student.dim() != 4 or student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must be feature maps of one shape (B, C, H, W); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Adapt the width by a 1x1 "
-            "convolution and the size by resizing"
-        )
+        wanted = "feature maps of one shape (B, C, H, W)"
+        way_out = "Adapt the width by a 1x1 convolution and the size by resizing"
+        raise unlike(student.shape, teacher.shape, wanted, way_out)
     return ready(student, teacher, widen=widen)
+
+
+def as_maps_of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both models' feature maps of any sizes with as many channels, ready to be compared.
+
+    Raises:
+        ValueError: they are no maps of the same samples with as many channels.
+    """
+    student, teacher = as_samples(student, teacher)
+    if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
+        wanted = "feature maps (B, C, H, W) of the same C"
+        way_out = (
+            "Tap modules before the pooling; Distiller.prepare makes the 1x1 convolution that "
+            "adapts the width"
+        )
+        raise unlike(student.shape, teacher.shape, wanted, way_out)
+    return student, teacher
+
+
+def unlike(student: Sequence[int], teacher: Sequence[int], wanted: str, way_out: str) -> ValueError:
+    """The error that says what both models' tensors must be, and which shapes they have."""
+    return ValueError(
+        f"student and teacher must be {wanted}; got student {tuple(student)} and teacher "
+        f"{tuple(teacher)}. {way_out}"
+    )
 
 
 def ready(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
-from pcka.losses.checks import as_samples
+from pcka.losses.checks import as_maps_of_one_width
 from pcka.losses.numerics import unit_length, without_autocast
 
 
@@ -32,13 +32,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: features that are no maps of the same samples with as many channels.
     """
-    student, teacher = as_samples(student, teacher)
-    if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            "student and teacher must be feature maps (B, C, H, W) with as many channels; got "
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. Tap a module "
-            "before the pooling, and adapt the width by a 1x1 convolution"
-        )
+    student, teacher = as_maps_of_one_width(student, teacher)
     difference = _correlations(student) - _correlations(teacher)
     return difference.square().sum() / (student.shape[0] * student.shape[1])
 

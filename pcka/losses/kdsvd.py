@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit, pointwise
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
-from pcka.losses.checks import as_samples, as_stages, check_weights
+from pcka.losses.checks import as_maps_of_one_width, as_stages, check_weights
 from pcka.ops.reference import without_autocast
 
 CANDIDATES = 3  # of the student's directions, beyond as many as the teacher has
@@ -51,7 +51,7 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int
             "students and teachers must hold the maps of the same two or more stages; got "
             f"{len(students)} and {len(teachers)}"
         )
-    pairs = [_of_one_width(student, teacher) for student, teacher in zip(students, teachers)]
+    pairs = [as_maps_of_one_width(*pair) for pair in zip(students, teachers)]
     with without_autocast(students[0].device):
         vectors = [_matched_vectors(s, t, k) for s, t in pairs]
         differences = [
@@ -59,17 +59,6 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int
             for (s_before, t_before), (s, t) in itertools.pairwise(vectors)
         ]
         return torch.stack(differences).sum() / len(students[0])
-
-
-def _of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    student, teacher = as_samples(student, teacher)
-    if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            "students and teachers must be feature maps (B, C, H, W) of the same C at each stage; "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}. Adapt the width by a 1x1 "
-            "convolution: KDSVD makes it when Distiller.prepare is called"
-        )
-    return student, teacher
 
 
 def _matched_vectors(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:

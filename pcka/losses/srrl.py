@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
-from pcka.losses.checks import as_samples, check_weights
+from pcka.losses.checks import as_samples, check_weights, unlike
 from pcka.ops.reference import accumulation_dtype, without_autocast
 
 
@@ -44,11 +44,9 @@ def srrl_loss(
     """
     student, teacher = as_samples(student, teacher)
     if student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must be pooled features of one shape (B, D); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Adapt the width by a 1x1 "
-            "convolution before the pooling"
-        )
+        wanted = "pooled features of one shape (B, D)"
+        way_out = "Adapt the width by a 1x1 convolution before the pooling"
+        raise unlike(student.shape, teacher.shape, wanted, way_out)
     with without_autocast(student.device):
         regression = F.mse_loss(classifier(student), classifier(teacher))
     return feature_weight * F.mse_loss(student, teacher) + regression_weight * regression

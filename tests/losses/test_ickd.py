@@ -108,7 +108,7 @@ def test_an_unprepared_loss_says_so(draw):
 
 @pytest.mark.parametrize("shape", [(2, 4, 5, 4), (2, 3)])
 def test_other_widths_and_no_maps_are_refused(draw, shape):
-    with pytest.raises(ValueError, match=r"maps \(B, C, H, W\) with as many channels.*1x1"):
+    with pytest.raises(ValueError, match=r"maps \(B, C, H, W\) of the same C.*1x1"):
         ickd_loss(draw(0, 2, 3, 5, 4), draw(1, *shape))
 
 

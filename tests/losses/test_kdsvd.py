@@ -134,7 +134,7 @@ def test_module_adapts_only_the_width_that_differs(draw):
     student = Outputs(features={"a": draw(0, 3, 4, 4, 4), "b": draw(1, 3, 5, 4, 4)})
     teacher = Outputs(features={"a": draw(2, 3, 4, 4, 4), "b": draw(3, 3, 8, 2, 2)})
     loss = KDSVD(stages=("a", "b"), weight=3.0)
-    with pytest.raises(ValueError, match=r"of the same C at each stage.*Distiller\.prepare"):
+    with pytest.raises(ValueError, match=r"of the same C.*Distiller\.prepare"):
         loss(student, teacher, None)
     loss.prepare(student, teacher)
     (kernel,) = loss.parameters()
