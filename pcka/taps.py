@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +34,9 @@ class _Reading(NamedTuple):
     def module(self) -> str:
         return f"module {self.path!r}" if self.path else "the model"
 
-    def pick(self, name: str, value: Any) -> Tensor:
-        """The tensor that the tap ``name`` reads of what the module returned, or was given."""
+    def pick(self, name: str, inputs: tuple[Any, ...], *output: Any) -> Tensor:
+        """The tensor that the tap ``name`` reads of what the module was given, or returned."""
+        value = output[0] if output else inputs[0] if inputs else None
         if self.key and not self.is_input:
             found = part(value, self.key)
             if found is None:
@@ -86,9 +87,19 @@ class FeatureTap:
         _check_paths(model, self._readings)
         self._features: dict[str, tuple[Tensor, int]] = {}
         self._handles = [
-            _hook(model, reading, _KeepOne(self, name, reading))
+            _hook(model, reading, partial(self._keep, name, reading))
             for name, reading in self._readings.items()
         ]
+
+    def _keep(self, name: str, reading: _Reading, _: nn.Module, *given: Any) -> None:
+        """A hook; each tensor's version is kept beside it."""
+        feature = reading.pick(name, *given)
+        if name in self._features:
+            raise RuntimeError(
+                f"tap {name!r}: {reading.module} ran twice since the last pop(); call pop() after "
+                "each forward pass, and tap a module that runs once in it"
+            )
+        self._features[name] = feature, _version(feature)
 
     def pop(self) -> dict[str, Tensor]:
         """The features of the last forward pass by tap name; the tap forgets them.
@@ -125,12 +136,7 @@ class FeatureTap:
     def __enter__(self) -> FeatureTap:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
 
@@ -173,7 +179,7 @@ class Observer:
             self._watching = False
             for name, path in self._paths.items():
                 reading = _Reading.of(path)
-                _hook(self._root, reading, _KeepWatched(self, name, reading))
+                _hook(self._root, reading, partial(self._keep, name, reading))
             self._compiled = torch.compile(self._hooked)
 
     def __call__(self, *inputs: Any) -> Outputs:
@@ -190,6 +196,11 @@ class Observer:
         self.__dict__.update(state)
         if compile:
             self._compiled = torch.compile(self._hooked)
+
+    def _keep(self, name: str, reading: _Reading, _: nn.Module, *given: Any) -> None:
+        """A hook of what is compiled."""
+        if self._watching:
+            self._features[name] = reading.pick(name, *given)
 
     def _tapped(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         with FeatureTap(self._root, self._paths) as tap:
@@ -241,43 +252,7 @@ def part(value: Any, key: str) -> Any:
     return getattr(value, key, None)
 
 
-class _Keep:
-    """A hook as an object, so that a copied model's hook keeps for the copied keeper."""
-
-    def __init__(self, keeper: Any, name: str, reading: _Reading) -> None:
-        self.keeper = keeper
-        self.name = name
-        self.reading = reading
-
-    def __call__(self, _: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
-        self.keep(output[0] if output else inputs[0] if inputs else None)
-
-    def keep(self, value: Any) -> None:
-        raise NotImplementedError
-
-
-class _KeepWatched(_Keep):
-    """For an observer, while it watches."""
-
-    def keep(self, value: Any) -> None:
-        if self.keeper._watching:
-            self.keeper._features[self.name] = self.reading.pick(self.name, value)
-
-
-class _KeepOne(_Keep):
-    """For a tap; a second call is an error, and each tensor's version is kept beside it."""
-
-    def keep(self, value: Any) -> None:
-        feature = self.reading.pick(self.name, value)
-        if self.name in self.keeper._features:
-            raise RuntimeError(
-                f"tap {self.name!r}: {self.reading.module} ran twice since the last pop(); call "
-                "pop() after each forward pass, and tap a module that runs once in it"
-            )
-        self.keeper._features[self.name] = feature, _version(feature)
-
-
-def _hook(model: nn.Module, reading: _Reading, keep: _Keep) -> RemovableHandle:
+def _hook(model: nn.Module, reading: _Reading, keep: Callable[..., None]) -> RemovableHandle:
     module = model.get_submodule(reading.path)
     if reading.is_input:
         # Before the module runs, because it may overwrite its input, and then nobody could tell.
