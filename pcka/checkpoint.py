@@ -27,6 +27,7 @@ ROLES = ("student", "teacher")
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
+Shape = tuple[int, ...]
 # DenseNet's published files have names that torchvision itself renames when it loads them.
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
@@ -35,8 +36,8 @@ class ShapeMismatch(NamedTuple):
     """An entry that file and model both have, in different shapes."""
 
     name: str
-    in_file: tuple[int, ...]
-    in_model: tuple[int, ...]
+    in_file: Shape
+    in_model: Shape
 
     def __str__(self) -> str:
         return f"{self.name} {self.in_file} for {self.in_model}"
@@ -167,7 +168,8 @@ def load_weights(
         raise CheckpointError(f"path: {str(path)!r}: {error}") from error
     own = model.state_dict()
     state = {_name_in(own, name): value for name, value in state.items()}
-    report = _compare(state, own, layout)
+    expected = {n: t for n, t in own.items() if n in state or n.rpartition(".")[2] != _COUNTER}
+    report = compare_shapes(_shapes(state), _shapes(expected), layout)
     if not report.loaded or not (report.complete or allow_partial):
         way_out = "allow_partial=True loads what fits" if report.loaded else "another model's"
         raise CheckpointError(
@@ -228,20 +230,30 @@ def _name_in(own: Mapping[str, Tensor], name: str) -> str:
     return renamed if name not in own and renamed in own else name
 
 
-def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: str) -> LoadReport:
-    shared = [name for name in own if name in state]
-    absent = (name for name in own if name not in state)
+def compare_shapes(given: Mapping[str, Shape], own: Mapping[str, Shape], layout: str) -> LoadReport:
+    """Say how the entries of a file would meet those of a model, by names and shapes.
+
+    Args:
+        given: name -> shape, of the file.
+        own: name -> shape, of the model.
+        layout: of the report.
+    """
+    shared = [name for name in own if name in given]
     return LoadReport(
-        loaded=tuple(name for name in shared if state[name].shape == own[name].shape),
-        missing=tuple(name for name in absent if name.rpartition(".")[2] != _COUNTER),
-        unexpected=tuple(name for name in state if name not in own),
+        loaded=tuple(name for name in shared if given[name] == own[name]),
+        missing=tuple(name for name in own if name not in given),
+        unexpected=tuple(name for name in given if name not in own),
         mismatched=tuple(
-            ShapeMismatch(name, tuple(state[name].shape), tuple(own[name].shape))
+            ShapeMismatch(name, given[name], own[name])
             for name in shared
-            if state[name].shape != own[name].shape
+            if given[name] != own[name]
         ),
         layout=layout,
     )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:

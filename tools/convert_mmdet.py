@@ -23,7 +23,7 @@ from torch import Tensor
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import WeightsError
 from detection.config import load_config
-from pcka.checkpoint import LoadReport, ShapeMismatch, extract_state_dict
+from pcka.checkpoint import compare_shapes, extract_state_dict
 from pcka.engine.command import run_command
 from pcka.files import atomic_save, load_file
 
@@ -52,18 +52,7 @@ def convert_mmdet(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tens
         for name, tensor in weights.items()
         if name.startswith(PARTS) and (name in wanted or not name.endswith(COUNTER))
     }
-    shared = [name for name in wanted if name in given]
-    report = LoadReport(
-        loaded=tuple(name for name in shared if given[name] == wanted[name]),
-        missing=tuple(name for name in wanted if name not in given),
-        unexpected=tuple(name for name in given if name not in wanted),
-        mismatched=tuple(
-            ShapeMismatch(name, given[name], wanted[name])
-            for name in shared
-            if given[name] != wanted[name]
-        ),
-        layout="mmdet's",
-    )
+    report = compare_shapes(given, wanted, layout="mmdet's")
     if not report.complete:
         raise WeightsError(
             "the weights are not those of the configuration's backbone; does it describe this "
