@@ -15,12 +15,11 @@ from classification.data import check_name
 from pcka.engine.config import (
     ConfigError,
     flatten,
-    import_modules,
-    merge_leaves,
     near_names,
+    pairs_of,
     read_leaves,
 )
-from pcka.engine.distill import check_methods, is_used, merge_settings, same_setting
+from pcka.engine.distill import changed_settings, check_methods, merge_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 
@@ -148,20 +147,14 @@ def load_config(
     cfg = default_config()
     if method:
         path = method_file(method, config_file)
-        _merge(cfg, read_leaves(path), str(path))
+        merge_settings(cfg, read_leaves(path), str(path))
     if config_file is not None:
         of_file = read_leaves(config_file)
         if method:
             of_file.pop("DISTILL.METHODS", None)
             _refuse_saved(of_file, source=str(config_file))
-        _merge(cfg, of_file, str(config_file))
-    if len(overrides) % 2:
-        raise ConfigError(
-            f"overrides: expected pairs of KEY VALUE, got {len(overrides)} words: "
-            f"{' '.join(overrides)!r}"
-        )
-    pairs = zip(overrides[::2], overrides[1::2], strict=True)
-    _merge(cfg, dict(pairs), "the command line")
+        merge_settings(cfg, of_file, str(config_file))
+    merge_settings(cfg, dict(pairs_of(overrides)), "the command line")
     _check(cfg)
     cfg.freeze()
     return cfg
@@ -199,7 +192,7 @@ def method_files(config_file: str | Path | None = None) -> dict[str, Path]:
 def config_from_text(text: str) -> CfgNode:
     """Return the configuration that ``cfg.dump()`` wrote; keys that it lacks take their default."""
     cfg = default_config()
-    _merge(cfg, flatten(yaml.safe_load(text)), "the saved configuration")
+    merge_settings(cfg, flatten(yaml.safe_load(text)), "the saved configuration")
     return cfg
 
 
@@ -209,29 +202,12 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     Other SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
     under a cosine, or with a warm-up of the distillation, they would change what was trained.
     """
-    before, after = flatten(old), flatten(new)
     harmless = set(HARMLESS_KEYS)
     # A run may end after fewer epochs only where each one was evaluated.
     evaluated = new.EVAL_EVERY == 1 or new.SOLVER.EPOCHS >= old.SOLVER.EPOCHS
     if new.SOLVER.SCHEDULE == "multistep" and not new.DISTILL.WARMUP and evaluated:
         harmless.add("SOLVER.EPOCHS")
-    return [
-        key
-        for key, value in after.items()
-        if key not in harmless
-        and is_used(key, new.DISTILL.METHODS)
-        and not (key in before and same_setting(key, before[key], value))
-    ]
-
-
-def _merge(cfg: CfgNode, leaves: Mapping[str, object], source: str) -> None:
-    if "IMPORTS" in leaves:  # first, for what they register
-        before = cfg.IMPORTS
-        merge_leaves(cfg, [("IMPORTS", leaves["IMPORTS"])], source)
-        cfg.IMPORTS = list(dict.fromkeys([*before, *cfg.IMPORTS]))
-        import_modules(cfg.IMPORTS, "IMPORTS")
-    settings = [(key, value) for key, value in leaves.items() if key != "IMPORTS"]
-    merge_settings(cfg, settings, source)
+    return [key for key in changed_settings(old, new) if key not in harmless]
 
 
 CHOICES = {

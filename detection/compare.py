@@ -20,10 +20,11 @@ from detectron2.config import CfgNode
 
 from detection.config import PROJECT, load_config
 from detection.data.register import name_coco_sets
-from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT, changed_settings
+from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.comparison import HOW_TO_READ, Comparison
 from pcka.engine.config import ConfigError
+from pcka.engine.distill import changed_settings
 
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
@@ -150,8 +151,8 @@ def train(
 
 
 def _check_settings(wanted: CfgNode, folder: Path) -> None:
-    had = load_config(str(folder / CONFIG), [])
-    if changed := changed_settings(had, wanted, NOT_COMPARED):
+    differing = changed_settings(load_config(str(folder / CONFIG), []), wanted)
+    if changed := [key for key in differing if key not in NOT_COMPARED]:
         raise ConfigError(
             f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
             "own, or another folder"

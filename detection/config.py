@@ -14,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
 
 from pcka.engine import distill
-from pcka.engine.config import PER_STAGE, ConfigError, flatten
+from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
 
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"
@@ -29,6 +29,7 @@ def detection_config() -> CfgNode:
     :mod:`pcka.engine.distill`.
     """
     cfg = get_cfg()
+    cfg.IMPORTS = []  # modules that register parts of your own
     cfg.DATASETS.COCO_TRAIN = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
     cfg.DATASETS.COCO_TEST = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
     cfg.DATASETS.DIGITS = CfgNode(
@@ -108,11 +109,12 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
             f"{config_file}: a LazyConfig of detectron2's, and a YAML file is needed; give the "
             "model's keys in one"
         )
-    if len(overrides) % 2:
-        raise ConfigError(f"overrides: expected pairs of KEY VALUE, got {' '.join(overrides)!r}")
-    pairs = list(zip(overrides[::2], overrides[1::2], strict=True))
-    own = [pair for pair in pairs if pair[0].startswith("DISTILL.")]
-    others = [word for pair in pairs if pair not in own for word in pair]
+    own, others = {}, []
+    for key, value in pairs_of(overrides):
+        if key == "IMPORTS" or key.startswith("DISTILL."):
+            own[key] = value
+        else:
+            others += [key, value]
     known = cfg.DISTILL.clone()
     cfg.DISTILL.set_new_allowed(True)  # taken as it stands, and merged below
     try:
@@ -124,9 +126,9 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
         raise ConfigError(f"{config_file}: {NO_MAPPING}") from error
     except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{config_file}: {_reason(error)}") from error
-    of_file, cfg.DISTILL = flatten(cfg.DISTILL, "DISTILL."), known
-    for leaves, source in ((of_file.items(), config_file), (own, "the command line")):
-        distill.merge_settings(cfg, leaves, source, section_defaults)
+    of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known
+    distill.merge_settings(cfg, of_file, config_file, section_defaults)
+    distill.merge_settings(cfg, own, "the command line", section_defaults)
 
 
 def _reason(error: Exception) -> object:

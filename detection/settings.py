@@ -1,16 +1,15 @@
-"""Telling the settings of two runs apart."""
+"""Whether a run may go on with other settings than it was started with."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
 from detection.config import load_config
-from pcka.engine.config import ConfigError, differing_keys
-from pcka.engine.distill import is_used, same_setting
+from pcka.engine.config import ConfigError
+from pcka.engine.distill import changed_settings
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -27,19 +26,6 @@ PLACES = (
     "DISTILL.TEACHER.CONFIG_FILE", "DISTILL.TEACHER.WEIGHTS", "DATASETS.COCO_TRAIN.JSON",
     "DATASETS.COCO_TRAIN.IMAGES", "DATASETS.DIGITS.ROOT",
 )  # fmt: skip
-
-
-def changed_settings(
-    had: CfgNode, wanted: CfgNode, passed_over: Collection[str] = ()
-) -> dict[str, tuple[object, object]]:
-    """Return what two configurations do not share: key -> (value had, value wanted)."""
-    return {
-        key: (before, now)
-        for key, (before, now) in differing_keys(had, wanted).items()
-        if key not in passed_over
-        and is_used(key, had.DISTILL.METHODS)
-        and not same_setting(key, before, now)
-    }
 
 
 def check_resumed(cfg: CfgNode) -> None:

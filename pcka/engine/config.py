@@ -7,7 +7,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def near_names(word: str, known: Iterable[str]) -> str:
 
 def merge_leaves(
     tree: Any,
-    leaves: Iterable[tuple[str, object]],
+    leaves: Mapping[str, object],
     source: str,
     proposed: Callable[[], Iterable[str]] = tuple,
 ) -> None:
@@ -43,7 +43,7 @@ def merge_leaves(
 
     Args:
         tree: of mappings; its present values say which keys there are, and of which types.
-        leaves: dotted keys and values. Text is read as YAML (``true``, ``[a, b]``) or Python
+        leaves: dotted key -> value. Text is read as YAML (``true``, ``[a, b]``) or Python
             (``1e-4``) where another type is wanted.
         source: where they come from, for messages.
         proposed: further keys that an unknown one may have meant.
@@ -52,7 +52,7 @@ def merge_leaves(
         ConfigError: an unknown key (near ones are named), or a value of another type.
     """
     known = flatten(tree)
-    for key, value in leaves:
+    for key, value in leaves.items():
         if key not in known:
             near = near_names(key, dict.fromkeys([*known, *proposed()]))
             raise ConfigError(f"{source}: unknown key {key!r}; {near}")
@@ -81,6 +81,17 @@ def import_modules(names: Iterable[object], key: str) -> None:
             ) from error
 
 
+def pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """The ``KEY VALUE ...`` words of a command line, by twos.
+
+    Raises:
+        ConfigError: a key without a value.
+    """
+    if len(overrides) % 2:
+        raise ConfigError(f"overrides: expected pairs of KEY VALUE, got {' '.join(overrides)!r}")
+    return list(zip(overrides[::2], overrides[1::2], strict=True))
+
+
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return the leaves of a tree by their dotted keys."""
     leaves: dict[str, object] = {}
@@ -99,24 +110,6 @@ def set_key(tree: Any, key: str, value: object) -> None:
     for section in sections:
         tree = tree[section]
     tree[leaf] = value
-
-
-def differing_keys(
-    old: Mapping[str, Any], new: Mapping[str, Any]
-) -> dict[str, tuple[object, object]]:
-    """Dotted key -> (old value, new value) of what differs; a key that ``old`` lacks is None there.
-
-    Compared as YAML holds them: a tuple is a list.
-    """
-    before, after = (flatten(yaml.safe_load(_dump(tree))) for tree in (old, new))
-    return {
-        key: (before.get(key), value) for key, value in after.items() if before.get(key) != value
-    }
-
-
-def _dump(tree: Mapping[str, Any]) -> str:
-    text: str = tree.dump() if hasattr(tree, "dump") else yaml.safe_dump(dict(tree))
-    return text
 
 
 def _coerced(key: str, value: object, default: object, source: str) -> object:

@@ -11,10 +11,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import yaml
 from fvcore.common.config import CfgNode
 
 from pcka import losses
-from pcka.engine.config import PER_STAGE, ConfigError, flatten, merge_leaves, near_names
+from pcka.engine.config import (
+    PER_STAGE,
+    ConfigError,
+    flatten,
+    import_modules,
+    merge_leaves,
+    near_names,
+)
 
 # What STAGES may hold beside names of taps: all numbered stages but the stem.
 WILDCARDS = {"all": "", "all_preact": "_preact"}
@@ -65,30 +73,37 @@ def add_sections(
 
 def merge_settings(
     cfg: CfgNode,
-    leaves: Iterable[tuple[str, object]],
+    leaves: Mapping[str, object],
     source: str,
     defaults: Callable[[str], Mapping[str, object]] = section_defaults,
 ) -> None:
     """:func:`pcka.engine.config.merge_leaves`, with the sections of the losses that are named.
 
-    A loss has its section by being named, in ``DISTILL.METHODS`` or by a setting of its own.
+    A loss has its section by being named, in ``DISTILL.METHODS`` or by a setting of its own. The
+    modules of ``IMPORTS`` are imported first, for what they register; those of all sources add up.
 
     Args:
         cfg: the whole configuration.
-        leaves: dotted keys and values.
+        leaves: dotted key -> value.
         source: where they come from, for messages.
         defaults: as for :func:`add_sections`.
 
     Raises:
-        ConfigError: an unknown key (near ones are named), or a value of another type.
+        ConfigError: an unknown key (near ones are named), a value of another type, or a module that
+            cannot be imported.
     """
-    leaves = list(leaves)
-    add_sections(cfg.DISTILL, named_losses(key for key, _ in leaves), defaults)
+    if "IMPORTS" in leaves:
+        before = cfg.IMPORTS
+        merge_leaves(cfg, {"IMPORTS": leaves["IMPORTS"]}, source)
+        cfg.IMPORTS = list(dict.fromkeys([*before, *cfg.IMPORTS]))
+        import_modules(cfg.IMPORTS, "IMPORTS")
+    settings = {key: value for key, value in leaves.items() if key != "IMPORTS"}
+    add_sections(cfg.DISTILL, named_losses(settings), defaults)
 
     def settings_of_all() -> Iterable[str]:
         return flatten({name: defaults(name) for name in losses.names()}, "DISTILL.")
 
-    merge_leaves(cfg, leaves, source, settings_of_all)
+    merge_leaves(cfg, settings, source, settings_of_all)
     add_sections(cfg.DISTILL, [n for n in cfg.DISTILL.METHODS if n in losses.names()], defaults)
 
 
@@ -98,13 +113,23 @@ def named_losses(keys: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(sections) if name in losses.names()]
 
 
-def is_used(key: str, methods: Collection[str]) -> bool:
-    """Whether a dotted key counts: it is no setting of a loss that ``methods`` leaves out."""
-    return all(name in methods for name in named_losses([key]))
+def changed_settings(had: CfgNode, wanted: CfgNode) -> dict[str, tuple[object, object]]:
+    """What two configurations do not share: dotted key -> (value had, value wanted).
+
+    Compared as YAML holds them: a tuple is a list, and one value for all stages is as many equal
+    ones. A key that ``had`` lacks is None there. Settings of losses that ``had`` leaves out do not
+    count: where the other names them, ``DISTILL.METHODS`` differs.
+    """
+    before, after = (flatten(yaml.safe_load(cfg.dump())) for cfg in (had, wanted))
+    return {
+        key: (before.get(key), value)
+        for key, value in after.items()
+        if all(name in had.DISTILL.METHODS for name in named_losses([key]))
+        and not _same_setting(key, before.get(key), value)
+    }
 
 
-def same_setting(key: str, value: object, other: object) -> bool:
-    """Whether two values of a dotted key mean the same: one for all stages, or equal ones."""
+def _same_setting(key: str, value: object, other: object) -> bool:
     if key.rpartition(".")[2] not in PER_STAGE:
         return value == other
     return _merged(value) == _merged(other)

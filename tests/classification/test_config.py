@@ -232,7 +232,7 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["SEED"], "expected pairs of KEY VALUE, got 1 words"),
+        (["SEED"], "expected pairs of KEY VALUE, got 'SEED'"),
         (["SEED", "1.5"], "SEED expects a int .default 0., got 1.5"),
         (["DATA.FLIP", "1"], "DATA.FLIP expects a bool"),
         (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS: expected at least 1, got 0"),

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import yaml
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 
 import detection.fcos
@@ -14,8 +17,10 @@ from detection.config import (
     student_architecture,
     teacher_config,
 )
-from detection.settings import changed_settings
+from detection.levels import build_losses
 from pcka.engine.config import ConfigError
+from pcka.engine.distill import changed_settings
+from pcka.losses import registry
 
 FILES = sorted((PROJECT / "configs" / "detection").rglob("*.yaml"))
 
@@ -125,6 +130,32 @@ def test_a_loss_has_its_section_by_being_named(tmp_path):
         load_config(str(path), ["DISTILL.PKD.WIGHTS", "3"])
     with pytest.raises(ConfigError, match=r"expected pairs of KEY VALUE, got 'DISTILL.METHODS'"):
         load_config(str(path), ["DISTILL.METHODS"])
+
+
+OWN_LOSS = """
+from pcka import losses
+
+
+@losses.register("AT_OF_MINE")
+class Mine(losses.AT):
+    pass
+"""
+
+
+def test_a_loss_of_ones_own_is_used_from_a_module_that_imports_names(tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(OWN_LOSS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    path = tmp_path / "run.yaml"
+    path.write_text("IMPORTS: [my_loss]\nDISTILL: {METHODS: [AT_OF_MINE], AT_OF_MINE: {P: 1}}\n")
+    try:
+        cfg = load_config(str(path), ["IMPORTS", "[json]", "DISTILL.AT_OF_MINE.WEIGHTS", "2"])
+    finally:
+        sys.modules.pop("my_loss", None)
+    assert cfg.IMPORTS == ["my_loss", "json"]
+    (built,) = build_losses(cfg, {"p3": "p3"}, {"p3": ShapeSpec(channels=8, stride=8)})
+    assert (type(built).__name__, built.weights, built.p) == ("Mine", (2.0,), 1.0)
 
 
 def test_a_saved_configuration_with_the_sections_of_all_losses_is_the_same(small_config, tmp_path):

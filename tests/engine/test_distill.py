@@ -9,11 +9,10 @@ from pcka.engine.distill import (
     UntappedError,
     add_sections,
     build_losses,
-    is_used,
+    changed_settings,
     merge_settings,
     named_losses,
     numbered_stages,
-    same_setting,
     section_defaults,
 )
 
@@ -28,8 +27,8 @@ def config(**leaves):
     """A configuration with these keys below DISTILL."""
     cfg = CfgNode({"SEED": 0})
     cfg.DISTILL = CfgNode({"METHODS": ["CE"], "WARMUP": 0.0})
-    pairs = [(f"DISTILL.{key.replace('__', '.')}", value) for key, value in leaves.items()]
-    merge_settings(cfg, pairs, "here")
+    keys = {f"DISTILL.{key.replace('__', '.')}": value for key, value in leaves.items()}
+    merge_settings(cfg, keys, "here")
     return cfg
 
 
@@ -63,16 +62,20 @@ def test_the_keys_of_losses_tell_which_are_named():
 
 
 def test_settings_of_a_loss_that_is_not_summed_do_not_count():
-    assert is_used("SEED", []) and is_used("DISTILL.WARMUP", [])
-    assert is_used("DISTILL.KD.WEIGHT", ["CE", "KD"])
-    assert not is_used("DISTILL.KD.WEIGHT", ["CE"])
+    for methods, expected in ((["CE"], {}), (["KD"], {"DISTILL.KD.WEIGHT": (1.0, 2.0)})):
+        had, wanted = (config(METHODS=methods, KD__WEIGHT=weight) for weight in (1.0, 2.0))
+        assert changed_settings(had, wanted) == expected
+    assert list(changed_settings(config(), config(WARMUP=0.5))) == ["DISTILL.WARMUP"]
 
 
 def test_one_value_for_all_stages_is_as_good_as_that_value_for_each():
-    assert same_setting("DISTILL.AT.WEIGHTS", [1000.0], [1000.0, 1000.0])
-    assert same_setting("DISTILL.AT.WEIGHTS", 1000.0, [1000.0, 1000.0])
-    assert not same_setting("DISTILL.AT.WEIGHTS", [1000.0], [1000.0, 2.0])
-    assert not same_setting("DISTILL.AT.STAGES", ["last"], ["last", "last"])
+    def changed(key, value, other):
+        had, wanted = (config(METHODS=["AT"], **{f"AT__{key}": v}) for v in (value, other))
+        return list(changed_settings(had, wanted))
+
+    assert changed("WEIGHTS", [7.0], [7.0, 7.0]) == changed("WEIGHTS", 7.0, [7.0, 7.0]) == []
+    assert changed("WEIGHTS", [7.0], [7.0, 2.0]) == ["DISTILL.AT.WEIGHTS"]
+    assert changed("STAGES", ["last"], ["last", "last"]) == ["DISTILL.AT.STAGES"]
 
 
 def test_an_unknown_key_is_refused_with_near_ones_of_all_losses():
