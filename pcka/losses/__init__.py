@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pcka.losses.base import Context, Loss, Outputs, Term
+from pcka.losses.base import Context, LogitLoss, Loss, Outputs, StagewiseLoss, Term
 from pcka.losses.numerics import DegenerateLevelWarning, standardized_logits
 from pcka.losses.registry import MODULE_OF, build, defaults, names, public, register
 
@@ -61,8 +61,10 @@ else:
 __all__ = [
     "Context",
     "DegenerateLevelWarning",
+    "LogitLoss",
     "Loss",
     "Outputs",
+    "StagewiseLoss",
     "Term",
     "build",
     "defaults",
