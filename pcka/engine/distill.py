@@ -171,11 +171,12 @@ def build_losses(
         try:
             loss = losses.build(name, **keywords)
         except ValueError as error:
+            # Of a wrong name the number of its settings is wrong, too.
+            _check_tapped(name, keywords.get("stages", ()), taps, taps_key)
             raise ConfigError(f"DISTILL.{name}: {error}") from error
         if reason := unfit(loss):
             raise ConfigError(f"DISTILL.METHODS: {name} {reason}")
-        if missing := [tap for tap in loss.taps if tap not in taps]:
-            raise UntappedError(f"DISTILL.{name}: {_untapped(missing, taps, taps_key)}")
+        _check_tapped(name, loss.taps, taps, taps_key)
         built.append(loss)
     return built
 
@@ -218,9 +219,12 @@ def _expanded(name: str, wildcard: str, taps: Collection[str], taps_key: str) ->
     return [stage + WILDCARDS[wildcard] for stage in stages]
 
 
-def _untapped(missing: Sequence[str], taps: Collection[str], taps_key: str) -> str:
-    there = ", ".join(taps) or "none"
-    return f"{', '.join(missing)} is not tapped; there are {there}, and {taps_key} adds more"
+def _check_tapped(name: str, stages: Sequence[str], taps: Collection[str], taps_key: str) -> None:
+    if missing := [str(stage) for stage in stages if stage not in taps]:
+        raise UntappedError(
+            f"DISTILL.{name}: {', '.join(missing)} is not tapped; there are "
+            f"{', '.join(taps) or 'none'}, and {taps_key} adds more"
+        )
 
 
 def _as_setting(key: str, default: object) -> object:

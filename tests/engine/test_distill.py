@@ -157,6 +157,12 @@ def test_a_stage_that_is_not_tapped_is_refused():
     assert fcka.taps == ("stage4", "neck")
 
 
+def test_a_stage_that_is_not_tapped_is_told_before_the_number_of_its_settings():
+    leaves = {"METHODS": ["PCKA"], "PCKA__STAGES": ["last", "neck"]}
+    with pytest.raises(UntappedError, match=r"^DISTILL\.PCKA: neck is not tapped"):
+        built(**leaves, PCKA__PATCH_SIZES=[4, 4, 2])
+
+
 def test_the_key_that_adds_taps_is_the_trainers():
     with pytest.raises(UntappedError, match=r"last is not tapped; there are p3, and DISTILL.LEVEL"):
         build_losses(["FCKA"], {}, ["p3"], taps_key="DISTILL.LEVELS")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pcka import losses
-from pcka.losses import registry
+from pcka.losses import base, registry
 
 
 @pytest.fixture
@@ -102,6 +102,12 @@ def test_a_loss_is_found_by_its_class_and_by_its_name():
         losses.FITNET  # noqa: B018
     with pytest.raises(AttributeError, match=r"pcka\.losses' has no attribute 'KL'$"):
         losses.KL  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["Loss", "StagewiseLoss", "LogitLoss"])
+def test_what_a_loss_of_ones_own_derives_from_is_public(name):
+    assert name in losses.__all__
+    assert getattr(losses, name) is getattr(base, name)
 
 
 LAZY = """
