@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pcka.distributed import gather_batch, gather_outputs, world_size
-from pcka.losses.adapters import adapt, fit
+from pcka.losses.adapters import ModulesByTap, adapt, fit
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
 from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
@@ -87,7 +87,7 @@ class Distiller(nn.Module):
         # Through __dict__, because assigning a module registers it as a submodule.
         self.__dict__["teacher"] = teacher
         self.losses = nn.ModuleList(losses)
-        self.adapters = nn.ModuleDict()
+        self.adapters = ModulesByTap()
         self.gather = gather
         self.distillation_scale: float | Tensor = 1.0
         with_teacher = [loss for loss in losses if loss.needs_teacher]
@@ -147,7 +147,7 @@ class Distiller(nn.Module):
             at_one_size(own, other)  # refuses what is no map
             widths = own.shape[1], other.shape[1]
             if widths[0] != widths[1]:
-                self.adapters[_key(tap)] = fit(nn.Conv2d(*widths, 1), own)
+                self.adapters[tap] = fit(nn.Conv2d(*widths, 1), own)
         adapted = self._at_one_shape(student, teacher)
         for loss in losses:
             self._check_logits(loss, student, teacher)
@@ -255,8 +255,8 @@ class Distiller(nn.Module):
 
     def _match(self, tap: str, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """Two maps at one shape; those of one shape stay as they are, in their dtype."""
-        if _key(tap) in self.adapters:
-            own = adapt(self.adapters[_key(tap)], own)
+        if tap in self.adapters:
+            own = adapt(self.adapters[tap], own)
         if own.shape[2:] != other.shape[2:]:
             own, other = at_one_size(own, other)
         return own, other.to(own.dtype)
@@ -282,11 +282,6 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
         return self
-
-
-def _key(tap: str) -> str:
-    """A tap's name as that of a submodule, which takes no dots."""
-    return tap.replace(".", "/")
 
 
 def _taps_of(losses: Iterable[Loss]) -> list[str]:

@@ -193,6 +193,23 @@ def test_a_tap_may_be_called_as_the_module_that_it_reads():
     assert list(distiller.terms(*pair, None)) == ["loss_pkd_layer4.2"]
 
 
+@pytest.mark.parametrize("loss", ["PKD", "FITNET"])
+def test_a_tap_may_be_called_by_a_word_that_module_dictionaries_keep_for_themselves(loss):
+    names = ("pop", "training", "a.b")
+    taps = dict(zip(names, STAGES, strict=True))
+    distiller = Distiller(
+        Net(4, 1, ANSWERS["tensor"]),
+        Net(6, 2, ANSWERS["tensor"]),
+        [losses.build(loss, stages=names)],
+        taps,
+    )
+    distiller.prepare(IMAGES)
+    assert list(distiller(IMAGES, TARGET)) == [f"loss_{loss.lower()}_{name}" for name in names]
+    assert all(
+        name.startswith(("student.", "losses.", "adapters.")) for name in distiller.state_dict()
+    )
+
+
 def test_the_teachers_outputs_are_needed_to_size_adapters():
     with pytest.raises(ValueError, match="teacher: a loss compares its feature maps, got None"):
         distiller_of(of_one_shape("PKD")).prepare_for(maps()[0], None)

@@ -234,7 +234,7 @@ def _as_setting(key: str, default: object) -> object:
     return [default] if key in PER_STAGE and not isinstance(default, list) else default
 
 
-def _as_keyword(value: object) -> object:
+def _as_keyword(value: object) -> Any:
     return tuple(map(_as_keyword, value)) if isinstance(value, list | tuple) else value
 
 

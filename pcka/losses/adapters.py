@@ -17,6 +17,7 @@ from pcka.losses.numerics import at_one_size
 from pcka.ops.reference import accumulation_dtype
 
 M = TypeVar("M", bound=nn.Module)
+_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
 
 
 def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
@@ -81,6 +82,24 @@ class PooledLinear(nn.Linear):
         return super().forward(x if x.dim() == 2 else x.flatten(2).mean(2))
 
 
+class ModulesByTap(nn.ModuleDict):
+    """Modules by the names of taps: a name may have dots, or be a word such as ``"pop"``."""
+
+    def __getitem__(self, tap: str) -> nn.Module:
+        return super().__getitem__(self._key(tap))
+
+    def __setitem__(self, tap: str, module: nn.Module) -> None:
+        super().__setitem__(self._key(tap), module)
+
+    def __contains__(self, tap: str) -> bool:
+        return super().__contains__(self._key(tap))
+
+    def _key(self, tap: str) -> str:
+        """The name of the submodule, which is no attribute that the dictionary has itself."""
+        key = tap.replace(".", "/")
+        return f"{key}/" if key in _ATTRIBUTES else key
+
+
 def fit(module: M, feature: Tensor) -> M:
     """``module`` on the device of ``feature``, in float32, or in float64 for a float64 feature."""
     return module.to(device=feature.device, dtype=accumulation_dtype(feature.dtype))
@@ -91,7 +110,7 @@ def fit_maps(
     student: Outputs,
     teacher: Outputs,
     stages: Sequence[str],
-) -> nn.ModuleDict:
+) -> ModulesByTap:
     """A module for each stage, fitted to the student's map.
 
     Args:
@@ -103,7 +122,7 @@ def fit_maps(
     Raises:
         ValueError: a feature that is no map.
     """
-    modules = nn.ModuleDict()
+    modules = ModulesByTap()
     for stage in stages:
         feature, other = student.feature(stage), teacher.feature(stage)
         at_one_size(feature, other)  # refuses what is no map

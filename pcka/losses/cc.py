@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pcka.losses.adapters import PooledLinear, adapt, fit, prepared
+from pcka.losses.adapters import ModulesByTap, PooledLinear, adapt, fit, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
 from pcka.losses.checks import as_samples, unlike
 from pcka.losses.numerics import without_autocast
@@ -89,8 +89,8 @@ class CC(StagewiseLoss):
             raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
         self.form = form
         self.embedding = embedding
-        self.student_embeddings = nn.ModuleDict()
-        self.teacher_embeddings = nn.ModuleDict()
+        self.student_embeddings = ModulesByTap()
+        self.teacher_embeddings = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

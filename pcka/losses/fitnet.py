@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pcka.losses.adapters import adapt, fit, prepared, regressor
+from pcka.losses.adapters import ModulesByTap, adapt, fit, prepared, regressor
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
 from pcka.losses.checks import as_maps
 
@@ -51,7 +51,7 @@ class FitNet(StagewiseLoss):
         super().__init__(stages, weights)
         self.uses_regressor = regressor
         self.same_shape = not regressor
-        self.regressors = nn.ModuleDict()
+        self.regressors = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

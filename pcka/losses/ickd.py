@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
+from pcka.losses.adapters import ModulesByTap, adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
 from pcka.losses.checks import as_maps_of_one_width
 from pcka.losses.numerics import unit_length, without_autocast
@@ -57,7 +57,7 @@ class ICKD(StagewiseLoss):
         self, *, stages: Sequence[str] = ("last",), weights: float | Sequence[float] = (2.5,)
     ) -> None:
         super().__init__(stages, weights)
-        self.adapters = nn.ModuleDict()
+        self.adapters = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pcka.losses.adapters import adapt, fit, pointwise
+from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
 from pcka.losses.checks import as_maps_of_one_width, as_stages, check_weights
 from pcka.ops.reference import without_autocast
@@ -138,7 +138,7 @@ class KDSVD(Loss):
             raise ValueError(f"k must be at least 1, got {k!r}")
         self.weight = weight
         self.k = k
-        self.adapters = nn.ModuleDict()
+        self.adapters = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

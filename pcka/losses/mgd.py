@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
+from pcka.losses.adapters import ModulesByTap, adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
 from pcka.losses.checks import as_maps
 from pcka.losses.numerics import at_one_size
@@ -95,7 +95,7 @@ class MGD(StagewiseLoss):
             raise ValueError(f"mask must be one of {', '.join(MASKS)}; got {mask!r}")
         self.mask_ratio = mask_ratio
         self.mask = mask
-        self.adapters = nn.ModuleDict()
+        self.adapters = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapt, fit, pointwise, prepared
+from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
 from pcka.losses.checks import as_maps, as_samples, as_stages, check_weights
 from pcka.losses.numerics import at_one_size
@@ -118,7 +118,7 @@ class OFD(StagewiseLoss):
         check_weights(weight=weight)
         halvings = reversed(range(len(as_stages(stages))))
         super().__init__(stages, [weight / 2**halved for halved in halvings])
-        self.connectors = nn.ModuleDict()
+        self.connectors = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapt, fit, pointwise, prepared
+from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
 from pcka.losses.checks import as_maps, as_samples, as_stages, check_weights
 
@@ -118,7 +118,7 @@ class ReviewKD(Loss):
             raise ValueError(f"max_width must be at least 1, got {max_width}")
         self.weight = weight
         self.max_width = max_width
-        self.fusions = nn.ModuleDict()
+        self.fusions = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

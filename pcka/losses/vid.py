@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
+from pcka.losses.adapters import ModulesByTap, adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
 from pcka.losses.checks import as_maps, as_samples
 from pcka.losses.numerics import at_one_size
@@ -104,7 +104,7 @@ class VID(StagewiseLoss):
             )
         self.variance = variance
         self.epsilon = epsilon
-        self.predictors = nn.ModuleDict()
+        self.predictors = ModulesByTap()
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
