@@ -31,13 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = output.arguments(__doc__, arguments)
     driver = [sys.executable, "-m", "tools.gpu.one_step", given.device]
     driver += [*CASES, *(["--quick"] if given.quick else [])]
-    program = output.program("ncu")
-    if given.device == "cpu" or program is None:
-        code = subprocess.run(driver).returncode
-        why = "on a CPU" if given.device == "cpu" else "ncu is not installed"
-        lines = [f"{why}: the driver ran by itself and ended with {code}"]
-        output.write(given.output, "ncu", {"kernels": []}, lines)
-        sys.exit(code)
+    program = output.watcher(given, "ncu", driver)
     log = given.output / "ncu.csv"
     command = [
         program, "--clock-control", "none", "--profile-from-start", "off",

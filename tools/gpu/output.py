@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -31,6 +33,27 @@ def program(name: str) -> str | None:
     """Where a tool of the CUDA toolkit is; its folder need not be on PATH."""
     folders = ["/usr/local/cuda/bin", *sorted(glob("/opt/nvidia/nsight-compute/*"), reverse=True)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def watcher(given: argparse.Namespace, name: str, driver: Sequence[str]) -> str:
+    """Where a tool is that watches the driver; without it, or a GPU, the driver alone runs.
+
+    Args:
+        given: of :func:`arguments`.
+        name: of the tool.
+        driver: command that is to be watched.
+
+    Raises:
+        SystemExit: the driver ran by itself, to this end.
+    """
+    found = program(name)
+    if given.device == "cuda" and found is not None:
+        return found
+    code = subprocess.run(driver).returncode
+    why = f"{name} is not installed" if given.device == "cuda" else "on a CPU"
+    lines = [f"{why}: the driver ran by itself and ended with {code}"]
+    write(given.output, name.removeprefix("compute-"), {}, lines)
+    sys.exit(code)
 
 
 def write(folder: Path, name: str, content: dict[str, Any], summary: Sequence[str]) -> None:

@@ -98,7 +98,7 @@ class Runner:
             finally:
                 for one in running:
                     one.stop()
-            if any(s.needed and self._status(s) != "passed" for s in group):
+            if any(stage.needed and stage.name in self.failed for stage in group):
                 return False
         return True
 
@@ -115,7 +115,8 @@ class Runner:
     @property
     def failed(self) -> list[str]:
         """Names of the stages that did not pass."""
-        return [name for name in self.results["stages"] if self._status_of(name) != "passed"]
+        stages = self.results["stages"].items()
+        return [name for name, stage in stages if stage["status"] != "passed"]
 
     def _start(self, stage: Stage) -> Running:
         folder = self.work / stage.name
@@ -154,12 +155,6 @@ class Runner:
         print(f"[{one.stage.name}] {status} after {seconds} s", flush=True)
         if status != "passed":
             print("\n".join(text.splitlines()[-SHOWN_OF_A_FAILURE:]), flush=True)
-
-    def _status(self, stage: Stage) -> str:
-        return self._status_of(stage.name)
-
-    def _status_of(self, name: str) -> str:
-        return str(self.results["stages"][name]["status"])
 
 
 def _anywhere(word: str) -> str:

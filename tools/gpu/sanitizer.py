@@ -30,13 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = output.arguments(__doc__, arguments)
     driver = [sys.executable, *DRIVER, given.device, *(["--quick"] if given.quick else [])]
-    program = output.program("compute-sanitizer")
-    if given.device == "cpu" or program is None:
-        code = subprocess.run(driver).returncode
-        why = "on a CPU" if given.device == "cpu" else "compute-sanitizer is not installed"
-        lines = [f"{why}: the driver ran by itself and ended with {code}"]
-        output.write(given.output, "sanitizer", {"tools": {}}, lines)
-        sys.exit(code)
+    program = output.watcher(given, "compute-sanitizer", driver)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     logs = {tool: given.output / f"{tool}.log" for tool in TOOLS}
     began = time.monotonic()
@@ -46,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for index, tool in enumerate(TOOLS)
     }
-    found = {}
+    found, texts = {}, []
     for tool, process in running.items():
         try:
             left = began + given.seconds - MARGIN - time.monotonic()
@@ -56,10 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             process.wait()
         text = logs[tool].read_text(errors="replace") if logs[tool].exists() else ""
         found[tool] = {**read(text), "exit": process.returncode}
-    with (given.output / "sanitizer.txt").open("w") as whole:
-        for tool, log in logs.items():
-            text = log.read_text(errors="replace") if log.exists() else ""
-            whole.write(f"===== {tool}\n{text[:200_000]}\n")
+        texts.append(f"===== {tool}\n{text[:200_000]}\n")
+    (given.output / "sanitizer.txt").write_text("".join(texts))
     lines = [f"{tool}: {_verdict(result)}" for tool, result in found.items()]
     output.write(given.output, "sanitizer", {"tools": found}, lines)
     sys.exit(0 if all(r["finished"] and not r["own"] for r in found.values()) else 1)
