@@ -82,8 +82,9 @@ class StreamingSet(ImageSet):
         share = training_share(order, steps, cfg.SOLVER.BATCH_SIZE, rank, world_size)
         crop = v2.RandomResizedCrop(self.image_size, antialias=True)
         mirror = [v2.RandomHorizontalFlip()] if cfg.DATA.FLIP else []
-        pictures = _Pictures(self.files, v2.Compose([crop, *mirror, v2.PILToTensor()]))
-        yield from self._stream(_Seeded(pictures, (cfg.SEED, epoch, IMAGE_STREAM)), list(share))
+        transform = v2.Compose([crop, *mirror, v2.PILToTensor()])
+        pictures = _Pictures(self.files, transform, (cfg.SEED, epoch, IMAGE_STREAM))
+        yield from self._stream(pictures, list(share))
 
     def evaluation_batches(
         self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
@@ -117,30 +118,21 @@ def _with_short_errors(loader: Iterable[Tensor]) -> Iterator[Tensor]:
         raise ConfigError(str(error).rpartition("ConfigError: ")[2].rstrip()) from error
 
 
+@dataclass(frozen=True)
 class _Pictures(Dataset[Tensor]):
-    """Decoded and transformed images, (3, S, S) uint8, by position."""
+    """Decoded and transformed images, (3, S, S) uint8, by position.
 
-    def __init__(self, files: ImageFiles, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.files = files
-        self.transform = transform
-
-    def __getitem__(self, position: int) -> Tensor:
-        return self.transform(self.files.open(position))
-
-
-class _Seeded(Dataset[Tensor]):
-    """Items whose random numbers depend on the stream and their position alone.
-
-    torchvision draws from torch's global generator; it is lent to each item and put back, so that
-    neither the number of workers nor what they did before has a part in the result.
+    Their random numbers depend on the stream and their position alone: torchvision draws from
+    torch's global generator, which is lent to each image and put back, so that neither the number
+    of workers nor what they did before has a part in the result.
     """
 
-    def __init__(self, items: Dataset[Tensor], stream: tuple[int, int, int]) -> None:
-        self.items = items
-        self.stream = stream
+    files: ImageFiles
+    transform: Callable[[Image.Image], Tensor]
+    stream: tuple[int, ...] = ()
 
     def __getitem__(self, position: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the CUDA devices of this process, too.
             torch.default_generator.manual_seed(stream_seed(*self.stream, position))
-            return self.items[position]
+            return self.transform(self.files.open(position))
