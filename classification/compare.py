@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from classification.config import CONFIGS, config_arguments, load_config
 from classification.data import Batch
 from classification.run import prepare_trainers
 from classification.sweep import run_side_by_side
-from classification.teacher import ImageSets, Lessons
+from classification.teacher import ImageSets, Lessons, StepInputs
 from classification.trainer import Trainer
 from pcka.distributed import rank
 from pcka.engine.command import TrainingFailedError, run_command
@@ -217,7 +217,7 @@ def _measure(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Cost]:
         while True:
             batch = next(batches)
             yield {
-                method: partial(_step, trainer, lessons[method], batch)
+                method: partial(_step, partial(trainer.step, step=0), lessons[method], batch)
                 for method, trainer in trainers.items()
             }
 
@@ -225,7 +225,7 @@ def _measure(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Cost]:
     costs, batch = {}, next(batches)
     for method, trainer in trainers.items():
         # A replay asks for no memory.
-        step = partial(_plain_step, trainer, _lessons(trainer, ""), batch)
+        step = partial(_step, trainer.update, _lessons(trainer, ""), batch)
         costs[method] = Cost(1000 * seconds[method] / images, peak_mebibytes(step, lead.device))
     return costs
 
@@ -240,15 +240,10 @@ def _endless(trainer: Trainer) -> Iterator[Batch]:
         yield from trainer.batches()
 
 
-def _step(trainer: Trainer, lessons: Lessons, batch: Batch) -> None:
+def _step(update: Callable[[StepInputs], object], lessons: Lessons, batch: Batch) -> None:
     """The teacher's forward pass and the student's update."""
     for (inputs,) in lessons.over([(batch,)]):
-        trainer.step(inputs, 0)
-
-
-def _plain_step(trainer: Trainer, lessons: Lessons, batch: Batch) -> None:
-    for (inputs,) in lessons.over([(batch,)]):
-        trainer.update(inputs)
+        update(inputs)
 
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:
