@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from pcka.engine.run_folder import write_text
 
 SPLIT_SEEDS = {"train": 0, "test": 1}
 FIRST_TEST_DIGIT = 900  # of 1,797: no digit of a training scene stands in a test scene
@@ -43,9 +44,7 @@ def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path,
     if not annotations.exists():
         images.mkdir(parents=True, exist_ok=True)
         described = _write_scenes(images, split, scenes, side)
-        aside = annotations.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(described))
-        aside.replace(annotations)
+        write_text(annotations, json.dumps(described))
     return annotations, images
 
 

@@ -79,16 +79,13 @@ def class_count(cfg: CfgNode) -> int:
     return dense.get(student_architecture(cfg), cfg.MODEL.ROI_HEADS).NUM_CLASSES
 
 
-def _digits(keys: CfgNode, split: str) -> tuple[Path, Path]:
+def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
+    keys, split = cfg.DATASETS.DIGITS, DIGITS[name]
     scenes = keys.TRAIN_IMAGES if split == "train" else keys.TEST_IMAGES
     if comm.is_main_process():
         digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
     comm.synchronize()
-    return digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
-
-
-def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
-    annotations, images = _digits(cfg.DATASETS.DIGITS, DIGITS[name])
+    annotations, images = digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
     files = str(annotations), str(images)
     try:
         return _register(cfg, DIGITS_KEY, name, *files, evaluated=evaluated)
@@ -118,15 +115,9 @@ def _register(
                 f"{key}.NAME: {name!r} is the name of another data set; choose a new one"
             )
         DatasetCatalog.remove(name)
-        _forget_metadata(name)
+        MetadataCatalog.remove(name)  # the next annotation file may be another
     register_coco_instances(name, _keypoints(listed), annotations, images)
     return sorted((entry["id"], entry["name"]) for entry in listed)
-
-
-def _forget_metadata(name: str) -> None:
-    """The next registration under this name may have another annotation file."""
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)
 
 
 def _check_known(split: str, name: str) -> None:
