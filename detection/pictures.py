@@ -12,7 +12,6 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
@@ -39,7 +38,6 @@ def draw_detections(
     figure = Figure(
         figsize=(INCHES * (len(models) + 1), INCHES * len(entries)), layout="constrained"
     )
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(entries), len(models) + 1, squeeze=False)
     for row, entry in zip(grid, entries):
         picture = read_image(entry["file_name"], "RGB")

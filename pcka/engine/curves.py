@@ -8,7 +8,6 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -55,7 +54,6 @@ def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str
         return False
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * len(drawn), height), layout="constrained")
-    FigureCanvasAgg(figure)
     last = max(points[-1][0] for panel in drawn for points in panel.curves.values())
     for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, panel, x)
