@@ -14,7 +14,6 @@ from pcka.analysis import layerwise_cka
 from pcka.engine.progress import Progress
 from pcka.modes import evaluation_mode
 
-BATCH_SIZE = 256  # images at once; the accuracy does not depend on it
 CKA_IMAGES, CKA_BATCH_SIZE = 512, 128
 
 
@@ -34,7 +33,7 @@ def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, f
     hits = torch.zeros(max(ranks), dtype=torch.int64, device=data.device)
     part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with Progress("evaluating", len(data)) as bar, evaluation_mode(model):
-        for images, labels, _ in data.evaluation_batches(BATCH_SIZE, **part):
+        for images, labels, _ in data.evaluation_batches(**part):
             predicted = model(pixels(images)).topk(max(ranks), dim=1).indices
             hits += (predicted == labels[:, None]).sum(0)
             bar.update(len(labels) * part["world_size"])

@@ -294,9 +294,8 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """Go on from :meth:`state`, with any number of processes."""
         self.epoch, self.best, self.seconds = state["epoch"], state["best"], state["seconds"]
-        self.distiller.student.load_state_dict(state["student"])
-        self.distiller.losses.load_state_dict(state["losses"])
-        self.distiller.adapters.load_state_dict(state["adapters"])
+        for part in ("student", "losses", "adapters"):
+            getattr(self.distiller, part).load_state_dict(state[part])
         self.optimizer.load_state_dict(state["optimizer"])
         self._read_rate_from_the_device()
         restore_random_state(state["random"])
