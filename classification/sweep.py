@@ -85,7 +85,11 @@ class Sweep:
     def train(self) -> None:
         """Train every student to its last epoch, or until it fails."""
         beside: SideBySide | None = None
-        while waiting := [trainer for trainer in self._random if self._waits(trainer)]:
+        while waiting := [
+            trainer
+            for trainer in self._random
+            if trainer not in self.failures and trainer.epoch < trainer.cfg.SOLVER.EPOCHS
+        ]:
             epoch = min(trainer.epoch for trainer in waiting)
             group = tuple(trainer for trainer in waiting if trainer.epoch == epoch)
             if len(group) == 1:
@@ -111,10 +115,6 @@ class Sweep:
         finally:
             restore_random_state(outside)
 
-    def _waits(self, trainer: Trainer) -> bool:
-        """There are epochs to train."""
-        return trainer not in self.failures and trainer.epoch < trainer.cfg.SOLVER.EPOCHS
-
     @contextmanager
     def _failing(self, trainer: Trainer) -> Iterator[None]:
         """Keep why a student fails; the others go on."""
@@ -133,7 +133,9 @@ class Sweep:
                 beside.step(inputs, step)
                 pace.count_step()
                 if lead.reads_after(step):
-                    self._read_losses(beside)
+                    for trainer in beside.training:
+                        with self._failing(trainer):
+                            trainer.read_losses()
                     if not (training := beside.training):
                         return
                     pace.show(loss=training[0].read_losses()["loss_total"])
@@ -142,11 +144,6 @@ class Sweep:
         for trainer in training:
             with self.random_state_of(trainer), self._failing(trainer):
                 trainer.finish_epoch(dict(figures))
-
-    def _read_losses(self, beside: SideBySide) -> None:
-        for trainer in beside.training:
-            with self._failing(trainer):
-                trainer.read_losses()
 
 
 class SideBySide:
