@@ -27,7 +27,9 @@ def check_run(cfg: CfgNode) -> None:
     """
     student_architecture(cfg)
     registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
-    _check_folder(cfg.OUTPUT_DIR)
+    folder = Path(cfg.OUTPUT_DIR)
+    if not cfg.OUTPUT_DIR or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"OUTPUT_DIR: expected a folder to write into, got {cfg.OUTPUT_DIR!r}")
     _check_numbers(cfg)
     for key in ("PRECISE_BN", "AUG"):
         if cfg.TEST[key].ENABLED:
@@ -80,11 +82,6 @@ def check_teacher_file(cfg: CfgNode) -> None:
             "MODEL.WEIGHTS and DISTILL.TEACHER.WEIGHTS are one file, %s: the student starts as its "
             "own teacher, and has nothing to learn from it", path,
         )  # fmt: skip
-
-
-def _check_folder(name: str) -> None:
-    if not name or (Path(name).exists() and not Path(name).is_dir()):
-        raise ConfigError(f"OUTPUT_DIR: expected a folder to write into, got {name!r}")
 
 
 def _check_numbers(cfg: CfgNode) -> None:

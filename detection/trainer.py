@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,6 +117,7 @@ class DetectionTrainer(SimpleTrainer):
     def _unlike_parts(self) -> list[str]:
         """The losses and adapters that have other weights in the last checkpoint."""
         saved = self.checkpointer._load_file(self.checkpointer.get_checkpoint_file())
+        parts_here = self.checkpointer.checkpointables.items()
         names = {f"losses.{i}": name for i, name in enumerate(self.cfg.DISTILL.METHODS)}
         own, its = (
             {
@@ -125,7 +125,7 @@ class DetectionTrainer(SimpleTrainer):
                 for part in ("adapters", "losses")
                 for name, tensor in parts.get(part, {}).items()
             }
-            for parts in (_states(self.checkpointer.checkpointables), saved)
+            for parts in ({name: part.state_dict() for name, part in parts_here}, saved)
         )
         owners = {".".join(name.split(".")[:2]) for name, _ in own.items() ^ its.items()}
         return [names.get(owner, owner) for owner in sorted(owners)]
@@ -217,7 +217,3 @@ def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:
         return model
     devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE != "cpu" else None
     return DistributedDataParallel(model, device_ids=devices, **OWN_BUFFERS)
-
-
-def _states(parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: part.state_dict() for name, part in parts.items()}
