@@ -50,7 +50,8 @@ class LayerwiseCKA:
                     f"{tuple(feature.shape)} and teacher {tuple(teacher[name].shape)}"
                 )
             if len(feature) >= MIN_SAMPLES:
-                batch = _hsics(_gram(feature), _gram(teacher[name]))
+                k, l = _gram(feature), _gram(teacher[name])
+                batch = torch.cat([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
                 self._sums[name] = self._sums[name] + batch if name in self._sums else batch
 
     def compute(self) -> dict[str, float]:
@@ -115,11 +116,6 @@ def _gram(feature: Tensor) -> Tensor:
     rows = rows - rows.mean(0)
     with without_autocast(rows.device):
         return (rows @ rows.T).double()[None]
-
-
-def _hsics(k: Tensor, l: Tensor) -> Tensor:
-    """``(HSIC(K, L), HSIC(K, K), HSIC(L, L))``, shape ``(3,)``."""
-    return torch.cat([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
 
 
 def _ratio(kl: float, kk: float, ll: float) -> float:
