@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError
+from pcka.engine.launch import is_first
 from pcka.files import CheckpointError
 
 
@@ -24,9 +24,7 @@ TOLD: tuple[type[Exception], ...] = (
 )
 
 
-def run_command(
-    main: Callable[[], object], *, interrupted: str = "", told: tuple[type[Exception], ...] = ()
-) -> NoReturn:
+def run_command(main: Callable[[], object], *, interrupted: str = "") -> NoReturn:
     """Run a command to its exit status: 0, or 1 after an error, or 130 after Ctrl-C, as shells do.
 
     An ``OSError`` of a file and an ``ImportError`` that names what to install are told as well.
@@ -34,25 +32,24 @@ def run_command(
     Args:
         main: the command.
         interrupted: how to continue work that was interrupted.
-        told: errors of the command's own whose message suffices, beside :data:`TOLD`.
     """
     try:
         main()
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print("\ninterrupted" + (f": {interrupted}" if interrupted else ""), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not _is_told(error, TOLD + told):
+        if not _is_told(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 
 
-def _is_told(error: Exception, told: tuple[type[Exception], ...]) -> bool:
-    if isinstance(error, OSError) and not isinstance(error, told):
+def _is_told(error: Exception) -> bool:
+    if isinstance(error, OSError):
         return error.filename is not None
     if isinstance(error, ImportError):
         return "pip install" in str(error)
-    return isinstance(error, told)
+    return isinstance(error, TOLD)
