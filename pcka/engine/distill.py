@@ -194,9 +194,19 @@ def _with_stages(
     taps_key: str,
 ) -> dict[str, Any]:
     """The keywords with the wildcards replaced, and single values repeated for all stages."""
+    numbered = [stage for stage in numbered_stages(taps) if stage != "stage0"]
     stages: list[str] = []
     for stage in keywords["stages"] or default_stages:
-        stages += _expanded(name, stage, taps, taps_key) if stage in WILDCARDS else [stage]
+        if stage not in WILDCARDS:
+            stages.append(stage)
+        elif numbered:
+            stages += [found + WILDCARDS[stage] for found in numbered]
+        else:
+            raise UntappedError(
+                f"DISTILL.{name}.STAGES: {stage!r} stands for all numbered stages but the stem, "
+                f"and there are none; there are {', '.join(taps) or 'no taps'}, and {taps_key} "
+                "adds them"
+            )
     if not stages:
         raise ConfigError(
             f"DISTILL.{name}.STAGES: expected one or more stages, got none: the loss is nothing"
@@ -207,16 +217,6 @@ def _with_stages(
         if key.upper() in PER_STAGE and isinstance(value, tuple) and len(value) == 1
     }
     return {**keywords, **single, "stages": tuple(stages)}
-
-
-def _expanded(name: str, wildcard: str, taps: Collection[str], taps_key: str) -> list[str]:
-    stages = [stage for stage in numbered_stages(taps) if stage != "stage0"]
-    if not stages:
-        raise UntappedError(
-            f"DISTILL.{name}.STAGES: {wildcard!r} stands for all numbered stages but the stem, and "
-            f"there are none; there are {', '.join(taps) or 'no taps'}, and {taps_key} adds them"
-        )
-    return [stage + WILDCARDS[wildcard] for stage in stages]
 
 
 def _check_tapped(name: str, stages: Sequence[str], taps: Collection[str], taps_key: str) -> None:
