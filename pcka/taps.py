@@ -184,7 +184,16 @@ class Observer:
 
     def __call__(self, *inputs: Any) -> Outputs:
         """Logits, tapped features and what the model returned, of one forward pass."""
-        raw, features = (self._tapped if self._compiled is None else self._watched)(*inputs)
+        if self._compiled is None:
+            with FeatureTap(self._root, self._paths) as tap:
+                raw = self._model(*inputs)
+                features = tap.pop()
+        else:
+            self._watching = True
+            try:
+                raw, features = self._compiled(*inputs)
+            finally:
+                self._watching = False
         return Outputs(find_logits(raw, self._logits_of), features, raw=raw)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,19 +210,6 @@ class Observer:
         """A hook of what is compiled."""
         if self._watching:
             self._features[name] = reading.pick(name, *given)
-
-    def _tapped(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        with FeatureTap(self._root, self._paths) as tap:
-            raw = self._model(*inputs)
-            return raw, tap.pop()
-
-    def _watched(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        assert self._compiled is not None
-        self._watching = True
-        try:
-            return self._compiled(*inputs)
-        finally:
-            self._watching = False
 
     def _hooked(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         raw = self._model(*inputs)
