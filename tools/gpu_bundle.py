@@ -102,13 +102,9 @@ def wheels(folder: Path, python: str) -> None:
     target += [*platforms, "--platform=manylinux2014_x86_64", f"--dest={folder}"]
     _run([*pip, "download", "--no-deps", *target, *WHEELS])
     _run([*pip, "wheel", "--no-deps", f"--wheel-dir={folder}", *SOURCES])
-    foreign = [p.name for p in folder.glob("*.whl") if _of_this_python(p)]
-    if foreign:
+    tag = f"-cp{sys.version_info.major}{sys.version_info.minor}-cp"
+    if foreign := [wheel.name for wheel in folder.glob("*.whl") if tag in wheel.name]:
         raise SystemExit(f"built for this Python alone: {', '.join(foreign)}")
-
-
-def _of_this_python(wheel: Path) -> bool:
-    return f"-cp{sys.version_info.major}{sys.version_info.minor}-cp" in wheel.name
 
 
 def detectron2(archive: Path) -> None:

@@ -138,16 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         install_release()
 
 
-def install_release(pip_options: Sequence[str] = ()) -> None:
-    """Install release 0.6 from its package, repaired.
-
-    Args:
-        pip_options: further options of ``pip install``, e.g. constraints.
-    """
+def install_release() -> None:
+    """Install release 0.6 from its package, repaired."""
     with tempfile.TemporaryDirectory() as folder:
         source = fetch_release(Path(folder))
         repair(source)
-        _pip("install", "--no-build-isolation", *pip_options, str(source))
+        _pip("install", "--no-build-isolation", str(source))
     print("detectron2: release 0.6, Python files alone, repaired for current libraries")
 
 
