@@ -165,9 +165,8 @@ def _refuse_saved(of_file: Mapping[str, object], source: str) -> None:
     everything = flatten(default_config())
     if of_file.keys() >= {key for key in everything if key.startswith(("SOLVER.", "DATA."))}:
         raise ConfigError(
-            f"{source}: is the saved configuration of a run, whose settings would take the place "
-            "of the method's; give the file of the pair, and other keys on the command line, or "
-            "leave the method out"
+            f"{source}: is the saved configuration of a run, and would leave nothing to the "
+            "method; give the file of the pair, or leave the method out"
         )
 
 
@@ -257,10 +256,8 @@ def _check(cfg: CfgNode) -> None:
             f"DATA.CROP_PADDING: expected at most {4 * cfg.DATA.IMAGE_SIZE}, four times "
             f"DATA.IMAGE_SIZE, got {cfg.DATA.CROP_PADDING}"
         )
-    if min(cfg.SOLVER.MILESTONES, default=1) < 1:
-        raise ConfigError(
-            f"SOLVER.MILESTONES: expected epochs, at least 1, got {cfg.SOLVER.MILESTONES}"
-        )
+    if min(milestones := cfg.SOLVER.MILESTONES, default=1) < 1:
+        raise ConfigError(f"SOLVER.MILESTONES: expected epochs, at least 1, got {milestones}")
     for role in ("STUDENT", "TEACHER"):
         mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:

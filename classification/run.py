@@ -258,8 +258,7 @@ class Run:
         unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
         if unreached and solver.SCHEDULE == "multistep":
             files.logger.warning(
-                "SOLVER.MILESTONES: the rate does not fall at %s, which SOLVER.EPOCHS %d does "
-                "not reach",
+                "SOLVER.MILESTONES: the rate does not fall at %s, beyond SOLVER.EPOCHS %d",
                 *(", ".join(unreached), solver.EPOCHS),
             )
 
@@ -295,8 +294,7 @@ def _load_state(cfg: CfgNode, path: Path) -> dict:
     if changed := changed_keys(of_saved, cfg):
         raise ConfigError(
             f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
-            f"{', '.join(changed)}; continue it with its own (its config.yaml), or choose another "
-            "OUTPUT_DIR"
+            f"{', '.join(changed)}; continue it with its config.yaml, or choose another OUTPUT_DIR"
         )
     if saved["epoch"] > cfg.SOLVER.EPOCHS:
         raise ConfigError(

@@ -120,8 +120,7 @@ def _preflight(cfg: CfgNode, top1: float) -> None:
         raise ConfigError(
             f"TEACHER.ACCURACY: {cfg.TEACHER.NAME} reaches {top1:.2f} % on the evaluation images, "
             f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
-            "and that the data are what it was trained for, or state its accuracy on these (0: "
-            "any)"
+            "and the data, or state its accuracy on these (0: any)"
         )
 
 

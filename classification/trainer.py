@@ -271,9 +271,8 @@ class Trainer:
             if self._saved_epoch:
                 kept = f"{Path(self.cfg.OUTPUT_DIR) / CHECKPOINT} (epoch {self._saved_epoch})"
             raise TrainingFailedError(
-                f"epoch {self.epoch + 1} is {error}; last good checkpoint: {kept}. A lower "
-                "SOLVER.BASE_LR, SOLVER.WARMUP_EPOCHS, DISTILL.WARMUP or a smaller loss weight "
-                "may help"
+                f"epoch {self.epoch + 1} is {error}; last good checkpoint: {kept}. What may help: "
+                "a lower SOLVER.BASE_LR or loss weight, SOLVER.WARMUP_EPOCHS, DISTILL.WARMUP"
             ) from error
 
     def state(self) -> dict[str, object]:

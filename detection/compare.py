@@ -59,10 +59,8 @@ def compare(
     """
     files = {path.stem: path for path in config_files}
     if len(files) != len(config_files):
-        raise ConfigError(
-            "--config-files: expected files with names of their own, got "
-            f"{', '.join(map(str, config_files))}"
-        )
+        given = ", ".join(map(str, config_files))
+        raise ConfigError(f"--config-files: expected files with names of their own, got {given}")
     comparison = empty_comparison(list(files))
     for seed in seeds:
         for name, path in files.items():

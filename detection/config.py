@@ -105,10 +105,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
     """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
     if config_file.endswith(".py"):
-        raise ConfigError(
-            f"{config_file}: a LazyConfig of detectron2's, and a YAML file is needed; give the "
-            "model's keys in one"
-        )
+        raise ConfigError(f"{config_file}: a LazyConfig of detectron2's; give the keys as YAML")
     own, others = {}, []
     for key, value in pairs_of(overrides):
         if key == "IMPORTS" or key.startswith("DISTILL."):
@@ -170,8 +167,7 @@ def student_architecture(cfg: CfgNode) -> str:
     if outer == DISTILLED:
         if student in ("", DISTILLED):
             raise ConfigError(
-                "DISTILL.STUDENT: expected the student's meta-architecture, e.g. 'RetinaNet', got "
-                f"{student!r}"
+                f"DISTILL.STUDENT: expected a meta-architecture, e.g. 'RetinaNet', got {student!r}"
             )
         registered(META_ARCH_REGISTRY, student, "DISTILL.STUDENT")
         return student

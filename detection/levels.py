@@ -48,9 +48,8 @@ def match_levels(
         for role, level, known in (("student", own, student), ("teacher", other, teacher)):
             if level not in known:
                 raise ConfigError(
-                    f"DISTILL.LEVELS: {entry!r} names the level {level!r}, which the {role}'s "
-                    f"backbone does not have; it gives {_describe(known)}. Write a pair as "
-                    "'student:teacher'"
+                    f"DISTILL.LEVELS: {entry!r} names {level!r}, which the {role}'s backbone does "
+                    f"not have; it gives {_describe(known)}"
                 )
         if own in pairs:
             raise ConfigError(f"DISTILL.LEVELS: the student's {own!r} stands twice in {wanted}")

@@ -144,9 +144,8 @@ def check_exportable(cfg: CfgNode) -> None:
     # FCOS is exported as a LazyConfig, which describes its pyramid without a name.
     if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture != "FCOS":
         raise ConfigError(
-            f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r} and could not load "
-            f"the student; give a {architecture} one of its own, e.g. "
-            "'build_retinanet_resnet_fpn_backbone'"
+            f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
+            f"{architecture} one of its own, e.g. 'build_retinanet_resnet_fpn_backbone'"
         )
 
 

@@ -91,8 +91,7 @@ def _check_numbers(cfg: CfgNode) -> None:
             raise ConfigError(f"{key}: expected at least 1, got {cfg[section][name]}")
     if cfg.DISTILL.LOG_PERIOD < 0:
         raise ConfigError(
-            "DISTILL.LOG_PERIOD: expected a number of steps, or 0 for never; got "
-            f"{cfg.DISTILL.LOG_PERIOD}"
+            f"DISTILL.LOG_PERIOD: expected steps, or 0 for never; got {cfg.DISTILL.LOG_PERIOD}"
         )
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:

@@ -103,10 +103,10 @@ class DetectionTrainer(SimpleTrainer):
             unlike = ", ".join(self._unlike_parts())
             if isinstance(error, RuntimeError) and not unlike:
                 raise
+            reason = f"it has other weights of {unlike}" if unlike else error
             raise ConfigError(
-                f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration "
-                f"({f'it has other weights of {unlike}' if unlike else error}); resume with the "
-                "run's own, or take another OUTPUT_DIR"
+                f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration ({reason}); "
+                "resume with the run's own, or take another OUTPUT_DIR"
             ) from error
         if "iteration" not in found:
             raise WeightsError(

@@ -375,7 +375,5 @@ def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
     for kind, tensors_of, consequence in kinds:
         trained = {id(tensor) for tensor in tensors_of(student)}
         if any(id(tensor) in trained for tensor in tensors_of(teacher)):
-            raise ValueError(
-                f"teacher shares {kind} with student, and {consequence}; "
-                "pass copy.deepcopy(teacher)"
-            )
+            way_out = "pass copy.deepcopy(teacher)"
+            raise ValueError(f"teacher shares {kind} with student, and {consequence}; {way_out}")

@@ -121,8 +121,7 @@ class FeatureTap:
                     side = "input"
                     way_out = "build what changes it (often the module itself) with inplace=False"
                 raise RuntimeError(
-                    f"tap {name!r}: the {side} of {reading.module} was changed in place after it "
-                    f"was tapped; {way_out}"
+                    f"tap {name!r}: the {side} of {reading.module} was changed in place; {way_out}"
                 )
         return {name: features[name][0] for name in self._readings}
 

@@ -44,9 +44,8 @@ def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
     batch_size = cfg.SOLVER.BATCH_SIZE
     if surplus := batch_size % world_size:
         raise ConfigError(
-            f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes that "
-            f"share every batch, got {batch_size}; take {batch_size - surplus + world_size}, or "
-            "another number of processes"
+            f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes, "
+            f"got {batch_size}; take {batch_size - surplus + world_size}"
         )
     steps = len(data) // batch_size
     if steps == 0:

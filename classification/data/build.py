@@ -92,7 +92,6 @@ def _check_memory(cfg: CfgNode, images: int) -> None:
     if gigabytes > cfg.DATA.MEMORY_GB and not cfg.DATA.STREAM:
         raise ConfigError(
             f"DATA.MEMORY_GB: {images} images of {cfg.DATA.IMAGE_SIZE} pixels need "
-            f"{gigabytes:.3g} GB, allowed are {cfg.DATA.MEMORY_GB:.3g}; raise it if the memory is "
-            "there, set DATA.STREAM True to read image files batch by batch instead, or take a "
-            "smaller DATA.IMAGE_SIZE or a subset by DATA.TRAIN_IMAGES"
+            f"{gigabytes:.3g} GB, allowed are {cfg.DATA.MEMORY_GB:.3g}; raise it, set DATA.STREAM "
+            "True (image files), or take a smaller DATA.IMAGE_SIZE or fewer DATA.TRAIN_IMAGES"
         )

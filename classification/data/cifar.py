@@ -36,9 +36,8 @@ def cifar_source(data: CfgNode, split: str) -> Source:
         images = dataset(data.ROOT, train=split == "train", download=data.DOWNLOAD)
     except RuntimeError as error:
         raise ConfigError(
-            f"DATA.ROOT: no complete {data.NAME} in {data.ROOT!r} (expected the folder "
-            f"{dataset.base_folder!r} of the archive {dataset.filename!r} there); unpack the "
-            "archive there, or set DATA.DOWNLOAD True to fetch it"
+            f"DATA.ROOT: no complete {data.NAME} in {data.ROOT!r} (no {dataset.base_folder!r}); "
+            f"unpack {dataset.filename!r} there, or set DATA.DOWNLOAD True to fetch it"
         ) from error
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2)
     labels = np.asarray(images.targets, dtype=np.int64)

@@ -42,15 +42,12 @@ class Source:
         Raises:
             ConfigError: keys that are for image files alone.
         """
-        if data.STREAM:
-            raise ConfigError(
-                f"DATA.STREAM: only image files stream (DATA.NAME folder), got {data.NAME!r}; set "
-                "it to False"
-            )
-        if data.RESIZE:
-            raise ConfigError(
-                f"DATA.RESIZE: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to 0"
-            )
+        for key, unset in (("STREAM", False), ("RESIZE", 0)):
+            if data[key]:
+                raise ConfigError(
+                    f"DATA.{key}: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to "
+                    f"{unset}"
+                )
         labels = torch.from_numpy(self.labels[chosen])
         return ResidentSet(self.read(chosen), labels, self.classes)
 

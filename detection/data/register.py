@@ -124,16 +124,14 @@ def _check_known(split: str, name: str) -> None:
     """Refuse a set that detectron2 does not know, or whose files are not there."""
     if name not in DatasetCatalog.list():
         raise ConfigError(
-            f"DATASETS: no data set is called {name!r}; take one that detectron2 knows, "
-            f"{' or '.join(DIGITS)}, or describe yours by DATASETS.COCO_TRAIN and COCO_TEST "
-            "(NAME, JSON, IMAGES)"
+            f"DATASETS: no data set is called {name!r}; take {' or '.join(DIGITS)}, one that "
+            "detectron2 knows, or describe yours by DATASETS.COCO_TRAIN and COCO_TEST"
         )
     annotations = MetadataCatalog.get(name).get("json_file")
     if annotations and not PathManager.exists(annotations):
         raise ConfigError(
-            f"DATASETS.{split}: {name!r} needs the file {annotations!r}, which is not there; set "
-            f"DETECTRON2_DATASETS to the folder that holds the data sets, or describe yours by "
-            f"DATASETS.{COCO[split]}"
+            f"DATASETS.{split}: {name!r} needs the file {annotations!r}; set "
+            f"DETECTRON2_DATASETS to its folder, or describe yours by DATASETS.{COCO[split]}"
         )
 
 
@@ -141,8 +139,7 @@ def _check_number(cfg: CfgNode, key: str, annotations: str, found: int) -> None:
     if found != class_count(cfg):
         raise ConfigError(
             f"{key}.JSON: {annotations} has {found} categories, the model {class_count(cfg)} "
-            "classes; set MODEL.RETINANET.NUM_CLASSES, MODEL.ROI_HEADS.NUM_CLASSES or "
-            "MODEL.FCOS.NUM_CLASSES"
+            "classes; set NUM_CLASSES of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
         )
 
 
@@ -162,6 +159,5 @@ def _check_same(categories: Mapping[str, Categories]) -> None:
         if categories[one] != categories[other]:
             raise ConfigError(
                 f"DATASETS: {one!r} and {other!r} have other categories (id, name): "
-                f"{categories[one][:3]} and {categories[other][:3]}, and so on; give both files "
-                "the same ones"
+                f"{categories[one][:3]} and {categories[other][:3]}, and so on; give both the same"
             )

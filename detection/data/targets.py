@@ -89,8 +89,7 @@ def _check_masks(entries: Entries) -> None:
     if missing:
         raise ConfigError(
             f"MODEL.MASK_ON: in {len(missing)} of {len(entries)} images of DATASETS.TRAIN an "
-            f"object has no segmentation, {_file_of(missing[0])} the first; set it to False, or "
-            "give masks"
+            f"object has no segmentation, {_file_of(missing[0])} the first; set it to False"
         )
 
 

@@ -202,10 +202,10 @@ def _with_stages(
         elif numbered:
             stages += [found + WILDCARDS[stage] for found in numbered]
         else:
+            there = ", ".join(taps) or "no taps"
             raise UntappedError(
-                f"DISTILL.{name}.STAGES: {stage!r} stands for all numbered stages but the stem, "
-                f"and there are none; there are {', '.join(taps) or 'no taps'}, and {taps_key} "
-                "adds them"
+                f"DISTILL.{name}.STAGES: {stage!r} stands for all numbered stages but the stem; "
+                f"there are none; there are {there}, and {taps_key} adds them"
             )
     if not stages:
         raise ConfigError(

@@ -122,8 +122,7 @@ class Loss(nn.Module):
         super().__init_subclass__(**keywords)
         if "forward" in cls.__dict__:
             raise TypeError(
-                f"{cls.__name__} has a forward(); a loss implements terms(), which gives each "
-                "value and its weight, and forward() follows from it"
+                f"{cls.__name__} has a forward(); a loss implements terms(), and forward() follows"
             )
         if "log_name" not in cls.__dict__:
             cls.log_name = cls.__name__.lower()
@@ -167,10 +166,8 @@ class Loss(nn.Module):
     def need(self, value: T | None, argument: str) -> T:
         """``value``, or a ``ValueError`` that says which loss misses which argument."""
         if value is None:
-            raise ValueError(
-                f"{argument}: {type(self).__name__} needs it, got None; pass it, or leave the loss "
-                "out"
-            )
+            name = type(self).__name__
+            raise ValueError(f"{argument}: {name} needs it, got None; pass it, or leave {name} out")
         return value
 
 

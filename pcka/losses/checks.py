@@ -140,10 +140,7 @@ def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
     """
     stages = as_list("stages", stages)
     if not stages:
-        raise ValueError(
-            "stages names none, and the loss would have no term; name tapped features, or leave "
-            "the loss out"
-        )
+        raise ValueError("stages names none; name tapped features, or leave the loss out")
     if not all(isinstance(stage, str) for stage in stages):
         raise ValueError(f"stages must be names of tapped features, got {list(stages)}")
     if len(set(stages)) != len(stages):

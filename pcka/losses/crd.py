@@ -38,9 +38,9 @@ def crd_loss(scores: Tensor, normalizer: Tensor | float, samples: int) -> Tensor
         ValueError: scores that are no ``(B, 1 + K)`` with a negative at least.
     """
     if scores.dim() != 2 or scores.shape[1] < 2:
+        got = tuple(scores.shape)
         raise ValueError(
-            "scores must be (B, 1 + K), a positive and at least one negative for each anchor; got "
-            f"{tuple(scores.shape)}"
+            f"scores must be (B, 1 + K), at least one negative for each anchor; got {got}"
         )
     noise = (scores.shape[1] - 1) / samples
     probability = scores.to(accumulation_dtype(scores.dtype)).exp() / normalizer

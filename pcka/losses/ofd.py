@@ -148,8 +148,7 @@ def _margin(context: Context, stage: str, channels: int) -> Tensor:
     if stage not in norms:
         raise ValueError(
             f"context.teacher_norms: OFD takes the margin of {stage!r} from the batch norm before "
-            f"the teacher's activation; there are norms of {sorted(norms)}. Name such stages, or "
-            "choose a teacher that has them"
+            f"the teacher's activation; there are norms of {sorted(norms)}. Name such stages"
         )
     weight, bias = (value.detach() for value in norms[stage])
     if not weight.shape == bias.shape == (channels,):

@@ -187,9 +187,8 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
         batched = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd's own vmap
         if any(batched(grad) for grad in grads if grad is not None):
             raise RuntimeError(
-                "pcka: this operator takes one gradient at a time, and is_grads_batched=True or "
-                "vectorize=True asks for several. Leave it out, or use the functions of "
-                "pcka.ops.reference"
+                "pcka: this operator takes one gradient at a time. Leave is_grads_batched=True or "
+                "vectorize=True out, or use the functions of pcka.ops.reference"
             )
         return backward(ctx, *grads)
 

@@ -26,10 +26,10 @@ def cfgs(tiny_config, random_teacher):
 @pytest.fixture
 def steps(monkeypatch):
     """The order of the steps, which take :data:`SECONDS` by the clock and 3 MiB."""
-    now, order, step = [0.0], [], Trainer.step
+    now, order, timed_step = [0.0], [], Trainer.step
 
-    def timed(self, inputs, number):
-        step(self, inputs, number)
+    def timed(self, inputs, step):
+        timed_step(self, inputs, step)
         name = self.cfg.DISTILL.METHODS[-1]
         now[0] += SECONDS[name][order.count(name)]
         order.append(name)
