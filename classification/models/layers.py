@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def conv_bn(
@@ -30,20 +29,6 @@ def conv_bn(
 def global_pool() -> nn.Sequential:
     """`(B, C, H, W)` -> `(B, C)`, the mean over positions."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-class ChannelShuffle(nn.Module):
-    """Interleave the channels of `groups` groups (Zhang et al., CVPR 2018, figure 1)."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` -> `(B, C, H, W)`, channel `g * C / groups + c` to `c * groups + g`."""
-        batch, channels, height, width = x.shape
-        grouped = x.view(batch, self.groups, channels // self.groups, height, width)
-        return torch.transpose(grouped, 1, 2).reshape(batch, channels, height, width)
 
 
 def initialize_convolutions(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from classification.models.layers import ChannelShuffle, conv_bn, global_pool
+from classification.models.layers import conv_bn, global_pool
 from classification.models.registry import register
 
 STEM_WIDTH = 24
@@ -33,7 +33,7 @@ class UnitV1(nn.Module):
         groups = 1 if in_channels == STEM_WIDTH else GROUPS_V1
         self.conv1, self.bn1 = conv_bn(in_channels, width, 1, groups=groups)
         self.relu1 = nn.ReLU()
-        self.shuffle = ChannelShuffle(groups)
+        self.shuffle = nn.ChannelShuffle(groups)
         self.conv2, self.bn2 = conv_bn(width, width, 3, stride, groups=width)
         self.relu2 = nn.ReLU()
         self.conv3, self.bn3 = conv_bn(width, branch, 1, groups=GROUPS_V1)
@@ -63,7 +63,7 @@ class BasicUnitV2(nn.Module):
         self.conv2, self.bn2 = conv_bn(width, width, 3, groups=width)
         self.conv3, self.bn3 = conv_bn(width, width, 1)
         self.relu = nn.ReLU()
-        self.shuffle = ChannelShuffle(2)
+        self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, C, H, W)`."""
@@ -88,7 +88,7 @@ class DownUnitV2(nn.Module):
         self.conv4, self.bn4 = conv_bn(width, width, 3, 2, groups=width)
         self.conv5, self.bn5 = conv_bn(width, width, 1)
         self.relu = nn.ReLU()
-        self.shuffle = ChannelShuffle(2)
+        self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_channels, H, W)` -> `(B, out_channels, H / 2, W / 2)`."""

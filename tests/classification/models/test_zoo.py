@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from classification.models import create_model
-from classification.models.layers import ChannelShuffle
 from pcka.checkpoint import load_weights
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "cifar_zoo.json"
@@ -155,4 +154,5 @@ def test_larger_images_and_single_ones(name):
 
 def test_shuffling_interleaves_the_groups():
     channels = torch.arange(6.0).view(1, 6, 1, 1)
-    assert ChannelShuffle(2)(channels).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    shuffle = create_model("ShuffleV2", 10).get_submodule("layer1.0.shuffle")
+    assert shuffle(channels).flatten().tolist() == [0, 3, 1, 4, 2, 5]
