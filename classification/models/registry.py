@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -31,20 +31,13 @@ class Classifier(nn.Module):
         classifier_name: a module, the last `nn.Linear`.
     """
 
-    stage_names: tuple[str, ...]
-    preactivation_names: tuple[str, ...]
-    preactivation_norms: tuple[str, ...]
-    pooled_name: str
-    classifier_name: str
+    stage_names: tuple[str, ...] = ()
+    preactivation_names: tuple[str, ...] = ()
+    preactivation_norms: tuple[str, ...] = ()
+    pooled_name: str = ""
+    classifier_name: str = ""
 
 
-UNKNOWN: dict[str, Any] = {
-    "stage_names": (),
-    "preactivation_names": (),
-    "preactivation_norms": (),
-    "pooled_name": "",
-    "classifier_name": "",
-}
 # Module of this package -> beginnings of the names that it registers, imported when one is named.
 FAMILIES = {
     "mobilenet": ("MobileNet",),
@@ -106,9 +99,9 @@ def create_model(name: str, num_classes: int) -> Classifier:
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     model = _CONSTRUCTORS[name](num_classes)
-    for attribute, unknown in UNKNOWN.items():
+    for attribute in Classifier.__annotations__:
         if not hasattr(model, attribute):
-            setattr(model, attribute, unknown)
+            setattr(model, attribute, getattr(Classifier, attribute))
     return cast(Classifier, model)
 
 
