@@ -185,30 +185,28 @@ def _register_thin(
     name: str, depth: int, layout: Layout = REPDISTILLER, stem: int = 16, widen: int = 1
 ) -> None:
     """Register three stages of 16, 32, 64 (times `widen`) channels, `depth` = 6n + 2 layers."""
-    register(name)(
-        partial(
-            CifarResNet,
-            block=BasicBlock,
-            depths=[(depth - 2) // 6] * 3,
-            widths=[16 * widen, 32 * widen, 64 * widen],
-            stem_width=stem,
-            layout=layout,
-        ),
+    make = partial(
+        CifarResNet,
+        block=BasicBlock,
+        depths=[(depth - 2) // 6] * 3,
+        widths=[16 * widen, 32 * widen, 64 * widen],
+        stem_width=stem,
+        layout=layout,
     )
+    register(name)(make)
 
 
 def _register_wide(name: str, block: type[ResidualBlock], depths: Sequence[int]) -> None:
     """Register ImageNet's four stages behind a CIFAR stem."""
-    register(name)(
-        partial(
-            CifarResNet,
-            block=block,
-            depths=depths,
-            widths=[64, 128, 256, 512],
-            stem_width=64,
-            layout=PYTORCH_CIFAR,
-        ),
+    make = partial(
+        CifarResNet,
+        block=block,
+        depths=depths,
+        widths=[64, 128, 256, 512],
+        stem_width=64,
+        layout=PYTORCH_CIFAR,
     )
+    register(name)(make)
 
 
 for _depth in (8, 14, 20, 32, 44, 56, 110):
