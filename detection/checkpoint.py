@@ -113,11 +113,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             return _read_zoo_pickle(filename)
-        loaded = load_file(filename)
-        if not isinstance(loaded, dict):
-            raise WeightsError(
-                f"{filename}: expected a mapping of weights, got {type(loaded).__name__}"
-            )
+        loaded = _mapping(filename, load_file(filename))
         if "state_dict" in loaded:
             raise WeightsError(
                 f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
@@ -126,7 +122,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if "model_state" in loaded:  # of pycls; detectron2 matches its names, too
             loaded = {"model": loaded["model_state"], "matching_heuristics": True}
         found = loaded if "model" in loaded else {"model": loaded}
-        _check_mapping(filename, found["model"], Tensor)
+        _check_arrays(filename, found["model"], Tensor)
         return found
 
 
@@ -176,14 +172,16 @@ def _no_weight(name: str, value: Tensor) -> bool:
     return not bool(value.isfinite().all()) or (variance and bool((value < 0).any()))
 
 
-def _check_mapping(filename: str, weights: object, kind: type) -> None:
+def _mapping(filename: str, found: object, under: str = "") -> dict[str, Any]:
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise WeightsError(f"{filename}: expected a mapping of weights{under}, got {kind}")
+    return found
+
+
+def _check_arrays(filename: str, weights: object, kind: type) -> None:
     """Refuse what is no name -> array, before detectron2 looks into it."""
-    if not isinstance(weights, dict):
-        raise WeightsError(
-            f"{filename}: expected weights by their names under 'model', got "
-            f"{type(weights).__name__}"
-        )
-    for name, value in weights.items():
+    for name, value in _mapping(filename, weights, " under 'model'").items():
         if not isinstance(name, str) or not isinstance(value, kind):
             raise WeightsError(
                 f"{filename}: expected a {kind.__name__} under every name, got "
@@ -202,16 +200,11 @@ def _read_zoo_pickle(filename: str) -> dict[str, Any]:
         raise
     except Exception as error:  # arbitrary bytes make a pickle raise nearly anything
         raise WeightsError(f"{filename}: is damaged, or no pickle: {error}") from error
-    if not isinstance(data, dict):
-        raise WeightsError(f"{filename}: expected a mapping of weights, got {type(data).__name__}")
+    data = _mapping(filename, data)
     if isinstance(data.get("model"), dict):
-        _check_mapping(filename, data["model"], np.ndarray)
+        _check_arrays(filename, data["model"], np.ndarray)
         return data
-    blobs = data.get("blobs", data)
-    if not isinstance(blobs, dict):
-        raise WeightsError(
-            f"{filename}: expected a mapping of weights under 'blobs', got {type(blobs).__name__}"
-        )
+    blobs = _mapping(filename, data.get("blobs", data), " under 'blobs'")
     arrays = {
         name: value
         for name, value in blobs.items()

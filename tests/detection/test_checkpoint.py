@@ -96,7 +96,7 @@ class _TooLarge:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": 5}, "expected weights by their names under 'model', got int"),
+        ({"model": 5}, "expected a mapping of weights under 'model', got int"),
         ({"model": {"a": "b"}}, "expected a Tensor under every name, got str under 'a'"),
         ({3: torch.ones(2)}, "expected a Tensor under every name, got Tensor under 3"),
         ([1], "expected a mapping of weights, got list"),
