@@ -35,7 +35,7 @@ from pcka.engine.environment import describe_environment
 from pcka.engine.launch import process_group
 from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
-from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics
+from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
 from pcka.engine.saved_state import check_fits, load_state, refusal, with_adapters
 
 Result = dict[str, object]
@@ -251,7 +251,7 @@ class Run:
     def _start_files(self, files: RunFolder, epoch: int, device: torch.device) -> None:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
-        files.write_text("config.yaml", self.cfg.dump())
+        write_text(files.directory / "config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
         solver = self.cfg.SOLVER

@@ -124,13 +124,9 @@ class RunFolder:
         """Replace ``model_best.pth``."""
         save_student(student, self.directory / "model_best.pth")
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file, never half."""
-        write_text(self.directory / name, text)
-
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file, never half."""
-        self.write_text(name, json.dumps(content, indent=2) + "\n")
+        write_text(self.directory / name, json.dumps(content, indent=2) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
