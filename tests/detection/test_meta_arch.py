@@ -264,7 +264,7 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.PCKA.RELATIONS", "[]"), r"DISTILL.PCKA: relations must hold one or more"),
         (("DISTILL.PCKA.RELATIONS", "['row']"), r"DISTILL.PCKA: relations must be one of rows"),
         (("DISTILL.PCKA.GROUP_BY", "chan"), r"DISTILL.PCKA: group_by must be one of channel"),
-        (("DISTILL.STUDENT", ""), r"DISTILL.STUDENT: expected the student's meta-architecture"),
+        (("DISTILL.STUDENT", ""), r"DISTILL.STUDENT: expected a meta-architecture"),
         (("INPUT.FORMAT", "L"), r"INPUT.FORMAT: 'L' of the student and 'BGR' of the teacher"),
         (
             ("DISTILL.TEACHER.OPTS", "['MODEL.BACKBONE.NAME', 'nope']"),
