@@ -105,7 +105,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
     """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
     if config_file.endswith(".py"):
-        raise ConfigError(f"{config_file}: a LazyConfig of detectron2's; give the keys as YAML")
+        raise ConfigError(f"{config_file}: a LazyConfig of detectron2's; a YAML file is needed")
     own, others = {}, []
     for key, value in pairs_of(overrides):
         if key == "IMPORTS" or key.startswith("DISTILL."):

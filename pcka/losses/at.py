@@ -60,5 +60,4 @@ class AT(StagewiseLoss):
         self.p = p
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`at_loss`."""
         return at_loss(student, teacher, p=self.p)

@@ -61,5 +61,4 @@ class CWD(StagewiseLoss):
         self.temperature = temperature
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`cwd_loss`."""
         return cwd_loss(student, teacher, temperature=self.temperature)

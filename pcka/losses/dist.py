@@ -57,9 +57,7 @@ class DIST(LogitLoss):
 
     Args:
         weight: factor of the term.
-        beta: factor of the relation within a sample.
-        gamma: factor of the relation within a class.
-        temperature: ``T > 0``, divides the logits.
+        beta, gamma, temperature: of :func:`dist_loss`.
     """
 
     relational = True
@@ -78,7 +76,6 @@ class DIST(LogitLoss):
         self.gamma = gamma
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """:func:`dist_loss`."""
         return dist_loss(
             student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature
         )

@@ -69,10 +69,8 @@ class DKD(LogitLoss):
 
     Args:
         weight: factor of the term.
-        alpha: factor of the target part.
-        beta: factor of the non-target part.
-        temperature: ``T > 0``, divides the logits.
         standardize: compare the z-scores of both models' logits.
+        alpha, beta, temperature: of :func:`dkd_loss`.
     """
 
     needs_target = True
@@ -92,7 +90,6 @@ class DKD(LogitLoss):
         self.beta = beta
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """:func:`dkd_loss`."""
         return dkd_loss(
             student,
             teacher,

@@ -60,6 +60,5 @@ class FCKA(StagewiseLoss):
         self.center = center
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`fcka_loss`."""
         level = f"loss_{self.log_name}_{stage}"
         return fcka_loss(student, teacher, center=self.center, level=level)

@@ -64,7 +64,6 @@ class FitNet(StagewiseLoss):
             self.regressors[stage] = fit(regressor(*shapes), feature)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`fitnet_loss`."""
         if self.uses_regressor:
             student = adapt(prepared(self.regressors, "FitNet")[stage], student)
         return fitnet_loss(student, teacher)

@@ -67,5 +67,4 @@ class ICKD(StagewiseLoss):
         self.adapters = fit_maps(partial(pointwise, norm=True), student, teacher, self.taps)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`ickd_loss`."""
         return ickd_loss(adapt(prepared(self.adapters, "ICKD")[stage], student), teacher)

@@ -62,10 +62,7 @@ class IKL(LogitLoss):
 
     Args:
         weight: factor of the term.
-        alpha: factor of the soft cross-entropy.
-        beta: factor of the weighted mean square error.
-        temperature: ``T > 0``, divides the logits of the cross-entropy.
-        weight_temperature: ``T_2 > 0``, divides the logits of the weights.
+        alpha, beta, temperature, weight_temperature: of :func:`ikl_loss`.
     """
 
     def __init__(
@@ -85,7 +82,6 @@ class IKL(LogitLoss):
         self.weight_temperature = weight_temperature
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """:func:`ikl_loss`."""
         return ikl_loss(
             student,
             teacher,

@@ -51,5 +51,4 @@ class KD(LogitLoss):
         super().__init__(weight, temperature, standardize=standardize)
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """:func:`kd_loss`."""
         return kd_loss(student, teacher, temperature=self.temperature)

@@ -84,15 +84,7 @@ def _soften(logits: Tensor, temperature: float | None) -> Tensor:
 
 
 class LCKA(Loss):
-    """:func:`lcka_loss` as a module: ``{"loss_lcka_intra", "loss_lcka_inter"}``.
-
-    Args:
-        intra_weight: factor of the term over samples.
-        inter_weight: factor of the term over classes.
-        temperature: ``T > 0`` compares softened probabilities; None compares the logits.
-        center: center the Gram matrices.
-        row_normalize: divide row ``i`` of each Gram matrix by ``sqrt(K_ii)``.
-    """
+    """:func:`lcka_loss`, with its arguments: ``{"loss_lcka_intra", "loss_lcka_inter"}``."""
 
     needs_logits = True
     relational = True

@@ -106,5 +106,4 @@ class MGD(StagewiseLoss):
         self.adapters = fit_maps(make, student, teacher, self.taps)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`mgd_loss`."""
         return mgd_loss(adapt(prepared(self.adapters, "MGD")[stage], student), teacher)

@@ -54,9 +54,8 @@ class NKD(LogitLoss):
 
     Args:
         weight: factor of the term.
-        gamma: factor of the non-target part.
-        temperature: ``T > 0``, divides the logits of the other classes.
         standardize: compare the z-scores of both models' logits.
+        gamma, temperature: of :func:`nkd_loss`.
     """
 
     needs_target = True
@@ -74,6 +73,5 @@ class NKD(LogitLoss):
         self.gamma = gamma
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """:func:`nkd_loss`."""
         target = self.need(target, "target")
         return nkd_loss(student, teacher, target, gamma=self.gamma, temperature=self.temperature)

@@ -57,5 +57,4 @@ class NST(StagewiseLoss):
         super().__init__(stages, weights)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`nst_loss`."""
         return nst_loss(student, teacher)

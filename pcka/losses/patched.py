@@ -110,12 +110,11 @@ class Patched(StagewiseLoss):
     """:func:`patched_loss` of several levels: ``{"loss_patched_<method>_<stage>"}``.
 
     Args:
-        method: ``"at"``, ``"kl"``, ``"pkd"`` or ``"dist"``.
+        method, temperature: of :func:`patched_loss`.
         stages: names of the tapped feature maps.
         weights: factor of each stage's term, or one of all.
         patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a single
             ``P`` serves all.
-        temperature: ``T > 0``, of ``"kl"`` and ``"dist"``.
     """
 
     relational = True
@@ -139,7 +138,6 @@ class Patched(StagewiseLoss):
         self.temperature = temperature
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`patched_loss`."""
         return patched_loss(
             student,
             teacher,

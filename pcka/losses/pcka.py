@@ -88,9 +88,8 @@ class PCKA(StagewiseLoss):
         weights: factor of each stage's terms, or one of all.
         patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a single
             ``P`` serves all.
-        group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
         relations: which of ``"rows"`` and ``"columns"`` to align, one term each.
-        center: center the Gram matrices.
+        group_by, center: of :func:`pcka_loss`.
 
     Raises:
         ValueError: no relation, an unknown one or grouping, or what is no patch size.

@@ -56,5 +56,4 @@ class PKD(StagewiseLoss):
         super().__init__(stages, weights)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`pkd_loss`."""
         return pkd_loss(student, teacher)

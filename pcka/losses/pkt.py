@@ -61,5 +61,4 @@ class PKT(StagewiseLoss):
         super().__init__(stages, weights)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`pkt_loss`."""
         return pkt_loss(student, teacher)

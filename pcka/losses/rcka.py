@@ -36,11 +36,8 @@ def rcka_loss(
         student_logits: ``(B, P)``.
         teacher_logits: ``(B, P)``; no gradient reaches it.
         feature_weight: factor ``w_f`` of the feature term.
-        intra_weight: factor of the logit term over samples.
-        inter_weight: factor of the logit term over classes.
-        temperature: ``T > 0`` compares softened probabilities; None compares the logits.
-        center: center the Gram matrices.
-        row_normalize: divide row ``i`` of each logit Gram matrix by ``sqrt(K_ii)``.
+        intra_weight, inter_weight, temperature, row_normalize: of :func:`lcka_loss`.
+        center: center all Gram matrices.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
@@ -67,11 +64,8 @@ class RCKA(Loss):
     Args:
         stages: names of the tapped features.
         feature_weights: factor of each stage's term, or one of all.
-        intra_weight: factor of the logit term over samples.
-        inter_weight: factor of the logit term over classes.
-        temperature: ``T > 0`` compares softened probabilities; None compares the logits.
-        center: center the Gram matrices.
-        row_normalize: divide row ``i`` of each logit Gram matrix by ``sqrt(K_ii)``.
+        intra_weight, inter_weight, temperature, row_normalize: of :func:`lcka_loss`.
+        center: center all Gram matrices.
     """
 
     needs_logits = True

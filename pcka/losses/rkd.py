@@ -66,8 +66,7 @@ class RKD(StagewiseLoss):
     Args:
         stages: names of the tapped features.
         weights: factor of each stage's term, or one of all.
-        distance_weight: factor of the distances.
-        angle_weight: factor of the angles.
+        distance_weight, angle_weight: of :func:`rkd_loss`.
     """
 
     relational = True
@@ -86,7 +85,6 @@ class RKD(StagewiseLoss):
         self.angle_weight = angle_weight
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`rkd_loss`."""
         return rkd_loss(
             student,
             teacher,

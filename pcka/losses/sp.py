@@ -57,5 +57,4 @@ class SP(StagewiseLoss):
         super().__init__(stages, weights)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`sp_loss`."""
         return sp_loss(student, teacher)

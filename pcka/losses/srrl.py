@@ -62,8 +62,7 @@ class SRRL(Loss):
     Args:
         stage: name of the student's tapped map; of the teacher, the features tapped as ``pooled``
             are read, which its classifier reads.
-        feature_weight: factor of the feature matching.
-        regression_weight: factor of the softmax regression.
+        feature_weight, regression_weight: of :func:`srrl_loss`.
     """
 
     classifier: nn.Module | None = None

@@ -52,5 +52,4 @@ class WTTM(LogitLoss):
         self.gamma = gamma
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """:func:`wttm_loss`."""
         return wttm_loss(student, teacher, gamma=self.gamma)
