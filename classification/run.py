@@ -278,8 +278,7 @@ class Run:
         """Write what the run came to, in the first process; every one gets it."""
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
-        result: Result = from_first_process(self.result)
-        return result
+        return from_first_process(self.result)
 
 
 def _load_state(cfg: CfgNode, path: Path) -> dict:

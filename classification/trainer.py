@@ -7,6 +7,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from pcka.engine.random_state import (
 from pcka.engine.run_folder import CHECKPOINT, RunFolder
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains ``distiller.student`` and writes an epoch's state and figures when it is complete.
 
@@ -54,23 +56,17 @@ class Trainer:
         seconds: of all epochs, their evaluation included.
     """
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        distiller: Distiller,
-        taps: dict[str, tuple[str, str]],
-        train_set: ImageSet,
-        evaluation_set: ImageSet,
-        files: RunFolder | None,
-    ) -> None:
-        self.cfg = cfg
-        self.distiller = distiller
-        self.taps = taps
-        self.train_set = train_set
-        self.evaluation_set = evaluation_set
-        self.files = files
-        self.device = train_set.device
-        self.steps_per_epoch = steps_per_epoch(train_set, cfg, world_size())
+    cfg: CfgNode
+    distiller: Distiller
+    taps: dict[str, tuple[str, str]]
+    train_set: ImageSet
+    evaluation_set: ImageSet
+    files: RunFolder | None
+
+    def __post_init__(self) -> None:
+        cfg, distiller = self.cfg, self.distiller
+        self.device = self.train_set.device
+        self.steps_per_epoch = steps_per_epoch(self.train_set, cfg, world_size())
         self.epoch = 0
         self.best = {"best_accuracy": -1.0, "best_epoch": 0}
         self.seconds = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ WINDOW = 20  # steps whose median detectron2's writers write
 EVALUATED = ("bbox/AP", "bbox/AP50", "segm/AP", "sem_seg/mIoU")
 
 
+@dataclass
 class MetricsState:
     """The last values of every logged figure, as a part of the checkpoint.
 
@@ -30,10 +32,9 @@ class MetricsState:
         path: ``metrics.json`` of the run.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.storage: EventStorage | None = None
-        self._kept: dict[str, Any] = {}
+    path: Path
+    storage: EventStorage | None = field(default=None, init=False)
+    _kept: dict[str, Any] = field(default_factory=dict, init=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Figure -> whether its median is written, and its last values with their steps."""
@@ -66,6 +67,7 @@ class MetricsState:
         storage.iter = now
 
 
+@dataclass(eq=False)
 class RestoreMetrics(HookBase):
     """Gives a resumed run the figures of its checkpoint, and writes what was not written.
 
@@ -74,9 +76,8 @@ class RestoreMetrics(HookBase):
         writers: of the run.
     """
 
-    def __init__(self, state: MetricsState, writers: Sequence[EventWriter]) -> None:
-        self.state = state
-        self.writers = writers
+    state: MetricsState
+    writers: Sequence[EventWriter]
 
     def before_train(self) -> None:
         self.state.restore(self.trainer.storage)

@@ -103,8 +103,7 @@ def gather_batch(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    gathered: Tensor = _GatherBatch.apply(x.contiguous())
-    return gathered
+    return _GatherBatch.apply(x.contiguous())
 
 
 def gather_outputs(outputs: Outputs, taps: Iterable[str]) -> Outputs:

@@ -90,8 +90,7 @@ def libraries(folder: Path, *, build: bool) -> dict[str, str]:
             _run(["strip", "--strip-unneeded", str(folder / library.name)])
     answer = ctypes.CDLL(str(folder / "_build_info.abi3.so")).pcka_build_info
     answer.restype = ctypes.c_char_p
-    facts: dict[str, str] = json.loads(answer())
-    return facts
+    return json.loads(answer())
 
 
 def wheels(folder: Path, python: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
@@ -16,6 +17,7 @@ from detection.data.targets import Entries
 from pcka.engine.config import ConfigError
 
 
+@dataclass(eq=False)
 class ContinuedSampler(Sampler[int]):
     """The stream of another sampler without its first entries.
 
@@ -24,9 +26,8 @@ class ContinuedSampler(Sampler[int]):
         skipped: number of entries that this process has used already.
     """
 
-    def __init__(self, sampler: Sampler[int], skipped: int) -> None:
-        self.sampler = sampler
-        self.skipped = skipped
+    sampler: Sampler[int]
+    skipped: int
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(iter(self.sampler), self.skipped, None)

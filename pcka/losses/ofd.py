@@ -138,8 +138,7 @@ class OFD(StagewiseLoss):
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`ofd_loss` of the connected map."""
         connector = prepared(self.connectors, "OFD")[stage]
-        loss: Tensor = connector(*as_samples(student, teacher, widen=False))
-        return loss
+        return connector(*as_samples(student, teacher, widen=False))
 
 
 def _margin(context: Context, stage: str, channels: int) -> Tensor:

@@ -117,5 +117,4 @@ class VID(StagewiseLoss):
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
         """:func:`vid_loss` of the predicted map."""
         predictor = prepared(self.predictors, "VID")[stage]
-        loss: Tensor = predictor(*as_samples(student, teacher, widen=False))
-        return loss
+        return predictor(*as_samples(student, teacher, widen=False))

@@ -58,6 +58,7 @@ class Running:
         self.log.close()
 
 
+@dataclass
 class Runner:
     """Runs stages and writes ``results.json`` and ``log.txt`` after each group of them.
 
@@ -69,23 +70,19 @@ class Runner:
         bundle: the manifest of what was unpacked.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        work: Path,
-        device: str,
-        *,
-        quick: bool,
-        environment: Mapping[str, str],
-        bundle: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.out, self.work, self.device, self.quick = out, work, device, quick
-        self.environment = {**os.environ, **environment}
+    out: Path
+    work: Path
+    device: str
+    quick: bool
+    environment: Mapping[str, str]
+    bundle: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         self.results: dict[str, Any] = {
             "command": shlex.join(["python", "tools/gpu_check.py", *map(_anywhere, sys.argv[1:])]),
-            "device": device,
-            "quick": quick,
-            "bundle": dict(bundle or {}),
+            "device": self.device,
+            "quick": self.quick,
+            "bundle": dict(self.bundle),
             "stages": {},
         }
 
@@ -131,7 +128,7 @@ class Runner:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**self.environment, "PCKA_STAGE_SECONDS": str(limit)},
+            env={**os.environ, **self.environment, "PCKA_STAGE_SECONDS": str(limit)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
