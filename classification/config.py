@@ -244,10 +244,9 @@ def _check(cfg: CfgNode) -> None:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
         raise ConfigError("SOLVER.NESTEROV: needs a SOLVER.MOMENTUM above 0, got 0")
-    if cfg.DATA.CROP_PADDING > 4 * cfg.DATA.IMAGE_SIZE:
+    if (padding := cfg.DATA.CROP_PADDING) > (most := 4 * cfg.DATA.IMAGE_SIZE):
         raise ConfigError(
-            f"DATA.CROP_PADDING: expected at most {4 * cfg.DATA.IMAGE_SIZE}, four times "
-            f"DATA.IMAGE_SIZE, got {cfg.DATA.CROP_PADDING}"
+            f"DATA.CROP_PADDING: expected at most {most}, four times DATA.IMAGE_SIZE, got {padding}"
         )
     if min(milestones := cfg.SOLVER.MILESTONES, default=1) < 1:
         raise ConfigError(f"SOLVER.MILESTONES: expected epochs, at least 1, got {milestones}")

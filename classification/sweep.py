@@ -59,10 +59,9 @@ def _check_alike(cfgs: Sequence[CfgNode]) -> None:
     for cfg in cfgs[1:]:
         for key, value in flatten(cfg).items():
             if not key.startswith(OWN_KEYS) and value != lead[key]:
-                raise ConfigError(
-                    f"{key}: runs side by side may differ in {', '.join(OWN_KEYS)} only, got "
-                    f"{lead[key]!r} and {value!r}"
-                )
+                own = ", ".join(OWN_KEYS)
+                got = f"got {lead[key]!r} and {value!r}"
+                raise ConfigError(f"{key}: runs side by side may differ in {own} only, {got}")
 
 
 class Sweep:

@@ -45,8 +45,7 @@ def check_resumed(cfg: CfgNode) -> None:
     if not (folder / CHECKPOINT_TAG).exists():
         if (folder / RESULT).exists():
             raise ConfigError(
-                f"{folder}: a finished run without the checkpoint to go on from; to train it anew "
-                f"remove {RESULT}, or take another OUTPUT_DIR"
+                f"{folder}: a finished run without the checkpoint; to train it anew remove {RESULT}"
             )
         return
     if not (folder / CONFIG).exists():

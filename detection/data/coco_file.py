@@ -144,10 +144,8 @@ def _check_files(where: str, pictures: list[dict[str, Any]], folder: Path) -> No
     names = [entry["file_name"] for entry in pictures]
     missing = [n for n in names if n not in listed and not (folder / n).is_file()]
     if missing:
-        raise DamagedFileError(
-            f"{where}: {len(missing)} of its {len(names)} images are not in {str(folder)!r}: "
-            f"{_listed(missing)}"
-        )
+        counts = f"{len(missing)} of its {len(names)} images"
+        raise DamagedFileError(f"{where}: {counts} are not in {str(folder)!r}: {_listed(missing)}")
 
 
 def _check_boxes(

@@ -142,8 +142,7 @@ def prepared(module: M | None, loss: str) -> M:
     """
     if module is None or (isinstance(module, nn.ModuleDict) and not module):
         raise RuntimeError(
-            f"{loss} is not prepared: its adapters take their sizes from a dry run. Call "
-            "Distiller.prepare once, before the optimizer is made"
+            f"{loss} is not prepared. Call Distiller.prepare once, before the optimizer is made"
         )
     return module
 

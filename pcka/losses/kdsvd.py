@@ -47,10 +47,8 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int
             not hold the same samples.
     """
     if len(students) < 2 or len(students) != len(teachers):
-        raise ValueError(
-            "students and teachers must hold the maps of the same two or more stages; got "
-            f"{len(students)} and {len(teachers)}"
-        )
+        got = f"{len(students)} and {len(teachers)}"
+        raise ValueError(f"both must hold maps of the same two or more stages; got {got}")
     pairs = [as_maps_of_one_width(*pair) for pair in zip(students, teachers)]
     with without_autocast(students[0].device):
         vectors = [_matched_vectors(s, t, k) for s, t in pairs]
