@@ -163,13 +163,7 @@ def prepare(
 def prepare_trainers(
     cfgs: Sequence[CfgNode], device: torch.device, image_sets: ImageSets | None = None
 ) -> list[Trainer]:
-    """Return what would train each student from its start, without files.
-
-    Args:
-        cfgs: that share data and teacher.
-        device: that trains.
-        image_sets: training and evaluation images where they are in memory already.
-    """
+    """:func:`prepare` what trains each student from its start, without files."""
     return list(prepare([Run(cfg) for cfg in cfgs], device, image_sets))
 
 

@@ -102,7 +102,13 @@ def prepare_teacher(
     pixels = pixel_statistics(cfg.TEACHER).to(evaluation_set.device)
     top1 = accuracy(frozen, pixels, evaluation_set)["top1"]
     logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
-    _preflight(cfg, top1)
+    stated = cfg.TEACHER.ACCURACY
+    if top1 < stated - PREFLIGHT_POINTS:
+        raise ConfigError(
+            f"TEACHER.ACCURACY: {cfg.TEACHER.NAME} reaches {top1:.2f} % on the evaluation images, "
+            f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
+            "and the data, or state its accuracy on these (0: any)"
+        )
     return Teacher(frozen, top1, norms)
 
 
@@ -112,16 +118,6 @@ def _preactivation_norms(model: Classifier) -> dict[str, tuple[Tensor, Tensor]]:
         norm: Any = model.get_submodule(path)
         norms[path] = norm.weight.detach(), norm.bias.detach()
     return norms
-
-
-def _preflight(cfg: CfgNode, top1: float) -> None:
-    stated = cfg.TEACHER.ACCURACY
-    if top1 < stated - PREFLIGHT_POINTS:
-        raise ConfigError(
-            f"TEACHER.ACCURACY: {cfg.TEACHER.NAME} reaches {top1:.2f} % on the evaluation images, "
-            f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
-            "and the data, or state its accuracy on these (0: any)"
-        )
 
 
 def _trained_teacher(

@@ -143,7 +143,9 @@ class Distiller(nn.Module):
         """
         losses = self._losses()
         for tap in _taps_of(loss for loss in losses if loss.same_shape):
-            own, other = student.feature(tap), _given(teacher).feature(tap)
+            if teacher is None:
+                raise ValueError("teacher: a loss compares its maps, got None; pass its outputs")
+            own, other = student.feature(tap), teacher.feature(tap)
             at_one_size(own, other)  # refuses what is no map
             widths = own.shape[1], other.shape[1]
             if widths[0] != widths[1]:
@@ -310,12 +312,6 @@ def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
         if name in teacher.features
     }
     return replace(teacher, logits=logits, features=features)
-
-
-def _given(teacher: Outputs | None) -> Outputs:
-    if teacher is None:
-        raise ValueError("teacher: a loss compares its feature maps, got None; pass its outputs")
-    return teacher
 
 
 def _check_names(loss: Loss, added: Mapping[str, Term], terms: Mapping[str, Term]) -> None:

@@ -211,7 +211,7 @@ def test_a_tap_may_be_called_by_a_word_that_module_dictionaries_keep_for_themsel
 
 
 def test_the_teachers_outputs_are_needed_to_size_adapters():
-    with pytest.raises(ValueError, match="teacher: a loss compares its feature maps, got None"):
+    with pytest.raises(ValueError, match="teacher: a loss compares its maps, got None"):
         distiller_of(of_one_shape("PKD")).prepare_for(maps()[0], None)
 
 

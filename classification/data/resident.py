@@ -48,11 +48,9 @@ class ResidentSet(ImageSet):
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> ResidentSet:
-        """Return the set on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, indices: Tensor) -> ResidentSet:
-        """Return the set of the images at ``indices``, (M,) int64, in that order."""
         indices = indices.to(self.device)
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
@@ -80,7 +78,6 @@ class ResidentSet(ImageSet):
     def evaluation_batches(
         self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Yield :meth:`ImageSet.evaluation_batches`."""
         for share in evaluation_share(self, batch_size, rank, world_size):
             chosen = share.to(self.device)
             yield Batch(to_unit_range(self.images[chosen]), self.labels[chosen], chosen)

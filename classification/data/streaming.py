@@ -65,11 +65,9 @@ class StreamingSet(ImageSet):
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> StreamingSet:
-        """Return the set with its batches on another device."""
         return replace(self, labels=self.labels.to(device))
 
     def subset(self, indices: Tensor) -> StreamingSet:
-        """Return the set of the images at ``indices``, (M,) int64, in that order."""
         labels = self.labels[indices.to(self.device)]
         return replace(self, files=self.files.take(indices.cpu().numpy()), labels=labels)
 
@@ -89,7 +87,6 @@ class StreamingSet(ImageSet):
     def evaluation_batches(
         self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Yield :meth:`ImageSet.evaluation_batches`."""
         centre = partial(cut_centre, resize=self.resize, image_size=self.image_size)
         pictures = _Pictures(self.files, centre)
         yield from self._stream(pictures, evaluation_share(self, batch_size, rank, world_size))

@@ -106,7 +106,11 @@ def _register(
     file_key = key if key == DIGITS_KEY else f"{key}.JSON"
     content = read_coco(file_key, annotations)
     listed = content["categories"]
-    _check_number(cfg, key, annotations, len(listed))
+    if len(listed) != (classes := class_count(cfg)):
+        raise ConfigError(
+            f"{key}.JSON: {annotations} has {len(listed)} categories, the model {classes} "
+            "classes; set NUM_CLASSES of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
+        )
     check_coco(file_key, annotations, content, images, evaluated=evaluated)
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
@@ -132,14 +136,6 @@ def _check_known(split: str, name: str) -> None:
         raise ConfigError(
             f"DATASETS.{split}: {name!r} needs the file {annotations!r}; set "
             f"DETECTRON2_DATASETS to its folder, or describe yours by DATASETS.{COCO[split]}"
-        )
-
-
-def _check_number(cfg: CfgNode, key: str, annotations: str, found: int) -> None:
-    if found != class_count(cfg):
-        raise ConfigError(
-            f"{key}.JSON: {annotations} has {found} categories, the model {class_count(cfg)} "
-            "classes; set NUM_CLASSES of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
         )
 
 

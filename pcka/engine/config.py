@@ -8,6 +8,8 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ def merge_leaves(
         if key not in known:
             near = near_names(key, dict.fromkeys([*known, *proposed()]))
             raise ConfigError(f"{source}: unknown key {key!r}; {near}")
-        set_key(tree, key, _coerced(key, value, known[key], source))
+        *sections, leaf = key.split(".")
+        reduce(getitem, sections, tree)[leaf] = _coerced(key, value, known[key], source)
 
 
 def import_modules(names: Iterable[object], key: str) -> None:
@@ -102,14 +105,6 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             leaves[key] = value
     return leaves
-
-
-def set_key(tree: Any, key: str, value: object) -> None:
-    """Set the leaf at a dotted key of a tree of mappings."""
-    *sections, leaf = key.split(".")
-    for section in sections:
-        tree = tree[section]
-    tree[leaf] = value
 
 
 def _coerced(key: str, value: object, default: object, source: str) -> object:

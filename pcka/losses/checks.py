@@ -119,6 +119,16 @@ def check_target(logits: Tensor, target: Tensor) -> None:
         )
 
 
+def check_channels(maps: Tensor, **values: Tensor) -> None:
+    """Refuse what is not one value for each channel of the maps, ``(C,)``."""
+    for name, value in values.items():
+        if value.shape != maps.shape[1:2]:
+            raise ValueError(
+                f"{name} must hold one value for each of the {maps.shape[1]} channels, got "
+                f"{tuple(value.shape)}"
+            )
+
+
 def check_temperature(temperature: float, name: str = "temperature") -> None:
     """Refuse a temperature, or another divisor or power, that is no positive finite number."""
     if not (_is_number(temperature) and 0 < temperature < math.inf):

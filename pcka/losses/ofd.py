@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
-from pcka.losses.checks import as_maps, as_samples, as_stages, check_weights
+from pcka.losses.checks import as_maps, as_samples, as_stages, check_channels, check_weights
 from pcka.losses.numerics import at_one_size
 
 RARELY = 1e-3
@@ -61,11 +61,7 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
         ValueError: maps of different shapes or devices, or a margin that is not one a channel.
     """
     student, teacher = as_maps(student, teacher)
-    if margin.shape != student.shape[1:2]:
-        raise ValueError(
-            f"margin must hold one value for each of the {student.shape[1]} channels, got "
-            f"{tuple(margin.shape)}"
-        )
+    check_channels(student, margin=margin)
     target = torch.maximum(teacher, margin.to(teacher.dtype)[:, None, None])
     counts = (target > 0) | (student > target)
     return ((student - target).square() * counts).sum() / len(student)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import ModulesByTap, adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
-from pcka.losses.checks import as_maps, as_samples
+from pcka.losses.checks import as_maps, as_samples, check_channels
 from pcka.losses.numerics import at_one_size
 
 
@@ -35,11 +35,7 @@ def vid_loss(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         ValueError: maps of different shapes or devices, or a variance that is not one a channel.
     """
     student, teacher = as_maps(student, teacher)
-    if variance.shape != student.shape[1:2]:
-        raise ValueError(
-            f"variance must hold one value for each of the {student.shape[1]} channels, got "
-            f"{tuple(variance.shape)}"
-        )
+    check_channels(student, variance=variance)
     variance = variance.to(student.dtype)[:, None, None]
     square = (teacher - student).square()
     return (square / variance + variance.log()).mean() / 2

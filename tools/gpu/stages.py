@@ -48,9 +48,7 @@ STAGES = (
     Stage("ceilings", "benchmarks.ceilings", 15, quick=_ONE_THREAD),
     Stage("tests", "tools.gpu.tests", 100, alone=False, files=("tests.xml",)),
     Stage("sanitizer", "tools.gpu.sanitizer", 100, alone=False, files=("sanitizer.txt",)),
-    Stage(
-        "accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), quick=_ONE_THREAD, alone=False
-    ),
+    Stage("accuracy", "benchmarks.accuracy", 60, ("--seeds", "2"), _ONE_THREAD, alone=False),
     Stage("compiled", "benchmarks.compiled", 100, quick=_ONE_THREAD, alone=False),
     Stage(
         "operators",
@@ -60,12 +58,7 @@ STAGES = (
         quick=(*_ONE_THREAD, "--seconds", "600", "--cases", "p3_rows*", "p6*", "p5_columns*"),
     ),
     Stage("ncu", "tools.gpu.ncu", 25, files=("ncu.csv",)),
-    Stage(
-        "throughput",
-        "benchmarks.classification_throughput",
-        150,
-        ("--seconds", "3"),
-    ),
+    Stage("throughput", "benchmarks.classification_throughput", 150, ("--seconds", "3")),
     Stage(
         "detector",
         "benchmarks.detection_step",
