@@ -90,19 +90,13 @@ def compare(
                     logger.warning("%s, seed %d: failed: %s", method, seed, result)
                 comparison.add(method, seed, result)
             comparison.heading = heading(first, comparison)
-            _write(comparison, output)
+            comparison.write(output)
         if costs:
             by_method = {method: cfgs[method, seeds[0]] for method in methods}
             columns = cost_columns(measure_costs(by_method, output / "costs.json"))
             comparison.extra = {**comparison.extra, **columns}
-            _write(comparison, output)
+            comparison.write(output)
     return comparison
-
-
-def _write(comparison: Comparison, output: Path) -> None:
-    """The first process alone writes."""
-    if rank() == 0:
-        comparison.write(output)
 
 
 def _groups(

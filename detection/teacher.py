@@ -83,18 +83,16 @@ class TeacherBackbone(nn.Module):
             slot[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
         with self._precision(device.type):
             maps = self.backbone(batch.contiguous(memory_format=self.memory_format))
-        strides = {level: shape.stride for level, shape in self.output_shape().items()}
-        return {level: _cut(maps[level], canvas, stride or 1) for level, stride in strides.items()}
+        cut = {}
+        for level, shape in self.output_shape().items():
+            rows, columns = (math.ceil(side / (shape.stride or 1)) for side in canvas)
+            cut[level] = maps[level][:, :, :rows, :columns]
+        return cut
 
     def _precision(self, device: str) -> AbstractContextManager[object]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32)
-
-
-def _cut(feature: Tensor, canvas: tuple[int, int], stride: int) -> Tensor:
-    rows, columns = (math.ceil(side / stride) for side in canvas)
-    return feature[:, :, :rows, :columns]
 
 
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:

@@ -162,22 +162,19 @@ def load_weights(
             :func:`check_values`). The model is left as it was.
     """
     obj = load_file(path)
+    own = model.state_dict()
     try:
         state, layout = _unwrap(obj, role)
-    except CheckpointError as error:
-        raise CheckpointError(f"path: {str(path)!r}: {error}") from error
-    own = model.state_dict()
-    state = {_name_in(own, name): value for name, value in state.items()}
-    expected = {n: t for n, t in own.items() if n in state or n.rpartition(".")[2] != _COUNTER}
-    report = compare_shapes(_shapes(state), _shapes(expected), layout)
-    if not report.loaded or not (report.complete or allow_partial):
-        way_out = "allow_partial=True loads what fits" if report.loaded else "another model's"
-        raise CheckpointError(
-            f"path: {str(path)!r} does not fit {type(model).__name__} ({way_out}): {report}\n"
-            "The model is as it was."
-        )
-    fitting = {name: state[name] for name in report.loaded}
-    try:
+        state = {_name_in(own, name): value for name, value in state.items()}
+        expected = {n: t for n, t in own.items() if n in state or n.rpartition(".")[2] != _COUNTER}
+        report = compare_shapes(_shapes(state), _shapes(expected), layout)
+        if not report.loaded or not (report.complete or allow_partial):
+            way_out = "allow_partial=True loads what fits" if report.loaded else "another model's"
+            raise CheckpointError(
+                f"does not fit {type(model).__name__} ({way_out}): {report}\n"
+                "The model is as it was."
+            )
+        fitting = {name: state[name] for name in report.loaded}
         check_values(fitting, own)
     except CheckpointError as error:
         raise CheckpointError(f"path: {str(path)!r}: {error}") from error

@@ -99,8 +99,8 @@ class Distiller(nn.Module):
         self._observe_student = Observer(
             student, self._student_paths, logits_of=logits_of, compile=compile
         )
-        self._observe_teacher: Observer | None = None
-        if teacher is not None:
+        self._observe_teacher = None
+        if teacher is not None and with_teacher:
             self._observe_teacher = teacher.observer(self.teacher_paths, compile=compile)
 
     def observe_student(self, *inputs: Any) -> Outputs:
@@ -109,9 +109,7 @@ class Distiller(nn.Module):
 
     def observe_teacher(self, *inputs: Any) -> Outputs | None:
         """The teacher's outputs on its inputs; None where no loss needs them."""
-        if self._observe_teacher is None or not self.runs_teacher:
-            return None
-        return self._observe_teacher(*inputs)
+        return None if self._observe_teacher is None else self._observe_teacher(*inputs)
 
     @torch.no_grad()
     def prepare(

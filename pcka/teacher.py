@@ -132,9 +132,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     calls = [str(node.target) for node in nodes]
     for node in nodes:
-        before = node.args[0] if node.args else None
+        before, norm = node.args[0] if node.args else None, modules[node.target]
         if (
-            _has_statistics(modules[node.target])
+            isinstance(norm, nn.BatchNorm2d)
+            and norm.running_mean is not None  # else it takes the statistics of the batch
             and isinstance(before, fx.Node)
             and before.op == "call_module"
             and type(modules[before.target]) is nn.Conv2d  # a subclass may change its weight
@@ -146,8 +147,3 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _within(path: str, module: str) -> bool:
     return path == module or path.startswith(f"{module}.")
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    """Without its own, a batch norm takes those of the batch in evaluation mode, too."""
-    return isinstance(module, nn.BatchNorm2d) and module.running_mean is not None

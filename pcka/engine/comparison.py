@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from pcka.distributed import rank
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.run_folder import write_text
 from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
@@ -105,7 +106,9 @@ class Comparison:
         return text.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png``."""
+        """Write ``comparison.md``, ``.csv`` and ``.png``, in the first process."""
+        if rank() > 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "comparison.md", self.markdown())
         write_text(folder / "comparison.csv", self.csv())

@@ -46,7 +46,7 @@ def dkd_loss(
     check_temperature(temperature)
     logits = [x / temperature for x in (student, teacher)]
     binary = _divergence(*(_target_or_not(x, target) for x in logits))
-    others = _divergence(*(_log_softmax_of_others(x, target) for x in logits))
+    others = _divergence(*(F.log_softmax(without_target(x, target), dim=1) for x in logits))
     return temperature**2 * (alpha * binary + beta * others)
 
 
@@ -58,10 +58,6 @@ def _target_or_not(logits: Tensor, target: Tensor) -> Tensor:
     """Log-probabilities ``(B, 2)`` of the target and of everything else."""
     others = without_target(logits, target).logsumexp(1, keepdim=True)
     return F.log_softmax(torch.cat([logits.gather(1, target[:, None]), others], dim=1), dim=1)
-
-
-def _log_softmax_of_others(logits: Tensor, target: Tensor) -> Tensor:
-    return F.log_softmax(without_target(logits, target), dim=1)
 
 
 class DKD(LogitLoss):

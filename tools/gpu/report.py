@@ -21,11 +21,10 @@ def markdown(results: Results) -> str:
     """All tables, of the stages that have something to say."""
     parts = ["# GPU check", _made_with(results), _stages(results)]
     for name, stage in results["stages"].items():
-        tables = TABLES.get(name, {name.capitalize(): lambda _, stage=stage: _said(stage)})
-        for title, part in tables.items():
-            text = part(results)
-            if text:
-                parts.append(f"## {title}\n\n{text}")
+        texts = {title: part(results) for title, part in TABLES.get(name, {}).items()}
+        if name not in TABLES:
+            texts = {name.capitalize(): "\n".join(f"- {line}" for line in said(stage))}
+        parts += [f"## {title}\n\n{text}" for title, text in texts.items() if text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,10 +64,10 @@ def _stages(results: Results) -> str:
     return table(["stage", "status", "s", "limit"], rows)
 
 
-def _said(stage: Mapping[str, Any]) -> str:
-    """What a stage without a table of its own says in the summary."""
+def said(stage: Mapping[str, Any]) -> list[str]:
+    """The lines that a stage has for the summary."""
     written = [content for content in stage["written"].values() if isinstance(content, Mapping)]
-    return "\n".join(f"- {line}" for content in written for line in content.get("summary", []))
+    return [line for content in written for line in content.get("summary", [])]
 
 
 def _operators(results: Results) -> str:

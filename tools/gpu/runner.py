@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tools.gpu.report import said
 from tools.gpu.stages import Stage, together
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,13 +173,11 @@ def summary(results: Mapping[str, Any], most: int = 60) -> list[str]:
     told: dict[str, list[str]] = {}
     for name, stage in results["stages"].items():
         lines.append(f"{name}: {stage['status']} after {stage['seconds']} s of {stage['limit']}")
-        written = [content for content in stage["written"].values() if isinstance(content, dict)]
-        said = [line for content in written for line in content.get("summary", [])]
-        told[name] = [f"[{name}] {line}"[:WIDTH] for line in said]
-    room = _share([len(said) for said in told.values()], most - len(lines))
-    for said in told.values():
-        left_out = len(said) - room
-        lines += said if left_out <= 0 else said[: room - 1]
+        told[name] = [f"[{name}] {line}"[:WIDTH] for line in said(stage)]
+    room = _share([len(part) for part in told.values()], most - len(lines))
+    for part in told.values():
+        left_out = len(part) - room
+        lines += part if left_out <= 0 else part[: room - 1]
         lines += [f"({left_out + 1} more lines are in results.json)"] if left_out > 0 else []
     return lines
 
