@@ -121,12 +121,7 @@ def new_comparison(cfg: CfgNode, methods: Sequence[str]) -> Comparison:
 
 
 def heading(cfg: CfgNode, comparison: Comparison) -> str:
-    """What was compared, in a sentence or two.
-
-    Args:
-        cfg: one run's configuration; all share what is not in ``DISTILL``.
-        comparison: with the results so far.
-    """
+    """What was compared, by one run's configuration and the results so far."""
     some = next((r for by_seed in comparison.results.values() for r in by_seed.values()), {})
     teacher = some.get("teacher_accuracy")
     taught = f" from {cfg.TEACHER.NAME} ({teacher:.2f} %)" if teacher is not None else ""

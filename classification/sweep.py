@@ -151,10 +151,6 @@ class SideBySide:
     Students of one ``SEED`` share their batches, and what the teacher says of them. On a CUDA
     device the whole step of all students is one graph, each student on a stream of its own; where
     that cannot be, one student is updated after the other.
-
-    Args:
-        trainers: on one device.
-        sweep: that trains them.
     """
 
     def __init__(self, trainers: tuple[Trainer, ...], sweep: Sweep) -> None:
@@ -192,12 +188,7 @@ class SideBySide:
         return self._lessons.over(batches)
 
     def step(self, inputs: list[StepInputs], step: int) -> None:
-        """Update every student that still trains.
-
-        Args:
-            inputs: of each ``SEED``.
-            step: of the epoch, from 0.
-        """
+        """Update every student that still trains, by the inputs of its ``SEED``."""
         for trainer in self.trainers:
             trainer.set_schedule(step)
         for trainer, terms in zip(self.trainers, self._update(inputs), strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor
 from classification.config import default_config
 from classification.data import Batch, ImageSet, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import Classifier, load_classifier
+from classification.models import load_classifier
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
@@ -112,12 +112,9 @@ def prepare_teacher(
     return Teacher(frozen, top1, norms)
 
 
-def _preactivation_norms(model: Classifier) -> dict[str, tuple[Tensor, Tensor]]:
-    norms: dict[str, tuple[Tensor, Tensor]] = {}
-    for path in filter(None, model.preactivation_norms):
-        norm: Any = model.get_submodule(path)
-        norms[path] = norm.weight.detach(), norm.bias.detach()
-    return norms
+def _preactivation_norms(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    norms = {path: model.get_submodule(path) for path in model.preactivation_norms if path}
+    return {path: (norm.weight.detach(), norm.bias.detach()) for path, norm in norms.items()}
 
 
 def _trained_teacher(

@@ -115,12 +115,7 @@ class Trainer:
         self.finish_epoch(pace.figures())
 
     def step(self, inputs: StepInputs, step: int) -> None:
-        """Update the student by one batch; the loss terms stay on the device.
-
-        Args:
-            inputs: of this process.
-            step: of the epoch, from 0.
-        """
+        """Update by this process's part of a batch, the epoch's ``step``-th, counted from 0."""
         self.set_schedule(step)
         self.keep_losses(self._update(inputs).clone())
 

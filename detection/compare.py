@@ -16,8 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode
-
 from detection.config import PROJECT, load_config
 from detection.data.register import name_coco_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT
@@ -131,7 +129,12 @@ def train(
         )
     result = folder / RESULT
     if result.exists() or (folder / CHECKPOINT_TAG).exists():
-        _check_settings(wanted, folder)
+        differing = changed_settings(load_config(str(folder / CONFIG), []), wanted)
+        if changed := [key for key in differing if key not in NOT_COMPARED]:
+            raise ConfigError(
+                f"{folder}: this run was started with other values of {', '.join(changed)}; take "
+                "its own, or another folder"
+            )
     if not result.exists():
         print(f"training {config_file.stem}, seed {seed} (log: {folder / 'log.txt'})", flush=True)
         # A process of its own for each run: detectron2's logger and registries are global.
@@ -146,15 +149,6 @@ def train(
                 f"the training in {str(folder)!r} failed; see the error that it printed"
             )
     return _read_result(result)
-
-
-def _check_settings(wanted: CfgNode, folder: Path) -> None:
-    differing = changed_settings(load_config(str(folder / CONFIG), []), wanted)
-    if changed := [key for key in differing if key not in NOT_COMPARED]:
-        raise ConfigError(
-            f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
-            "own, or another folder"
-        )
 
 
 def _read_result(path: Path) -> Metrics:

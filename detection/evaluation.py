@@ -74,10 +74,6 @@ def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
     """Return the student's metrics on ``DATASETS.TEST``; empty in processes but the first.
 
     Detections are evaluated by COCO's metrics, classes of pixels by their intersection over union.
-
-    Args:
-        cfg: ``DATASETS.TEST`` and the loader's keys are read.
-        student: a detectron2 model.
     """
     results: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:

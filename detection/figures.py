@@ -69,12 +69,7 @@ class MetricsState:
 
 @dataclass(eq=False)
 class RestoreMetrics(HookBase):
-    """Gives a resumed run the figures of its checkpoint, and writes what was not written.
-
-    Args:
-        state: of the checkpoint.
-        writers: of the run.
-    """
+    """Gives a resumed run the figures of its checkpoint, and writes what was not written."""
 
     state: MetricsState
     writers: Sequence[EventWriter]
@@ -88,11 +83,7 @@ class RestoreMetrics(HookBase):
 
 
 def plot_run(folder: str) -> None:
-    """Draw ``curves.png`` from the run's ``metrics.json``; a panel without figures is left out.
-
-    Args:
-        folder: ``OUTPUT_DIR`` of the run.
-    """
+    """Draw ``curves.png`` of the ``metrics.json`` in a run's folder, without empty panels."""
     curves = read_metrics(Path(folder, "metrics.json"))
 
     def chosen(wanted: Callable[[str], bool]) -> dict[str, Points]:

@@ -47,9 +47,12 @@ def match_levels(
         other = other or own
         for role, level, known in (("student", own, student), ("teacher", other, teacher)):
             if level not in known:
+                gives = ", ".join(
+                    f"{name} (stride {shape.stride})" for name, shape in known.items()
+                )
                 raise ConfigError(
                     f"DISTILL.LEVELS: {entry!r} names {level!r}, which the {role}'s backbone does "
-                    f"not have; it gives {_describe(known)}"
+                    f"not have; it gives {gives}"
                 )
         if own in pairs:
             raise ConfigError(f"DISTILL.LEVELS: the student's {own!r} stands twice in {wanted}")
@@ -128,7 +131,3 @@ def patch_for(side: int, stride: int) -> int:
     """The largest power of two that leaves ``ENOUGH_PATCHES`` patches, or 1."""
     sizes = [2**power for power in range(7, -1, -1)]
     return next((p for p in sizes if patches(side, stride, p) >= ENOUGH_PATCHES), 1)
-
-
-def _describe(levels: Mapping[str, ShapeSpec]) -> str:
-    return ", ".join(f"{level} (stride {shape.stride})" for level, shape in levels.items())

@@ -33,11 +33,7 @@ def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def check_trained(backbone: nn.Module, path: str) -> None:
-    """Refuse weights that no training has changed: biases of 0, norms that do nothing.
-
-    Args:
-        backbone: with the weights of the file.
-        path: of the file, for the message.
+    """Refuse a file's weights that no training has changed: biases of 0, norms that do nothing.
 
     Raises:
         ConfigError: all of them are so.

@@ -197,9 +197,6 @@ def train_in_bfloat16(model: nn.Module) -> None:
 
     bfloat16 has the range of float32: it needs none of the loss scaling of detectron2's float16,
     and trains on CPUs, too. Weights, gradients and evaluations stay in float32.
-
-    Args:
-        model: any detectron2 meta-architecture.
     """
     exact = model.forward
     device = cast(torch.device, model.device)

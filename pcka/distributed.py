@@ -36,11 +36,7 @@ def _initialized() -> bool:
 
 
 def from_first_process(value: Any) -> Any:
-    """What the first process passes, in every process; all wait for it to get here.
-
-    Args:
-        value: plain objects or tensors; what the other processes pass does not count.
-    """
+    """The plain object or tensor that the first process passes, in every process; all wait."""
     if world_size() == 1:
         return value
     box = [value]

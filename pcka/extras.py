@@ -9,11 +9,7 @@ from typing import Any
 
 
 def optional_package(name: str, extra: str = "export") -> Any:
-    """Import a module of a package that an extra installs.
-
-    Args:
-        name: of the module, e.g. ``"safetensors.torch"``.
-        extra: of pyproject.toml.
+    """Import a module, such as ``"safetensors.torch"``, of a package that an extra installs.
 
     Raises:
         ImportError: it is not installed; the message names the extra.

@@ -58,12 +58,7 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
 
 
 def atomic_save(obj: object, path: str | Path) -> None:
-    """Write a file as ``torch.save`` does, whole or not at all; see :func:`atomic_write`.
-
-    Args:
-        obj: what ``torch.save`` takes.
-        path: file to write; its folder is made where it is missing.
-    """
+    """:func:`atomic_write` what ``torch.save`` makes of an object."""
     atomic_write(partial(torch.save, obj), path)
 
 

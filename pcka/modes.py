@@ -14,9 +14,6 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
     Each module gets its own mode back, after an error as well: ``model.train(mode)`` would put
     batch norms that the user froze by ``.eval()`` into training mode.
-
-    Args:
-        models: to put into evaluation mode, with all their submodules.
     """
     modes = {module: module.training for model in models for module in model.modules()}
     try:

@@ -31,8 +31,6 @@ class ResidentSet(ImageSet):
 
     Attributes:
         images: (N, 3, S, S), uint8, RGB.
-        labels: (N,), int64.
-        classes: class names, by index.
     """
 
     images: Tensor

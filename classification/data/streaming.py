@@ -39,8 +39,6 @@ class StreamingSet(ImageSet):
 
     Attributes:
         files: of the images.
-        labels: (N,), int64, on the device of the batches.
-        classes: class names, by index.
         image_size: side of the batches' images, pixels.
         resize: the shorter side before the centre is cut out, pixels.
         workers: processes that decode; 0: this process does.

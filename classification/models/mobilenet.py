@@ -57,9 +57,6 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Half the width of Sandler et al. (CVPR 2018), with strides for images of 32 pixels.
 
-    Args:
-        num_classes: number of logits.
-
     Attributes:
         stage_names: the stem and the last row of each resolution; rows end without an activation.
         preactivation_names: the stem before its activation, and the rows as they are.
@@ -101,9 +98,6 @@ class MobileNetV2(nn.Module):
 
 class MobileNetV1(nn.Module):
     """Depthwise separable convolutions (Howard et al. 2017), for images of 224 pixels.
-
-    Args:
-        num_classes: number of logits.
 
     Attributes:
         stage_names: the stem and the last convolution of each resolution, after its activation.

@@ -101,9 +101,6 @@ class DownUnitV2(nn.Module):
 class ShuffleNet(nn.Module):
     """A 1x1 stem and three stages, each beginning with a strided unit; V2 widens at the end.
 
-    Args:
-        num_classes: number of logits.
-
     Attributes:
         stage_names: stem and stages, after their activations.
         preactivation_names: the inputs of the last units' activations; half of V2's are outputs of

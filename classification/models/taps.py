@@ -29,7 +29,7 @@ def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]])
     Args:
         student: of ``classification.models``.
         teacher: likewise.
-        extra: ``DISTILL.TAPS``, triples of name, student path and teacher path.
+        extra: ``DISTILL.TAPS``, see :func:`extra_taps`.
 
     Raises:
         ConfigError: an entry of ``extra`` that is no triple.

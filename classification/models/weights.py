@@ -14,12 +14,7 @@ logger = logging.getLogger("pcka")
 
 
 def named_model(name: str, num_classes: int, *, role: str) -> Classifier:
-    """Return the model ``name`` as it is made.
-
-    Args:
-        name: of ``classification.models.model_names()``.
-        num_classes: number of logits.
-        role: "student" or "teacher": whose ``NAME`` it is.
+    """:func:`create_model` of the ``NAME`` of a role, "student" or "teacher".
 
     Raises:
         ConfigError: no model has this name; near ones are named.

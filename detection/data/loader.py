@@ -19,12 +19,7 @@ from pcka.engine.config import ConfigError
 
 @dataclass(eq=False)
 class ContinuedSampler(Sampler[int]):
-    """The stream of another sampler without its first entries.
-
-    Args:
-        sampler: an infinite one.
-        skipped: number of entries that this process has used already.
-    """
+    """The stream of an infinite sampler without those entries that are used already."""
 
     sampler: Sampler[int]
     skipped: int
@@ -39,11 +34,6 @@ def training_loader(cfg: CfgNode, dataset: Entries, start: int) -> DataLoader:
     The order depends on ``SEED`` alone (where it is not negative). With
     ``DATALOADER.ASPECT_RATIO_GROUPING`` images that waited for a partner when a run stopped are
     passed over.
-
-    Args:
-        cfg: ``SOLVER.IMS_PER_BATCH``, ``INPUT`` and ``DATALOADER`` are read.
-        dataset: as :func:`detection.data.targets.training_set` gives it.
-        start: of the run.
 
     Raises:
         ConfigError: an unknown ``DATALOADER.SAMPLER_TRAIN``.

@@ -1,4 +1,4 @@
-"""Looking at what a student took over: layer-wise CKA, and curves (in ``plots``)."""
+"""Looking at what a student took over: layer-wise CKA."""
 
 from __future__ import annotations
 

@@ -63,11 +63,7 @@ def merge_leaves(
 
 
 def import_modules(names: Iterable[object], key: str) -> None:
-    """Import modules, which register what they hold; the working folder is searched, too.
-
-    Args:
-        names: such as ``my_package.my_losses``.
-        key: of the configuration, for messages.
+    """Import modules that a key names, installed or in the working folder.
 
     Raises:
         ConfigError: a module that cannot be imported.

@@ -15,17 +15,11 @@ from pcka.engine.environment import choose_device
 
 @contextmanager
 def process_group(device_name: str) -> Iterator[torch.device]:
-    """Join the group that ``torchrun`` describes in the environment, for the length of the block.
+    """Join the group that ``torchrun`` describes in the environment; yield this process's device.
 
     NCCL where the processes train on CUDA, gloo otherwise. One process, started without
     ``torchrun``, needs no group, and one that is in a group already stays in it. The first process
-    alone logs more than warnings.
-
-    Args:
-        device_name: the key ``DEVICE``.
-
-    Yields:
-        The device of this process.
+    alone logs more than warnings. ``device_name`` is the key ``DEVICE``.
     """
     device = choose_device(device_name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():

@@ -31,12 +31,7 @@ def naming(section: str) -> Iterator[None]:
 
 @torch.no_grad()
 def try_losses(distiller: Distiller, *inputs: Any, **keywords: Any) -> None:
-    """Run all losses once; models, losses and random numbers stay as they are.
-
-    Args:
-        distiller: with its adapters made.
-        inputs: of its ``forward``.
-        keywords: likewise.
+    """Run a prepared distiller once; models, losses and random numbers stay as they are.
 
     Raises:
         ConfigError: a loss cannot compare what it taps, or gives no term.

@@ -20,13 +20,7 @@ SECONDS = 60.0  # between two lines
 
 
 class Progress(tqdm):
-    """tqdm's bar, in the first process, gone once it is full; lines where there is no terminal.
-
-    Args:
-        desc: what is done.
-        total: number of images.
-        keywords: of tqdm.
-    """
+    """tqdm's bar of images, in the first process; lines where there is no terminal."""
 
     def __init__(self, desc: str, total: int, **keywords: Any) -> None:
         disable = True if rank() else None  # None: unless there is a terminal
@@ -51,11 +45,6 @@ class Pace:
     """Times an epoch on the host, with a bar; a context manager.
 
     The first step, which warms up, does not count for the rate.
-
-    Args:
-        desc: what is done.
-        steps: of the epoch.
-        batch_size: images of a step.
     """
 
     def __init__(self, desc: str, steps: int, batch_size: int) -> None:

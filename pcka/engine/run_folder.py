@@ -161,11 +161,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_temporaries(directory: Path, name: str = "*") -> None:
-    """Remove what killed processes left half written; no other may be at work there.
-
-    Args:
-        directory: of the files.
-        name: of the file that was being written, or a pattern.
-    """
+    """Remove what killed processes left of a file, or of all; no other may be at work there."""
     for path in directory.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):  # as atomic_write names them
         path.unlink(missing_ok=True)

@@ -16,11 +16,7 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 
 def load_state(path: Path, parts: Kinds) -> dict:
-    """Return the state in a run's checkpoint.
-
-    Args:
-        path: of the file.
-        parts: name -> type of what it must hold.
+    """Return the state in a run's checkpoint, which must hold ``parts``, name -> type.
 
     Raises:
         ConfigError: the file is damaged, or none of a run; it is named, with the way out.
@@ -75,7 +71,7 @@ def check_fits(
     Args:
         state: of :func:`load_state`.
         parts: name in the state -> module that will load it.
-        optimizer: whose state will be loaded.
+        optimizer: whose state will be loaded, too.
         path: of the checkpoint.
 
     Raises:

@@ -55,14 +55,9 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
 def pointwise(
     c_in: int, c_out: int, *, norm: bool = False, relu: bool = False, bias: bool = True
 ) -> nn.Sequential:
-    """A 1x1 convolution, ``(B, c_in, H, W)`` -> ``(B, c_out, H, W)``.
+    """A 1x1 convolution, ``(B, c_in, H, W)`` -> ``(B, c_out, H, W)``, maybe with a ReLU behind it.
 
-    Args:
-        c_in: channels that come.
-        c_out: channels that go.
-        norm: a batch norm follows; the convolution then has no bias.
-        relu: a ReLU ends it.
-        bias: give the convolution a bias.
+    With a batch norm, which comes before that, the convolution has no bias.
     """
     layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, 1, bias=bias and not norm)]
     if norm:
@@ -131,11 +126,7 @@ def fit_maps(
 
 
 def prepared(module: M | None, loss: str) -> M:
-    """``module``, or an error that says what makes it.
-
-    Args:
-        module: what ``prepare`` makes; before that None, or an empty ``ModuleDict``.
-        loss: what the error calls the loss.
+    """What the ``prepare`` of a loss makes; before that it is None, or an empty ``ModuleDict``.
 
     Raises:
         RuntimeError: ``prepare`` was not called.

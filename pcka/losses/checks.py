@@ -170,12 +170,7 @@ def as_list(name: str, values: Sequence[str]) -> tuple[str, ...]:
 
 
 def for_each(stages: Sequence[str], name: str, values: T | Sequence[T]) -> tuple[T, ...]:
-    """One value for each stage: a single one, bare or in a list, serves all of them.
-
-    Args:
-        stages: of the loss.
-        name: what the error calls the setting.
-        values: one value, or a sequence of one or of as many as there are ``stages``.
+    """The setting ``name``, one value for each stage: a single one, bare or in a list, serves all.
 
     Raises:
         ValueError: a sequence of another length, or text.

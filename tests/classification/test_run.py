@@ -105,7 +105,7 @@ def test_a_continuation_on_other_images_is_refused(tiny_config, monkeypatch):
 @pytest.mark.parametrize(
     ("schedule", "milestones", "named"),
     [
-        ("multistep", "[1, 2, 7]", "at 2, 7, which SOLVER.EPOCHS 2 does not"),
+        ("multistep", "[1, 2, 7]", "at 2, 7, beyond SOLVER.EPOCHS 2"),
         ("multistep", "[1]", None),
         ("cosine", "[7]", None),
     ],
