@@ -147,7 +147,6 @@ def prepare(
 
     Args:
         runs: that share data and teacher.
-        device: that trains.
         image_sets: training and evaluation images where they are in memory already.
     """
     lead = runs[0].cfg
@@ -172,7 +171,6 @@ class Run:
     """One student's run, from its folder to its result.
 
     Attributes:
-        cfg: its configuration.
         files: None in all processes but the first.
         saved: the state to go on from.
         result: where the run was finished before.

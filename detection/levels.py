@@ -47,9 +47,7 @@ def match_levels(
         other = other or own
         for role, level, known in (("student", own, student), ("teacher", other, teacher)):
             if level not in known:
-                gives = ", ".join(
-                    f"{name} (stride {shape.stride})" for name, shape in known.items()
-                )
+                gives = ", ".join(f"{name} (stride {spec.stride})" for name, spec in known.items())
                 raise ConfigError(
                     f"DISTILL.LEVELS: {entry!r} names {level!r}, which the {role}'s backbone does "
                     f"not have; it gives {gives}"
