@@ -45,6 +45,7 @@ def default_config() -> CfgNode:
             "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
             "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
             "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
+            "GRADIENTS_EVERY": 0,  # epochs between looks at the gradient of each term; 0: none
             "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
         }
     )
@@ -117,6 +118,7 @@ HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
     "SAVE_EVERY",
+    "GRADIENTS_EVERY",
     "CUDA_GRAPH",
     "DATA.ROOT",
     "DATA.DOWNLOAD",
@@ -243,6 +245,7 @@ CHOICES = {
 RANGES: dict[str, tuple[float, float | None]] = {
     "LOG_EVERY": (1, None),
     "EVAL_EVERY": (1, None),
+    "GRADIENTS_EVERY": (0, None),
     "SAVE_EVERY": (1, None),
     "SEED": (0, 2**64 - 1),  # of torch's generators
     "DATA.IMAGE_SIZE": (1, None),
