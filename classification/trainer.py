@@ -19,7 +19,6 @@ from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epo
 from classification.data.batches import PROCESS_STREAM, stream_seed
 from classification.evaluation import accuracy, stage_alignment
 from classification.teacher import Lessons, StepInputs
-from pcka.analysis.gradients import term_gradients
 from pcka.distiller import Distiller
 from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
 from pcka.engine.command import TrainingFailedError
@@ -346,6 +345,8 @@ class Trainer:
 
 def _gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:
     """What ``metrics.jsonl`` says of the gradient of each term, on this process's batch."""
+    from pcka.analysis.gradients import term_gradients  # few runs ask for it
+
     reference = "loss_ce" if "loss_ce" in terms else next(iter(terms))
     found = term_gradients(terms, student.parameters(), reference)
     return {

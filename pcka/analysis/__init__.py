@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pcka.analysis.gradients import TermGradient, term_gradients
 from pcka.analysis.layerwise import LayerwiseCKA, layerwise_cka
 
-__all__ = ["LayerwiseCKA", "TermGradient", "layerwise_cka", "term_gradients"]
+__all__ = ["LayerwiseCKA", "layerwise_cka"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pcka.analysis import TermGradient, term_gradients
+from pcka.analysis.gradients import TermGradient, term_gradients
 
 
 @pytest.fixture

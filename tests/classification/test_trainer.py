@@ -9,7 +9,7 @@ from classification.run import run_experiment
 from classification.sweep import run_side_by_side
 from classification.teacher import _shared_observer
 from classification.trainer import Trainer
-from pcka.analysis import term_gradients
+from pcka.analysis.gradients import term_gradients
 from pcka.distiller import Distiller
 from pcka.engine.command import TrainingFailedError
 
@@ -133,7 +133,7 @@ def test_gradients_are_those_of_the_last_step_of_the_epoch(tiny_config, tmp_path
 
     norms, original = [], Trainer.update
     monkeypatch.setattr(Trainer, "update", update)
-    monkeypatch.setattr("classification.trainer.term_gradients", total)
+    monkeypatch.setattr("pcka.analysis.gradients.term_gradients", total)
     plain_sgd = {"SOLVER.MOMENTUM": 0.0, "SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.EPOCHS": 1}
     run_experiment(tiny_config(**plain_sgd, **{"TEACHER.NAME": "", "GRADIENTS_EVERY": 1}))
     assert len(sizes) > 1
