@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -26,7 +28,7 @@ from classification.trainer import Trainer
 from pcka.distributed import rank
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.comparison import HOW_TO_READ, Comparison
-from pcka.engine.config import ConfigError
+from pcka.engine.config import ConfigError, read_tree
 from pcka.engine.cost import (
     ROUNDS,
     Cost,
@@ -45,6 +47,42 @@ PUBLISHED = CONFIGS / "published.yaml"
 METRICS = {"last_accuracy": "last epoch (%)", "best_accuracy": "best epoch (%)"}
 
 
+class Variant(NamedTuple):
+    """A method with settings of its own.
+
+    Attributes:
+        method: name of a method file.
+        overrides: ``KEY VALUE`` pairs.
+    """
+
+    method: str
+    overrides: tuple[str, ...] = ()
+
+
+def read_variants(path: str | Path) -> dict[str, Variant]:
+    """Return the variants of a YAML file by name, in its order.
+
+    Each is a mapping of keys to values, ``METHOD`` among them where its method file is not called
+    as the variant is::
+
+        kd:
+        kd_fcka10: {METHOD: kd_fcka, DISTILL.FCKA.WEIGHTS: 10.0}
+
+    Raises:
+        ConfigError: as :func:`pcka.engine.config.read_tree`, or what is no such mapping.
+    """
+    variants = {}
+    for name, settings in read_tree(Path(path)).items():
+        if not isinstance(settings, Mapping | None):
+            raise ConfigError(f"{path}: {name}: expected keys and values, got {settings!r}")
+        keys = dict(settings or {})
+        method = str(keys.pop("METHOD", name))
+        variants[str(name)] = Variant(
+            method, tuple(str(word) for pair in keys.items() for word in pair)
+        )
+    return variants
+
+
 def compare(
     config_file: Path,
     methods: Sequence[str],
@@ -52,6 +90,7 @@ def compare(
     output: Path,
     overrides: Sequence[str] = (),
     *,
+    variants: Mapping[str, Variant] = MappingProxyType({}),
     together: int = 8,
     costs: bool = True,
 ) -> Comparison:
@@ -59,10 +98,12 @@ def compare(
 
     Args:
         config_file: data, student and teacher.
-        methods: names of method files; the first is what the others are compared with.
+        methods: names of method files or of variants; the first is what the others are compared
+            with.
         seeds: of the students' start, order and augmentation.
         output: ``comparison.md``, ``.csv`` and ``.png`` go there too.
         overrides: ``KEY VALUE`` pairs for all runs.
+        variants: by name; what is not among them is a method file.
         together: so many students are trained side by side; they share the device's memory.
         costs: measure what a step of each method costs, once the runs are there.
 
@@ -73,13 +114,15 @@ def compare(
         raise ConfigError(f"methods and seeds: expected each one once, got {methods} and {seeds}")
 
     def configure(method: str, seed: int) -> CfgNode:
+        variant = variants.get(method, Variant(method))
         own = ["SEED", str(seed), "OUTPUT_DIR", str(output / method / f"seed{seed}")]
-        return load_config(config_file, [*overrides, *own], method)
+        return load_config(config_file, [*variant.overrides, *overrides, *own], variant.method)
 
     # All of them before the first is trained, so that a wrong name costs no time.
     cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
     first = cfgs[methods[0], seeds[0]]
-    comparison = new_comparison(first, methods)
+    own_settings = {name for name, variant in variants.items() if variant != Variant(name)}
+    comparison = new_comparison(first, methods, unpublished=own_settings)
     with process_group(first.DEVICE) as device:
         if rank() == 0:
             remove_temporaries(output)
@@ -108,9 +151,18 @@ def _groups(
     return [row[start : start + size] for row in rows for start in range(0, len(row), size)]
 
 
-def new_comparison(cfg: CfgNode, methods: Sequence[str]) -> Comparison:
-    """A comparison without results, with the paper's figures where the setting is the paper's."""
-    published = {m: value for m in methods if (value := published_accuracy(cfg, m)) is not None}
+def new_comparison(
+    cfg: CfgNode, methods: Sequence[str], *, unpublished: Collection[str] = ()
+) -> Comparison:
+    """A comparison without results, with the paper's figures where the setting is the paper's.
+
+    Args:
+        cfg: the setting.
+        methods: names.
+        unpublished: those of them that are not the method files of these names.
+    """
+    accuracies = {m: published_accuracy(cfg, m) for m in methods if m not in unpublished}
+    published = {method: value for method, value in accuracies.items() if value is not None}
     return Comparison(
         methods,
         METRICS,
@@ -242,8 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         TrainingFailedError: every run failed.
     """
     parser = config_arguments("Train several methods with several seeds, and compare them.")
-    parser.add_argument(
-        "--methods", nargs="+", required=True, metavar="M", help="names that --list prints"
+    compared = parser.add_mutually_exclusive_group(required=True)
+    compared.add_argument("--methods", nargs="+", metavar="M", help="names that --list prints")
+    compared.add_argument(
+        "--variants", type=Path, metavar="F", help="YAML file of methods with settings of their own"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
@@ -253,15 +307,17 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
     parser.add_argument("--no-costs", action="store_true", help="do not measure what steps cost")
     # KEY VALUE pairs may follow the lists, which would swallow them: they come after "--".
     given = parser.parse_args(arguments)
-    if keys := [word for word in given.methods if "." in word]:
+    if keys := [word for word in given.methods or () if "." in word]:
         parser.error(f"{keys[0]} is no method; KEY VALUE pairs come last, behind a --")
     with console_log():
+        variants = read_variants(given.variants) if given.variants else {}
         comparison = compare(
             Path(given.config_file),
-            given.methods,
+            given.methods or list(variants),
             given.seeds,
             given.output,
             given.overrides,
+            variants=variants,
             together=given.together,
             costs=not given.no_costs,
         )

@@ -44,6 +44,7 @@ def default_config() -> CfgNode:
             "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
             "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
             "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
+            "GRADIENTS_EVERY": 0,  # epochs between looks at the gradient of each term; 0: none
             "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
         }
     )
@@ -116,6 +117,7 @@ HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
     "SAVE_EVERY",
+    "GRADIENTS_EVERY",
     "CUDA_GRAPH",
     "DATA.ROOT",
     "DATA.DOWNLOAD",
@@ -214,25 +216,33 @@ CHOICES = {
     "AUTOCAST": ("", "bfloat16", "auto"),
     "SOLVER.SCHEDULE": ("multistep", "cosine"),
 }
-AT_LEAST = {
-    0: (
-        "SEED", "DATA.NUM_CLASSES", "DATA.TRAIN_IMAGES", "DATA.HOLDOUT", "DATA.SPLIT_SEED",
-        "DATA.CROP_PADDING", "DATA.MEMORY_GB", "DATA.WORKERS", "DATA.RESIZE", "DISTILL.WARMUP",
-        "TEACHER.ACCURACY", "TEACHER.SEED", "SOLVER.BASE_LR", "SOLVER.MOMENTUM",
-        "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
-    ),
-    1: (
-        "LOG_EVERY", "EVAL_EVERY", "SAVE_EVERY", "DATA.IMAGE_SIZE", "TEACHER.EPOCHS",
-        "SOLVER.EPOCHS", "SOLVER.BATCH_SIZE",
-    ),
-}  # fmt: skip
-AT_MOST = {
-    "SEED": 2**64 - 1,  # of torch's generators
-    "TEACHER.SEED": 2**64 - 1,
-    "DATA.SPLIT_SEED": 2**32 - 1,  # of numpy's legacy generator
-    "DISTILL.WARMUP": 1,  # a share of the epochs
-    "TEACHER.ACCURACY": 100,
-    "SOLVER.MOMENTUM": 1,
+# Key -> least and greatest value; None: no bound.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "LOG_EVERY": (1, None),
+    "EVAL_EVERY": (1, None),
+    "GRADIENTS_EVERY": (0, None),
+    "SAVE_EVERY": (1, None),
+    "SEED": (0, 2**64 - 1),  # of torch's generators
+    "DATA.IMAGE_SIZE": (1, None),
+    "DATA.NUM_CLASSES": (0, None),
+    "DATA.TRAIN_IMAGES": (0, None),
+    "DATA.HOLDOUT": (0, None),
+    "DATA.SPLIT_SEED": (0, 2**32 - 1),  # of numpy's legacy generator
+    "DATA.CROP_PADDING": (0, None),
+    "DATA.MEMORY_GB": (0, None),
+    "DATA.WORKERS": (0, None),
+    "DATA.RESIZE": (0, None),
+    "DISTILL.WARMUP": (0, 1),  # a share of the epochs
+    "TEACHER.ACCURACY": (0, 100),
+    "TEACHER.SEED": (0, 2**64 - 1),
+    "TEACHER.EPOCHS": (1, None),
+    "SOLVER.EPOCHS": (1, None),
+    "SOLVER.BATCH_SIZE": (1, None),
+    "SOLVER.BASE_LR": (0, None),
+    "SOLVER.MOMENTUM": (0, 1),
+    "SOLVER.WEIGHT_DECAY": (0, None),
+    "SOLVER.GAMMA": (0, None),
+    "SOLVER.WARMUP_EPOCHS": (0, None),
 }
 
 
@@ -275,12 +285,10 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
-    for least, keys in AT_LEAST.items():
-        for key in keys:
-            if values[key] < least:
-                raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
-    for key, most in AT_MOST.items():
-        if values[key] > most:
+    for key, (least, most) in RANGES.items():
+        if values[key] < least:
+            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+        if most is not None and values[key] > most:
             raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
 
 

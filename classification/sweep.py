@@ -191,7 +191,8 @@ class SideBySide:
         """Update every student that still trains, by the inputs of its ``SEED``."""
         for trainer in self.trainers:
             trainer.set_schedule(step)
-        for trainer, terms in zip(self.trainers, self._update(inputs), strict=True):
+        update = self._in_turn if self.trainers[0].measures_gradients else self._update
+        for trainer, terms in zip(self.trainers, update(inputs), strict=True):
             if terms is not None and trainer not in self._sweep.failures:
                 trainer.keep_losses(terms.clone())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
@@ -54,6 +54,7 @@ class Trainer:
         epoch: number of epochs completed.
         best: accuracy (percent) and number of the best epoch so far.
         seconds: of all epochs, their evaluation included.
+        measures_gradients: the step that comes looks at the gradient of each term.
     """
 
     cfg: CfgNode
@@ -71,6 +72,8 @@ class Trainer:
         self.best = {"best_accuracy": -1.0, "best_epoch": 0}
         self.seconds = 0.0
         self.window = LossWindow()
+        self.measures_gradients = False
+        self._gradients: dict[str, float] = {}
         self._pixels = pixel_statistics(cfg.STUDENT).to(self.device)
         # On the device, so that a recorded step reads what is written here: the learning rate,
         # and the factor of the distillation terms.
@@ -117,7 +120,8 @@ class Trainer:
     def step(self, inputs: StepInputs, step: int) -> None:
         """Update by this process's part of a batch, the epoch's ``step``-th, counted from 0."""
         self.set_schedule(step)
-        self.keep_losses(self._update(inputs).clone())
+        update = self.update if self.measures_gradients else self._update
+        self.keep_losses(update(inputs).clone())
 
     def update(self, inputs: StepInputs) -> Tensor:
         """One step of the optimizer, by work on the device alone: it can be recorded and replayed.
@@ -131,6 +135,8 @@ class Trainer:
             terms = self._model(
                 images, inputs.labels, indices=inputs.indices, teacher_outputs=inputs.teacher
             )
+        if self.measures_gradients:
+            self._gradients = _gradient_figures(terms, self.distiller.student)
         values = torch.stack(list(terms.values()))
         total = values.sum()
         self.optimizer.zero_grad()
@@ -140,13 +146,15 @@ class Trainer:
         return torch.cat([values.detach(), total.detach()[None]]).float()
 
     def set_schedule(self, step: int) -> None:
-        """Set what the step of the epoch trains with: the rate, and the warm-up's scale."""
+        """Set what the step of the epoch trains with, and whether gradients are measured in it."""
         progress = self.epoch + step / self.steps_per_epoch
         values = learning_rate(self.cfg, progress), distillation_scale(self.cfg, progress)
         if values != self._scheduled:  # mostly they stay
             self._rate.fill_(values[0])
             self._scale.fill_(values[1])
             self._scheduled = values
+        last, every = step + 1 == self.steps_per_epoch, self.cfg.GRADIENTS_EVERY
+        self.measures_gradients = bool(last and every and (self.epoch + 1) % every == 0)
 
     def keep_losses(self, terms: Tensor) -> None:
         """Keep what :meth:`update` returned for the epoch's means."""
@@ -184,7 +192,7 @@ class Trainer:
 
     def start_epoch(self) -> None:
         """Forget the losses of the last epoch; no two processes draw the same masks in this one."""
-        self.window = LossWindow()
+        self.window, self._gradients = LossWindow(), {}
         if rank() > 0:  # the first one goes on with its own, as if it were alone
             seed_everything(stream_seed(self.cfg.SEED, self.epoch, PROCESS_STREAM, rank()))
         self.distiller.train()
@@ -211,7 +219,8 @@ class Trainer:
         whole = figures["seconds"] + time.perf_counter() - start
         self.seconds += whole
         record = {
-            "epoch": self.epoch, **evaluated, "lr": self._scheduled[0], **means, **figures
+            "epoch": self.epoch, **evaluated, "lr": self._scheduled[0], **means,
+            **self._gradients, **figures
         }  # fmt: skip
         self.files.add_metrics(record)
         is_best = self.best["best_epoch"] == self.epoch
@@ -321,6 +330,19 @@ class Trainer:
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
+
+
+def _gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:
+    """What ``metrics.jsonl`` says of the gradient of each term, on this process's batch."""
+    from pcka.analysis.gradients import term_gradients  # few runs ask for it
+
+    reference = "loss_ce" if "loss_ce" in terms else next(iter(terms))
+    found = term_gradients(terms, student.parameters(), reference)
+    return {
+        f"gradient_{what}_{name.removeprefix('loss_')}": value
+        for name, measured in found.items()
+        for what, value in measured._asdict().items()
+    }
 
 
 def _data_parallel(distiller: Distiller) -> DistributedDataParallel:

@@ -79,17 +79,20 @@ class Comparison:
         row["difference"] = verdict(pairs)
         return row | {heading: cells.get(method, "") for heading, cells in self.extra.items()}
 
-    def markdown(self) -> str:
-        """Heading, table and failures; columns that nobody has are left out."""
+    def table(self) -> str:
+        """The table in Markdown; columns that nobody has are left out."""
         rows = self.rows()
         kept = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-        table = tabulate(
+        return tabulate(
             [[row[heading] for heading in kept] for row in rows],
             headers=kept,
             tablefmt="github",
             disable_numparse=True,
         )
-        parts = [self.heading] * bool(self.heading) + [table]
+
+    def markdown(self) -> str:
+        """Heading, table and failures."""
+        parts = [self.heading] * bool(self.heading) + [self.table()]
         for method, by_seed in self.failures.items():
             parts += ["\n".join(f"{method}, seed {seed}: {text}" for seed, text in by_seed.items())]
         return "\n\n".join(parts) + "\n"

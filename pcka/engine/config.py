@@ -161,7 +161,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
     """Read a file for those that name it, directly or not, as their base."""
     if path.resolve() in readers:
         raise ConfigError(f"{path}: is its own {BASE_KEY}, directly or by a circle")
-    tree = _tree(path)
+    tree = read_tree(path)
     bases = tree.pop(BASE_KEY, [])
     leaves: dict[str, object] = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -176,7 +176,8 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
         ) from error
 
 
-def _tree(path: Path) -> dict[str, object]:
+def read_tree(path: Path) -> dict[str, object]:
+    """Return the values of a YAML file as they stand there; errors as of :func:`read_leaves`."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:

@@ -94,13 +94,14 @@ def _draw_curve(axes: Axes, name: str, points: Points, colour: str, dash: str) -
 
 
 def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw losses, accuracy and layer-wise CKA of a classifier's run by epoch.
+    """Draw losses, accuracy, layer-wise CKA and gradients of a classifier's run by epoch.
 
     A panel without a figure in any epoch is left out; an epoch may lack any figure.
 
     Args:
         metrics: one mapping an epoch: ``epoch``; ``loss_<term>``; ``accuracy`` (evaluation) and
-            ``train_accuracy``, in percent; ``cka_<layer>``, in [0, 1]. Other keys are passed over.
+            ``train_accuracy``, in percent; ``cka_<layer>``, in [0, 1];
+            ``gradient_share_<term>`` and ``gradient_cosine_<term>``. Other keys are passed over.
         path: picture to write; its suffix picks the format.
 
     Raises:
@@ -126,6 +127,14 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
                 from_zero=False,
             ),
             Panel("Teacher\N{EN DASH}student CKA", "CKA", starting("cka_"), top=1.02),
+            Panel(
+                "Gradients: lengths", "share of the norms", starting("gradient_share_"), top=1.02
+            ),
+            Panel(
+                "Gradients: directions",
+                "cosine with cross-entropy's",
+                starting("gradient_cosine_"),
+            ),
         ],
         path,
         x="epoch",

@@ -8,34 +8,69 @@ from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
 from pcka.losses.checks import as_samples
-from pcka.losses.numerics import leave_out_constant
+from pcka.losses.numerics import at_one_size, leave_out_constant
 from pcka.ops import cka
+from pcka.ops.functional import check_choice
+
+SAMPLES = ("images", "positions")
 
 
 def fcka_loss(
-    student: Tensor, teacher: Tensor, *, center: bool = True, level: str = "fcka_loss"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    center: bool = True,
+    unbiased: bool = False,
+    samples: str = "images",
+    level: str = "fcka_loss",
 ) -> Tensor:
-    r"""``1 - CKA`` of the features of a batch, flattened to one row per sample.
+    r"""``1 - CKA`` of the features of a batch.
 
-    ``1 - CKA(X_s, X_t)`` with ``X = features (B, C*H*W)`` (Zhou et al. 2024, section 4.1). The
-    widths of the two models may differ: only the ``B x B`` Gram matrices are compared.
+    ``1 - CKA(X_s, X_t)`` with ``X = features (B, C*H*W)``, one row an image (Zhou et al. 2024,
+    section 4.1), or ``(B*H*W, C)``, one row a position of the map. The widths of the two models
+    may differ: only the Gram matrices between the rows are compared.
 
     Args:
         student: ``(B, C_s, H_s, W_s)`` or ``(B, D_s)``, any floating dtype.
         teacher: ``(B, C_t, H_t, W_t)`` or ``(B, D_t)``; no gradient reaches it.
         center: center the Gram matrices.
+        unbiased: estimate HSIC without bias, see :func:`pcka.cka`: for few images and wide maps,
+            where the plain estimate is close to 1 whatever the features are.
+        samples: ``"images"`` or ``"positions"``; for positions both maps are pooled to the smaller
+            size.
         level: what the warning of a degenerate batch calls this level.
 
     Returns:
-        A scalar in [0, 1]: float32, or float64 for float64 input. Where the batch makes CKA
-        constant (one sample, or two when centered) it is 0 with gradient 0.
+        A scalar: float32, or float64 for float64 input. In [0, 1] unless ``unbiased``. Where the
+        batch makes CKA constant (one sample, or two when centered) it is 0 with gradient 0.
 
     Raises:
-        ValueError: features that do not hold the same samples, or differ in device.
+        ValueError: features that do not hold the same samples, or differ in device; positions of
+            what is no map; ``unbiased`` without centering, of positions, or of fewer than four
+            images.
     """
+    _check_settings(center=center, unbiased=unbiased, samples=samples)
     student, teacher = as_samples(student, teacher, widen=False)
-    loss = 1 - cka(student.flatten(1), teacher.flatten(1), center=center)
+    if samples == "positions":
+        student, teacher = map(_positions, at_one_size(student, teacher))
+    loss = 1 - cka(student.flatten(1), teacher.flatten(1), center=center, unbiased=unbiased)
     return leave_out_constant(loss, samples=student.shape[0], center=center, level=level)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` -> ``(B*H*W, C)``."""
+    return x.movedim(1, -1).flatten(0, 2)
+
+
+def _check_settings(*, center: bool, unbiased: bool, samples: str) -> None:
+    check_choice("samples", samples, SAMPLES)
+    if unbiased and not center:
+        raise ValueError("unbiased=True estimates the centered HSIC; it needs center=True")
+    if unbiased and samples == "positions":
+        raise ValueError(
+            "unbiased=True needs samples='images': of the many positions of a batch the plain "
+            "estimate has no bias to speak of, and takes far less memory"
+        )
 
 
 class FCKA(StagewiseLoss):
@@ -45,6 +80,8 @@ class FCKA(StagewiseLoss):
         stages: names of the tapped features.
         weights: factor of each stage's term, or one of all.
         center: center the Gram matrices.
+        unbiased: estimate HSIC without bias.
+        samples: ``"images"`` or ``"positions"``.
     """
 
     relational = True
@@ -55,10 +92,21 @@ class FCKA(StagewiseLoss):
         stages: Sequence[str] = ("last",),
         weights: float | Sequence[float] = (10.0,),
         center: bool = True,
+        unbiased: bool = False,
+        samples: str = "images",
     ) -> None:
         super().__init__(stages, weights)
+        _check_settings(center=center, unbiased=unbiased, samples=samples)
         self.center = center
+        self.unbiased = unbiased
+        self.samples = samples
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        level = f"loss_{self.log_name}_{stage}"
-        return fcka_loss(student, teacher, center=self.center, level=level)
+        return fcka_loss(
+            student,
+            teacher,
+            center=self.center,
+            unbiased=self.unbiased,
+            samples=self.samples,
+            level=f"loss_{self.log_name}_{stage}",
+        )

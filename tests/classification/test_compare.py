@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 from classification import compare as script
-from classification.compare import _groups, compare, cost_columns, heading, new_comparison
+from classification.compare import (
+    METRICS,
+    Variant,
+    _groups,
+    compare,
+    cost_columns,
+    heading,
+    new_comparison,
+    read_variants,
+)
 from classification.config import CONFIGS, load_config
 from classification.sweep import run_side_by_side
+from pcka.engine.comparison import Comparison
 from pcka.engine.config import ConfigError
 from pcka.engine.cost import Cost
 from pcka.engine.run_folder import RunFolder, read_metrics
@@ -97,6 +107,46 @@ def test_a_stopped_comparison_goes_on_where_it_stopped(
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_variants_are_methods_with_settings_of_their_own(comparing, tmp_path):
+    path = tmp_path / "variants.yaml"
+    path.write_text(
+        "kd:\n"
+        "hot: {METHOD: kd, DISTILL.KD.TEMPERATURE: 8.0}\n"
+        "two:\n  METHOD: kd\n  DISTILL.METHODS: [CE, KD, FCKA]\n  DISTILL.FCKA.STAGES: [last]\n"
+    )
+    variants = read_variants(path)
+    comparing("out", methods=list(variants), seeds=(0,), variants=variants)
+    configured = {
+        name: load_config(tmp_path / "out" / name / "seed0" / "config.yaml") for name in variants
+    }
+    assert {name: cfg.DISTILL.KD.TEMPERATURE for name, cfg in configured.items()} == {
+        "kd": 4.0, "hot": 8.0, "two": 4.0
+    }  # fmt: skip
+    assert configured["two"].DISTILL.METHODS == ["CE", "KD", "FCKA"]
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert [row["method"] for row in rows] == ["kd", "hot", "two"]
+    (first, *_) = read_metrics(tmp_path / "out" / "two" / "seed0" / "metrics.jsonl")
+    assert "loss_fcka_last" in first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kd: 8.0", r"variants.yaml: kd: expected keys and values, got 8.0"),
+        ("- kd", r"variants.yaml: expected a mapping"),
+        ("hot: {DISTILL.KD.TEMPERATURE: 8.0}", r"no method is called 'hot'"),
+        ("kd: {DISTILL.KD.TEMPERATUR: 8.0}", r"DISTILL.KD.TEMPERATUR.*TEMPERATURE"),
+        ("{kd: , slow: {METHOD: kd, SOLVER.BASE_LR: 0.01}}", r"SOLVER.BASE_LR: runs side by side"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(comparing, tmp_path, text, message):
+    path = tmp_path / "variants.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        variants = read_variants(path)
+        comparing("out", methods=list(variants), seeds=(0,), variants=variants)
+
+
 def test_only_what_is_missing_is_trained(comparing, tmp_path):
     (tmp_path / "out").mkdir()
     left = tmp_path / "out" / ".comparison.md.01234567.tmp"  # by a kill
@@ -150,6 +200,23 @@ def test_an_unknown_method_is_refused_before_anything_is_trained(comparing, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_variants_of_a_file_are_compared_in_its_order(monkeypatch, tmp_path):
+    path, seen = tmp_path / "variants.yaml", []
+
+    def recorded(config_file, methods, *_, variants, **keywords):
+        seen.append((methods, variants))
+        return Comparison(methods, METRICS, results={"hot": {0: {}}})
+
+    monkeypatch.setattr(script, "compare", recorded)
+    monkeypatch.setattr(Comparison, "markdown", lambda self: "the table")
+    path.write_text("hot: {METHOD: kd, DISTILL.KD.TEMPERATURE: 8.0}\nce:\n")
+    script.main(["--config-file", "F", "--variants", str(path)])
+    hot = Variant("kd", ("DISTILL.KD.TEMPERATURE", "8.0"))
+    assert seen == [(["hot", "ce"], {"hot": hot, "ce": Variant("ce")})]
+    with pytest.raises(SystemExit):
+        script.main(["--config-file", "F", "--variants", str(path), "--methods", "kd"])
+
+
 def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
     seen = []
 
@@ -171,11 +238,11 @@ def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
     assert seen == [
         (
             (Path("F"), ["kd", "ce"], [0, 1, 2], Path("output/comparison"), []),
-            {"together": 8, "costs": True},
+            {"variants": {}, "together": 8, "costs": True},
         ),
         (
             (Path("F"), ["kd", "ce"], [4, 5], tmp_path, ["SOLVER.EPOCHS", "3"]),
-            {"together": 3, "costs": False},
+            {"variants": {}, "together": 3, "costs": False},
         ),
     ]
     assert capsys.readouterr().out == "the table\n" * 2
@@ -208,6 +275,8 @@ def test_published_figures_stand_where_the_setting_is_the_papers(of_the_paper):
     published = [row["published (%)"] for row in comparison.rows()]
     assert published == ["69.06", "70.67", "", "70.22"]
     other = load_config(CONFIGS / "cifar100" / "resnet56_resnet20.yaml")
+    tuned = new_comparison(of_the_paper, ["kd"], unpublished={"kd"})
+    assert "published" not in tuned.markdown()
     assert "published" not in new_comparison(other, ["ce", "kd"]).markdown()
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from classification.run import run_experiment
+from classification.sweep import run_side_by_side
 from classification.teacher import _shared_observer
 from classification.trainer import Trainer
+from pcka.analysis.gradients import term_gradients
 from pcka.distiller import Distiller
 from pcka.engine.command import TrainingFailedError
 
@@ -86,3 +88,76 @@ def test_the_best_epoch_is_kept_apart_from_the_last(tiny_config, tmp_path, monke
     assert saved == ["model_last.pth", "model_best.pth"] * 2 + ["model_last.pth"]
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [record["best_accuracy"] for record in records] == [30, 50, 50]
+
+
+def gradient_figures(line):
+    return {key: value for key, value in line.items() if key.startswith("gradient_")}
+
+
+def test_gradients_are_looked_at_every_so_many_epochs_and_change_nothing(tiny_config, tmp_path):
+    epochs = {"SOLVER.EPOCHS": 3, "OUTPUT_DIR": str(tmp_path / "plain")}
+    plain = run_experiment(tiny_config("kd", **epochs))
+    looked = {"GRADIENTS_EVERY": 2, "OUTPUT_DIR": str(tmp_path / "looked")}
+    assert run_experiment(tiny_config("kd", **epochs | looked))["last_accuracy"] == pytest.approx(
+        plain["last_accuracy"]
+    )
+    states = [torch.load(tmp_path / run / "model_last.pth") for run in ("plain", "looked")]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    first, second, third = map(json.loads, (tmp_path / "looked" / "metrics.jsonl").open())
+    assert gradient_figures(first) == gradient_figures(third) == {}
+    found = gradient_figures(second)
+    assert found["gradient_share_ce"] + found["gradient_share_kd"] == pytest.approx(1)
+    assert 0 < found["gradient_share_kd"] < 1
+    assert found["gradient_cosine_ce"] == pytest.approx(1)
+    assert -1 < found["gradient_cosine_kd"] < 1
+
+
+def test_gradients_are_those_of_the_last_step_of_the_epoch(tiny_config, tmp_path, monkeypatch):
+    sizes = []
+
+    def update(self, inputs):
+        before = [p.detach().clone() for p in self.distiller.student.parameters()]
+        values = original(self, inputs)
+        moved = zip(before, self.distiller.student.parameters(), strict=True)
+        length = sum(((new - old) ** 2).sum().item() for old, new in moved) ** 0.5
+        sizes.append((length, self.optimizer.param_groups[0]["lr"].item()))
+        return values
+
+    def total(terms, parameters, reference):
+        parameters = list(parameters)
+        found = term_gradients(terms, parameters, reference)
+        gradients = torch.autograd.grad(terms[reference], parameters, retain_graph=True)
+        norms.append(sum((g**2).sum().item() for g in gradients) ** 0.5)
+        return found
+
+    norms, original = [], Trainer.update
+    monkeypatch.setattr(Trainer, "update", update)
+    monkeypatch.setattr("pcka.analysis.gradients.term_gradients", total)
+    plain_sgd = {"SOLVER.MOMENTUM": 0.0, "SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.EPOCHS": 1}
+    run_experiment(tiny_config(**plain_sgd, **{"TEACHER.NAME": "", "GRADIENTS_EVERY": 1}))
+    assert len(sizes) > 1
+    length, rate = sizes[-1]
+    assert length == pytest.approx(rate * norms[0], rel=1e-3)
+    assert len(norms) == 1
+
+
+def test_side_by_side_each_student_has_the_gradients_that_it_has_alone(tiny_config, tmp_path):
+    names = ("kd", "ce")
+    for name in names:
+        run_experiment(tiny_config(name, OUTPUT_DIR=str(tmp_path / name), GRADIENTS_EVERY=1))
+    beside = [
+        tiny_config(name, OUTPUT_DIR=str(tmp_path / f"{name}-beside"), GRADIENTS_EVERY=1)
+        for name in names
+    ]
+    run_side_by_side(beside)
+    for name in names:
+        alone, other = (
+            [
+                gradient_figures(json.loads(line))
+                for line in (tmp_path / run / "metrics.jsonl").open()
+            ]
+            for run in (name, f"{name}-beside")
+        )
+        assert alone == other
+        assert all(alone)

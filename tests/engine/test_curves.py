@@ -57,6 +57,14 @@ def test_three_panels_of_the_curves(drawn):
     assert {axes.get_xlabel() for axes in (loss, accuracy, alike)} == {"epoch"}
 
 
+def test_gradients_have_panels_of_their_own(drawn):
+    figures = {"gradient_share_ce": 0.9, "gradient_cosine_ce": 1.0, "gradient_cosine_kd": -0.25}
+    share, cosine = drawn([{"epoch": 1, **figures}, {"epoch": 2, **figures}]).values()
+    assert lines(share) == {"ce": [[1, 0.9], [2, 0.9]]}
+    assert lines(cosine)["kd"] == [[1, -0.25], [2, -0.25]]
+    assert cosine.get_ylim()[0] < -0.25
+
+
 def test_the_first_best_epoch_is_marked(drawn):
     accuracy = drawn(METRICS)["Top-1 accuracy"]
     assert lines(accuracy)["best: 60.50, epoch 2"] == [[2, 60.5]]

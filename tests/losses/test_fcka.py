@@ -26,6 +26,43 @@ def test_centered_maps_of_different_sizes(draw):
     assert fcka_loss(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_positions_are_samples_of_as_many_values_as_there_are_channels(draw):
+    student, teacher = draw(0, 3, 4, 2, 5) + 1, draw(1, 3, 6, 2, 5)
+    rows = [np.stack([z[b, :, i, j] for b in range(3) for i in range(2) for j in range(5)])
+            for z in (student.numpy(), teacher.numpy())]  # fmt: skip
+    loss = fcka_loss(student, teacher, samples="positions")
+    assert loss.item() == pytest.approx(1 - numpy_cka(*rows), rel=1e-12)
+
+
+def test_positions_of_maps_of_different_sizes_are_those_of_the_smaller_one(draw):
+    student, teacher = draw(0, 3, 4, 4, 6), draw(1, 3, 6, 2, 3)
+    pooled = student.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))
+    loss = fcka_loss(student, teacher, samples="positions")
+    torch.testing.assert_close(loss, fcka_loss(pooled, teacher, samples="positions"))
+
+
+def numpy_unbiased_hsic(k: np.ndarray, l: np.ndarray) -> float:
+    """Song et al. 2012, equation 5, over all quadruples' closed form."""
+    n = len(k)
+    k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
+    between = k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ l).sum()
+    return (np.trace(k @ l) + between) / (n * (n - 3))
+
+
+def test_the_unbiased_estimate(draw):
+    student, teacher = draw(0, 7, 3, 2, 2), draw(1, 7, 9)
+    k, l = (z.flatten(1).numpy() @ z.flatten(1).numpy().T for z in (student, teacher))
+    own, other = numpy_unbiased_hsic(k, k), numpy_unbiased_hsic(l, l)
+    expected = 1 - numpy_unbiased_hsic(k, l) / np.sqrt(own * other)
+    assert fcka_loss(student, teacher, unbiased=True).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_noise_of_wide_maps_looks_aligned_to_the_plain_estimate_alone(draw):
+    student, teacher = draw(0, 6, 512), draw(1, 6, 512)
+    assert fcka_loss(student, teacher).item() < 0.05
+    assert fcka_loss(student, teacher, unbiased=True).item() > 0.5
+
+
 @pytest.mark.parametrize("center", [True, False])
 def test_rotation_and_isotropic_scaling_cost_nothing(draw, center):
     x = draw(0, 8, 6) + 1
@@ -91,6 +128,16 @@ def test_module_gives_a_weighted_term_a_stage(draw):
         torch.testing.assert_close(terms[f"loss_fcka_{name}"], expected)
 
 
+@pytest.mark.parametrize("settings", [{"unbiased": True}, {"samples": "positions"}])
+def test_module_compares_as_it_is_set(draw, settings):
+    outputs = Outputs(features={"last": draw(0, 6, 3, 2, 2)})
+    teacher = Outputs(features={"last": draw(1, 6, 4, 2, 2)})
+    (term,) = FCKA(weights=2.0, **settings)(outputs, teacher, None).values()
+    expected = fcka_loss(outputs.features["last"], teacher.features["last"], **settings)
+    torch.testing.assert_close(term, 2 * expected)
+    assert not torch.allclose(term, *FCKA(weights=2.0)(outputs, teacher, None).values())
+
+
 def test_every_degenerate_stage_of_a_module_warns_once(draw):
     loss = FCKA(stages=("a", "b"), weights=(1.0, 1.0))
     outputs = Outputs(features={"a": draw(0, 2, 5), "b": draw(1, 2, 5)})
@@ -109,5 +156,13 @@ def test_refusals(draw):
         FCKA(stages=("a", "b"), weights=(1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match=r"feature 'last'.*\['a'\]"):
         FCKA()(Outputs(features={"a": x}), Outputs(features={"a": x}), None)
+    with pytest.raises(ValueError, match="samples must be one of images, positions"):
+        FCKA(samples="pixels")
+    with pytest.raises(ValueError, match="it needs center=True"):
+        FCKA(unbiased=True, center=False)
+    with pytest.raises(ValueError, match="unbiased=True needs samples='images'"):
+        fcka_loss(x, x, unbiased=True, samples="positions")
+    with pytest.raises(ValueError, match="must be feature maps"):
+        fcka_loss(x, x, samples="positions")
     with pytest.raises(ValueError, match="teacher: FCKA needs it"):
         FCKA()(Outputs(features={"last": x}), None, None)

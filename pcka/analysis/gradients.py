@@ -1,0 +1,72 @@
+"""How the terms of a loss pull at a model: the length and the direction of each one's gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TermGradient(NamedTuple):
+    """The gradient of one term by all parameters together.
+
+    Attributes:
+        share: its norm over the sum of all terms' norms, in [0, 1].
+        cosine: with the gradient of the reference, in [-1, 1]; 0 where either is zero.
+    """
+
+    share: float
+    cosine: float
+
+
+def term_gradients(
+    terms: Mapping[str, Tensor], parameters: Iterable[Tensor], reference: str
+) -> dict[str, TermGradient]:
+    r"""Measure ``g_i = d term_i / d parameters`` of each term.
+
+    ``share_i = ||g_i|| / sum_j ||g_j||`` and ``cosine_i = <g_i, g_ref> / (||g_i|| ||g_ref||)``: a
+    term of a small share changes little, and one of a negative cosine works against the reference
+    (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, call it a conflict).
+
+    Args:
+        terms: name -> weighted scalar with a graph, which is kept for the backward pass.
+        parameters: of the model, any shapes; those that need no gradient are passed over.
+        reference: name of the term that the others are compared with, such as ``"loss_ce"``.
+
+    Raises:
+        ValueError: there is no such term.
+    """
+    if reference not in terms:
+        raise ValueError(f"reference: there is no term {reference!r}, only {', '.join(terms)}")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    of_reference = _gradient(terms[reference], trained)
+    norms, products = {}, {}
+    for name, term in terms.items():
+        gradient = of_reference if name == reference else _gradient(term, trained)
+        norms[name] = math.sqrt(_product(gradient, gradient))
+        products[name] = _product(gradient, of_reference)
+    total = math.fsum(norms.values())
+    return {
+        name: TermGradient(
+            share=_ratio(norm, total),
+            cosine=_ratio(products[name], norm * norms[reference]),
+        )
+        for name, norm in norms.items()
+    }
+
+
+def _gradient(term: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    if not term.requires_grad:
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    return list(torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True))
+
+
+def _product(a: list[Tensor], b: list[Tensor]) -> float:
+    return math.fsum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
+
+
+def _ratio(value: float, by: float) -> float:
+    return value / by if by > 0 else 0.0

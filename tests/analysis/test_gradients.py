@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pcka.analysis.gradients import TermGradient, term_gradients
+
+
+@pytest.fixture
+def parameters():
+    return [torch.zeros(2, 1, requires_grad=True), torch.zeros(1, requires_grad=True)]
+
+
+def plane(parameters, x, y, z=0.0):
+    """A term whose gradient by the three numbers is (x, y, z)."""
+    weight, bias = parameters
+    return x * weight[0, 0] + y * weight[1, 0] + z * bias.sum()
+
+
+def test_share_and_cosine_over_all_parameters(parameters):
+    terms = {
+        "loss_ce": plane(parameters, 3, 0, 4),
+        "loss_same": plane(parameters, 6, 0, 8),
+        "loss_across": plane(parameters, 0, 2),
+        "loss_against": plane(parameters, 0, 0, -3),
+    }
+    found = term_gradients(terms, parameters, "loss_ce")
+    shares, cosines = (5, 10, 2, 3), (1, 1, 0, -4 / 5)
+    for name, share, cosine in zip(terms, shares, cosines, strict=True):
+        assert found[name] == pytest.approx(TermGradient(share / 20, cosine))
+
+
+def test_the_graph_is_left_for_the_backward_pass(parameters):
+    terms = {"loss_ce": plane(parameters, 3, 1), "loss_kd": plane(parameters, 1, 1)}
+    term_gradients(terms, parameters, "loss_ce")
+    assert all(parameter.grad is None for parameter in parameters)
+    sum(terms.values()).backward()
+    assert parameters[0].grad.flatten().tolist() == [4, 2]
+
+
+def test_a_term_without_a_gradient_has_no_share_and_no_direction(parameters):
+    frozen = torch.ones(3)
+    constant, elsewhere = torch.tensor(2.0), torch.ones(1, requires_grad=True).sum()
+    terms = {"loss_ce": plane(parameters, 3, 4), "loss_a": constant, "loss_b": elsewhere}
+    found = term_gradients(terms, [*parameters, frozen], "loss_ce")
+    assert found == {"loss_ce": (1, 1), "loss_a": (0, 0), "loss_b": (0, 0)}
+    nothing = term_gradients({"loss_ce": constant}, parameters, "loss_ce")
+    assert nothing == {"loss_ce": (0, 0)}
+
+
+def test_gradients_too_small_for_float32_squares_are_measured(parameters):
+    terms = {"loss_ce": plane(parameters, 1e-30, 0), "loss_kd": plane(parameters, 1e-30, 1e-30)}
+    assert term_gradients(terms, parameters, "loss_ce")["loss_kd"].cosine == pytest.approx(
+        math.sqrt(0.5)
+    )
+
+
+def test_a_reference_that_is_no_term_is_refused(parameters):
+    with pytest.raises(ValueError, match="no term 'loss_ce', only loss_kd"):
+        term_gradients({"loss_kd": plane(parameters, 1, 0)}, parameters, "loss_ce")

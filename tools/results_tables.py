@@ -1,0 +1,117 @@
+"""Write the docs' tables of results from their figures: ``python -m tools.results_tables``.
+
+A table stands between two comments, the first of which says what it is made of::
+
+    <!-- table: benchmarks/results/cifar100.csv
+         columns: last_accuracy = last epoch (%), best_accuracy = best epoch (%)
+         rows: ce, kd, kd_fcka
+         difference: minus cross-entropy -->
+    ...
+    <!-- end of table -->
+
+The file is what ``compare.py`` wrote as ``comparison.csv``: a line for each run. ``rows`` chooses
+and orders the methods (default: all as they come); the others are compared with the first one,
+under the heading ``difference``. ``--check`` changes nothing and fails where a table is not what
+its figures say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pcka.engine.command import run_command
+from pcka.engine.comparison import Comparison
+from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import write_text
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md")
+TABLE = re.compile(r"(<!-- table: (?P<about>.*?) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+SETTINGS = {"columns", "rows", "difference"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Bring the pages up to date, or tell which are not.
+
+    Raises:
+        ConfigError: a table whose figures are missing, or with ``--check`` one that differs.
+    """
+    parser = argparse.ArgumentParser(description="Write the docs' tables from their figures.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
+    parser.add_argument("pages", nargs="*", type=Path, default=[ROOT / page for page in PAGES])
+    given = parser.parse_args(arguments)
+    for page in given.pages:
+        text = page.read_text()
+        written = with_tables(text, page)
+        if written == text:
+            continue
+        if given.check:
+            raise ConfigError(
+                f"{page}: a table is not what its figures say; python -m tools.results_tables "
+                "writes it anew"
+            )
+        write_text(page, written)
+        print(f"{page}: written", file=sys.stderr)
+
+
+def with_tables(text: str, page: Path) -> str:
+    """A page's text with each of its tables made anew.
+
+    Args:
+        text: of the page.
+        page: for messages.
+    """
+    return TABLE.sub(lambda found: found[1] + "\n" + table(found["about"], page) + "\n\n", text)
+
+
+def table(about: str, page: Path) -> str:
+    """A table in Markdown.
+
+    Args:
+        about: the file, and on further lines ``setting: value``; see the module.
+        page: for messages.
+
+    Raises:
+        ConfigError: no such file, setting, method or column.
+    """
+    name, *lines = (line.strip() for line in about.strip().splitlines())
+    settings = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
+    if unknown := settings.keys() - SETTINGS:
+        raise ConfigError(f"{page}: the table of {name} has no setting {', '.join(unknown)}")
+    path = ROOT / name
+    if not path.is_file():
+        raise ConfigError(f"{page}: the table's figures {name} are missing")
+    runs = list(csv.DictReader(path.open()))
+    methods, columns = _choices(runs, settings)
+    subject = next(iter(runs[0]))
+    known = {run[subject] for run in runs}
+    if absent := {m for m in methods if m not in known} | (columns.keys() - runs[0].keys()):
+        raise ConfigError(f"{page}: {name} has no {', '.join(sorted(absent))}")
+    comparison = Comparison(
+        methods, columns, subject, settings.get("difference", "minus first row")
+    )
+    for run in runs:
+        if run[subject] in methods:
+            comparison.add(run[subject], int(run["seed"]), run)
+    return comparison.table()
+
+
+def _choices(
+    runs: Sequence[dict[str, str]], settings: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The methods, and the headings by column."""
+    subject, _, *keys = runs[0]
+    methods = list(dict.fromkeys(run[subject] for run in runs))
+    if "rows" in settings:
+        methods = [method.strip() for method in settings["rows"].split(",")]
+    pairs = (item.partition("=") for item in settings.get("columns", keys[0]).split(","))
+    return methods, {key.strip(): (heading or key).strip() for key, _, heading in pairs}
+
+
+if __name__ == "__main__":
+    run_command(main)
