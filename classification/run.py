@@ -54,6 +54,7 @@ PARTS: dict[str, type | tuple[type, ...]] = {
     "images": list,
 }
 BEST = {"best_accuracy", "best_epoch"}
+RCKA_STEPS = 187_440  # of the paper's trainings on CIFAR-100: 240 epochs of 781 batches
 
 
 def run_experiment(
@@ -230,7 +231,8 @@ class Run:
         if self.saved is not None:
             self._restore(self.saved, self.trainer)
         if self.files is not None:
-            self._start_files(self.files, self.trainer.epoch, device)
+            steps = cfg.SOLVER.EPOCHS * self.trainer.steps_per_epoch
+            self._start_files(self.files, self.trainer.epoch, steps, device)
         return self.trainer
 
     def _restore(self, saved: dict, trainer: Trainer) -> None:
@@ -240,19 +242,14 @@ class Run:
         check_fits(saved, parts, trainer.optimizer, path)
         trainer.restore(saved)
 
-    def _start_files(self, files: RunFolder, epoch: int, device: torch.device) -> None:
+    def _start_files(self, files: RunFolder, epoch: int, steps: int, device: torch.device) -> None:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
         write_text(files.directory / "config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
-        solver = self.cfg.SOLVER
-        unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
-        if unreached and solver.SCHEDULE == "multistep":
-            files.logger.warning(
-                "SOLVER.MILESTONES: the rate does not fall at %s, beyond SOLVER.EPOCHS %d",
-                *(", ".join(unreached), solver.EPOCHS),
-            )
+        for doubt in _doubts(self.cfg, steps):
+            files.logger.warning(doubt)
 
     def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
         """The stages whose CKA is measured after every epoch, on the evaluation images."""
@@ -271,6 +268,28 @@ class Run:
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
         return from_first_process(self.result)
+
+
+def _doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
+    """What of a training of so many steps is probably not meant."""
+    solver, distill = cfg.SOLVER, cfg.DISTILL
+    unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
+    if unreached and solver.SCHEDULE == "multistep":
+        yield (
+            f"SOLVER.MILESTONES: the rate does not fall at {', '.join(unreached)}, beyond "
+            f"SOLVER.EPOCHS {solver.EPOCHS}"
+        )
+    if "RCKA" not in distill.METHODS or steps >= RCKA_STEPS / 4:
+        return
+    rcka, task = distill.RCKA, distill.CE.WEIGHT if "CE" in distill.METHODS else 0.0
+    weight = max(rcka.FEATURE_WEIGHTS) + rcka.INTRA_WEIGHT + rcka.INTER_WEIGHT
+    if weight > 10 * task:
+        yield (
+            f"DISTILL.RCKA: weights of {weight:g} beside {task:g} of cross-entropy are made for "
+            f"trainings like the paper's, of {RCKA_STEPS:,} steps; in {steps:,} a student may "
+            "learn less than from cross-entropy alone (docs/results.md). Take the method kd_fcka, "
+            "or rcka_short"
+        )
 
 
 def _load_state(cfg: CfgNode, path: Path) -> dict:
