@@ -16,8 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode
-
 from detection.config import PROJECT, load_config
 from detection.data.register import name_coco_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT, changed_settings
@@ -149,29 +147,37 @@ def finished(
     Raises:
         ConfigError: a run that was started with other settings, or its result is damaged.
     """
+    result = folder / RESULT
+    started = result.exists() or (folder / CHECKPOINT_TAG).exists()
+    if (changed := other_settings(config_file, seed, folder, overrides)) and started:
+        raise ConfigError(
+            f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
+            "own, or another folder"
+        )
+    return _read_result(result) if result.exists() else None
+
+
+def other_settings(
+    config_file: Path, seed: int, folder: Path, overrides: Sequence[str] = ()
+) -> list[str]:
+    """The keys in which the run in ``folder`` differs; none where no run was started there.
+
+    Raises:
+        ConfigError: a configuration without one set to compare on.
+    """
     wanted = load_config(str(config_file), _keys(seed, folder, overrides))
     name_coco_sets(wanted)
     if len(wanted.DATASETS.TEST) != 1:
         raise ConfigError(
             f"DATASETS.TEST: expected one set to compare on, got {wanted.DATASETS.TEST}"
         )
-    result = folder / RESULT
-    if result.exists() or (folder / CHECKPOINT_TAG).exists():
-        _check_settings(wanted, folder)
-    return _read_result(result) if result.exists() else None
+    if not any((folder / name).exists() for name in (CONFIG, RESULT, CHECKPOINT_TAG)):
+        return []
+    return list(changed_settings(load_config(str(folder / CONFIG), []), wanted, NOT_COMPARED))
 
 
 def _keys(seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
     return [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-
-
-def _check_settings(wanted: CfgNode, folder: Path) -> None:
-    had = load_config(str(folder / CONFIG), [])
-    if changed := changed_settings(had, wanted, NOT_COMPARED):
-        raise ConfigError(
-            f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
-            "own, or another folder"
-        )
 
 
 def _read_result(path: Path) -> Metrics:

@@ -132,6 +132,12 @@ def _listed(plan: Plan, task: Task) -> str:
 
 
 def _launch(plan: Plan, task: Task, jobs: Sequence[Job], given: argparse.Namespace) -> None:
+    for run in (run for job in jobs for run in job.runs):
+        if (state := task.state(run)).foreign:
+            raise ConfigError(
+                f"{run.folder}: holds a run with {state.text}; give its settings, or another "
+                "--output"
+            )
     task.check(jobs)
     if given.launch == "slurm":
         for name, job in slurm.submit(plan, jobs, slurm.options(given.slurm)).items():

@@ -109,7 +109,7 @@ class Classifiers:
             return MISSING
         cfg = self.configure(run)
         if changed := changed_keys(load_config(config), cfg):
-            return State(f"other {', '.join(changed)}")
+            return State(f"other {', '.join(changed)}", foreign=True)
         result = _result(run.folder / "result.json")
         if result.get("epochs") == cfg.SOLVER.EPOCHS:
             return State("done", result)

@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from benchmarks.detection_step import random_batch
-from detection.compare import finished, train
+from detection.compare import finished, other_settings, train
 from detection.config import DISTILLED, MODEL_ZOO, load_config
 from detection.data.register import class_count
 from detection.preflight import usable_device
@@ -65,10 +65,9 @@ class Detectors:
         """How far a run is; one of other settings is not taken for it."""
         if not (run.folder / CONFIG).is_file():
             return MISSING
-        try:
-            metrics = finished(run.config_file, run.seed, run.folder, run.overrides)
-        except ConfigError as error:
-            return State(str(error).partition(": ")[2])
+        if changed := other_settings(run.config_file, run.seed, run.folder, run.overrides):
+            return State(f"other {', '.join(changed)}", foreign=True)
+        metrics = finished(run.config_file, run.seed, run.folder, run.overrides)
         if metrics is not None:
             return State("done", metrics["bbox"])
         tag = run.folder / CHECKPOINT_TAG

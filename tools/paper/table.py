@@ -20,11 +20,11 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TEACHER = "teacher"  # stands for the method of a teacher's own run
 TASKS = ("classification", "detection")
 # Key of the file -> type of its value.
-NEEDED: dict[str, type | tuple[type, ...]] = {
+NEEDED: dict[str, type] = {
     "TITLE": str, "TASK": str, "COLUMNS": list, "SEEDS": list, "GPUS": int, "CONFIGS": str,
     "PAIRS": dict, "METHODS": dict,
 }  # fmt: skip
-OPTIONAL: dict[str, tuple[type | tuple[type, ...], object]] = {
+OPTIONAL: dict[str, tuple[type, object]] = {
     "RECIPE": (dict, {}), "TOGETHER": (int, 8), "IMAGES": (int, 0), "CLASSES": (int, 0),
     "TEACHERS": (dict, {}), "NOT_HERE": (dict, {}),
 }  # fmt: skip
@@ -97,7 +97,12 @@ def _check(path: Path, keys: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; {near_names(unknown[0], kinds)}")
     for key, kind in kinds.items():
         if not isinstance(keys.get(key), kind):
-            raise ConfigError(f"{path}: {key}: expected {kind}, got {keys.get(key)!r}")
+            raise ConfigError(
+                f"{path}: {key}: expected a value of type {kind.__name__}, got {keys.get(key)!r}"
+            )
+    for key in ("GPUS", "TOGETHER"):
+        if keys[key] < 1:
+            raise ConfigError(f"{path}: {key}: expected at least 1, got {keys[key]}")
     if keys["TASK"] not in TASKS:
         raise ConfigError(f"{path}: TASK: expected {' or '.join(TASKS)}, got {keys['TASK']!r}")
     for method, row in {**keys["METHODS"], **keys["NOT_HERE"]}.items():
@@ -141,10 +146,12 @@ class State:
     Attributes:
         text: for people.
         result: what it came to, once it is finished.
+        foreign: its folder holds a run of other settings.
     """
 
     text: str
     result: Mapping[str, Any] | None = None
+    foreign: bool = False
 
     @property
     def done(self) -> bool:
