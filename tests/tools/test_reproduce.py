@@ -230,7 +230,7 @@ def test_runs_of_other_settings_are_told_and_refused_before_the_others(call, tmp
     other = ("--", "SOLVER.BASE_LR", "0.1")
     assert states(call(*selected, "ce", *other))["small ce"] == "other SOLVER.BASE_LR"
     assert "0 of 1 runs are finished" in call("--collect", *selected, "ce", *other)
-    assert "With SOLVER.BASE_LR 0.1, which is not" in call("--collect", *selected, "ce", *other)
+    assert "Keys of all runs: SOLVER.BASE_LR 0.1." in call("--collect", *selected, "ce", *other)
     with pytest.raises(ConfigError, match=r"resnet8: holds a run with other SOLVER.BASE_LR"):
         call("--launch", "local", *selected, "kd", "ce", *other)
     assert not (tmp_path / "out" / "digits" / "small" / "kd").exists()

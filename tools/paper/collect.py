@@ -93,7 +93,7 @@ def markdown(plan: Plan, metrics: Mapping[str, str], states: States) -> str:
         f"standard deviation over seeds; {HOW_TO_READ}",
     ]
     if plan.overrides:
-        parts.append(f"With {' '.join(plan.overrides)}, which is not the paper's setting.")
+        parts.append(f"Keys of all runs: {' '.join(plan.overrides)}.")
     for pair in plan.pairs:
         parts += [f"## {pair}", compare(plan, pair, metrics, states).markdown().rstrip()]
     return "\n\n".join(parts) + "\n"

@@ -13,8 +13,8 @@ import torch
 from fvcore.common.config import CfgNode
 
 from benchmarks.classification_step import random_images
-from classification.compare import prepare_trainers
 from classification.models import create_model
+from classification.run import prepare_trainers
 from classification.sweep import SideBySide, Sweep
 from classification.trainer import Trainer
 from pcka.engine.launch import process_group
