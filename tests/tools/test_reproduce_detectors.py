@@ -169,3 +169,24 @@ def test_the_estimate_is_of_real_steps(table, tmp_path):
     seldom, _ = steps("SOLVER.CHECKPOINT_PERIOD", "8")
     # After steps 4 and 8, or 8 alone, and at the end: each with weights and momentum.
     assert student.size / 3 == seldom.size / 2 > 8 * 100_000
+
+
+@pytest.mark.slow
+def test_a_real_training_leaves_what_was_estimated(call, table, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    scenes = ("DATASETS.DIGITS.ROOT", str(tmp_path / "scenes"), "DATASETS.DIGITS.SIDE", "128",
+              "DATASETS.DIGITS.TRAIN_IMAGES", "8", "DATASETS.DIGITS.TEST_IMAGES", "4",
+              "INPUT.MIN_SIZE_TEST", "128", "SOLVER.STEPS", "[8]")  # fmt: skip
+    call("--launch", "local", "--methods", "student", keys=scenes)
+    text = call("--collect", keys=scenes)
+    folder = tmp_path / "out" / "scenes" / "pair" / "student" / "seed0"
+    found = json.loads((folder / "result.json").read_text())["bbox"]
+    line = (tmp_path / "out" / "scenes" / "scenes.csv").read_text().splitlines()[1]
+    assert line == f"pair,student,0,done,{found['AP']},{found['AP50']},20.0,40.0"
+    assert f"{found['AP']:.2f}" in text
+    shipped = load_table(str(table))
+    keys = (*SMALL, *scenes)
+    task = Detectors(Plan(shipped, tmp_path, shipped.pairs, ["student"], (0,), 1, 8, None, keys))
+    written = [path.stat().st_size for path in folder.glob("*.pth")]
+    assert len(written) == 3
+    assert task.steps(task.jobs()[0])[0].size == pytest.approx(sum(written), rel=0.03)
