@@ -41,13 +41,15 @@ SKIPPED = 5  # more than two workers prefetch
 Step = Callable[[], float]  # trains on one batch; seconds of it that were spent waiting for data
 
 
-def random_images(images: int, classes: int, seed: int = 0) -> tuple[ResidentSet, ResidentSet]:
-    """Training images of CIFAR's size, and a few for evaluation."""
+def random_images(
+    images: int, classes: int, seed: int = 0, *, side: int = 32
+) -> tuple[ResidentSet, ResidentSet]:
+    """Training images, of CIFAR's size unless another is asked for, and a few for evaluation."""
     generator = torch.Generator().manual_seed(seed)
     names = tuple(map(str, range(classes)))
 
     def draw(number: int) -> ResidentSet:
-        pixels = torch.randint(256, (number, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        pixels = torch.randint(256, (number, 3, side, side), dtype=torch.uint8, generator=generator)
         return ResidentSet(pixels, torch.arange(number) % classes, names)
 
     return draw(images), draw(256)

@@ -92,7 +92,7 @@ def _record(
     peaks: Mapping[str, int],
 ) -> dict[str, Any]:
     """``steps``: name -> ``ms`` by round and ``peak_bytes``; also prints the table."""
-    images = _batch(batch, given.short_side, given.long_side)
+    images = random_batch(batch, given.short_side, given.long_side)
     with EventStorage():
         steps = _steps(model, losses, images, given.autocast)
         times = _time(steps, given.rounds, given.device)
@@ -140,9 +140,9 @@ def measure(task: str) -> None:
     model, losses = _build([settings["method"]], settings["opts"], "cpu")
     with EventStorage():
         steps = partial(_steps, model, losses, autocast=settings["autocast"])
-        steps(_batch(2, WARM_UP_SIDE, WARM_UP_SIDE))[settings["step"]]()
+        steps(random_batch(2, WARM_UP_SIDE, WARM_UP_SIDE))[settings["step"]]()
         model.zero_grad(set_to_none=True)
-        print(peak_growth(steps(_batch(2, *settings["size"]))[settings["step"]]))
+        print(peak_growth(steps(random_batch(2, *settings["size"]))[settings["step"]]))
 
 
 def _peaks(given: argparse.Namespace) -> dict[str, int]:
@@ -209,7 +209,8 @@ def _steps(
     return steps | {method: distilled(method) for method in losses}
 
 
-def _batch(number: int, short: int, long: int) -> list[dict[str, Any]]:
+def random_batch(number: int, short: int, long: int, *, classes: int = 80) -> list[dict[str, Any]]:
+    """Random images with random boxes, as detectron2's detectors take them in training."""
     generator = torch.Generator().manual_seed(0)
     entries = []
     for _ in range(number):
@@ -217,7 +218,7 @@ def _batch(number: int, short: int, long: int) -> list[dict[str, Any]]:
         sizes = 20 + torch.rand(OBJECTS, 2, generator=generator) * 0.35 * short
         instances = Instances((short, long))
         instances.gt_boxes = Boxes(torch.cat([corners, corners + sizes], dim=1))
-        instances.gt_classes = torch.randint(80, (OBJECTS,), generator=generator)
+        instances.gt_classes = torch.randint(classes, (OBJECTS,), generator=generator)
         image = torch.randint(256, (3, short, long), generator=generator, dtype=torch.uint8)
         entries.append({"image": image, "instances": instances})
     return entries

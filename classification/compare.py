@@ -43,7 +43,7 @@ from pcka.engine.run_folder import remove_temporaries
 
 logger = logging.getLogger("pcka")
 
-PUBLISHED = CONFIGS / "published.yaml"
+PUBLISHED = CONFIGS.parent / "reproduce" / "table1.yaml"
 METRICS = {"last_accuracy": "last epoch (%)", "best_accuracy": "best epoch (%)"}
 
 
@@ -194,13 +194,13 @@ def published_accuracy(cfg: CfgNode, method: str) -> float | None:
         method: name of a method file.
     """
     table = yaml.safe_load(PUBLISHED.read_text())
-    pair = [cfg.TEACHER.NAME, cfg.STUDENT.NAME]
+    pair, pairs = f"{cfg.TEACHER.NAME}_{cfg.STUDENT.NAME}", list(table["PAIRS"])
     whole = not (cfg.DATA.TRAIN_IMAGES or cfg.DATA.HOLDOUT)
-    recipe = (table["EPOCHS"], table["BATCH_SIZE"]) == (cfg.SOLVER.EPOCHS, cfg.SOLVER.BATCH_SIZE)
-    if cfg.DATA.NAME != "cifar100" or not whole or not recipe or pair not in table["PAIRS"]:
+    recipe = all(cfg.SOLVER[key] == value for key, value in table["RECIPE"].items())
+    if cfg.DATA.NAME != "cifar100" or not whole or not recipe or pair not in pairs:
         return None
-    by_pair = table["CIFAR100_TOP1"].get(method)
-    return None if by_pair is None else by_pair[table["PAIRS"].index(pair)]
+    by_pair = table["METHODS"].get(method)
+    return None if by_pair is None else by_pair[pairs.index(pair)]
 
 
 def cost_columns(costs: Mapping[str, Cost]) -> dict[str, dict[str, str]]:

@@ -120,35 +120,64 @@ def train(
         ConfigError: a run that was started with other settings.
         TrainingFailedError: the training failed.
     """
-    keys = [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    wanted = load_config(str(config_file), keys)
+    keys = _keys(seed, folder, overrides)
+    if (metrics := finished(config_file, seed, folder, overrides)) is not None:
+        return metrics
+    print(f"training {config_file.stem}, seed {seed} (log: {folder / 'log.txt'})", flush=True)
+    # A process of its own for each run: detectron2's logger and registries are global.
+    script = str(PROJECT / "detection" / "train_net.py")
+    command = [*launcher, script, "--resume", "--config-file", str(config_file), *keys]
+    quiet = {"PYTHONWARNINGS": "ignore", **os.environ}  # release 0.6 calls deprecated names
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, env=quiet, check=False)
+    if ended.returncode == 130:  # Ctrl-C, which torchrun passes on to its processes alone
+        raise KeyboardInterrupt
+    if ended.returncode:
+        raise TrainingFailedError(
+            f"the training in {str(folder)!r} failed; see the error that it printed"
+        )
+    return _read_result(folder / RESULT)
+
+
+def finished(
+    config_file: Path, seed: int, folder: Path, overrides: Sequence[str] = ()
+) -> Metrics | None:
+    """COCO's metrics of the run in ``folder``, None where it is not finished.
+
+    Raises:
+        ConfigError: a run that was started with other settings, or its result is damaged.
+    """
+    result = folder / RESULT
+    started = result.exists() or (folder / CHECKPOINT_TAG).exists()
+    if (changed := other_settings(config_file, seed, folder, overrides)) and started:
+        raise ConfigError(
+            f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
+            "own, or another folder"
+        )
+    return _read_result(result) if result.exists() else None
+
+
+def other_settings(
+    config_file: Path, seed: int, folder: Path, overrides: Sequence[str] = ()
+) -> list[str]:
+    """The keys in which the run in ``folder`` differs; none where no run was started there.
+
+    Raises:
+        ConfigError: a configuration without one set to compare on.
+    """
+    wanted = load_config(str(config_file), _keys(seed, folder, overrides))
     name_coco_sets(wanted)
     if len(wanted.DATASETS.TEST) != 1:
         raise ConfigError(
             f"DATASETS.TEST: expected one set to compare on, got {wanted.DATASETS.TEST}"
         )
-    result = folder / RESULT
-    if result.exists() or (folder / CHECKPOINT_TAG).exists():
-        differing = changed_settings(load_config(str(folder / CONFIG), []), wanted)
-        if changed := [key for key in differing if key not in NOT_COMPARED]:
-            raise ConfigError(
-                f"{folder}: this run was started with other values of {', '.join(changed)}; take "
-                "its own, or another folder"
-            )
-    if not result.exists():
-        print(f"training {config_file.stem}, seed {seed} (log: {folder / 'log.txt'})", flush=True)
-        # A process of its own for each run: detectron2's logger and registries are global.
-        script = str(PROJECT / "detection" / "train_net.py")
-        command = [*launcher, script, "--resume", "--config-file", str(config_file), *keys]
-        quiet = {"PYTHONWARNINGS": "ignore", **os.environ}  # release 0.6 calls deprecated names
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, env=quiet, check=False)
-        if ended.returncode == 130:  # Ctrl-C, which torchrun passes on to its processes alone
-            raise KeyboardInterrupt
-        if ended.returncode:
-            raise TrainingFailedError(
-                f"the training in {str(folder)!r} failed; see the error that it printed"
-            )
-    return _read_result(result)
+    if not any((folder / name).exists() for name in (CONFIG, RESULT, CHECKPOINT_TAG)):
+        return []
+    changed = changed_settings(load_config(str(folder / CONFIG), []), wanted)
+    return [key for key in changed if key not in NOT_COMPARED]
+
+
+def _keys(seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
+    return [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
 
 
 def _read_result(path: Path) -> Metrics:

@@ -56,7 +56,7 @@ def test_the_models_run_under_autocast_where_it_is_asked_for():
     model, losses = detection_step._build(["PCKA"], detection_step.TINY, "cpu")
     seen = []
     model.student.backbone.register_forward_hook(lambda _, __, out: seen.append(out["p3"].dtype))
-    batch = detection_step._batch(2, 128, 128)
+    batch = detection_step.random_batch(2, 128, 128)
     with EventStorage():
         for autocast in (None, "bfloat16"):
             detection_step._steps(model, losses, batch, autocast)["PCKA"]()

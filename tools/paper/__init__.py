@@ -1,0 +1,1 @@
+"""The paper's tables: their runs, and what trains, measures and collects them."""

@@ -1,0 +1,207 @@
+"""Tables of classifiers: the students of a pair and seed are trained side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from classification.compare import METRICS
+from classification.config import changed_keys, load_config
+from classification.run import run_experiment
+from classification.sweep import run_side_by_side
+from classification.teacher import check_teacher
+from pcka import losses
+from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
+from pcka.engine.launch import process_group
+from pcka.engine.run_folder import read_metrics
+from tools.paper.steps import classifiers_step
+from tools.paper.table import MISSING, TEACHER, TORCHRUN, Job, Plan, Run, State, Step
+
+WEIGHTS = Path("weights")  # holds teachers that are not trained here
+
+
+class Classifiers:
+    """The runs of a table of classifiers; the teachers' own come first.
+
+    Args:
+        plan: what is to be run.
+    """
+
+    metrics: Mapping[str, str] = METRICS
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._teachers = {pair: self._teacher(pair) for pair in plan.pairs}
+
+    def _teacher(self, pair: str) -> tuple[Run | None, tuple[str, ...]]:
+        """The teacher's own run, where it is trained here, and the overrides of its students."""
+        plan, known = self.plan, self.plan.table.keys["TEACHERS"]
+        first = plan.table.methods[0]
+        keys = load_config(plan.table.config_file(pair, first), plan.overrides, first).TEACHER
+        if not keys.NAME or keys.WEIGHTS or keys.TRAIN:
+            return None, ()
+        if plan.teachers is None and "TRAINED_BY" in known:
+            folder = plan.output / "teachers" / keys.NAME.replace("/", "_")
+            own = ("STUDENT.NAME", keys.NAME, "TEACHER.NAME", "")
+            file = plan.table.configs / known["TRAINED_BY"]
+            run = Run(pair, TEACHER, 0, file, folder, (*plan.overrides, *own))
+            return run, ("TEACHER.WEIGHTS", str(folder / "model_last.pth"))
+        if keys.NAME not in known.get("FILES", {}):
+            raise ConfigError(
+                f"{pair}: TEACHER.WEIGHTS: {plan.table.name} names no checkpoint of {keys.NAME!r}; "
+                "give it as KEY VALUE, behind a --"
+            )
+        folder = plan.teachers or WEIGHTS
+        return None, ("TEACHER.WEIGHTS", str(folder / known["FILES"][keys.NAME]))
+
+    def runs(self) -> list[Run]:
+        """All runs of the plan."""
+        students = (runs for pair in self.plan.pairs for runs in self._students(pair).values())
+        return [*self._trained_teachers(), *chain.from_iterable(students)]
+
+    def _trained_teachers(self) -> list[Run]:
+        """One run for each teacher, whatever the number of its pairs."""
+        runs = [run for run, _ in self._teachers.values() if run is not None]
+        return list({run.folder: run for run in reversed(runs)}.values())[::-1]
+
+    def _students(self, pair: str) -> dict[int, list[Run]]:
+        """Seed -> the runs of a pair."""
+        plan, (_, overrides) = self.plan, self._teachers[pair]
+        return {
+            seed: [plan.run(pair, method, seed, overrides) for method in plan.methods]
+            for seed in plan.seeds
+        }
+
+    def jobs(self) -> list[Job]:
+        """What is missing: a job for each teacher, then one for each pair and seed."""
+        teachers = {
+            run.folder: Job(f"teacher-{run.folder.name}", (run,))
+            for run in self._trained_teachers()
+            if not self.state(run).done
+        }
+        jobs = list(teachers.values())
+        for pair in self.plan.pairs:
+            own, _ = self._teachers[pair]
+            after = teachers[own.folder].name if own and own.folder in teachers else ""
+            for seed, runs in self._students(pair).items():
+                if missing := [run for run in runs if not self.state(run).done]:
+                    jobs.append(Job(f"{pair}-seed{seed}", tuple(missing), after))
+        return jobs
+
+    def configure(self, run: Run) -> CfgNode:
+        """The configuration of a run."""
+        own = ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder))
+        method = "ce" if run.method == TEACHER else run.method
+        return load_config(run.config_file, [*run.overrides, *own], method)
+
+    def state(self, run: Run) -> State:
+        """How far a run is; one of other settings is not taken for it."""
+        config = run.folder / "config.yaml"
+        if not config.is_file():
+            return MISSING
+        cfg = self.configure(run)
+        if changed := changed_keys(load_config(config), cfg):
+            return State(f"other {', '.join(changed)}", foreign=True)
+        result = _result(run.folder / "result.json")
+        if result.get("epochs") == cfg.SOLVER.EPOCHS:
+            return State("done", result)
+        records = read_metrics(run.folder / "metrics.jsonl")
+        return State(f"epoch {records[-1]['epoch'] if records else 0} of {cfg.SOLVER.EPOCHS}")
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuse before anything is trained what a job would refuse.
+
+        Raises:
+            ConfigError: a wrong setting, or a teacher's checkpoint that is not there.
+        """
+        own = {str(run.folder / "model_last.pth") for run in self._trained_teachers()}
+        for job in jobs:
+            for cfg in map(self.configure, job.runs):
+                if cfg.TEACHER.WEIGHTS not in own:
+                    check_teacher(cfg)
+
+    def session(self, jobs: Sequence[Job], *, torchrun: bool) -> AbstractContextManager:
+        """What all calls of :meth:`train` happen in."""
+        alone = torchrun or not jobs
+        return nullcontext() if alone else process_group(self.configure(jobs[0].runs[0]).DEVICE)
+
+    def train(self, job: Job, *, torchrun: bool) -> None:
+        """Train the runs of a job, or go on with them.
+
+        Args:
+            job: of :meth:`jobs`.
+            torchrun: start the plan's number of processes; else this one trains, or, where torchrun
+                started several, these.
+
+        Raises:
+            TrainingFailedError: a run failed; the others of the job are finished.
+        """
+        if torchrun:
+            command = self.plan.command(job, "local")
+            _run([*TORCHRUN, str(self.plan.gpus), *command[1:]], job)
+            return
+        if job.trains_teacher:
+            run_experiment(self.configure(job.runs[0]), resume=True)
+            return
+        failed = []
+        for group in self._groups(job):
+            results = run_side_by_side([self.configure(run) for run in group], resume=True)
+            for run, result in zip(group, results, strict=True):
+                if isinstance(result, TrainingFailedError):
+                    failed.append(f"{run.folder}: {result}")
+        if failed:
+            raise TrainingFailedError("; ".join(failed))
+
+    def _groups(self, job: Job) -> Iterator[list[Run]]:
+        """Runs that are trained side by side.
+
+        A loss that cannot be part of a CUDA graph keeps all that are trained beside it out of one,
+        which costs them most of their speed: such runs come together, apart from the others.
+        """
+        together = self.plan.together
+        fit: dict[bool, list[Run]] = {True: [], False: []}
+        for run in job.runs:
+            methods = self.configure(run).DISTILL.METHODS
+            fit[all(losses.build(name).capturable for name in methods)].append(run)
+        for runs in fit.values():
+            yield from (runs[i : i + together] for i in range(0, len(runs), together))
+
+    def steps(self, job: Job) -> list[Step]:
+        """What the steps of a job cost, measured on this device.
+
+        Raises:
+            ConfigError: a table that does not say how many images an epoch has.
+        """
+        keys, gpus = self.plan.table.keys, self.plan.gpus
+        if not keys["IMAGES"] or not keys["CLASSES"]:
+            raise ConfigError(f"{self.plan.table.name}: IMAGES, CLASSES: --estimate needs them")
+        groups = [list(job.runs)] if job.trains_teacher else self._groups(job)
+        count = keys["IMAGES"], keys["CLASSES"]
+        cfgs = ([self.configure(run) for run in group] for group in groups)
+        return [classifiers_step(group, *count, gpus) for group in cfgs]
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What a run came to; nothing where that is missing or damaged, and is written anew."""
+    try:
+        result = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def _run(command: Sequence[str], job: Job) -> None:
+    """Run a command; it tells itself why it fails."""
+    ended = subprocess.run(command, check=False)
+    if ended.returncode == 130:
+        raise KeyboardInterrupt
+    if ended.returncode:
+        raise TrainingFailedError(f"{job.name}: its processes failed; see what they printed")
