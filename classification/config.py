@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -110,6 +110,9 @@ def default_config() -> CfgNode:
     )
     return cfg
 
+
+# Steps of the paper's trainings on CIFAR-100: 240 epochs of 781 batches.
+RCKA_STEPS = 187_440
 
 # Keys that may differ between a run and its continuation: they change nothing that is computed.
 # (Another DATA.ROOT must hold the same images: the checkpoint knows their fingerprint.)
@@ -244,6 +247,28 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "SOLVER.GAMMA": (0, None),
     "SOLVER.WARMUP_EPOCHS": (0, None),
 }
+
+
+def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
+    """Yield what of a training of so many steps is probably not meant, a sentence or two each."""
+    solver, distill = cfg.SOLVER, cfg.DISTILL
+    unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
+    if unreached and solver.SCHEDULE == "multistep":
+        yield (
+            f"SOLVER.MILESTONES: the rate does not fall at {', '.join(unreached)}, beyond "
+            f"SOLVER.EPOCHS {solver.EPOCHS}"
+        )
+    if "RCKA" not in distill.METHODS or steps >= RCKA_STEPS / 4:
+        return
+    rcka, task = distill.RCKA, distill.CE.WEIGHT if "CE" in distill.METHODS else 0.0
+    weight = max(rcka.FEATURE_WEIGHTS) + rcka.INTRA_WEIGHT + rcka.INTER_WEIGHT
+    if weight > 10 * task:
+        yield (
+            f"DISTILL.RCKA: weights of {weight:g} beside {task:g} of cross-entropy are made for "
+            f"trainings like the paper's, of {RCKA_STEPS:,} steps; in {steps:,} a student may "
+            "learn less than from cross-entropy alone (docs/results.md). Take the method kd_fcka, "
+            "or rcka_short"
+        )
 
 
 def _check(cfg: CfgNode) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.config import changed_keys, config_from_text, load_config
+from classification.config import changed_keys, config_from_text, doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.models import Classifier, create_model, load_classifier, named_model
 from classification.models.taps import (
@@ -54,7 +54,6 @@ PARTS: dict[str, type | tuple[type, ...]] = {
     "images": list,
 }
 BEST = {"best_accuracy", "best_epoch"}
-RCKA_STEPS = 187_440  # of the paper's trainings on CIFAR-100: 240 epochs of 781 batches
 
 
 def run_experiment(
@@ -248,7 +247,7 @@ class Run:
         write_text(files.directory / "config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
-        for doubt in _doubts(self.cfg, steps):
+        for doubt in doubts(self.cfg, steps):
             files.logger.warning(doubt)
 
     def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
@@ -268,28 +267,6 @@ class Run:
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
         return from_first_process(self.result)
-
-
-def _doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
-    """What of a training of so many steps is probably not meant."""
-    solver, distill = cfg.SOLVER, cfg.DISTILL
-    unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
-    if unreached and solver.SCHEDULE == "multistep":
-        yield (
-            f"SOLVER.MILESTONES: the rate does not fall at {', '.join(unreached)}, beyond "
-            f"SOLVER.EPOCHS {solver.EPOCHS}"
-        )
-    if "RCKA" not in distill.METHODS or steps >= RCKA_STEPS / 4:
-        return
-    rcka, task = distill.RCKA, distill.CE.WEIGHT if "CE" in distill.METHODS else 0.0
-    weight = max(rcka.FEATURE_WEIGHTS) + rcka.INTRA_WEIGHT + rcka.INTER_WEIGHT
-    if weight > 10 * task:
-        yield (
-            f"DISTILL.RCKA: weights of {weight:g} beside {task:g} of cross-entropy are made for "
-            f"trainings like the paper's, of {RCKA_STEPS:,} steps; in {steps:,} a student may "
-            "learn less than from cross-entropy alone (docs/results.md). Take the method kd_fcka, "
-            "or rcka_short"
-        )
 
 
 def _load_state(cfg: CfgNode, path: Path) -> dict:

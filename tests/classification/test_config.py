@@ -7,6 +7,7 @@ import pytest
 from classification.config import (
     changed_keys,
     config_from_text,
+    doubts,
     load_config,
     method_file,
     method_files,
@@ -314,3 +315,20 @@ def test_more_epochs_would_change_a_warm_up_of_the_distillation(tiny_config):
     keys = {"SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0.5}
     old, new = (tiny_config(**keys, **{"SOLVER.EPOCHS": epochs}) for epochs in (2, 4))
     assert changed_keys(old, new) == ["SOLVER.EPOCHS"]
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "told"),
+    [
+        ("rcka", 46_859, ["DISTILL.RCKA: weights of 40 beside 1 of cross-entropy"]),
+        ("rcka", 46_860, []),
+        ("kd_rcka", 46_859, ["DISTILL.RCKA: weights of 40 beside 0.1 of"]),
+        ("rcka_short", 100, []),
+        ("kd_fcka", 100, []),
+    ],
+)
+def test_rcka_in_a_training_far_shorter_than_the_papers_is_told(tiny_config, method, steps, told):
+    keys = {"SOLVER.SCHEDULE": "cosine"}
+    found = list(doubts(tiny_config(method, **keys), steps))
+    assert [doubt[: len(start)] for doubt, start in zip(found, told, strict=True)] == told
+    assert all("kd_fcka" in doubt and f"in {steps:,} " in doubt for doubt in found)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from classification.run import _doubts, run_experiment
+from classification.run import run_experiment
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import RunFolder, read_metrics
 
@@ -118,23 +118,6 @@ def test_milestones_that_no_epoch_reaches_are_told_at_the_start(
     told = [text for text in caplog.messages if "SOLVER.MILESTONES" in text]
     assert len(told) == (named is not None)
     assert all(named in text for text in told)
-
-
-@pytest.mark.parametrize(
-    ("method", "steps", "told"),
-    [
-        ("rcka", 46_859, ["DISTILL.RCKA: weights of 40 beside 1 of cross-entropy"]),
-        ("rcka", 46_860, []),
-        ("kd_rcka", 46_859, ["DISTILL.RCKA: weights of 40 beside 0.1 of"]),
-        ("rcka_short", 100, []),
-        ("kd_fcka", 100, []),
-    ],
-)
-def test_rcka_in_a_training_far_shorter_than_the_papers_is_told(tiny_config, method, steps, told):
-    keys = {"SOLVER.SCHEDULE": "cosine"}
-    found = list(_doubts(tiny_config(method, **keys), steps))
-    assert [doubt[: len(start)] for doubt, start in zip(found, told, strict=True)] == told
-    assert all("kd_fcka" in doubt and f"in {steps:,} " in doubt for doubt in found)
 
 
 def test_doubts_are_told_at_the_start_of_a_run(tiny_config, random_teacher, caplog):
