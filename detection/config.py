@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
+from torch import nn
 
 from pcka.engine import distill
 from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
@@ -190,6 +192,33 @@ def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
         known = ", ".join(sorted(entry for entry, _ in registry))
         raise ConfigError(f"{key}: detectron2 has no {name!r}; it has {known}")
     return registry.get(name)
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """Return the student that ``MODEL`` describes, a plain detectron2 detector.
+
+    Raises:
+        ConfigError: as :func:`student_architecture` and :func:`build`.
+    """
+    return build(META_ARCH_REGISTRY.get(student_architecture(cfg)), cfg, "MODEL")
+
+
+def build(create: Callable[[CfgNode], nn.Module], cfg: CfgNode, key: str) -> nn.Module:
+    """Return what detectron2 builds of a configuration.
+
+    Raises:
+        ConfigError: its keys do not go together; ``key`` is the section to look at.
+    """
+    try:
+        return create(cfg)
+    except ConfigError:
+        raise
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{key}: nothing can be built of its keys: {type(error).__name__}: {error} "
+            f"({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
+        ) from error
 
 
 def _zoo_file(name: str) -> str:

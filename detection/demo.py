@@ -12,11 +12,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detectron2.modeling import META_ARCH_REGISTRY
-
 from detection.checkpoint import load_weights
 from detection.compare import CONFIG, WEIGHTS, compare, train
-from detection.config import PROJECT, load_config, student_architecture
+from detection.config import PROJECT, build_student, load_config
 from detection.data import register_datasets
 from detection.pictures import draw_detections
 from pcka.engine.command import run_command
@@ -63,7 +61,7 @@ def _picture(folders: Mapping[str, Path], path: Path) -> None:
     for name, folder in folders.items():
         cfg = load_config(str(folder / CONFIG), [])
         register_datasets(cfg)
-        models[name] = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
+        models[name] = build_student(cfg)
         load_weights(models[name], str(folder / WEIGHTS))
     draw_detections(cfg, models, path)
 

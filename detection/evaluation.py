@@ -24,6 +24,7 @@ from detection.data.mapper import NamingMapper
 from detection.data.targets import SEGMENTERS
 from pcka.modes import evaluation_mode
 
+COCO_DETECTIONS = 100  # the best of each image, by COCO's metrics
 EVERY_AREA = (0.0, 1e5**2)
 AREAS = {"APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, 1e5**2)}  # COCO's
 METRICS = {
@@ -73,7 +74,8 @@ def _zero_if(asked_for: bool) -> float:
 def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
     """Return the student's metrics on ``DATASETS.TEST``; empty in processes but the first.
 
-    Detections are evaluated by COCO's metrics, classes of pixels by their intersection over union.
+    Detections are evaluated by COCO's metrics, of each image the best 100 of them, or
+    ``TEST.DETECTIONS_PER_IMAGE`` if larger; classes of pixels by their intersection over union.
     """
     results: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:
@@ -92,8 +94,14 @@ def _evaluators(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
     architecture = student_architecture(cfg)
     found: list[DatasetEvaluator] = []
     if architecture != "SemanticSegmentor":
-        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-        found.append(ObjectEvaluator(name, output_dir=folder, kpt_oks_sigmas=sigmas))
+        found.append(
+            ObjectEvaluator(
+                name,
+                output_dir=folder,
+                max_dets_per_image=max(COCO_DETECTIONS, cfg.TEST.DETECTIONS_PER_IMAGE),
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            )
+        )
     if architecture in SEGMENTERS:
         found.append(SemSegEvaluator(name, output_dir=folder))
     return found

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from detection.checkpoint import load_weights
-from detection.config import load_config, student_architecture
+from detection.config import build_student, load_config, student_architecture
 from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
 from pcka.engine.command import run_command
@@ -46,7 +45,7 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     on_cpu = cfg.clone()
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
-    student = META_ARCH_REGISTRY.get(architecture)(on_cpu)
+    student = build_student(on_cpu)
     load_weights(student, weights)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (YAML, LAZY):  # of an older export: no configuration may stand by other weights

@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
-from detection.config import student_architecture
+from detection.config import build_student, student_architecture
 from detection.levels import build_losses, match_levels
 from detection.teacher import TeacherBackbone, build_teacher
 from pcka.distiller import Distiller
@@ -66,7 +66,7 @@ class DistilledDetector(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """What ``__init__`` takes, from ``DISTILL``."""
         check_exportable(cfg)
-        student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg)
+        student: Any = build_student(cfg)
         if not cfg.DISTILL.METHODS:
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
         teacher = build_teacher(cfg)

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
-from detection.config import registered, teacher_config
+from detection.config import build, registered, teacher_config
 from detection.teacher_checks import check_statistics, check_trained
 from pcka.engine.config import ConfigError
 from pcka.teacher import FrozenTeacher
@@ -105,7 +105,7 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     check_statistics(own.MODEL.PIXEL_MEAN, own.MODEL.PIXEL_STD)
     holder = nn.Module()
     registered(BACKBONE_REGISTRY, own.MODEL.BACKBONE.NAME, "the teacher's MODEL.BACKBONE.NAME")
-    backbone: Backbone = build_backbone(own)
+    backbone = cast(Backbone, build(build_backbone, own, "the teacher's MODEL"))
     holder.backbone = backbone  # under the name that it has in a detector's file
     if own.MODEL.WEIGHTS:
         try:

@@ -14,14 +14,13 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: F401  (registers its paths)
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.checkpoint import load_weights
-from detection.config import load_config, student_architecture
+from detection.config import build_student, load_config
 from detection.data import register_datasets
 from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
@@ -103,7 +102,7 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
     check_test_sets(cfg)
-    student = META_ARCH_REGISTRY.get(student_architecture(cfg))(cfg).to(cfg.MODEL.DEVICE)
+    student = build_student(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     return evaluate(cfg, student)
 

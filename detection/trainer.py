@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
-from detection.config import teacher_config
+from detection.config import DISTILLED, build_student, teacher_config
 from detection.data.loader import training_loader
 from detection.data.targets import check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
@@ -60,7 +60,10 @@ class DetectionTrainer(SimpleTrainer):
     def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
         dataset = training_set(cfg)
         check_test_sets(cfg)
-        model = build_model(cfg)
+        if cfg.MODEL.META_ARCHITECTURE == DISTILLED:
+            model = build_model(cfg)
+        else:
+            model = build_student(cfg).to(cfg.MODEL.DEVICE)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
         self.scheduler = build_lr_scheduler(cfg, optimizer)

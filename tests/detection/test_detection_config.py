@@ -11,6 +11,7 @@ import detection.fcos
 import detection.meta_arch  # noqa: F401
 from detection.config import (
     PROJECT,
+    build_student,
     detection_config,
     load_config,
     section_defaults,
@@ -18,6 +19,7 @@ from detection.config import (
     teacher_config,
 )
 from detection.levels import build_losses
+from detection.teacher import build_teacher
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import changed_settings
 from pcka.losses import registry
@@ -111,6 +113,25 @@ def test_a_students_architecture_is_named_wrapped_or_not():
     assert student_architecture(cfg) == "RetinaNet"
     cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT = "DistilledDetector", "FCOS"
     assert student_architecture(cfg) == "FCOS"
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48], "48.* divisible by .*32"),
+        (["MODEL.FPN.IN_FEATURES", ["res3", "res7"]], "KeyError: 'res7' .*line"),
+    ],
+)
+def test_keys_that_detectron2_builds_nothing_of_are_told_with_the_place(
+    small_config, who, opts, message
+):
+    given = ["DISTILL.TEACHER.OPTS", str(opts)] if who == "teacher" else list(map(str, opts))
+    cfg = small_config("pcka", *given)
+    section = "the teacher's MODEL" if who == "teacher" else "MODEL"
+    build = build_teacher if who == "teacher" else build_student
+    with pytest.raises(ConfigError, match=f"^{section}: nothing can be built .*{message}"):
+        build(cfg)
 
 
 def test_a_missing_file_is_named():

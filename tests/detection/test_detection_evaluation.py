@@ -24,26 +24,37 @@ OBJECTS = [  # class, area, crowd
 
 
 @pytest.fixture
-def test_set(tmp_path, small_config):
-    """The configuration of a set with a small and a middling object, and a crowd."""
-    Image.new("RGB", (200, 200)).save(tmp_path / "a.png")
-    annotations = [
-        {"id": number + 1, "image_id": 1, "category_id": kind, "area": area, "iscrowd": crowd,
-         "bbox": [5, 5, area**0.5, area**0.5], "num_keypoints": 0}
-        for number, (kind, area, crowd) in enumerate(OBJECTS)
-    ]  # fmt: skip
-    images = [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}]
-    categories = [{"id": number + 1, "name": f"c{number}"} for number in range(10)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "test.json").write_text(json.dumps(content))
-    described = {"NAME": "few_objects", "JSON": tmp_path / "test.json", "IMAGES": tmp_path}
-    keys = [word for k, v in described.items() for word in (f"DATASETS.COCO_TEST.{k}", str(v))]
-    cfg = small_config("student", *keys, "OUTPUT_DIR", str(tmp_path / "out"))
-    register_datasets(cfg, training=False)
-    DatasetCatalog.get("few_objects")  # fills the metadata, as a loader does
-    yield cfg
+def make_set(tmp_path, small_config):
+    """From annotations of one image of 200x200 pixels to the configuration of a test set."""
+
+    def make(annotations, *more):
+        Image.new("RGB", (200, 200)).save(tmp_path / "a.png")
+        images = [{"id": 1, "file_name": "a.png", "width": 200, "height": 200}]
+        categories = [{"id": number + 1, "name": f"c{number}"} for number in range(10)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (tmp_path / "test.json").write_text(json.dumps(content))
+        described = {"NAME": "few_objects", "JSON": tmp_path / "test.json", "IMAGES": tmp_path}
+        keys = [word for k, v in described.items() for word in (f"DATASETS.COCO_TEST.{k}", str(v))]
+        cfg = small_config("student", *keys, "OUTPUT_DIR", str(tmp_path / "out"), *more)
+        register_datasets(cfg, training=False)
+        DatasetCatalog.get("few_objects")  # fills the metadata, as a loader does
+        return cfg
+
+    yield make
     DatasetCatalog.remove("few_objects")
     MetadataCatalog.remove("few_objects")
+
+
+@pytest.fixture
+def test_set(make_set):
+    """The configuration of a set with a small and a middling object, and a crowd."""
+    return make_set(
+        [
+            {"id": number + 1, "image_id": 1, "category_id": kind, "area": area, "iscrowd": crowd,
+             "bbox": [5, 5, area**0.5, area**0.5], "num_keypoints": 0}
+            for number, (kind, area, crowd) in enumerate(OBJECTS)
+        ]
+    )  # fmt: skip
 
 
 def _evaluated(tmp_path, tasks, *boxes):
@@ -80,6 +91,30 @@ def test_a_run_asks_for_these_figures_and_names_what_it_cannot_read(tmp_path, te
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises((UnusableImageError, OSError), match=r"a\.png: the image or its"):
         evaluate(test_set, _FindsNothing())
+
+
+class _FindsAll(torch.nn.Module):
+    def __init__(self, boxes):
+        super().__init__()
+        self.boxes = torch.tensor(boxes, dtype=torch.float32)
+
+    def forward(self, batch):
+        found = Instances((200, 200), pred_boxes=Boxes(self.boxes))
+        found.scores = torch.linspace(1, 0.5, len(self.boxes))
+        found.pred_classes = torch.zeros(len(self.boxes), dtype=torch.int64)
+        return [{"instances": found} for _ in batch]
+
+
+@pytest.mark.parametrize(("per_image", "least", "most"), [(100, 60, 70), (150, 100, 100)])
+def test_every_detection_that_a_model_may_give_is_judged(make_set, per_image, least, most):
+    boxes = [[10 * x, 10 * y, 10 * x + 8, 10 * y + 8] for x in range(15) for y in range(10)]
+    objects = [
+        {"id": number + 1, "image_id": 1, "category_id": 1, "area": 64.0, "iscrowd": 0,
+         "bbox": [x, y, 8, 8]}
+        for number, (x, y, _, _) in enumerate(boxes)
+    ]  # fmt: skip
+    cfg = make_set(objects, "TEST.DETECTIONS_PER_IMAGE", str(per_image))
+    assert least <= evaluate(cfg, _FindsAll(boxes))["bbox"]["AP"] <= most
 
 
 def test_objects_without_keypoints_are_none_to_be_found(tmp_path, test_set):
