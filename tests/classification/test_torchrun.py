@@ -222,4 +222,4 @@ def test_processes_give_a_student_up_together(folder, start, digits_config):
     words = [word for pair in {**SETTINGS, **own}.items() for word in pair]
     printed = start(script, digits_config, folder / "disagree", *words, processes=2).succeed()
     assert printed.count("epoch 1 is not finite at step 5: loss_ce=") == 2
-    assert printed.count(f"help; {EPOCHS}") == 2
+    assert printed.count(f"DISTILL.WARMUP; {EPOCHS}") == 2
