@@ -121,11 +121,13 @@ def _silence_auxiliary_heads(model: Any) -> None:
             getattr(model, head).requires_grad_(False)
 
 
-def _create(name: str, num_classes: int) -> nn.Module:
+def _create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     has_heads = name in WITH_AUXILIARY_HEADS
     # Their published weights want images that are normalised otherwise; the models see to it.
     keywords = {"transform_input": True, "init_weights": True} if has_heads else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
+    model = torchvision.models.get_model(
+        name, weights=None, num_classes=num_classes, **keywords, **kwargs
+    )
     if has_heads:
         _silence_auxiliary_heads(model)
     return _name_taps(model)
