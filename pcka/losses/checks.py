@@ -13,6 +13,8 @@ from pcka.ops.reference import accumulation_dtype
 
 T = TypeVar("T")
 
+WHERE_MAPS_ARE = "Tap a module before the pooling; ':map' behind its path reads tokens as a map"
+
 
 def as_logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' logits, ready to be compared (:func:`ready`).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import adapt, fit_maps, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
-from pcka.losses.checks import as_samples
+from pcka.losses.checks import WHERE_MAPS_ARE, as_samples
 from pcka.losses.numerics import unit_length, without_autocast
 
 
@@ -36,8 +36,8 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
         raise ValueError(
             "student and teacher must be feature maps (B, C, H, W) with as many channels; got "
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. Tap a module "
-            "before the pooling, and adapt the width by a 1x1 convolution"
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. {WHERE_MAPS_ARE}; "
+            "adapt the width by a 1x1 convolution"
         )
     difference = _correlations(student) - _correlations(teacher)
     return difference.square().sum() / (student.shape[0] * student.shape[1])

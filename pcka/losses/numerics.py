@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcka.losses.checks import WHERE_MAPS_ARE
 from pcka.ops import reference
 from pcka.ops.reference import accumulation_dtype
 
@@ -49,8 +50,7 @@ def at_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.dim() != 4 or teacher.dim() != 4:
         raise ValueError(
             "student and teacher must be feature maps (B, C, H, W); got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Tap a module before the "
-            "pooling"
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. {WHERE_MAPS_ARE}"
         )
     height = min(student.shape[2], teacher.shape[2])
     size = (height, min(student.shape[3], teacher.shape[3]))
