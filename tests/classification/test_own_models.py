@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from classification.train import main
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import read_metrics
 
+ROOT = Path(__file__).parents[2]
 MODULE = """
 from torch import nn
 
@@ -118,3 +121,23 @@ def test_a_size_that_a_model_does_not_take_is_refused_before_the_training(keys, 
         run_experiment(tiny_config("kd", **keys, **{"DATA.IMAGE_SIZE": 2, "TEACHER.TRAIN": True}))
     with pytest.raises(ConfigError, match=r"STUDENT\.LOGITS: Tokens returns dict .*tokens, scores"):
         run_experiment(tiny_config("ce", **{**keys, "STUDENT.LOGITS": ""}))
+
+
+def test_the_model_of_the_documentation_is_trained_and_its_taps_are_those_shown(
+    digits_config, tiny_overrides, tmp_path, monkeypatch, capsys, without_plots
+):
+    page = (ROOT / "docs" / "classification.md").read_text()
+    section = page.partition("### A model of your own")[2]
+    code, _, shown = re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)[:3]
+    (tmp_path / "my_net.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = ["STUDENT.NAME", "my_net:small", "STUDENT.KWARGS", "{width: 24}"]
+    try:
+        main(["--config-file", str(digits_config), "--show-taps", *given])
+        assert capsys.readouterr().out.split() == shown.split()
+        words = tiny_overrides(**{"TEACHER.TRAIN": True, "SOLVER.EPOCHS": 1})
+        file = ["--config-file", str(digits_config), "--method", "rcka_short"]
+        assert main([*file, *words, *given])["student"] == "my_net:small"
+    finally:
+        sys.modules.pop("my_net", None)
