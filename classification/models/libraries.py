@@ -91,7 +91,7 @@ def _of_transformers(
         model = classifier.from_pretrained(
             source, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         way_out = (
             "; weights of other classes are left out by pretrained: false in KWARGS, their "
             "classifier alone by ignore_mismatched_sizes: true"

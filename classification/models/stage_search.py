@@ -159,6 +159,8 @@ def _describe(call: _Call, output: Any, side: int, model: nn.Module) -> None:
     if not isinstance(output, Tensor):
         return
     call.version = output._version
+    if output.dim() == 3 and next(call.module.parameters(), None) is None:
+        return  # laid out anew, or pooled: who can tell positions from channels
     found = _map_side(output.shape, prefix_tokens(model, call.path))
     if found is not None and found > 1:
         call.level = round(math.log2(side / found))
@@ -200,7 +202,10 @@ def _stages(root: _Call, once: set[str]) -> tuple[str, ...]:
     if len(levels) == 1 and (blocks := _blocks(calls, levels[0], once)):
         parts = [math.ceil(len(blocks) * (k + 1) / QUARTERS) - 1 for k in range(QUARTERS)]
         taps = [blocks[index].tap for index in dict.fromkeys(parts)]
-    if levels[0] != 1 and stem.tap not in taps:  # what comes at once, in place of half the side
+    # Convolutions that halve the side are a stem by themselves; other first stages come after one.
+    is_ahead = levels[0] != 1 or MAP_SUFFIX in stem.reading
+    holds_first = taps[0] == stem.tap or taps[0].startswith(f"{stem.path}.")
+    if is_ahead and not holds_first:
         taps.insert(0, stem.tap)
     return tuple(taps)
 

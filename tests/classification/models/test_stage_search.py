@@ -129,6 +129,25 @@ def test_a_stage_that_ends_in_a_downsampling_ends_with_its_last_block():
     assert shapes(model) == ["6 x 16 x 16", "6 x 16 x 16", "6 x 8 x 8", "6 x 4 x 4"]
 
 
+def test_what_only_lays_out_or_pools_is_no_stage_and_an_embedding_is_a_stem():
+    class Net(nn.Module):
+        def __init__(self, embedding):
+            super().__init__()
+            self.patches = nn.Unfold(2, stride=2)  # (B, 12, N), channels first
+            self.embedding = embedding
+            self.blocks = nn.Sequential(Block(16), Block(16))
+            self.pool, self.head = nn.AdaptiveAvgPool1d(1), nn.Linear(16, 2)
+
+        def forward(self, images):
+            tokens = self.blocks(self.embedding(self.patches(images).mT))
+            return self.head(self.pool(tokens.mT).flatten(1))
+
+    model = create_own(Net(nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16))))
+    assert found(model) == ("embedding:map", "blocks.0:map", "blocks.1:map")
+    assert found(create_own(Net(nn.Linear(12, 16)))) == ("blocks.0:map", "blocks.1:map")
+    assert model.pooled_name == "head:input"
+
+
 def test_what_is_overwritten_shared_or_not_there_in_one_mode_is_passed_over():
     class Auxiliary(nn.Module):
         def __init__(self):
