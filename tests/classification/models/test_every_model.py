@@ -78,10 +78,27 @@ def chosen_losses(taps: Taps) -> list[losses.Loss]:
     return [losses.KD(), losses.AT(stages=stages, weights=1000.0), feature, losses.RCKA()]
 
 
+@torch.no_grad()
+def settle(model: nn.Module, images: torch.Tensor) -> None:
+    """Let a model that was never trained tell images from one another.
+
+    Batch norms get the images' statistics; layers that start at zero (ViT's classifier) get weights.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(images)
+
+
 def two_steps(student: nn.Module, teacher: nn.Module, side: int) -> None:
     """Train; every term is there, and every loss gives the student a gradient."""
     torch.manual_seed(0)
     images, target = torch.randn(BATCH, 3, side, side), torch.arange(BATCH)
+    for model in (student, teacher):
+        settle(model, images)
     models = [find_stages(model, side) for model in (student, teacher)]
     taps = model_taps(*models, [])
     distiller = Distiller(student, teacher, chosen_losses(taps), taps).train()
