@@ -37,6 +37,18 @@ class Tokens(nn.Module):
             tokens = block(tokens)
         return {"tokens": tokens, "scores": self.head(tokens.mean(1))}
 """
+WITH_WEIGHTS = """
+import torch
+
+
+def with_weights(num_classes, pretrained=False):
+    model = Tokens(num_classes)
+    if pretrained:  # these weights are always the same
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, generator=generator)
+    return model
+"""
 
 
 @pytest.fixture
@@ -99,6 +111,20 @@ def test_a_teacher_of_ones_own_is_trained_and_teaches(keys, tiny_config, tmp_pat
     assert list((tmp_path / "teachers").glob("tokens_of_mine:Tokens-*.pth"))
     record = read_metrics(tmp_path / "taught" / "metrics.jsonl")[-1]
     assert all(record[f"loss_{name}"] > 0 for name in ("fcka_last", "lcka_intra", "lcka_inter"))
+
+
+def test_a_teacher_that_comes_with_weights_teaches_as_it_is(
+    keys, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens_of_mine.py").write_text(MODULE + WITH_WEIGHTS)
+    given = {"TEACHER.NAME": "tokens_of_mine:with_weights", "TEACHER.LOGITS": "scores"}
+    given["TEACHER.TRAIN"] = False
+    cfg = tiny_config("kd", **given, **{"TEACHER.KWARGS": "{pretrained: true}"})
+    result = run_experiment(cfg)
+    assert evaluate(cfg, role="teacher")["top1"] == pytest.approx(result["teacher_accuracy"])
+    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: the teacher .* has no weights"):
+        run_experiment(tiny_config("kd", "other", **given))
 
 
 def test_the_taps_are_shown_and_nothing_is_trained(

@@ -82,7 +82,7 @@ def chosen_losses(taps: Taps) -> list[losses.Loss]:
 def settle(model: nn.Module, images: torch.Tensor) -> None:
     """Let a model that was never trained tell images from one another.
 
-    Batch norms get the images' statistics; layers that start at zero (ViT's classifier) get weights.
+    Batch norms get the images' statistics, and what starts at zero (ViT's classifier) weights.
     """
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
