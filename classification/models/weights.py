@@ -24,9 +24,7 @@ def settings_of(section: Mapping[str, Any]) -> dict[str, Any]:
 def without_weights(section: Mapping[str, Any]) -> dict[str, Any]:
     """:func:`settings_of`, so that no weights of the model's library are read."""
     settings = settings_of(section)
-    if "pretrained" in settings["kwargs"] or section["NAME"].startswith("hf/"):
-        settings["kwargs"]["pretrained"] = False
-    return settings
+    return {**settings, "kwargs": _unread(section["NAME"], settings["kwargs"])}
 
 
 def has_own_weights(section: Mapping[str, Any]) -> bool:
@@ -95,8 +93,7 @@ def load_classifier(
         ConfigError: the checkpoint's classifier has another number of classes (both are named),
             the checkpoint does not fill the model, is damaged, or holds what is no weight.
     """
-    if "pretrained" in kwargs or name.startswith("hf/"):
-        kwargs = {**kwargs, "pretrained": False}
+    kwargs = _unread(name, kwargs)
     model = named_model(name, num_classes, role=role, kwargs=kwargs, logits=logits)
     key = f"{role.upper()}.WEIGHTS"
     try:
@@ -118,6 +115,12 @@ def load_classifier(
         )
     logger.info("%s %s: %s", role, name, report)
     return model
+
+
+def _unread(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keywords with which the weights of a model's library, or its folder, are not read."""
+    may_be_read = "pretrained" in kwargs or name.startswith("hf/")
+    return {**kwargs, "pretrained": False} if may_be_read else kwargs
 
 
 def _plain(value: Any) -> Any:
