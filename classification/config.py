@@ -68,7 +68,9 @@ def default_config() -> CfgNode:
     )
     cfg.STUDENT = CfgNode(
         {
-            "NAME": "",  # a name of classification.models.model_names()
+            "NAME": "",  # zoo's name | torchvision/N | timm/N | hf/FOLDER | package.module:factory
+            "KWARGS": CfgNode(),  # keywords of the model's constructor, beside the classes
+            "LOGITS": "",  # key of the logits in what the model returns; "": found by themselves
             "WEIGHTS": "",  # checkpoint to start from; "": a random start from SEED
             "PIXEL_MEAN": IMAGENET_MEAN,  # of the student's input, for pixels in [0, 1]
             "PIXEL_STD": IMAGENET_STD,
@@ -76,7 +78,9 @@ def default_config() -> CfgNode:
     )
     cfg.TEACHER = CfgNode(
         {
-            "NAME": "",  # "": no teacher
+            "NAME": "",  # likewise; "": no teacher
+            "KWARGS": CfgNode(),
+            "LOGITS": "",
             "WEIGHTS": "",  # the teacher's checkpoint
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
             "PIXEL_STD": IMAGENET_STD,

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from classification.config import config_arguments, load_config
 from classification.data import load_evaluation_set, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import load_classifier
+from classification.models import has_own_weights, load_classifier, named_model, settings_of
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.environment import choose_device
@@ -26,14 +26,19 @@ def evaluate(cfg: CfgNode, *, role: str = "student", weights: str = "") -> dict[
     """
     section = cfg[role.upper()]
     weights = weights or section.WEIGHTS
-    if not section.NAME or not weights:
+    if not section.NAME or not (weights or has_own_weights(section)):
         raise ConfigError(
             f"{role.upper()}: expected a model and its weights, got NAME {section.NAME!r} and "
             f"WEIGHTS {weights!r}; give --weights, or set {role.upper()}.NAME and .WEIGHTS"
         )
     device = choose_device(cfg.DEVICE)
     data = load_evaluation_set(cfg).to(device)
-    model = load_classifier(section.NAME, weights, len(data.classes), role=role).to(device)
+    given = {"role": role, **settings_of(section)}
+    if weights:
+        model = load_classifier(section.NAME, weights, len(data.classes), **given)
+    else:
+        model = named_model(section.NAME, len(data.classes), **given)
+    model.to(device)
     return accuracy(model, pixel_statistics(section).to(device), data)
 
 

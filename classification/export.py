@@ -18,7 +18,8 @@ from torch import nn
 
 from classification.config import config_arguments, load_config
 from classification.data import pixel_statistics
-from classification.models import create_model, load_classifier
+from classification.models import load_classifier, named_model, settings_of, without_weights
+from classification.models.taps import with_stages
 from pcka.checkpoint import extract_state_dict, optional_package, save_student
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
@@ -55,9 +56,9 @@ def export_student(
             f"with_normalization: weights alone hold no normalisation, got {str(output)!r}; "
             f"export to {ONNX}, or leave it out"
         )
-    name = cfg.STUDENT.NAME
-    classes = cfg.DATA.NUM_CLASSES or _classes_of(name, weights)
-    student = load_classifier(name, weights, classes, role="student")
+    classes = cfg.DATA.NUM_CLASSES or _classes_of(cfg, weights)
+    settings = settings_of(cfg.STUDENT)
+    student = load_classifier(cfg.STUDENT.NAME, weights, classes, role="student", **settings)
     if output.suffix != ONNX:
         save_student(student, output)
         return output
@@ -67,9 +68,13 @@ def export_student(
     return output
 
 
-def _classes_of(name: str, weights: str) -> int:
+def _classes_of(cfg: CfgNode, weights: str) -> int:
     """Return the number of classes of a checkpoint's classifier."""
-    classifier = f"{create_model(name, 1).classifier_name}.weight"
+    name = cfg.STUDENT.NAME
+    model = named_model(name, 1, role="student", **without_weights(cfg.STUDENT))
+    if not model.classifier_name:
+        model = with_stages(model, cfg.DATA.IMAGE_SIZE)
+    classifier = f"{model.classifier_name}.weight"
     try:
         state = extract_state_dict(load_file(weights))
     except CheckpointError as error:

@@ -13,14 +13,14 @@ from fvcore.common.config import CfgNode
 
 from classification.config import changed_keys, config_from_text, doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
-from classification.models import Classifier, create_model, load_classifier, named_model
-from classification.models.taps import (
-    Taps,
-    extra_taps,
-    loss_context,
-    model_taps,
-    proposed_taps,
+from classification.models import (
+    Classifier,
+    load_classifier,
+    named_model,
+    settings_of,
+    without_weights,
 )
+from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
 from classification.teacher import ImageSets, Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer
 from pcka import losses
@@ -106,14 +106,36 @@ def check_losses(cfg: CfgNode) -> None:
     """Refuse losses that refuse their settings, or whose taps the models do not have.
 
     Raises:
-        ConfigError: as :func:`losses_of`; where taps are missing, it proposes them.
+        ConfigError: as :func:`losses_of` and :func:`untrained_pair`.
     """
-    student = named_model(cfg.STUDENT.NAME, 2, role="student")
-    teacher = named_model(cfg.TEACHER.NAME, 2, role="teacher") if cfg.TEACHER.NAME else student
+    student, teacher = untrained_pair(cfg)
     try:
-        losses_of(cfg, model_taps(student, teacher, cfg.DISTILL.TAPS))
+        losses_of(cfg, model_taps(student, teacher or student, cfg.DISTILL.TAPS))
     except UntappedError as error:
-        raise ConfigError(f"{error}{proposed_taps(student, teacher)}") from None
+        raise ConfigError(f"{error}; train.py --show-taps prints them with their shapes") from None
+
+
+def untrained_pair(cfg: CfgNode) -> tuple[Classifier, Classifier | None]:
+    """Return student and teacher as they are made, of two classes, with their stages.
+
+    Raises:
+        ConfigError: an unknown model, one that refuses its keywords, or images of this size.
+    """
+    student = _untrained(cfg, "STUDENT")
+    return student, _untrained(cfg, "TEACHER") if cfg.TEACHER.NAME else None
+
+
+def _untrained(cfg: CfgNode, role: str) -> Classifier:
+    section, side = cfg[role], cfg.DATA.IMAGE_SIZE
+    model = named_model(section.NAME, 2, role=role.lower(), **without_weights(section))
+    try:
+        return with_stages(model, side, checked=True)
+    except ValueError as error:
+        if "LOGITS: " in str(error):
+            raise ConfigError(f"{role}.LOGITS: {str(error).partition('LOGITS: ')[2]}") from error
+        raise ConfigError(
+            f"{role}.NAME: {error}; set DATA.IMAGE_SIZE, or the model's size in {role}.KWARGS"
+        ) from error
 
 
 def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
@@ -326,11 +348,12 @@ def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
 
 
 def _build_student(cfg: CfgNode, classes: int) -> Classifier:
-    name, weights = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS
+    name, weights, settings = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS, settings_of(cfg.STUDENT)
     if weights:
-        student = load_classifier(name, weights, classes, role="student")
+        student = load_classifier(name, weights, classes, role="student", **settings)
     else:
-        student = create_model(name, classes)
+        student = named_model(name, classes, role="student", **settings)
+    student = with_stages(student, cfg.DATA.IMAGE_SIZE)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     return student.to(memory_format=layout)
 

@@ -21,7 +21,13 @@ from torch import Tensor
 from classification.config import default_config
 from classification.data import Batch, ImageSet, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import load_classifier
+from classification.models import (
+    has_own_weights,
+    load_classifier,
+    named_model,
+    settings_of,
+)
+from classification.models.taps import with_stages
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
@@ -88,8 +94,13 @@ def prepare_teacher(
     if not cfg.TEACHER.NAME:
         return None
     train_set, evaluation_set = image_sets
-    weights = cfg.TEACHER.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
-    model = load_classifier(cfg.TEACHER.NAME, weights, len(train_set.classes), role="teacher")
+    given = {"role": "teacher", **settings_of(cfg.TEACHER)}
+    if has_own_weights(cfg.TEACHER) and not (cfg.TEACHER.WEIGHTS or cfg.TEACHER.TRAIN):
+        model = named_model(cfg.TEACHER.NAME, len(train_set.classes), **given)
+    else:
+        weights = cfg.TEACHER.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
+        model = load_classifier(cfg.TEACHER.NAME, weights, len(train_set.classes), **given)
+    model = with_stages(model, cfg.DATA.IMAGE_SIZE)
     model.to(evaluation_set.device)
     norms = _preactivation_norms(model)
     stages = (*model.stage_names, *model.preactivation_names)
@@ -177,7 +188,8 @@ def _keep(trained: Path, weights: Path) -> None:
 def check_teacher(cfg: CfgNode) -> None:
     """Refuse a teacher that is not there and is not to be trained either."""
     teacher = cfg.TEACHER
-    if teacher.NAME and not teacher.WEIGHTS and not teacher.TRAIN:
+    has_weights = teacher.WEIGHTS or (teacher.NAME and has_own_weights(teacher))
+    if teacher.NAME and not has_weights and not teacher.TRAIN:
         raise ConfigError(
             f"TEACHER.WEIGHTS: the teacher {teacher.NAME!r} has no weights; give a checkpoint, or "
             "set TEACHER.TRAIN True to train it first (it is kept in TEACHER.CACHE_DIR)"
@@ -203,15 +215,17 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.SOLVER = cfg.SOLVER.clone()
     run.defrost()
     run.SOLVER.EPOCHS = cfg.TEACHER.EPOCHS
-    for key in ("NAME", "PIXEL_MEAN", "PIXEL_STD"):
+    for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD"):
         run.STUDENT[key] = cfg.TEACHER[key]
     determining = {
         key: value
         for key, value in flatten(run).items()
         if key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
+        if value or key not in ("STUDENT.KWARGS", "STUDENT.LOGITS")
     }
     text = json.dumps([determining, train_set.fingerprint], sort_keys=True)
-    name = f"{cfg.TEACHER.NAME}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # within the folder
+    name = f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     run.OUTPUT_DIR = str(Path(cfg.TEACHER.CACHE_DIR) / name)
     run.freeze()
     return run, Path(cfg.TEACHER.CACHE_DIR) / f"{name}.pth"

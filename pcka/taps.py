@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from pcka.losses.base import Outputs
 
 INPUT_SUFFIX = ":input"
+MAP_SUFFIX = ":map"
+MOST_PREFIX_TOKENS = 16  # class and register tokens; more than these are none
 
 LogitsOf = str | Callable[[Any], Tensor | None]
 
@@ -24,11 +27,14 @@ class _Reading(NamedTuple):
     path: str
     key: str
     is_input: bool
+    as_map: bool
+    prefix: int | None
 
     @classmethod
-    def of(cls, text: str) -> _Reading:
-        path, _, key = text.partition(":")
-        return cls(path, key, is_input=f":{key}" == INPUT_SUFFIX)
+    def of(cls, text: str, model: nn.Module) -> _Reading:
+        path, _, key = text.removesuffix(MAP_SUFFIX).partition(":")
+        is_input, as_map = f":{key}" == INPUT_SUFFIX, text.endswith(MAP_SUFFIX)
+        return cls(path, key, is_input, as_map, prefix_tokens(model, path))
 
     @property
     def module(self) -> str:
@@ -42,19 +48,24 @@ class _Reading(NamedTuple):
             if found is None:
                 raise ValueError(
                     f"tap {name!r}: {self.module} returned {type(value).__name__} without "
-                    f"{self.key!r}; there are {_parts(value)}"
+                    f"{self.key!r}; there are {part_names(value)}"
                 )
             value = found
         if not isinstance(value, Tensor):
             verb = "got as first positional argument" if self.is_input else "returned"
             way_out = "tap a module inside it"
-            if not self.is_input and (parts := _parts(value)) != "none":
+            if not self.is_input and (parts := part_names(value)) != "none":
                 way_out += f", or name a part, '{self.path}:KEY' (there are {parts})"
             raise ValueError(
                 f"tap {name!r}: {self.module} {verb} {type(value).__name__}, expected a tensor; "
                 f"{way_out}"
             )
-        return value
+        if not self.as_map:
+            return value
+        try:
+            return as_map(value, self.prefix)
+        except ValueError as error:
+            raise ValueError(f"tap {name!r}: {self.module}: {error}") from error
 
 
 class FeatureTap:
@@ -65,7 +76,9 @@ class FeatureTap:
     A path followed by ``:KEY`` reads a part of what the module returns: the entry of a dict, the
     number of an item, or an attribute (``"backbone:p3"``, ``"lstm:0"``). A path followed by
     ``:input`` reads what goes into the module instead: ``"layer3.2.relu:input"`` is the third block
-    of ``layer3`` before its activation. An empty path is the model itself (``":p3"``).
+    of ``layer3`` before its activation. An empty path is the model itself (``":p3"``). Behind all
+    of these, ``:map`` reads the tokens of a transformer, or a map with its channels last, as a map
+    ``(B, C, H, W)`` (:func:`as_map`): ``"blocks.11:map"``.
 
     A tap holds the output (or input) of exactly one call: a module that runs twice before
     :meth:`pop` (because it is shared within the model, or because the model ran twice) has no
@@ -76,14 +89,14 @@ class FeatureTap:
         model: the module to read from.
         paths: tap name -> module path, as in ``model.named_modules()``, for the module's output;
             with ``:KEY`` behind it for a part of that, with ``:input`` for the module's first
-            positional argument.
+            positional argument, with ``:map`` last for a map.
 
     Raises:
         ValueError: a path that the model does not have; the message lists near matches.
     """
 
     def __init__(self, model: nn.Module, paths: Mapping[str, str]) -> None:
-        self._readings = {name: _Reading.of(path) for name, path in paths.items()}
+        self._readings = {name: _Reading.of(path, model) for name, path in paths.items()}
         _check_paths(model, self._readings)
         self._features: dict[str, tuple[Tensor, int]] = {}
         self._handles = [
@@ -177,7 +190,7 @@ class Observer:
             self._features: dict[str, Tensor] = {}
             self._watching = False
             for name, path in self._paths.items():
-                reading = _Reading.of(path)
+                reading = _Reading.of(path, self._root)
                 _hook(self._root, reading, partial(self._keep, name, reading))
             self._compiled = torch.compile(self._hooked)
 
@@ -247,6 +260,57 @@ def part(value: Any, key: str) -> Any:
     return getattr(value, key, None)
 
 
+def as_map(feature: Tensor, prefix: int | None = None) -> Tensor:
+    """Tokens of an image, or a map with its channels last, as a map ``(B, C, H, W)``, a view.
+
+    Args:
+        feature: tokens ``(B, N, C)``, of a square image row by row, class and register tokens
+            before them; or ``(B, H, W, C)``.
+        prefix: how many class and register tokens there are, which are left out; None, or where
+            that leaves no square: as many as ``N`` exceeds a square by, 16 at most.
+
+    Raises:
+        ValueError: tokens that make no square, or another number of dimensions.
+    """
+    if feature.dim() == 4:
+        return feature.permute(0, 3, 1, 2)
+    side = token_side(feature.shape[1], prefix) if feature.dim() == 3 else None
+    if side is None:
+        raise ValueError(
+            f"{MAP_SUFFIX} reads tokens (B, N, C) of a square image, or a map (B, H, W, C); got "
+            f"{tuple(feature.shape)}"
+            + (f" with {prefix} class and register tokens" if prefix else "")
+        )
+    return feature[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+
+
+def token_side(tokens: int, prefix: int | None = None) -> int | None:
+    """The side of the square that ``tokens`` make without ``prefix`` ones; None: they make none.
+
+    Where that leaves no square (a patch embedding gives no class token yet), or ``prefix`` is None,
+    what exceeds a square counts as prefix.
+    """
+    side = math.isqrt(max(0, tokens - (prefix or 0)))
+    if prefix is not None and side and side * side + prefix == tokens:
+        return side
+    side = math.isqrt(tokens)
+    return side if side and tokens - side * side <= MOST_PREFIX_TOKENS else None
+
+
+def prefix_tokens(model: nn.Module, path: str) -> int | None:
+    """The class and register tokens in ``model``, by the attribute ``num_prefix_tokens`` of timm.
+
+    Args:
+        model: that has the attribute, or holds a module that has it.
+        path: of a module; the innermost one on the way to it counts.
+    """
+    found, module = getattr(model, "num_prefix_tokens", None), model
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, module)
+        found = getattr(module, "num_prefix_tokens", found)
+    return found if isinstance(found, int) else None
+
+
 def _hook(model: nn.Module, reading: _Reading, keep: Callable[..., None]) -> RemovableHandle:
     module = model.get_submodule(reading.path)
     if reading.is_input:
@@ -266,7 +330,7 @@ def _check_paths(model: nn.Module, readings: Mapping[str, _Reading]) -> None:
             )
 
 
-def _parts(value: Any) -> str:
+def part_names(value: Any) -> str:
     """What :func:`part` finds in a value, for messages."""
     if isinstance(value, Mapping):
         names = list(value)

@@ -1,4 +1,4 @@
-"""The community's model zoo, and torchvision's, by name.
+"""The community's model zoo, other libraries' models and one's own, by name.
 
 Each family is imported when one of its names is first asked for.
 """
@@ -6,13 +6,22 @@ Each family is imported when one of its names is first asked for.
 from __future__ import annotations
 
 from classification.models.registry import Classifier, create_model, model_names, register
-from classification.models.weights import load_classifier, named_model
+from classification.models.weights import (
+    has_own_weights,
+    load_classifier,
+    named_model,
+    settings_of,
+    without_weights,
+)
 
 __all__ = [
     "Classifier",
     "create_model",
+    "has_own_weights",
     "load_classifier",
     "model_names",
     "named_model",
     "register",
+    "settings_of",
+    "without_weights",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-Constructor = Callable[[int], nn.Module]
+Constructor = Callable[..., nn.Module]
 C = TypeVar("C", bound=Constructor)
 
 
@@ -47,6 +47,8 @@ FAMILIES = {
     "vgg": ("vgg",),
     "wrn": ("wrn",),
 }
+# Beginnings of the names of other libraries' models, which are not registered one by one.
+LIBRARIES = ("timm/", "hf/")
 _CONSTRUCTORS: dict[str, Constructor] = {}
 
 
@@ -71,38 +73,58 @@ def register(name: str) -> Callable[[C], C]:
 
 
 def model_names() -> list[str]:
-    """Return the names that `create_model` knows, sorted."""
+    """Return the names that are registered, sorted; `timm/`, `hf/` and own ones are beside them."""
     for family in FAMILIES:
         importlib.import_module(f"{__package__}.{family}")
     return sorted(_CONSTRUCTORS)
 
 
-def create_model(name: str, num_classes: int) -> Classifier:
-    """Build a freshly initialised model by its community name.
+def create_model(name: str, num_classes: int, **kwargs: Any) -> Classifier:
+    """Build a freshly initialised model by its name.
 
     Args:
-        name: one of `model_names()`; upper and lower case count. `torchvision/<name>` are
-            torchvision's models for ImageNet, the others the community's.
+        name: one of `model_names()`, of which `torchvision/<name>` are torchvision's models for
+            ImageNet and the others the community's; `timm/<name>`; `hf/<folder or name>`, an image
+            classifier of transformers; or `package.module:factory` for one of your own, which is
+            called with `num_classes` if it takes it. Upper and lower case count.
         num_classes: number of logits.
+        kwargs: keywords of the model's constructor.
 
     Returns:
         A module from images `(B, 3, H, W)` to logits `(B, num_classes)`.
 
     Raises:
-        ValueError: unknown name (the message lists the nearest ones) or `num_classes` below 1.
+        ValueError: an unknown name (the message lists the nearest ones), `num_classes` below 1, or
+            keywords that the constructor refuses.
+        ImportError: the library that has the model is not installed.
     """
-    _import_family(name)
-    if name not in _CONSTRUCTORS:
-        near = _nearest(name)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(model_names())}"
-        raise ValueError(f"name: expected one of model_names(), got {name!r}; {hint}")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    model = _CONSTRUCTORS[name](num_classes)
+    constructor = _constructor(name)
+    try:
+        model = constructor(num_classes, **kwargs)
+    except (TypeError, AssertionError) as error:
+        if not kwargs:
+            raise
+        raise ValueError(f"kwargs: {name} cannot be made with {kwargs}: {error}") from error
     for attribute in Classifier.__annotations__:
         if not hasattr(model, attribute):
             setattr(model, attribute, getattr(Classifier, attribute))
     return cast(Classifier, model)
+
+
+def _constructor(name: str) -> Constructor:
+    """What is called with the number of classes."""
+    _import_family(name)
+    if name in _CONSTRUCTORS:
+        return _CONSTRUCTORS[name]
+    if name.startswith(LIBRARIES) or ":" in name:
+        from classification.models.libraries import constructor_of  # few runs name one
+
+        return constructor_of(name)
+    near = _nearest(name)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(model_names())}"
+    raise ValueError(f"name: expected one of model_names(), got {name!r}; {hint}")
 
 
 def _import_family(name: str) -> None:

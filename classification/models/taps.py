@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.models.registry import Classifier
 from pcka import losses
 from pcka.engine.config import ConfigError
 from pcka.modes import evaluation_mode
+from pcka.taps import FeatureTap
 
 Taps = dict[str, tuple[str, str]]
-
-SIDE = 224  # pixels of the images that models are tried on; all of torchvision's take them
 
 
 def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]]) -> Taps:
@@ -27,7 +24,7 @@ def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]])
     different numbers of stages are aligned at their last ones.
 
     Args:
-        student: of ``classification.models``.
+        student: of ``classification.models``, with its stages (:func:`with_stages`).
         teacher: likewise.
         extra: ``DISTILL.TAPS``, see :func:`extra_taps`.
 
@@ -40,6 +37,35 @@ def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]])
     if student.pooled_name and teacher.pooled_name:
         taps["pooled"] = (student.pooled_name, teacher.pooled_name)
     return taps | extra_taps(extra)
+
+
+def with_stages(model: Classifier, side: int, *, checked: bool = False) -> Classifier:
+    """Return the model; where it does not name its stages, they are found by a dry run.
+
+    Args:
+        model: of ``classification.models``.
+        side: pixels of the images that it is to take.
+        checked: refuse such images where it does not take them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if model.stage_names:
+        return model
+    from classification.models.stage_search import check_size, find_stages  # most name theirs
+
+    if checked:
+        check_size(model, side)
+    return find_stages(model, side)
+
+
+@torch.no_grad()
+def tap_shapes(model: Classifier, paths: Mapping[str, str], side: int) -> dict[str, str]:
+    """Return tap name -> "C x H x W" of what is read there on images of ``side`` pixels."""
+    device = next(model.parameters()).device
+    with evaluation_mode(model), FeatureTap(model, paths) as tap:
+        model(torch.zeros(2, 3, side, side, device=device))
+        return {name: " x ".join(map(str, x.shape[1:])) for name, x in tap.pop().items()}
 
 
 def extra_taps(entries: list[list[str]]) -> Taps:
@@ -72,18 +98,6 @@ def _add_stages(
     taps[f"last{suffix}"] = (student[-1], teacher[-1])
 
 
-def proposed_taps(student: Classifier, teacher: Classifier) -> str:
-    """Say which DISTILL.TAPS would do: the last module of each resolution."""
-    ours, theirs = (model.stage_names or resolution_ends(model) for model in (student, teacher))
-    shared = min(len(ours), len(theirs))
-    if not shared:
-        return ". model.named_modules() lists the modules' paths"
-    pairs = list(zip(ours[-shared:], theirs[-shared:]))
-    named = [(f"stage{index}", pair) for index, pair in enumerate(pairs)] + [("last", pairs[-1])]
-    entries = ", ".join(f"[{name}, {s}, {t}]" for name, (s, t) in named)
-    return f'. By the models\' resolutions, for example: DISTILL.TAPS "[{entries}]"'
-
-
 def loss_context(
     teacher: Classifier,
     norms: Mapping[str, tuple[Tensor, Tensor]],
@@ -106,53 +120,3 @@ def loss_context(
         teacher_classifier=teacher.get_submodule(classifier) if classifier else None,
         teacher_norms={name: norms[path] for name, path in by_tap.items() if path in norms},
     )
-
-
-class _Call(NamedTuple):
-    path: str
-    output: Tensor
-    version: int
-
-
-def resolution_ends(model: nn.Module) -> tuple[str, ...]:
-    """Return the path of the module that gives the last map of each resolution, in order.
-
-    Of modules within one another the outermost counts, of one after the other the last; only what
-    a tap can read: square maps of more than a pixel, of modules that run once, not overwritten.
-
-    Args:
-        model: images ``(B, 3, H, W)`` -> anything; it is run once and stays as it is.
-
-    Returns:
-        Paths, empty where the model takes no images of this kind.
-    """
-    calls: list[_Call] = []
-    handles = [
-        module.register_forward_hook(partial(_keep, calls, path))
-        for path, module in model.named_modules()
-        if path
-    ]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            model(torch.zeros(1, 3, SIDE, SIDE, device=device))
-    except Exception:  # a proposal is all that is lost
-        return ()
-    finally:
-        for handle in handles:
-            handle.remove()
-    paths = [call.path for call in calls]
-    ends: dict[int, str] = {}
-    for call in calls:
-        height, width = call.output.shape[2:]
-        whole = call.output._version == call.version and paths.count(call.path) == 1
-        # A module deeper inside may belong to the next resolution, before it halves its input.
-        deeper = height in ends and call.path.count(".") > ends[height].count(".")
-        if whole and height == width > 1 and not deeper:
-            ends[height] = call.path
-    return tuple(ends[side] for side in sorted(ends, reverse=True))
-
-
-def _keep(calls: list[_Call], path: str, _: nn.Module, inputs: object, output: object) -> None:
-    if isinstance(output, Tensor) and output.dim() == 4:
-        calls.append(_Call(path, output, output._version))

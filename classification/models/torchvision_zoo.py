@@ -113,11 +113,13 @@ def _classifier_paths(model: nn.Module) -> tuple[str, str]:
     return classifier, classifier + INPUT_SUFFIX
 
 
-def _create(name: str, num_classes: int) -> nn.Module:
+def _create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     has_heads = name in WITH_AUXILIARY_HEADS
     # Their published weights want images that are normalised otherwise; the models see to it.
     keywords = {"transform_input": True, "init_weights": True} if has_heads else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **keywords)
+    model = torchvision.models.get_model(
+        name, weights=None, num_classes=num_classes, **keywords, **kwargs
+    )
     if has_heads:  # logits alone in training, too; the heads stay, because checkpoints have them
         model.aux_logits = False
         for head in ("aux1", "aux2", "AuxLogits"):

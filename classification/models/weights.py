@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
 
 from classification.models.registry import Classifier, create_model
 from pcka.checkpoint import load_weights
@@ -13,32 +16,85 @@ from pcka.files import CheckpointError
 logger = logging.getLogger("pcka")
 
 
-def named_model(name: str, num_classes: int, *, role: str) -> Classifier:
-    """:func:`create_model` of the ``NAME`` of a role, "student" or "teacher".
+def settings_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`named_model` takes of the section STUDENT or TEACHER, beside the name."""
+    return {"kwargs": _plain(section["KWARGS"]), "logits": section["LOGITS"]}
+
+
+def without_weights(section: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`settings_of`, so that no weights of the model's library are read."""
+    settings = settings_of(section)
+    return {**settings, "kwargs": _unread(section["NAME"], settings["kwargs"])}
+
+
+def has_own_weights(section: Mapping[str, Any]) -> bool:
+    """Whether a model comes with the weights that its library, or its folder, has for it."""
+    asked = section["KWARGS"].get("pretrained")
+    if asked is None and section["NAME"].startswith("hf/"):
+        from classification.models.libraries import folder_has_weights
+
+        return folder_has_weights(section["NAME"].removeprefix("hf/"))
+    return bool(asked)
+
+
+def named_model(
+    name: str,
+    num_classes: int,
+    *,
+    role: str,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    logits: str = "",
+) -> Classifier:
+    """Return the model ``name`` as it is made.
+
+    Args:
+        name: as ``classification.models.create_model`` takes it.
+        num_classes: number of logits.
+        role: "student" or "teacher": whose ``NAME`` it is.
+        kwargs: of the model's constructor.
+        logits: key of the logits in what the model returns; "" finds them by themselves.
 
     Raises:
-        ConfigError: no model has this name; near ones are named.
+        ConfigError: no model has this name (near ones are named), or it refuses the keywords.
     """
     try:
-        return create_model(name, num_classes)
+        model = create_model(name, num_classes, **kwargs)
     except ValueError as error:
-        raise ConfigError(f"{role.upper()}.NAME: {str(error).removeprefix('name: ')}") from error
+        key, _, reason = str(error).partition(": ")
+        key, reason = (key.upper(), reason) if key in ("name", "kwargs") else ("NAME", str(error))
+        raise ConfigError(f"{role.upper()}.{key}: {reason}") from error
+    if not logits:
+        return model
+    from classification.models.logits import give_logits  # few models need it
+
+    return cast(Classifier, give_logits(model, logits))
 
 
-def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: str) -> Classifier:
+def load_classifier(
+    name: str,
+    weights: str | Path,
+    num_classes: int,
+    *,
+    role: str,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    logits: str = "",
+) -> Classifier:
     """Return the model ``name`` with the weights of a checkpoint.
 
     Args:
-        name: of ``classification.models.model_names()``.
+        name: as ``classification.models.create_model`` takes it.
         weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
         num_classes: classes of the data.
         role: "student" or "teacher": which of the two where the file holds both.
+        kwargs: as for :func:`named_model`; weights of the library are not read beside these.
+        logits: likewise.
 
     Raises:
         ConfigError: the checkpoint's classifier has another number of classes (both are named),
             the checkpoint does not fill the model, is damaged, or holds what is no weight.
     """
-    model = named_model(name, num_classes, role=role)
+    kwargs = _unread(name, kwargs)
+    model = named_model(name, num_classes, role=role, kwargs=kwargs, logits=logits)
     key = f"{role.upper()}.WEIGHTS"
     try:
         report = load_weights(model, weights, role=role, allow_partial=True)
@@ -51,6 +107,24 @@ def load_classifier(name: str, weights: str | Path, num_classes: int, *, role: s
                 f"has {num_classes}; give the weights of a {name} trained on these classes"
             )
     if not report.complete:
-        raise ConfigError(f"{key}: {str(weights)!r} is not the checkpoint of a {name}: {report}")
+        # What transformers saves has other names than its models' parameters.
+        of_hub = f" (a folder of transformers is read by leaving {key} empty)"
+        raise ConfigError(
+            f"{key}: {str(weights)!r} is not the checkpoint of a {name}: {report}"
+            + (of_hub if name.startswith("hf/") else "")
+        )
     logger.info("%s %s: %s", role, name, report)
     return model
+
+
+def _unread(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keywords with which the weights of a model's library, or its folder, are not read."""
+    may_be_read = "pretrained" in kwargs or name.startswith("hf/")
+    return {**kwargs, "pretrained": False} if may_be_read else kwargs
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings as dictionaries: models keep what they are made with."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

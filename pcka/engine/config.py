@@ -17,7 +17,8 @@ import yaml
 
 # Settings of a loss of which a single value serves all stages; the configuration holds lists.
 PER_STAGE = ("WEIGHTS", "FEATURE_WEIGHTS", "PATCH_SIZES")
-
+# Settings that are mappings of anything: a value of their own, no section.
+FREE = ("KWARGS",)
 
 BASE_KEY = "_BASE_"
 
@@ -59,7 +60,8 @@ def merge_leaves(
             near = near_names(key, dict.fromkeys([*known, *proposed()]))
             raise ConfigError(f"{source}: unknown key {key!r}; {near}")
         *sections, leaf = key.split(".")
-        reduce(getitem, sections, tree)[leaf] = _coerced(key, value, known[key], source)
+        node, value = reduce(getitem, sections, tree), _coerced(key, value, known[key], source)
+        node[leaf] = type(node)(value) if isinstance(value, Mapping) else value
 
 
 def import_modules(names: Iterable[object], key: str) -> None:
@@ -92,11 +94,11 @@ def pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the leaves of a tree by their dotted keys."""
+    """Return the leaves of a tree by their dotted keys; a mapping of ``FREE`` is one leaf."""
     leaves: dict[str, object] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name not in FREE:
             leaves.update(flatten(value, f"{key}."))
         else:
             leaves[key] = value
@@ -117,11 +119,14 @@ def _coerced(key: str, value: object, default: object, source: str) -> object:
             ]
     if isinstance(default, float) and type(value) is int:
         return float(value)
+    if isinstance(default, Mapping) and isinstance(value, Mapping):
+        if others := [name for name in value if not isinstance(name, str)]:
+            raise ConfigError(f"{source}: {key} expects names as its keys, got {others[0]!r}")
+        return value
     if default is None or type(value) is type(default):
         return value
-    raise ConfigError(
-        f"{source}: {key} expects a {type(default).__name__} (default {default!r}), got {value!r}"
-    )
+    kind = "mapping" if isinstance(default, Mapping) else type(default).__name__
+    raise ConfigError(f"{source}: {key} expects a {kind} (default {default!r}), got {value!r}")
 
 
 def _parsed(text: str) -> object:

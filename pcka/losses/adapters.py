@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from pcka.losses.base import Outputs
-from pcka.losses.checks import unlike
+from pcka.losses.checks import WHERE_MAPS_ARE, unlike
 from pcka.losses.numerics import at_one_size
 from pcka.ops.reference import accumulation_dtype
 
@@ -70,10 +70,15 @@ def pointwise(
 class PooledLinear(nn.Linear):
     """A linear layer of features, maps averaged over their positions first.
 
-    ``(B, C)`` or ``(B, C, H, W)`` -> ``(B, D)``.
+    ``(B, C)`` or ``(B, C, H, W)`` -> ``(B, D)``; tokens are a ``ValueError``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (2, 4):
+            raise ValueError(
+                f"features must be pooled (B, D) or maps (B, C, H, W), got {tuple(x.shape)}. "
+                f"{WHERE_MAPS_ARE}"
+            )
         return super().forward(x if x.dim() == 2 else x.flatten(2).mean(2))
 
 
@@ -150,8 +155,7 @@ def _map_shape(shape: Sequence[int], model: str) -> tuple[int, int, int]:
     """``C, H, W`` of a feature map's shape."""
     if len(shape) != 4:
         raise ValueError(
-            f"{model} must be a feature map (B, C, H, W), got {tuple(shape)}. Tap a module before "
-            "the pooling"
+            f"{model} must be a feature map (B, C, H, W), got {tuple(shape)}. {WHERE_MAPS_ARE}"
         )
     _, channels, height, width = shape
     return channels, height, width

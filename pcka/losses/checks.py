@@ -13,6 +13,8 @@ from pcka.ops.reference import accumulation_dtype
 
 T = TypeVar("T")
 
+WHERE_MAPS_ARE = "Tap a module before the pooling; ':map' behind its path reads tokens as a map"
+
 
 def as_logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' logits, ready to be compared (:func:`ready`).
@@ -64,8 +66,7 @@ def as_maps_of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tens
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
         wanted = "feature maps (B, C, H, W) of the same C"
         way_out = (
-            "Tap modules before the pooling; Distiller.prepare makes the 1x1 convolution that "
-            "adapts the width"
+            f"{WHERE_MAPS_ARE}; Distiller.prepare makes the 1x1 convolution that adapts the width"
         )
         raise unlike(student.shape, teacher.shape, wanted, way_out)
     return student, teacher

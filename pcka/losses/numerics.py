@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka.losses.checks import unlike
+from pcka.losses.checks import WHERE_MAPS_ARE, unlike
 from pcka.ops import reference
 from pcka.ops.reference import accumulation_dtype
 
@@ -49,7 +49,7 @@ def at_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     if student.dim() != 4 or teacher.dim() != 4:
         wanted = "feature maps (B, C, H, W)"
-        raise unlike(student.shape, teacher.shape, wanted, "Tap a module before the pooling")
+        raise unlike(student.shape, teacher.shape, wanted, WHERE_MAPS_ARE)
     height = min(student.shape[2], teacher.shape[2])
     size = (height, min(student.shape[3], teacher.shape[3]))
     return _pooled(student, size), _pooled(teacher, size)

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from pcka.losses.adapters import adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
-from pcka.losses.checks import as_samples, check_weights, unlike
+from pcka.losses.checks import WHERE_MAPS_ARE, as_samples, check_weights, unlike
 from pcka.ops.reference import accumulation_dtype, without_autocast
 
 
@@ -97,7 +97,7 @@ class SRRL(Loss):
         if feature.dim() != 4:
             raise ValueError(
                 f"stage must name a feature map (B, C, H, W) of the student; {self.taps[0]!r} has "
-                f"{tuple(feature.shape)}. Tap a module before the pooling"
+                f"{tuple(feature.shape)}. {WHERE_MAPS_ARE}"
             )
         connector = pointwise(feature.shape[1], pooled.shape[1], norm=True, relu=True)
         nn.init.kaiming_normal_(next(connector.parameters()), mode="fan_out")

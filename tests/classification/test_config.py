@@ -332,3 +332,27 @@ def test_rcka_in_a_training_far_shorter_than_the_papers_is_told(tiny_config, met
     found = list(doubts(tiny_config(method, **keys), steps))
     assert [doubt[: len(start)] for doubt, start in zip(found, told, strict=True)] == told
     assert all("kd_fcka" in doubt and f"in {steps:,} " in doubt for doubt in found)
+
+
+@pytest.mark.parametrize("text", ["{size: 32, drop: [0.1, a]}", "{'size': 32, 'drop': [0.1, 'a']}"])
+def test_keywords_of_a_model_are_any_mapping_in_a_file_and_on_the_command_line(tmp_path, text):
+    path = write(tmp_path, f"TEACHER: {{KWARGS: {text}}}\n")
+    for cfg in (load_config(path), load_config(write(tmp_path, ""), ["TEACHER.KWARGS", text])):
+        assert cfg.TEACHER.KWARGS == {"size": 32, "drop": [0.1, "a"]}
+        assert cfg.STUDENT.KWARGS == {}
+        again = config_from_text(cfg.dump())
+        assert again.TEACHER.KWARGS == cfg.TEACHER.KWARGS
+        assert changed_keys(again, cfg) == []
+        assert changed_keys(load_config(write(tmp_path, "")), cfg) == ["TEACHER.KWARGS"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "STUDENT.KWARGS expects a mapping"),
+        ("wide", "STUDENT.KWARGS expects a mapping"),
+        ("{1: 2}", "STUDENT.KWARGS expects names as its keys, got 1"),
+    ],
+)
+def test_keywords_that_are_no_mapping_are_refused(tmp_path, text, message):
+    assert message in refusal(write(tmp_path, ""), ["STUDENT.KWARGS", text])

@@ -63,6 +63,37 @@ def test_what_determines_the_teacher_makes_another_one(tiny_config, images, key)
     assert teacher_run(tiny_config(), other)[1] != ours
 
 
+@pytest.mark.parametrize(("key", "value"), [("KWARGS", "{width: 2}"), ("LOGITS", "scores")])
+def test_what_the_teacher_is_made_with_makes_another_one(tiny_config, images, key, value):
+    run, weights = teacher_run(tiny_config(**{f"TEACHER.{key}": value}), images)
+    assert weights != teacher_run(tiny_config(), images)[1]
+    assert run.STUDENT[key] == ({"width": 2} if key == "KWARGS" else "scores")
+
+
+def test_a_teacher_that_is_made_with_nothing_more_is_known_by_what_it_was(tiny_config, images):
+    """The names of teachers that are kept already do not depend on keys that say nothing."""
+    hashed = []
+
+    def dumps(value, **_):
+        hashed.extend(value[0])
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("classification.teacher.json.dumps", dumps)
+        teacher_run(tiny_config(), images)
+    assert "STUDENT.NAME" in hashed
+    assert not {"STUDENT.KWARGS", "STUDENT.LOGITS"} & {*hashed}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("hf/../mine/vit", "mine/vit-"), ("timm/resnet18", "timm/resnet18-")]
+)
+def test_a_teacher_is_kept_within_its_folder_whatever_its_name(tiny_config, images, name, kept):
+    cfg = tiny_config(**{"TEACHER.NAME": name})
+    weights = teacher_run(cfg, images)[1]
+    assert str(weights.relative_to(cfg.TEACHER.CACHE_DIR)).startswith(kept)
+
+
 @pytest.fixture
 def to_train(tiny_config, images):
     """``to_train(train_run)`` prepares a teacher that is to be trained; with its run's paths."""
