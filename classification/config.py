@@ -44,7 +44,7 @@ def default_config() -> CfgNode:
             "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
             "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
             "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
-            "GRADIENTS_EVERY": 0,  # epochs between looks at the gradient of each term; 0: none
+            "GRADIENTS_EVERY": 0,  # epochs between looks at each term's gradient; likewise; 0: none
             "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
         }
     )

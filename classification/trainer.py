@@ -153,8 +153,9 @@ class Trainer:
             self._rate.fill_(values[0])
             self._scale.fill_(values[1])
             self._scheduled = values
-        last, every = step + 1 == self.steps_per_epoch, self.cfg.GRADIENTS_EVERY
-        self.measures_gradients = bool(last and every and (self.epoch + 1) % every == 0)
+        every, epoch = self.cfg.GRADIENTS_EVERY, self.epoch + 1
+        due = every and (epoch % every == 0 or epoch == self.cfg.SOLVER.EPOCHS)
+        self.measures_gradients = bool(due and step + 1 == self.steps_per_epoch)
 
     def keep_losses(self, terms: Tensor) -> None:
         """Keep what :meth:`update` returned for the epoch's means."""
@@ -336,12 +337,15 @@ def _gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str,
     """What ``metrics.jsonl`` says of the gradient of each term, on this process's batch."""
     from pcka.analysis.gradients import term_gradients  # few runs ask for it
 
-    reference = "loss_ce" if "loss_ce" in terms else next(iter(terms))
-    found = term_gradients(terms, student.parameters(), reference)
+    task = "loss_ce"  # without it there are no cosines, which would be those with another term
+    found = term_gradients(
+        terms, student.parameters(), task if task in terms else next(iter(terms))
+    )
     return {
         f"gradient_{what}_{name.removeprefix('loss_')}": value
         for name, measured in found.items()
         for what, value in measured._asdict().items()
+        if what == "share" or task in terms
     }
 
 

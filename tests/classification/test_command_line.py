@@ -136,20 +136,10 @@ def test_a_comparison_whose_runs_all_failed_is_an_error(monkeypatch, digits_conf
     assert compare.main(words) is comparison
 
 
-# The command as a terminal starts it; in the background of a shell it would ignore Ctrl-C.
-ON_A_TERMINAL = """
-import runpy
-import signal
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_path("classification/train.py", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_ctrl_c_is_answered_with_the_way_on(start, digits_config, tiny_overrides, tmp_path):
     keys = tiny_overrides(**{"TEACHER.NAME": "", "SOLVER.EPOCHS": 100_000})
-    program = start("-c", ON_A_TERMINAL, "--config-file", digits_config, *keys)
+    program = start("classification/train.py", "--config-file", digits_config, *keys)
     program.interrupt_when((tmp_path / "run" / "checkpoint.pth").exists)
     assert program.wait() == 130
     last = program.log.read_text().splitlines()[-1]

@@ -104,9 +104,10 @@ def test_gradients_are_looked_at_every_so_many_epochs_and_change_nothing(tiny_co
     states = [torch.load(tmp_path / run / "model_last.pth") for run in ("plain", "looked")]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-    first, second, third = map(json.loads, (tmp_path / "looked" / "metrics.jsonl").open())
-    assert gradient_figures(first) == gradient_figures(third) == {}
+    first, second, last = map(json.loads, (tmp_path / "looked" / "metrics.jsonl").open())
+    assert gradient_figures(first) == {}
     found = gradient_figures(second)
+    assert gradient_figures(last).keys() == found.keys()
     assert found["gradient_share_ce"] + found["gradient_share_kd"] == pytest.approx(1)
     assert 0 < found["gradient_share_kd"] < 1
     assert found["gradient_cosine_ce"] == pytest.approx(1)
@@ -140,6 +141,13 @@ def test_gradients_are_those_of_the_last_step_of_the_epoch(tiny_config, tmp_path
     length, rate = sizes[-1]
     assert length == pytest.approx(rate * norms[0], rel=1e-3)
     assert len(norms) == 1
+
+
+def test_without_cross_entropy_there_are_shares_and_no_cosines(tiny_config, tmp_path):
+    keys = {"DISTILL.METHODS": "[KD]", "GRADIENTS_EVERY": 1, "SOLVER.EPOCHS": 1}
+    run_experiment(tiny_config("kd", **keys))
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
+    assert gradient_figures(line) == {"gradient_share_kd": 1.0}
 
 
 def test_side_by_side_each_student_has_the_gradients_that_it_has_alone(tiny_config, tmp_path):

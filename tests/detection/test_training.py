@@ -13,7 +13,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ROIAlign
-from detectron2.modeling import build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from PIL import Image
 
 from detection import export, train_net, trainer
@@ -269,7 +269,7 @@ def test_plain_detectron2_gives_the_exported_students_boxes(
         overrides += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     cfg = load_config(str(DIGITS / "pcka.yaml"), overrides)
     torch.manual_seed(0)
-    student = train_net.META_ARCH_REGISTRY.get(architecture)(cfg).eval()
+    student = META_ARCH_REGISTRY.get(architecture)(cfg).eval()
     torch.save({"model": student.state_dict()}, tmp_path / "trained.pth")
     exported = export.main(
         ["--config-file", str(DIGITS / "pcka.yaml"), "--weights", str(tmp_path / "trained.pth"),

@@ -134,16 +134,7 @@ class Classifiers:
         return nullcontext() if alone else process_group(self.configure(jobs[0].runs[0]).DEVICE)
 
     def train(self, job: Job, *, torchrun: bool) -> None:
-        """Train the runs of a job, or go on with them.
-
-        Args:
-            job: of :meth:`jobs`.
-            torchrun: start the plan's number of processes; else this one trains, or, where torchrun
-                started several, these.
-
-        Raises:
-            TrainingFailedError: a run failed; the others of the job are finished.
-        """
+        """As :meth:`tools.paper.table.Task.train` says."""
         if torchrun:
             command = self.plan.command(job, "local")
             _run([*TORCHRUN, str(self.plan.gpus), *command[1:]], job)
