@@ -1,5 +1,6 @@
 # make demo   from a fresh clone to distilled students, in one command
 # make test   every check: format, types, import contract, C++ tests, Python tests
+# make test-models   the few tests that `make test` leaves out: each model of torchvision and timm
 # make gpu-bundle   what tools/gpu_check.py needs on a GPU machine without network
 # All make .venv and compile the operators first. PYTHON=... names another interpreter.
 
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 CPP_TESTS := $(wildcard tests/csrc/*.h tests/csrc/*.cpp tests/emulation/*.h tests/emulation/torch/csrc/stable/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 
-.PHONY: demo test install lint ctest pytest gpu-bundle clean
+.PHONY: demo test install lint ctest pytest test-models gpu-bundle clean
 
 demo: install
 	$(BIN)/python classification/demo.py
@@ -45,7 +46,10 @@ ctest: install
 	$(BIN)/ctest --test-dir build --output-on-failure
 
 pytest: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+test-models: install
+	$(BIN)/python -m pytest -m "" tests/classification/models/test_every_model.py
 
 gpu-bundle: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu_bundle.py $(BUNDLE)

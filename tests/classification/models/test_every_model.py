@@ -1,12 +1,16 @@
 """Every classification model of torchvision, and timm's most used families, as student and teacher.
 
 Each teaches a resnet18 and learns from one, two steps, by logits, attention, and feature CKA.
+`make test` tries one of each family; `make test-models` all of them (a quarter of an hour).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import nn
 
 from classification.models import create_model, model_names
@@ -17,6 +21,13 @@ from pcka.engine.distill import numbered_stages
 
 CLASSES, BATCH = 5, 3
 TORCHVISION = [name for name in model_names() if name.startswith("torchvision/")]
+# One of each family, cheap ones; the others are tried by `make test-models`.
+TRIED = (
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5"),
+    *("mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d", "squeezenet1_1", "swin_v2_t"),
+    *("convnextv2_atto", "deit_tiny_distilled_patch16_224", "edgenext_xx_small", "levit_128s"),
+    *("mobilenetv4_conv_small", "regnety_002", "res2net50_14w_8s", "resnet18d", "vgg11_bn"),
+)
 SIDES = {"maxvit": 224, "inception": 299}  # of images, where 64 pixels do not do
 TIMM = {
     "beit_base_patch16_224": {"depth": 4, "embed_dim": 192, "num_heads": 3},
@@ -67,6 +78,12 @@ ANY_SIZE = (
     ),
     *("repvgg", "res"),
 )
+
+
+def tried_or_all(names: Collection[str]) -> list[ParameterSet]:
+    """Parameters of a test: all names, those not in TRIED for `make test-models` alone."""
+    marks = [[] if name.rpartition("/")[2] in TRIED else pytest.mark.exhaustive for name in names]
+    return [pytest.param(name, marks=mark) for name, mark in zip(names, marks)]
 
 
 def chosen_losses(taps: Taps) -> list[losses.Loss]:
@@ -141,16 +158,15 @@ def test_a_model_teaches_and_learns(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", tried_or_all(TORCHVISION))
 def test_every_model_of_torchvision_teaches_and_learns(name):
     side, kwargs = smallest(name)
     both_ways(name, side, **kwargs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", tried_or_all(TIMM))
 def test_models_of_timm_teach_and_learn(name):
-    pytest.importorskip("timm")
     both_ways(f"timm/{name}", 64 if name.startswith(ANY_SIZE) else 224, **TIMM[name])
 
 
@@ -166,7 +182,6 @@ KINDS = {
 @pytest.mark.parametrize("loss", losses.names())
 @pytest.mark.parametrize(("student", "teacher"), [("vit", "cnn"), ("cnn", "vit"), ("swin", "vit")])
 def test_transformers_and_a_cnn_go_through_every_method(student, teacher, loss):
-    pytest.importorskip("timm")
     torch.manual_seed(0)
     (name, kwargs), (other, others) = KINDS[student], KINDS[teacher]
     own, theirs = create_model(name, CLASSES, **kwargs), create_model(other, CLASSES, **others)
