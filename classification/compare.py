@@ -37,9 +37,10 @@ from pcka.engine.cost import (
     peak_mebibytes,
     settings_digest,
 )
+from pcka.engine.curves import plot_gradients
 from pcka.engine.launch import is_first, process_group
 from pcka.engine.progress import console_log
-from pcka.engine.run_folder import remove_temporaries
+from pcka.engine.run_folder import read_metrics, remove_temporaries
 
 logger = logging.getLogger("pcka")
 
@@ -101,7 +102,8 @@ def compare(
         methods: names of method files or of variants; the first is what the others are compared
             with.
         seeds: of the students' start, order and augmentation.
-        output: ``comparison.md``, ``.csv`` and ``.png`` go there too.
+        output: ``comparison.md``, ``.csv`` and ``.png`` go there too, and with GRADIENTS_EVERY
+            ``gradients.png``, of the first seed.
         overrides: ``KEY VALUE`` pairs for all runs.
         variants: by name; what is not among them is a method file.
         together: so many students are trained side by side; they share the device's memory.
@@ -134,6 +136,10 @@ def compare(
                 comparison.add(method, seed, result)
             comparison.heading = heading(first, comparison)
             comparison.write(output)
+        if rank() == 0:
+            folders = {method: output / method / f"seed{seeds[0]}" for method in methods}
+            of_runs = {m: read_metrics(f / "metrics.jsonl") for m, f in folders.items()}
+            plot_gradients(of_runs, output / "gradients.png")
         if costs:
             by_method = {method: cfgs[method, seeds[0]] for method in methods}
             columns = cost_columns(measure_costs(by_method, output / "costs.json"))

@@ -109,6 +109,7 @@ def default_config() -> CfgNode:
         {
             "METHODS": ["CE"],  # the losses that are summed
             "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
+            "RELATIVE": False,  # scale each of these terms to cross-entropy's value, then weigh it
             "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
         }
     )
@@ -301,6 +302,8 @@ def _check(cfg: CfgNode) -> None:
     if not cfg.DISTILL.METHODS:
         raise ConfigError("DISTILL.METHODS: expected one or more losses, got none")
     check_methods(cfg.DISTILL.METHODS)
+    if cfg.DISTILL.RELATIVE and "CE" not in cfg.DISTILL.METHODS:
+        raise ConfigError("DISTILL.RELATIVE: needs CE among DISTILL.METHODS; add it, or set False")
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:

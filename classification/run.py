@@ -240,7 +240,9 @@ class Run:
         taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
         with naming("DISTILL"):
             distiller = Distiller(
-                student, frozen, losses_of(cfg, taps), taps, compile=cfg.COMPILE
+                *(student, frozen, losses_of(cfg, taps), taps),
+                relative_to="loss_ce" if cfg.DISTILL.RELATIVE else "",
+                compile=cfg.COMPILE,
             ).to(device)
         followed = {}
         if teacher is not None:

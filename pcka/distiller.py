@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
@@ -20,6 +20,7 @@ from pcka.taps import LogitsOf, Observer
 from pcka.teacher import FrozenTeacher
 
 Batch = tuple[Outputs, Outputs | None, Tensor | None]  # student, teacher, target
+SMALLEST = 1e-6  # value of a term that is scaled up to another's; below it the factor stays
 
 
 class Distiller(nn.Module):
@@ -46,6 +47,10 @@ class Distiller(nn.Module):
             :class:`pcka.FeatureTap` takes them.
         logits_of: where the logits are in what the models return, as
             :func:`pcka.taps.find_logits` takes it; a :class:`FrozenTeacher` has its own.
+        relative_to: name of a term, such as ``"loss_ce"``, to whose present value each term ``L``
+            that needs the teacher is scaled before its weight: ``w sg(L_ref / L) L`` with the
+            stopped gradient ``sg``, so that weights mean the same whatever a term's own scale.
+            "": every term counts as it is.
         gather: relational losses see the samples of all processes, whose features must be of one
             shape; False: each process compares its own batch.
         compile: run the models through :func:`torch.compile`.
@@ -75,6 +80,7 @@ class Distiller(nn.Module):
         taps: Mapping[str, str | tuple[str, str]] = MappingProxyType({}),
         *,
         logits_of: LogitsOf | None = None,
+        relative_to: str = "",
         gather: bool = True,
         compile: bool = False,
     ) -> None:
@@ -88,6 +94,7 @@ class Distiller(nn.Module):
         self.__dict__["teacher"] = teacher
         self.losses = nn.ModuleList(losses)
         self.adapters = ModulesByTap()
+        self.relative_to = relative_to
         self.gather = gather
         self.distillation_scale: float | Tensor = 1.0
         with_teacher = [loss for loss in losses if loss.needs_teacher]
@@ -167,20 +174,37 @@ class Distiller(nn.Module):
             ``loss_...`` -> weight, with ``distillation_scale`` in it, and scalar.
 
         Raises:
-            ValueError: a loss gives no term, two give one of the same name, or a model gave no
-                logits and a loss needs them.
+            ValueError: a loss gives no term, two give one of the same name, a model gave no
+                logits and a loss needs them, or there is no term ``relative_to``.
         """
         if teacher is not None:
             teacher = _cast_like(student, teacher)
         given = self._given_to_losses(student, teacher, target)
         terms: dict[str, Term] = {}
+        of_teacher: list[str] = []
         for loss in self._losses():
             self._check_logits(loss, student, teacher)
             added = loss.terms(*given[self._way(loss)])
             _check_names(loss, added, terms)
             scale = self.distillation_scale if loss.needs_teacher else 1.0
             terms |= {name: Term(scale * weight, value) for name, (weight, value) in added.items()}
-        return terms
+            if loss.needs_teacher:
+                of_teacher += added
+        return self._at_one_scale(terms, of_teacher) if self.relative_to else terms
+
+    def _at_one_scale(self, terms: dict[str, Term], changed: Collection[str]) -> dict[str, Term]:
+        """The terms, some of them scaled to the value of the one that is ``relative_to``."""
+        if self.relative_to not in terms:
+            raise ValueError(
+                f"relative_to: no loss gives {self.relative_to!r}, only {', '.join(terms)}"
+            )
+        reference = terms[self.relative_to].value.detach()
+
+        def scaled(term: Term) -> Term:
+            value = term.value.detach()
+            return Term(term.weight * reference / value.clamp(min=SMALLEST), term.value)
+
+        return {name: scaled(t) if name in changed else t for name, t in terms.items()}
 
     def forward(
         self,

@@ -71,6 +71,34 @@ def test_the_distillation_scale_is_a_factor_of_what_needs_the_teacher_alone(stud
     torch.testing.assert_close(scaled["loss_ce"], whole["loss_ce"])
 
 
+def test_terms_of_the_teacher_are_scaled_to_another_terms_value(student, teacher):
+    losses = [CE(weight=0.5), FCKA(stages=("stage2",), weights=3.0)]
+    plain = Distiller(student, teacher, losses, TAPS).eval()(IMAGES, TARGET)
+    terms = Distiller(student, teacher, losses, TAPS, relative_to="loss_ce").eval()(IMAGES, TARGET)
+    # Its value is its weight times that of cross-entropy; its gradient has one factor for all.
+    torch.testing.assert_close(terms["loss_ce"], plain["loss_ce"])
+    torch.testing.assert_close(terms["loss_fcka_stage2"], 3 * plain["loss_ce"] / 0.5)
+    factor = terms["loss_fcka_stage2"].detach() / plain["loss_fcka_stage2"].detach()
+    own, scaled = (
+        torch.autograd.grad(t["loss_fcka_stage2"], student.stem.parameters())
+        for t in (plain, terms)
+    )
+    torch.testing.assert_close(scaled, tuple(factor * gradient for gradient in own))
+
+
+def test_a_term_that_vanishes_is_not_scaled_without_bound(student):
+    losses = [CE(), KD()]
+    alike = Distiller(student, copy.deepcopy(student), losses, relative_to="loss_ce").eval()
+    terms = alike(IMAGES, TARGET)
+    assert terms["loss_kd"].abs() < 1 and all(term.isfinite() for term in terms.values())
+
+
+def test_the_term_that_others_are_relative_to_must_be_there(student, teacher):
+    distiller = Distiller(student, teacher, [KD()], relative_to="loss_ce")
+    with pytest.raises(ValueError, match="relative_to: no loss gives 'loss_ce', only loss_kd"):
+        distiller(IMAGES, TARGET)
+
+
 def test_gradient_reaches_only_the_student(student, teacher):
     losses = [CE(), RCKA(stages=("stage1", "stage2"), feature_weights=(1.0, 1.0))]
     distiller = Distiller(student, teacher, losses, TAPS)

@@ -144,3 +144,50 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
             "metrics: nothing to draw; expected keys 'loss_...', 'accuracy', 'train_accuracy' or "
             f"'cka_...', got {keys}"
         )
+
+
+def plot_gradients(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]
+) -> bool:
+    """Draw what each term pulls at the student, run beside run; return whether there was any.
+
+    Above, each term's share of the gradients' norms; below, its gradient's cosine with
+    cross-entropy's, whose own is left out.
+
+    Args:
+        runs: name -> metrics as for :func:`plot_curves`; runs without gradients are left out.
+        path: picture to write; its suffix picks the format.
+    """
+    measured = {}
+    for name, metrics in runs.items():
+        if terms := list(dict.fromkeys(key for entry in metrics for key in _terms(entry))):
+            measured[name] = terms
+    if not measured:
+        return False
+    figure = Figure(figsize=(2.6 * len(measured) + 1, 5.2), layout="constrained")
+    grid = figure.subplots(2, len(measured), squeeze=False, sharex=True, sharey="row")
+    for (above, below), (name, terms) in zip(grid.T, measured.items(), strict=True):
+        for index, term in enumerate(terms):
+            style = {"color": _COLOURS[index % len(_COLOURS)], "marker": ".", "label": term}
+            for axes, kind in ((above, "share"), (below, "cosine")):
+                key = f"gradient_{kind}_{term}"
+                points = [(e["epoch"], e[key]) for e in runs[name] if key in e]
+                if points and (kind, term) != ("cosine", "ce"):
+                    axes.plot(*zip(*points, strict=True), **style)
+        above.set(title=name)
+        above.legend(fontsize="x-small")
+        below.set(xlabel="epoch")
+        below.axhline(0, color="black", linewidth=0.8)
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0][0].set(ylabel="share of the norms", ylim=(0, 1.02))
+    grid[1][0].set(ylabel="cosine with cross-entropy's")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _terms(entry: Mapping[str, float]) -> list[str]:
+    """The terms whose gradients an epoch measured."""
+    prefix = "gradient_share_"
+    return [key.removeprefix(prefix) for key in entry if key.startswith(prefix)]

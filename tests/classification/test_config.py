@@ -249,6 +249,7 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (["TEACHER.ACCURACY", "-1"], "TEACHER.ACCURACY: expected at least 0"),
         (["SOLVER.BASE_LR", ".nan"], "SOLVER.BASE_LR: expected a finite number, got nan"),
         (["SOLVER.WARMUP_EPOCHS", ".nan"], "SOLVER.WARMUP_EPOCHS: expected a finite number"),
+        (["DISTILL.METHODS", "[KD]", "DISTILL.RELATIVE", "True"], "DISTILL.RELATIVE: needs CE"),
         (["DISTILL.WARMUP", ".nan"], "DISTILL.WARMUP: expected a finite number"),
         (["DATA.MEMORY_GB", ".nan"], "DATA.MEMORY_GB: expected a finite number"),
         (["TEACHER.ACCURACY", ".nan"], "TEACHER.ACCURACY: expected a finite number"),

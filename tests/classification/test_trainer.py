@@ -169,3 +169,11 @@ def test_side_by_side_each_student_has_the_gradients_that_it_has_alone(tiny_conf
         )
         assert alone == other
         assert all(alone)
+
+
+def test_terms_relative_to_cross_entropy_have_the_size_of_their_weights(tiny_config, tmp_path):
+    run_experiment(tiny_config("kd_fcka", "relative", **{"DISTILL.RELATIVE": True}))
+    lines = (tmp_path / "relative" / "metrics.jsonl").read_text().splitlines()
+    means, weights = json.loads(lines[0]), {"ce": 0.1, "kd": 0.9, "fcka_stage1": 3.0}
+    for name, weight in weights.items():
+        assert means[f"loss_{name}"] == pytest.approx(weight * means["loss_ce"] / 0.1, rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from pcka.engine.curves import plot_curves
+from pcka.engine.curves import plot_curves, plot_gradients
 
 METRICS = [
     {
@@ -99,3 +99,31 @@ def test_refusals(tmp_path):
         plot_curves([{"epoch": 1, "seconds": 2.0}], tmp_path / "curves.png")
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_curves([], tmp_path / "curves.png")
+
+
+def test_gradients_of_several_runs_stand_side_by_side(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+
+    def epoch(number, **of_terms):
+        shares = {f"gradient_share_{term}": share for term, (share, _) in of_terms.items()}
+        cosines = {f"gradient_cosine_{term}": cosine for term, (_, cosine) in of_terms.items()}
+        return {"epoch": number} | shares | cosines
+
+    runs = {
+        "kd": [epoch(n, ce=(0.4, 1.0), kd=(0.6, 0.1 * n)) for n in (1, 2)],
+        "unmeasured": [{"epoch": 1, "loss_ce": 2.0}],
+        "fcka": [epoch(2, ce=(0.9, 1.0), fcka_last=(0.1, -0.2))],
+    }
+    assert plot_gradients(runs, tmp_path / "gradients.png")
+    above, other_above, below, other_below = figures[0].axes
+    assert [axes.get_title() for axes in (above, other_above)] == ["kd", "fcka"]
+    assert lines(above) == {"ce": [[1, 0.4], [2, 0.4]], "kd": [[1, 0.6], [2, 0.6]]}
+    assert lines(below)["kd"] == [[1, 0.1], [2, 0.2]]
+    assert "ce" not in lines(below)
+    assert lines(other_below)["fcka_last"] == [[2, -0.2]]
+
+
+def test_without_gradients_there_is_no_picture_of_them(tmp_path):
+    assert not plot_gradients({"kd": METRICS}, tmp_path / "gradients.png")
+    assert not (tmp_path / "gradients.png").exists()
