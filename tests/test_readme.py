@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python of the README and of the page on the library runs as it stands there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import torch
 
 from classification.models import create_model
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_readme_shows_the_loop_of_the_library():
+    assert examples("README.md") == examples("docs/library.md")[:1]
 
 
 def test_the_examples_run():
-    loop, functions = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    loop, functions = examples("docs/library.md")
     torch.manual_seed(0)
     names = {
         "student": create_model("resnet8", 10),
