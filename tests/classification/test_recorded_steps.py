@@ -155,7 +155,7 @@ class ReplayedOnTheCpu:
 
     made = 0
 
-    def __init__(self, function, inputs, changed):
+    def __init__(self, function, inputs, changed, beside=None):
         type(self).made += 1
         self.draws, changed = False, list(changed)
         with torch.no_grad():
