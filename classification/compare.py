@@ -45,6 +45,7 @@ logger = logging.getLogger("pcka")
 
 PUBLISHED = CONFIGS.parent / "reproduce" / "table1.yaml"
 METRICS = {"last_accuracy": "last epoch (%)", "best_accuracy": "best epoch (%)"}
+AVERAGED = {"last_accuracy_ema": "averaged student (%)"}
 
 
 class Variant(NamedTuple):
@@ -165,7 +166,7 @@ def new_comparison(
     published = {method: value for method, value in accuracies.items() if value is not None}
     return Comparison(
         methods,
-        METRICS,
+        METRICS | (AVERAGED if cfg.SOLVER.EMA_DECAY else {}),
         difference="minus first row (%)",
         also_in_csv=("best_epoch", "epochs"),
         extra={"published (%)": {method: f"{value:.2f}" for method, value in published.items()}},

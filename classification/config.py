@@ -104,7 +104,7 @@ def default_config() -> CfgNode:
             "BETAS": [0.9, 0.999],  # adamw: decays of the averages of gradient and square
             "EPS": 1e-8,  # adamw: added to the root of the square's average
             "WEIGHT_DECAY": 5e-4,
-            "DECAY_NORMS_AND_BIASES": True,  # False: none of them for parameters of one dimension
+            "DECAY_NORMS_AND_BIASES": True,  # False: no decay of parameters of one dimension
             "CLIP_GRADIENTS": 0.0,  # greatest norm of the gradient of all that is trained; 0: any
             "SCHEDULE": "multistep",  # multistep | cosine | onecycle; set at every update
             "MILESTONES": [150, 180, 210],  # epochs after which the rate is multiplied by GAMMA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -50,13 +51,22 @@ def build_optimizer(cfg: CfgNode, trained: nn.Module) -> Optimizer:
     solver = cfg.SOLVER
     groups: list[dict] = [{"params": list(trained.parameters())}]
     if not solver.DECAY_NORMS_AND_BIASES:
-        matrices = [p for p in trained.parameters() if p.dim() > 1]
-        vectors = [p for p in trained.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        exempt = _exempt(trained)
+        decayed = [p for p in trained.parameters() if id(p) not in exempt]
+        spared = [p for p in trained.parameters() if id(p) in exempt]
+        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": True}
     if solver.OPTIMIZER == "adamw":
         return AdamW(groups, betas=tuple(solver.BETAS), eps=solver.EPS, **shared)
     return SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared)
+
+
+def _exempt(trained: nn.Module) -> set[int]:
+    """Parameters of one dimension, and what the student names as timm's models do."""
+    student: Any = getattr(trained, "student", trained)
+    named = getattr(student, "no_weight_decay", set)()
+    told = {id(p) for name, p in student.named_parameters() if name in named}
+    return told | {id(p) for p in trained.parameters() if p.dim() <= 1}
 
 
 def read_rate_from(rate: Tensor, optimizer: Optimizer) -> None:

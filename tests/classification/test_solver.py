@@ -113,6 +113,18 @@ def test_norms_and_biases_may_be_exempt_from_weight_decay(tiny_config):
     assert group["weight_decay"] == 0.5 and len(group["params"]) == len([*model.parameters()])
 
 
+def test_what_a_timm_model_names_is_exempt_as_well(tiny_config):
+    student, trained = nn.Module(), nn.Module()
+    student.position = nn.Parameter(torch.ones(1, 4, 8))
+    student.table = nn.Parameter(torch.ones(2, 2))
+    student.no_weight_decay = lambda: {"position"}
+    trained.student = student
+    cfg = tiny_config(**{"SOLVER.DECAY_NORMS_AND_BIASES": False})
+    decayed, spared = build_optimizer(cfg, trained).param_groups
+    assert decayed["params"] == [student.table]
+    assert spared["params"] == [student.position] and spared["weight_decay"] == 0
+
+
 @pytest.mark.parametrize("keys", [{}, {"SOLVER.OPTIMIZER": "adamw", "SOLVER.BASE_LR": 0.01}])
 def test_what_is_made_before_a_recording_is_what_a_first_step_starts_from(tiny_config, keys):
     cfg = tiny_config(**keys)
