@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def build_optimizer(cfg: CfgNode, trained: nn.Module) -> Optimizer:
 def _exempt(trained: nn.Module) -> set[int]:
     """Parameters of one dimension, and what the student names as timm's models do."""
     student: Any = getattr(trained, "student", trained)
-    named = getattr(student, "no_weight_decay", set)()
+    named: Collection[str] = getattr(student, "no_weight_decay", set)()
     told = {id(p) for name, p in student.named_parameters() if name in named}
     return told | {id(p) for p in trained.parameters() if p.dim() <= 1}
 
