@@ -94,7 +94,7 @@ def default_config() -> CfgNode:
     )
     cfg.SOLVER = CfgNode(
         {
-            "EPOCHS": 240,
+            "EPOCHS": 240,  # passes over the training images
             "BATCH_SIZE": 64,  # an incomplete last batch of an epoch is left out
             "ACCUMULATE": 1,  # batches per update, by their mean; losses see one batch at a time
             "OPTIMIZER": "sgd",  # sgd | adamw
@@ -103,12 +103,12 @@ def default_config() -> CfgNode:
             "NESTEROV": False,  # sgd
             "BETAS": [0.9, 0.999],  # adamw: decays of the averages of gradient and square
             "EPS": 1e-8,  # adamw: added to the root of the square's average
-            "WEIGHT_DECAY": 5e-4,
+            "WEIGHT_DECAY": 5e-4,  # sgd: a part of the gradient; adamw: apart from it, by the rate
             "DECAY_NORMS_AND_BIASES": True,  # False: no decay of parameters of one dimension
             "CLIP_GRADIENTS": 0.0,  # greatest norm of the gradient of all that is trained; 0: any
             "SCHEDULE": "multistep",  # multistep | cosine | onecycle; set at every update
             "MILESTONES": [150, 180, 210],  # epochs after which the rate is multiplied by GAMMA
-            "GAMMA": 0.1,
+            "GAMMA": 0.1,  # see MILESTONES
             "MIN_LR": 0.0,  # cosine: the rate at EPOCHS
             "WARMUP_EPOCHS": 0.0,  # the rate rises linearly from 0 over these epochs
             "ONECYCLE_RISE": 0.3,  # onecycle: share of EPOCHS in which the rate rises
