@@ -252,10 +252,13 @@ def test_a_student_that_fails_does_not_stop_those_recorded_beside_it(
     assert result["epochs"] == 2
 
 
-def test_recorded_runs_go_on_after_a_kill(pair_config, recorded, tmp_path, assert_same_run):
+@pytest.mark.parametrize("more", [{}, MODERN, {**MODERN, "SOLVER.ACCUMULATE": 2}])
+def test_recorded_runs_go_on_after_a_kill(pair_config, recorded, tmp_path, assert_same_run, more):
+    """What a recording does to weights, moments and average is undone."""
+
     def config(name, epochs):
         keys = {"SOLVER.EPOCHS": epochs, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0}
-        return pair_config("kd", name, **keys)
+        return pair_config("kd", name, **keys, **more)
 
     run_experiment(config("whole", 3))
     run_experiment(config("parts", 1))
