@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from classification.average import AveragedStudent
+from pcka.taps import Observer
 
 
 class Tied(nn.Module):
@@ -51,3 +52,15 @@ def test_all_that_an_update_changes_is_named():
     named = {tensor.data_ptr() for tensor in average.tensors()}
     assert named == {value.data_ptr() for value in average.model.state_dict().values()}
     assert named.isdisjoint(value.data_ptr() for value in student.state_dict().values())
+
+
+def test_a_student_that_is_observed_compiled_is_copied_apart():
+    """Such taps stay on the model; those of the copy keep nothing."""
+    student = Tied()
+    observer = Observer(student, {"first": "first"}, compile=True)
+    average = AveragedStudent(student)
+    observer._watching = True  # as while the student runs
+    average.model.eval()(torch.ones(2, 3))
+    assert observer._features == {}
+    student(torch.ones(2, 3))
+    assert observer._features.keys() == {"first"}
