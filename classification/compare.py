@@ -46,6 +46,7 @@ logger = logging.getLogger("pcka")
 
 PUBLISHED = CONFIGS.parent / "reproduce" / "table1.yaml"
 METRICS = {"last_accuracy": "last epoch (%)", "best_accuracy": "best epoch (%)"}
+AVERAGED = {"last_accuracy_ema": "averaged student (%)"}
 
 
 class Variant(NamedTuple):
@@ -171,7 +172,7 @@ def new_comparison(
     published = {method: value for method, value in accuracies.items() if value is not None}
     return Comparison(
         methods,
-        METRICS,
+        METRICS | (AVERAGED if cfg.SOLVER.EMA_DECAY else {}),
         difference="minus first row (%)",
         also_in_csv=("best_epoch", "epochs"),
         extra={"published (%)": {method: f"{value:.2f}" for method, value in published.items()}},
@@ -183,10 +184,11 @@ def heading(cfg: CfgNode, comparison: Comparison) -> str:
     some = next((r for by_seed in comparison.results.values() for r in by_seed.values()), {})
     teacher = some.get("teacher_accuracy")
     taught = f" from {cfg.TEACHER.NAME} ({teacher:.2f} %)" if teacher is not None else ""
+    batch = f"{cfg.SOLVER.BATCH_SIZE}" + f" x {cfg.SOLVER.ACCUMULATE}" * (cfg.SOLVER.ACCUMULATE > 1)
     return (
         f"{cfg.STUDENT.NAME}{taught} on {cfg.DATA.NAME}: {some.get('training_images', '?')} "
         f"training and {some.get('evaluation_images', '?')} evaluation images, "
-        f"{cfg.SOLVER.EPOCHS} epochs, batch {cfg.SOLVER.BATCH_SIZE}. Top-1 accuracy, mean ± "
+        f"{cfg.SOLVER.EPOCHS} epochs, batch {batch}. Top-1 accuracy, mean ± "
         f"standard deviation over seeds; {HOW_TO_READ}"
     )
 
@@ -230,6 +232,8 @@ def measure_costs(
 ) -> dict[str, Cost]:
     """Measure what a step of each method costs; every round has one batch for all of them.
 
+    A step is a batch and an update by it, whatever SOLVER.ACCUMULATE is.
+
     Args:
         cfgs: method -> configuration; they differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
         path: where the costs are kept, see :func:`pcka.engine.cost.kept_costs`.
@@ -240,11 +244,19 @@ def measure_costs(
     with process_group(lead.DEVICE) as device:
 
         def measure() -> dict[str, Cost]:
-            made = prepare_trainers(list(cfgs.values()), device, image_sets)
+            made = prepare_trainers(list(map(_updating, cfgs.values())), device, image_sets)
             return _measure(dict(zip(cfgs, made, strict=True)), rounds)
 
         settings = {method: _settings(cfg, device) for method, cfg in cfgs.items()}
         return kept_costs(path, settings, measure)
+
+
+def _updating(cfg: CfgNode) -> CfgNode:
+    """The configuration with an update after each batch."""
+    same = cfg.clone()
+    same.defrost()
+    same.SOLVER.ACCUMULATE = 1
+    return same
 
 
 def _settings(cfg: CfgNode, device: torch.device) -> str:

@@ -12,6 +12,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from classification.data import check_name
+from classification.solver import check_solver
 from pcka.engine.config import (
     ConfigError,
     flatten,
@@ -93,16 +94,27 @@ def default_config() -> CfgNode:
     )
     cfg.SOLVER = CfgNode(
         {
-            "EPOCHS": 240,
+            "EPOCHS": 240,  # passes over the training images
             "BATCH_SIZE": 64,  # an incomplete last batch of an epoch is left out
-            "BASE_LR": 0.05,
-            "MOMENTUM": 0.9,
-            "NESTEROV": False,
-            "WEIGHT_DECAY": 5e-4,
-            "SCHEDULE": "multistep",  # multistep | cosine (to 0 at EPOCHS); set at every step
+            "ACCUMULATE": 1,  # batches per update, by their mean; losses see one batch at a time
+            "OPTIMIZER": "sgd",  # sgd | adamw
+            "BASE_LR": 0.05,  # the highest rate
+            "MOMENTUM": 0.9,  # sgd
+            "NESTEROV": False,  # sgd
+            "BETAS": [0.9, 0.999],  # adamw: decays of the averages of gradient and square
+            "EPS": 1e-8,  # adamw: added to the root of the square's average
+            "WEIGHT_DECAY": 5e-4,  # sgd: a part of the gradient; adamw: apart from it, by the rate
+            "DECAY_NORMS_AND_BIASES": True,  # False: no decay of parameters of one dimension
+            "CLIP_GRADIENTS": 0.0,  # greatest norm of the gradient of all that is trained; 0: any
+            "SCHEDULE": "multistep",  # multistep | cosine | onecycle; set at every update
             "MILESTONES": [150, 180, 210],  # epochs after which the rate is multiplied by GAMMA
-            "GAMMA": 0.1,
+            "GAMMA": 0.1,  # see MILESTONES
+            "MIN_LR": 0.0,  # cosine: the rate at EPOCHS
             "WARMUP_EPOCHS": 0.0,  # the rate rises linearly from 0 over these epochs
+            "ONECYCLE_RISE": 0.3,  # onecycle: share of EPOCHS in which the rate rises
+            "ONECYCLE_DIV": 25.0,  # onecycle: from BASE_LR divided by this
+            "ONECYCLE_FINAL_DIV": 1e4,  # onecycle: at the end, by this once more
+            "EMA_DECAY": 0.0,  # of an average of the student's weights over updates; 0: none
         }
     )
     cfg.DISTILL = CfgNode(
@@ -118,6 +130,8 @@ def default_config() -> CfgNode:
 
 # Steps of the paper's trainings on CIFAR-100: 240 epochs of 781 batches.
 RCKA_STEPS = 187_440
+
+ADAMW_LR = 0.01  # a higher rate is hardly meant
 
 # Keys that may differ between a run and its continuation: they change nothing that is computed.
 # (Another DATA.ROOT must hold the same images: the checkpoint knows their fingerprint.)
@@ -209,7 +223,7 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     """Return the keys in which a continuation would differ from the run that it continues.
 
     Other SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
-    under a cosine, or with a warm-up of the distillation, they would change what was trained.
+    under any other, or with a warm-up of the distillation, they would change what was trained.
     """
     harmless = set(HARMLESS_KEYS)
     # A run may end after fewer epochs only where each one was evaluated.
@@ -222,7 +236,8 @@ def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
 CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "AUTOCAST": ("", "bfloat16", "auto"),
-    "SOLVER.SCHEDULE": ("multistep", "cosine"),
+    "SOLVER.OPTIMIZER": ("sgd", "adamw"),
+    "SOLVER.SCHEDULE": ("multistep", "cosine", "onecycle"),
 }
 # Key -> least and greatest value; None: no bound.
 RANGES: dict[str, tuple[float, float | None]] = {
@@ -249,19 +264,32 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "SOLVER.BASE_LR": (0, None),
     "SOLVER.MOMENTUM": (0, 1),
     "SOLVER.WEIGHT_DECAY": (0, None),
+    "SOLVER.ACCUMULATE": (1, None),
+    "SOLVER.EPS": (0, None),
+    "SOLVER.CLIP_GRADIENTS": (0, None),
     "SOLVER.GAMMA": (0, None),
+    "SOLVER.MIN_LR": (0, None),
+    "SOLVER.ONECYCLE_RISE": (0, 1),
+    "SOLVER.ONECYCLE_DIV": (1, None),
+    "SOLVER.ONECYCLE_FINAL_DIV": (1, None),
+    "SOLVER.EMA_DECAY": (0, 1),
     "SOLVER.WARMUP_EPOCHS": (0, None),
 }
 
 
 def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
-    """Yield what of a training of so many steps is probably not meant, a sentence or two each."""
+    """Yield what of a training of so many updates is probably not meant, a sentence or two each."""
     solver, distill = cfg.SOLVER, cfg.DISTILL
     unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
     if unreached and solver.SCHEDULE == "multistep":
         yield (
             f"SOLVER.MILESTONES: the rate does not fall at {', '.join(unreached)}, beyond "
             f"SOLVER.EPOCHS {solver.EPOCHS}"
+        )
+    if solver.OPTIMIZER == "adamw" and solver.BASE_LR > ADAMW_LR:
+        yield (
+            f"SOLVER.BASE_LR: {solver.BASE_LR:g} is a rate for sgd; adamw mostly takes 0.0005 to "
+            "0.005"
         )
     if "RCKA" not in distill.METHODS or steps >= RCKA_STEPS / 4:
         return
@@ -282,14 +310,11 @@ def _check(cfg: CfgNode) -> None:
     check_name(cfg.DATA.NAME)
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
-    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
-        raise ConfigError("SOLVER.NESTEROV: needs a SOLVER.MOMENTUM above 0, got 0")
+    check_solver(cfg.SOLVER)
     if (padding := cfg.DATA.CROP_PADDING) > (most := 4 * cfg.DATA.IMAGE_SIZE):
         raise ConfigError(
             f"DATA.CROP_PADDING: expected at most {most}, four times DATA.IMAGE_SIZE, got {padding}"
         )
-    if min(milestones := cfg.SOLVER.MILESTONES, default=1) < 1:
-        raise ConfigError(f"SOLVER.MILESTONES: expected epochs, at least 1, got {milestones}")
     for role in ("STUDENT", "TEACHER"):
         mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:

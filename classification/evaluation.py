@@ -1,4 +1,4 @@
-"""Top-k accuracy of a classifier, and its alignment with a teacher."""
+"""Figures of a classifier: accuracy, alignment with a teacher, gradients of its loss terms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from classification.data import ImageSet
 from pcka import distributed
@@ -68,6 +68,27 @@ def stage_alignment(
         (images for images, *_ in data.subset(chosen).evaluation_batches(CKA_BATCH_SIZE)),
         {name: (f"model.{s}", f"model.{t}") for name, (s, t) in taps.items()},
     )
+
+
+def gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:
+    """Return what ``metrics.jsonl`` says of the gradient of each term, on this process's batch.
+
+    Args:
+        terms: ``loss_...`` -> scalar with a graph to the student.
+        student: whose parameters the gradients are taken in.
+    """
+    from pcka.analysis.gradients import term_gradients  # few runs ask for it
+
+    task = "loss_ce"  # without it there are no cosines, which would be those with another term
+    found = term_gradients(
+        terms, student.parameters(), task if task in terms else next(iter(terms))
+    )
+    return {
+        f"gradient_{what}_{name.removeprefix('loss_')}": value
+        for name, measured in found.items()
+        for what, value in measured._asdict().items()
+        if what == "share" or task in terms
+    }
 
 
 def _from_raw_pixels(pixels: nn.Module, model: nn.Module) -> nn.Module:

@@ -254,24 +254,29 @@ class Run:
         if self.saved is not None:
             self._restore(self.saved, self.trainer)
         if self.files is not None:
-            steps = cfg.SOLVER.EPOCHS * self.trainer.steps_per_epoch
-            self._start_files(self.files, self.trainer.epoch, steps, device)
+            batches = cfg.SOLVER.EPOCHS * self.trainer.steps_per_epoch
+            updates = batches // cfg.SOLVER.ACCUMULATE
+            self._start_files(self.files, self.trainer.epoch, updates, device)
         return self.trainer
 
     def _restore(self, saved: dict, trainer: Trainer) -> None:
         path, distiller = Path(self.cfg.OUTPUT_DIR) / CHECKPOINT, trainer.distiller
         saved = with_adapters(saved, distiller, path)
         parts = {name: getattr(distiller, name) for name in ("student", "losses", "adapters")}
+        if trainer.average is not None:
+            parts["ema"] = trainer.average.model
         check_fits(saved, parts, trainer.optimizer, path)
         trainer.restore(saved)
 
-    def _start_files(self, files: RunFolder, epoch: int, steps: int, device: torch.device) -> None:
+    def _start_files(
+        self, files: RunFolder, epoch: int, updates: int, device: torch.device
+    ) -> None:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
         write_text(files.directory / "config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
-        for doubt in doubts(self.cfg, steps):
+        for doubt in doubts(self.cfg, updates):
             files.logger.warning(doubt)
 
     def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
@@ -295,7 +300,7 @@ class Run:
 
 def _load_state(cfg: CfgNode, path: Path) -> dict:
     """Return the state that a run goes on from; refuse that of another one."""
-    saved = load_state(path, PARTS)
+    saved = load_state(path, PARTS | {"ema": dict} if cfg.SOLVER.EMA_DECAY else PARTS)
     if lacking := BEST - saved["best"].keys():
         raise refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
     try:
@@ -388,6 +393,7 @@ def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | 
         "teacher": cfg.TEACHER.NAME or None,
         "teacher_accuracy": teacher_accuracy,
         "last_accuracy": metrics[-1]["accuracy"],
+        **({"last_accuracy_ema": metrics[-1]["accuracy_ema"]} if trainer.average else {}),
         **trainer.best,
         "epochs": trainer.epoch,
         "seconds": trainer.seconds,

@@ -169,6 +169,7 @@ class SideBySide:
         self._update = Recorded(
             self._on_streams,
             self._changed_tensors,
+            kind=lambda: lead.kind,
             obstacle=obstacle,
             plain=self._in_turn,
             may_draw=False,

@@ -54,6 +54,12 @@ ImageSets = tuple[ImageSet, ImageSet]
 # What a training by cross-entropy depends on, besides its images.
 DETERMINING = ("SEED", "CHANNELS_LAST", "AUTOCAST", "DATA.CROP_PADDING", "DATA.FLIP")
 DETERMINING_SECTIONS = ("STUDENT.", "SOLVER.")
+# Those of them that came later: where they say nothing, a teacher is known by what it was.
+SINCE = (
+    "STUDENT.KWARGS", "STUDENT.LOGITS", "SOLVER.ACCUMULATE", "SOLVER.OPTIMIZER", "SOLVER.BETAS",
+    "SOLVER.EPS", "SOLVER.DECAY_NORMS_AND_BIASES", "SOLVER.CLIP_GRADIENTS", "SOLVER.MIN_LR",
+    "SOLVER.ONECYCLE_RISE", "SOLVER.ONECYCLE_DIV", "SOLVER.ONECYCLE_FINAL_DIV", "SOLVER.EMA_DECAY",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     a hash of all that determines the weights, the training images included.
     """
     run = default_config()
+    silent = flatten(run)
     add_sections(run.DISTILL, run.DISTILL.METHODS)
     for key in (
         "DEVICE", "CHANNELS_LAST", "AUTOCAST", "CUDA_GRAPH", "LOG_EVERY", "SAVE_EVERY", "IMPORTS"
@@ -215,13 +222,14 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.SOLVER = cfg.SOLVER.clone()
     run.defrost()
     run.SOLVER.EPOCHS = cfg.TEACHER.EPOCHS
+    run.SOLVER.EMA_DECAY = 0.0  # it teaches with the weights that were trained
     for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD"):
         run.STUDENT[key] = cfg.TEACHER[key]
     determining = {
         key: value
         for key, value in flatten(run).items()
         if key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
-        if value or key not in ("STUDENT.KWARGS", "STUDENT.LOGITS")
+        if key not in SINCE or value != silent[key]
     }
     text = json.dumps([determining, train_set.fingerprint], sort_keys=True)
     model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # within the folder

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +14,18 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from classification.average import AveragedStudent
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.batches import PROCESS_STREAM, stream_seed
-from classification.evaluation import accuracy, stage_alignment
+from classification.evaluation import accuracy, gradient_figures, stage_alignment
+from classification.solver import (
+    average_decay,
+    build_optimizer,
+    distillation_scale,
+    learning_rate,
+    optimizer_tensors,
+    read_rate_from,
+)
 from classification.teacher import Lessons, StepInputs
 from pcka.distiller import Distiller
 from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
@@ -54,7 +61,10 @@ class Trainer:
         epoch: number of epochs completed.
         best: accuracy (percent) and number of the best epoch so far.
         seconds: of all epochs, their evaluation included.
+        average: of the student's weights; None where none is asked for.
         measures_gradients: the step that comes looks at the gradient of each term.
+        kind: whether the step that comes begins a group of batches that make an update together,
+            and whether it ends one.
     """
 
     cfg: CfgNode
@@ -73,6 +83,7 @@ class Trainer:
         self.seconds = 0.0
         self.window = LossWindow()
         self.measures_gradients = False
+        self.kind = (True, True)
         self._gradients: dict[str, float] = {}
         self._pixels = pixel_statistics(cfg.STUDENT).to(self.device)
         # On the device, so that a recorded step reads what is written here: the learning rate,
@@ -82,18 +93,14 @@ class Trainer:
         self._scheduled = (0.0, 0.0)
         if cfg.DISTILL.WARMUP:
             distiller.distillation_scale = self._scale
-        self.optimizer = torch.optim.SGD(
-            distiller.parameters(),
-            fused=True,
-            lr=cfg.SOLVER.BASE_LR,
-            momentum=cfg.SOLVER.MOMENTUM,
-            nesterov=cfg.SOLVER.NESTEROV,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        )
-        self._read_rate_from_the_device()
+        self.optimizer = build_optimizer(cfg, distiller)
+        read_rate_from(self._rate, self.optimizer)
+        self.average = AveragedStudent(distiller.student) if cfg.SOLVER.EMA_DECAY else None
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
         self.obstacle = _obstacle(self)
-        self._update = Recorded(self.update, self.changed_tensors, obstacle=self.obstacle)
+        self._update = Recorded(
+            self.update, self.changed_tensors, kind=lambda: self.kind, obstacle=self.obstacle
+        )
         self._saved_epoch = 0
         self._terms: tuple[str, ...] = ()
 
@@ -118,17 +125,40 @@ class Trainer:
         self.finish_epoch(pace.figures())
 
     def step(self, inputs: StepInputs, step: int) -> None:
-        """Update by this process's part of a batch, the epoch's ``step``-th, counted from 0."""
+        """Learn by this process's part of a batch, the epoch's ``step``-th, counted from 0."""
         self.set_schedule(step)
         update = self.update if self.measures_gradients else self._update
         self.keep_losses(update(inputs).clone())
 
     def update(self, inputs: StepInputs) -> Tensor:
-        """One step of the optimizer, by work on the device alone: it can be recorded and replayed.
+        """A batch's gradient and, where it ends its group, the step of the optimizer.
+
+        It is work on the device alone, which can be recorded and replayed.
 
         Returns:
-            The loss terms and, last, their sum, ``(T + 1,)`` float32; for :meth:`keep_losses`.
+            The loss terms, their sum, and where gradients are clipped their norm, ``(T,)``
+            float32; for :meth:`keep_losses`.
         """
+        begins, ends = self.kind
+        if begins:  # gradients that are added to stay where they are, for all that is recorded
+            self.optimizer.zero_grad(set_to_none=ends)
+        with nullcontext() if ends else self._apart():
+            values = self._backward(inputs)
+        if self.cfg.SOLVER.CLIP_GRADIENTS:
+            values = torch.cat([values, self._clipped_norm(values)])
+        if ends:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+        return values
+
+    def _apart(self) -> AbstractContextManager:
+        """Other processes do not hear of the gradients yet."""
+        model = self._model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def _backward(self, inputs: StepInputs) -> Tensor:
+        """Add a batch's part of the gradient; its loss terms and their sum."""
         layout = torch.channels_last if self.cfg.CHANNELS_LAST else torch.contiguous_format
         images = self._pixels(inputs.images).contiguous(memory_format=layout)
         with autocast(self.cfg.AUTOCAST, self.device):
@@ -136,23 +166,40 @@ class Trainer:
                 images, inputs.labels, indices=inputs.indices, teacher_outputs=inputs.teacher
             )
         if self.measures_gradients:
-            self._gradients = _gradient_figures(terms, self.distiller.student)
+            self._gradients = gradient_figures(terms, self.distiller.student)
         values = torch.stack(list(terms.values()))
         total = values.sum()
-        self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
+        group = self.cfg.SOLVER.ACCUMULATE
+        (total if group == 1 else total / group).backward()
         self._terms = (*terms, "loss_total")
         return torch.cat([values.detach(), total.detach()[None]]).float()
 
+    def _clipped_norm(self, values: Tensor) -> Tensor:
+        """Clip the gradients where they are whole; their norm before, so that means are right.
+
+        Of the batches of a group the last one stands for all, and the others have 0.
+        """
+        self._terms += ("gradient_norm",)
+        if not self.kind[1]:
+            return values.new_zeros(1)
+        most = self.cfg.SOLVER.CLIP_GRADIENTS
+        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), most)
+        return self.cfg.SOLVER.ACCUMULATE * norm.float()[None]
+
     def set_schedule(self, step: int) -> None:
         """Set what the step of the epoch trains with, and whether gradients are measured in it."""
-        progress = self.epoch + step / self.steps_per_epoch
-        values = learning_rate(self.cfg, progress), distillation_scale(self.cfg, progress)
+        cfg, group, steps = self.cfg, self.cfg.SOLVER.ACCUMULATE, self.steps_per_epoch
+        first = step - step % group  # of the batches that make the update
+        self.kind = (step == first, step + 1 == first + group)
+        progress = self.epoch + first / steps
+        values = learning_rate(cfg, progress, group / steps), distillation_scale(cfg, progress)
         if values != self._scheduled:  # mostly they stay
             self._rate.fill_(values[0])
             self._scale.fill_(values[1])
             self._scheduled = values
+        if self.average is not None:
+            updates = (self.epoch * steps + first) // group
+            self.average.set_decay(average_decay(cfg, updates))
         every, epoch = self.cfg.GRADIENTS_EVERY, self.epoch + 1
         due = every and (epoch % every == 0 or epoch == self.cfg.SOLVER.EPOCHS)
         self.measures_gradients = bool(due and step + 1 == self.steps_per_epoch)
@@ -212,6 +259,8 @@ class Trainer:
         means = self.read_losses()
         student = self.distiller.student
         average_buffers(student)  # before the check, which then finds the same in all processes
+        if self.average is not None:
+            average_buffers(self.average.model)
         self._check_student(means)
         self.epoch += 1
         evaluated = self._evaluated() if self._due(self.cfg.EVAL_EVERY) else {}
@@ -227,12 +276,17 @@ class Trainer:
         is_best = self.best["best_epoch"] == self.epoch
         # After the first epoch, too, and with the best one: what is there can be gone on from.
         if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
-            self.files.save_last(student)
+            self._save_models(self.files)
             self.files.save_state(self.state())
             self._saved_epoch = self.epoch
         if is_best:
             self.files.save_best(student)
         self._log(self.files, record, whole)
+
+    def _save_models(self, files: RunFolder) -> None:
+        files.save_last(self.distiller.student)
+        if self.average is not None:
+            files.save_average(self.average.model)
 
     def _due(self, every: int) -> bool:
         """Whether what is done every so many epochs, and after the last one, is to be done."""
@@ -245,6 +299,9 @@ class Trainer:
         if top1 > self.best["best_accuracy"]:
             self.best = {"best_accuracy": top1, "best_epoch": self.epoch}
         figures = {"accuracy": top1, "best_accuracy": self.best["best_accuracy"]}
+        if self.average is not None:
+            averaged = accuracy(self.average.model, self._pixels, self.evaluation_set)
+            figures["accuracy_ema"] = averaged["top1"]
         if self.files is None or not self.taps:
             return figures
         assert self.distiller.teacher is not None  # without one there are no taps
@@ -278,7 +335,8 @@ class Trainer:
 
     def state(self) -> dict[str, object]:
         """Return all that the next epoch depends on, loadable without running code."""
-        return {
+        average = {} if self.average is None else {"ema": self.average.model.state_dict()}
+        return average | {
             "epoch": self.epoch,
             "best": self.best,
             "seconds": self.seconds,
@@ -296,57 +354,39 @@ class Trainer:
         self.epoch, self.best, self.seconds = state["epoch"], state["best"], state["seconds"]
         for part in ("student", "losses", "adapters"):
             getattr(self.distiller, part).load_state_dict(state[part])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._read_rate_from_the_device()
+        read_rate_from(self._rate, self.optimizer)
         restore_random_state(state["random"])
         self._saved_epoch = self.epoch
-        if self.files is not None:  # a kill may have come between the three files of an epoch
-            self.files.save_last(self.distiller.student)
+        if self.files is not None:  # a kill may have come between the files of an epoch
+            self._save_models(self.files)
             if self.best["best_epoch"] == self.epoch:
                 self.files.save_best(self.distiller.student)
 
-    def _read_rate_from_the_device(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
-
     def changed_tensors(self) -> list[Tensor]:
-        """All that :meth:`update` changes in place: the model, the losses, the momentum."""
-        momenta = []
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group["momentum"] else []:
-                # What a first step starts from; made here, so that it is there to be put back.
-                state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momenta.append(state["momentum_buffer"])
-        return [*self.distiller.parameters(), *self.distiller.buffers(), *momenta]
+        """All that :meth:`update` changes in place."""
+        tensors = [*self.distiller.parameters(), *self.distiller.buffers()]
+        tensors += optimizer_tensors(self.optimizer)
+        if self.average is not None:
+            tensors += self.average.tensors()
+        if self.cfg.SOLVER.ACCUMULATE > 1:  # else no step starts from gradients
+            tensors += [p.grad for p in self.distiller.parameters() if p.grad is not None]
+        return tensors
 
     def _log(self, files: RunFolder, record: dict[str, float], seconds: float) -> None:
         parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
         if "accuracy" in record:
             parts += ["", f"accuracy {record['accuracy']:.2f} %"]
+            if "accuracy_ema" in record:
+                parts += [f"(averaged {record['accuracy_ema']:.2f} %)"]
             parts += ["", f"best {record['best_accuracy']:.2f} %"]
         files.logger.info(
             "epoch %d/%d  %s  lr %.4g  %.1f s (%.1f s of training, %.0f img/s)",
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
-
-
-def _gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:
-    """What ``metrics.jsonl`` says of the gradient of each term, on this process's batch."""
-    from pcka.analysis.gradients import term_gradients  # few runs ask for it
-
-    task = "loss_ce"  # without it there are no cosines, which would be those with another term
-    found = term_gradients(
-        terms, student.parameters(), task if task in terms else next(iter(terms))
-    )
-    return {
-        f"gradient_{what}_{name.removeprefix('loss_')}": value
-        for name, measured in found.items()
-        for what, value in measured._asdict().items()
-        if what == "share" or task in terms
-    }
 
 
 def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
@@ -364,34 +404,3 @@ def _obstacle(trainer: Trainer) -> str | None:
     if unfit := [type(loss).__name__ for loss in trainer.distiller.losses if not loss.capturable]:
         return f"{', '.join(unfit)} cannot be part of one"
     return None
-
-
-def learning_rate(cfg: CfgNode, progress: float) -> float:
-    """Return the rate of the step that starts at ``progress``.
-
-    ``BASE_LR`` times ``GAMMA^(milestones passed)`` (multistep) or ``(1 + cos(pi * progress /
-    EPOCHS)) / 2`` (cosine), times ``progress / WARMUP_EPOCHS`` while that is below 1.
-
-    Args:
-        cfg: the section ``SOLVER`` is read.
-        progress: epochs trained so far, with a fraction within an epoch.
-    """
-    solver = cfg.SOLVER
-    if solver.SCHEDULE == "cosine":
-        factor = (1 + math.cos(math.pi * progress / solver.EPOCHS)) / 2
-    else:
-        factor = solver.GAMMA ** bisect_right(sorted(solver.MILESTONES), progress)
-    if progress < solver.WARMUP_EPOCHS:
-        factor *= progress / solver.WARMUP_EPOCHS
-    return solver.BASE_LR * factor
-
-
-def distillation_scale(cfg: CfgNode, progress: float) -> float:
-    """Return the factor of the distillation terms: linear up to 1 in the share ``WARMUP`` of a run.
-
-    Args:
-        cfg: ``DISTILL.WARMUP`` and ``SOLVER.EPOCHS`` are read.
-        progress: epochs trained so far, with a fraction within an epoch.
-    """
-    warmup = cfg.DISTILL.WARMUP * cfg.SOLVER.EPOCHS
-    return progress / warmup if progress < warmup else 1.0

@@ -33,27 +33,31 @@ class Batch(NamedTuple):
 def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
     """Return the number of complete batches of ``SOLVER.BATCH_SIZE`` images in a set.
 
+    Of those that make an update together, ``SOLVER.ACCUMULATE``, an incomplete group is left out.
+
     Args:
         data: the training images.
-        cfg: SOLVER.BATCH_SIZE is read: images of one step in all processes together.
+        cfg: SOLVER.BATCH_SIZE is read: images of one step in all processes together; and
+            SOLVER.ACCUMULATE.
         world_size: number of processes that share every batch.
 
     Raises:
-        ConfigError: the set is smaller than one batch, or the processes cannot share it evenly.
+        ConfigError: the set is smaller than one group, or the processes cannot share it evenly.
     """
-    batch_size = cfg.SOLVER.BATCH_SIZE
+    batch_size, group = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
     if surplus := batch_size % world_size:
         raise ConfigError(
             f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes, "
             f"got {batch_size}; take {batch_size - surplus + world_size}"
         )
-    steps = len(data) // batch_size
-    if steps == 0:
+    updates = len(data) // (batch_size * group)
+    if updates == 0:
+        keys = "SOLVER.BATCH_SIZE" + " times SOLVER.ACCUMULATE" * (group > 1)
         raise ConfigError(
-            f"SOLVER.BATCH_SIZE: {batch_size} is more than the {len(data)} training "
+            f"{keys}: {batch_size * group} is more than the {len(data)} training "
             "images; take a smaller batch or more images (DATA.TRAIN_IMAGES)"
         )
-    return steps
+    return updates * group
 
 
 def epoch_order(data: Sized, cfg: CfgNode, epoch: int) -> Tensor:

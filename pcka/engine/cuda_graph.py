@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -43,6 +43,8 @@ class CapturedFunction:
         inputs: likewise, on the device; of the shapes of all later calls.
         changed: the tensors that the function changes in place. The calls that warm up leave no
             trace in them.
+        beside: what was recorded before, and shares its memory: neither may run, nor its outputs
+            be read, while the other runs.
 
     Attributes:
         draws: the function draws from the device's default random generator.
@@ -52,9 +54,14 @@ class CapturedFunction:
     """
 
     def __init__(
-        self, function: Callable[[Any], Any], inputs: Any, changed: Iterable[Tensor]
+        self,
+        function: Callable[[Any], Any],
+        inputs: Any,
+        changed: Iterable[Tensor],
+        beside: CapturedFunction | None = None,
     ) -> None:
         changed = list(changed)
+        pool = None if beside is None else beside._graph.pool()
         # Without a graph: one from the parameters would live through the recording, and tie their
         # gradients to the stream that it was made on.
         with torch.no_grad():
@@ -62,7 +69,7 @@ class CapturedFunction:
             kept = [tensor.clone() for tensor in changed]
         random, current = torch.cuda.get_rng_state(), torch.cuda.current_stream()
         self.draws, recording = False, False
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
         try:
             # Worth its time: what is replayed thousands of times is chosen by measurement.
             with _cudnn_benchmark():
@@ -71,7 +78,7 @@ class CapturedFunction:
                 torch.cuda.set_rng_state(random)
                 recording = True
                 # Of this thread alone: others (that pin batches, say) may go on meanwhile.
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                     self._outputs = function(self._inputs)
                 recording = False
         except RuntimeError as error:
@@ -104,6 +111,8 @@ class Recorded:
     Args:
         function: as :class:`CapturedFunction` takes it.
         changed: gives the tensors that it changes in place.
+        kind: what the function does now, where Python makes it do one thing or another: each is
+            recorded by itself. What a call returned is then overwritten by any other call.
         obstacle: why it cannot be recorded, for the log; "" where nobody wants it; None where
             nothing is known to stand against it.
         plain: what is called where it is not recorded; ``function`` where None.
@@ -115,6 +124,7 @@ class Recorded:
         function: Callable[[Any], Any],
         changed: Callable[[], Iterable[Tensor]] = list,
         *,
+        kind: Callable[[], Hashable] = lambda: None,
         obstacle: str | None = None,
         plain: Callable[[Any], Any] | None = None,
         may_draw: bool = True,
@@ -123,7 +133,8 @@ class Recorded:
         self._changed = changed
         self._plain = plain or function
         self._may_draw = may_draw
-        self._captured: CapturedFunction | None = None
+        self._kind = kind
+        self._captured: dict[Hashable, CapturedFunction] = {}
         self._tries = obstacle is None
         if obstacle:
             self._give_up(obstacle)
@@ -131,7 +142,7 @@ class Recorded:
     @property
     def is_plain(self) -> bool:
         """It is not recorded, and will not be."""
-        return self._captured is None and not self._tries
+        return not self._captured and not self._tries
 
     def __call__(self, inputs: Any) -> Any:
         """Run on inputs; what a replay returns is overwritten by the next call.
@@ -139,14 +150,15 @@ class Recorded:
         Raises:
             ConfigError: recording failed, and took the device's random numbers with it.
         """
-        if self._tries:
-            self._record(inputs)
-        return (self._captured or self._plain)(inputs)
+        kind = self._kind()
+        if self._tries and kind not in self._captured:
+            self._record(kind, inputs)
+        return self._captured.get(kind, self._plain)(inputs)
 
-    def _record(self, inputs: Any) -> None:
-        self._tries = False
+    def _record(self, kind: Hashable, inputs: Any) -> None:
+        beside = next(iter(self._captured.values()), None)
         try:
-            captured = CapturedFunction(self._function, inputs, self._changed())
+            captured = CapturedFunction(self._function, inputs, self._changed(), beside)
         except RecordingError as error:
             if error.draws_are_lost:
                 raise ConfigError(
@@ -157,9 +169,10 @@ class Recorded:
         if captured.draws and not self._may_draw:
             self._give_up("it draws random numbers, which students side by side must not share")
             return
-        self._captured = captured
+        self._captured[kind] = captured
 
     def _give_up(self, reason: str) -> None:
+        self._tries = False
         logger.warning("CUDA_GRAPH: the step runs kernel by kernel: %s", reason)
 
 

@@ -99,9 +99,10 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
     A panel without a figure in any epoch is left out; an epoch may lack any figure.
 
     Args:
-        metrics: one mapping an epoch: ``epoch``; ``loss_<term>``; ``accuracy`` (evaluation) and
-            ``train_accuracy``, in percent; ``cka_<layer>``, in [0, 1];
-            ``gradient_share_<term>`` and ``gradient_cosine_<term>``. Other keys are passed over.
+        metrics: one mapping an epoch: ``epoch``; ``loss_<term>``; ``accuracy`` (evaluation),
+            ``accuracy_ema`` (of the averaged student) and ``train_accuracy``, in percent;
+            ``cka_<layer>``, in [0, 1]; ``gradient_share_<term>`` and ``gradient_cosine_<term>``.
+            Other keys are passed over.
         path: picture to write; its suffix picks the format.
 
     Raises:
@@ -115,7 +116,9 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
     def starting(prefix: str) -> dict[str, Points]:
         return {key.removeprefix(prefix): points[key] for key in keys if key.startswith(prefix)}
 
-    accuracies = {"evaluation": "accuracy", "train": "train_accuracy"}
+    accuracies = {
+        "evaluation": "accuracy", "averaged student": "accuracy_ema", "train": "train_accuracy"
+    }  # fmt: skip
     drawn = plot_panels(
         [
             Panel("Weighted loss terms", "loss", starting("loss_"), total="total"),

@@ -26,7 +26,8 @@ class RunFolder:
 
     A run's folder holds ``config.yaml``, ``environment.json``, ``log.txt``, ``metrics.jsonl``,
     ``tensorboard/``, ``checkpoint.pth`` (to continue from), ``model_last.pth`` and
-    ``model_best.pth`` (the bare student) and, when finished, ``result.json`` and ``curves.png``.
+    ``model_best.pth`` (the bare student), ``model_ema.pth`` (where its weights are averaged) and,
+    when finished, ``result.json`` and ``curves.png``.
 
     Args:
         directory: made where it is missing.
@@ -123,6 +124,10 @@ class RunFolder:
     def save_best(self, student: nn.Module) -> None:
         """Replace ``model_best.pth``."""
         save_student(student, self.directory / "model_best.pth")
+
+    def save_average(self, student: nn.Module) -> None:
+        """Replace ``model_ema.pth``."""
+        save_student(student, self.directory / "model_ema.pth")
 
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file, never half."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 from pcka.files import CheckpointError, load_file
 
 Kinds = Mapping[str, type | tuple[type, ...]]
+
+ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # read without a look at whether they are there
 
 
 def load_state(path: Path, parts: Kinds) -> dict:
@@ -92,11 +95,16 @@ def _check_optimizer(saved: Mapping, optimizer: Optimizer) -> None:
         entries = {numbers.index(number): entry for number, entry in saved["state"].items()}
         found = {(i, name): value for i, entry in entries.items() for name, value in entry.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"optimizer: its state is none of SGD ({error!r})") from error
+        kind = type(optimizer).__name__
+        raise CheckpointError(f"optimizer: its state is none of {kind} ({error!r})") from error
     if len(numbers) != len(parameters):
         raise CheckpointError(f"optimizer: {len(numbers)} parameters for {len(parameters)}")
+    for i, entry in entries.items():
+        present = {name for name, value in entry.items() if value is not None}
+        if isinstance(optimizer, AdamW) and (lacking := ADAMW_STATE - present):
+            raise CheckpointError(f"optimizer: parameter {i} has no {', '.join(sorted(lacking))}")
     for (i, name), value in found.items():
-        own = parameters[i]
+        own = torch.zeros(()) if name == "step" else parameters[i]
         if value is not None and not (
             isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
         ):

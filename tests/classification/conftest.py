@@ -109,7 +109,8 @@ def assert_same_run():
     """``assert_same_run(ours, theirs)``: two folders hold the same training, bit for bit."""
 
     def check(ours: Path, theirs: Path) -> None:
-        for name in ("checkpoint.pth", "model_last.pth", "model_best.pth"):
+        names = {"checkpoint.pth", "model_last.pth", "model_best.pth"}
+        for name in names | {path.name for path in ours.glob("model_*.pth")}:
             _assert_same(
                 *(torch.load(folder / name, weights_only=True) for folder in (ours, theirs)), name
             )

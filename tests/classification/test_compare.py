@@ -275,6 +275,9 @@ def test_published_figures_stand_where_the_setting_is_the_papers(of_the_paper):
     published = [row["published (%)"] for row in comparison.rows()]
     assert published == ["69.06", "70.67", "", "70.22"]
     other = load_config(CONFIGS / "cifar100" / "resnet56_resnet20.yaml")
+    pair = CONFIGS / "cifar100" / "resnet110_resnet20.yaml"
+    for words in (["SOLVER.OPTIMIZER", "adamw"], ["SOLVER.ACCUMULATE", "2"]):
+        assert "published" not in new_comparison(load_config(pair, words), ["kd"]).markdown()
     tuned = new_comparison(of_the_paper, ["kd"], unpublished={"kd"})
     assert "published" not in tuned.markdown()
     assert "published" not in new_comparison(other, ["ce", "kd"]).markdown()
@@ -291,6 +294,20 @@ def test_the_heading_says_what_was_compared(of_the_paper):
         "images, 240 epochs, batch 64. "
     )
     assert "95% interval" in text
+
+
+def test_batches_that_make_an_update_together_stand_in_the_heading():
+    pair = CONFIGS / "cifar100" / "resnet110_resnet20.yaml"
+    cfg = load_config(pair, ["SOLVER.ACCUMULATE", "2"])
+    assert "240 epochs, batch 64 x 2. " in heading(cfg, new_comparison(cfg, ["ce"]))
+
+
+def test_the_averaged_students_have_a_column_where_there_are_any(of_the_paper):
+    pair = CONFIGS / "cifar100" / "resnet110_resnet20.yaml"
+    comparison = new_comparison(load_config(pair, ["SOLVER.EMA_DECAY", "0.99"]), ["ce"])
+    comparison.add("ce", 0, {**result(69.0), "last_accuracy_ema": 70.25})
+    assert comparison.rows()[0]["averaged student (%)"] == "70.25"
+    assert "averaged" not in new_comparison(of_the_paper, ["ce"]).markdown()
 
 
 def test_costs_stand_beside_those_of_the_first_method():

@@ -237,7 +237,7 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (["SEED", "1.5"], "SEED expects a int .default 0., got 1.5"),
         (["DATA.FLIP", "1"], "DATA.FLIP expects a bool"),
         (["SOLVER.EPOCHS", "0"], "SOLVER.EPOCHS: expected at least 1, got 0"),
-        (["SOLVER.SCHEDULE", "step"], "SOLVER.SCHEDULE: expected one of multistep, cosine"),
+        (["SOLVER.SCHEDULE", "step"], "SOLVER.SCHEDULE: expected one of multistep, cosine, one"),
         (["AUTOCAST", "float16"], "AUTOCAST: expected one of"),
         (["STUDENT.PIXEL_STD", "[0.2]"], "STUDENT.PIXEL_STD: expected three numbers"),
         (["STUDENT.NAME", ""], "STUDENT.NAME: expected the name of a model"),
@@ -265,6 +265,21 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (
             ["SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"],
             "SOLVER.NESTEROV: needs a SOLVER.MOMENTUM above 0",
+        ),
+        (["SOLVER.OPTIMIZER", "adam"], "SOLVER.OPTIMIZER: expected one of sgd, adamw"),
+        (["SOLVER.ACCUMULATE", "0"], "SOLVER.ACCUMULATE: expected at least 1"),
+        (["SOLVER.CLIP_GRADIENTS", "-1"], "SOLVER.CLIP_GRADIENTS: expected at least 0"),
+        (["SOLVER.BETAS", "[0.9]"], "SOLVER.BETAS: expected two numbers"),
+        (["SOLVER.BETAS", "[0.9, 1.0]"], "SOLVER.BETAS: expected two numbers from 0 to below 1"),
+        (["SOLVER.EMA_DECAY", "1"], "SOLVER.EMA_DECAY: with 1 nothing is averaged"),
+        (["SOLVER.ONECYCLE_RISE", "1.5"], "SOLVER.ONECYCLE_RISE: expected at most 1"),
+        (
+            ["SOLVER.SCHEDULE", "cosine", "SOLVER.MIN_LR", "1"],
+            "SOLVER.MIN_LR: expected at most SOLVER.BASE_LR 0.05, got 1.0",
+        ),
+        (
+            ["SOLVER.SCHEDULE", "onecycle", "SOLVER.WARMUP_EPOCHS", "2"],
+            "SOLVER.WARMUP_EPOCHS: onecycle rises by itself, .* expected 0, got 2.0",
         ),
         (["DATA.CROP_PADDING", "1000000"], "DATA.CROP_PADDING: expected at most 128, four times"),
         (["TEACHER.ACCURACY", "101"], "TEACHER.ACCURACY: expected at most 100"),
@@ -304,11 +319,12 @@ def test_changed_keys_leave_out_the_harmless_ones(tiny_config):
     assert changed_keys(old, new) == ["SOLVER.MOMENTUM"]
 
 
-@pytest.mark.parametrize(("schedule", "refused"), [("cosine", True), ("multistep", False)])
+@pytest.mark.parametrize(
+    ("schedule", "refused"), [("cosine", True), ("onecycle", True), ("multistep", False)]
+)
 def test_more_epochs_continue_only_a_schedule_that_they_leave_alone(tiny_config, schedule, refused):
-    old, new = (
-        tiny_config(**{"SOLVER.SCHEDULE": schedule, "SOLVER.EPOCHS": epochs}) for epochs in (2, 4)
-    )
+    keys = {"SOLVER.SCHEDULE": schedule, "SOLVER.WARMUP_EPOCHS": 0}
+    old, new = (tiny_config(**keys, **{"SOLVER.EPOCHS": epochs}) for epochs in (2, 4))
     assert changed_keys(old, new) == (["SOLVER.EPOCHS"] if refused else [])
 
 
@@ -333,6 +349,16 @@ def test_rcka_in_a_training_far_shorter_than_the_papers_is_told(tiny_config, met
     found = list(doubts(tiny_config(method, **keys), steps))
     assert [doubt[: len(start)] for doubt, start in zip(found, told, strict=True)] == told
     assert all("kd_fcka" in doubt and f"in {steps:,} " in doubt for doubt in found)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "told"),
+    [("adamw", 0.05, True), ("adamw", 0.01, False), ("sgd", 1, False)],
+)
+def test_a_rate_for_sgd_is_told_where_adamw_is_to_take_it(tiny_config, optimizer, rate, told):
+    keys = {"SOLVER.OPTIMIZER": optimizer, "SOLVER.BASE_LR": rate, "SOLVER.SCHEDULE": "cosine"}
+    found = list(doubts(tiny_config(**keys), 100))
+    assert [doubt.partition(":")[0] for doubt in found] == ["SOLVER.BASE_LR"] * told
 
 
 @pytest.mark.parametrize("text", ["{size: 32, drop: [0.1, a]}", "{'size': 32, 'drop': [0.1, 'a']}"])

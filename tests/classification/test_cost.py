@@ -50,6 +50,19 @@ def test_costs_are_medians_for_an_image_of_steps_that_take_turns(cfgs, steps, tm
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
 
 
+def test_a_step_that_is_measured_is_an_update(tiny_config, tmp_path, monkeypatch):
+    kinds, original = [], Trainer.step
+
+    def recorded(self, inputs, step):
+        original(self, inputs, step)
+        kinds.append(self.kind)
+
+    monkeypatch.setattr(Trainer, "step", recorded)
+    keys = {"TEACHER.NAME": "", "SOLVER.ACCUMULATE": 2}
+    measure_costs({"ce": tiny_config(**keys)}, tmp_path / "costs.json", rounds=1)
+    assert {*kinds} == {(True, True)}
+
+
 def test_kept_costs_are_read_and_measured_anew_with_a_new_method(cfgs, steps, tmp_path):
     path = tmp_path / "costs.json"
     costs = measure_costs(cfgs("kd"), path, rounds=3)

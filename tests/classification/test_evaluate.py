@@ -17,11 +17,12 @@ def test_a_trained_student_is_measured_as_it_was_in_training(tmp_path):
     words = [
         "--config-file", str(CONFIGS / "digits" / "resnet20_resnet8.yaml"),
         "OUTPUT_DIR", str(tmp_path), "TEACHER.NAME", "", "DATA.TRAIN_IMAGES", "200",
-        "DATA.IMAGE_SIZE", "16", "SOLVER.EPOCHS", "2",
+        "DATA.IMAGE_SIZE", "16", "SOLVER.EPOCHS", "2", "SOLVER.EMA_DECAY", "0.9",
     ]  # fmt: skip
     result = train.main(words)
-    for name, key in (("model_last.pth", "last_accuracy"), ("model_best.pth", "best_accuracy")):
-        measured = evaluate.main([*words, "--weights", str(tmp_path / name)])
+    files = {"last": "last_accuracy", "best": "best_accuracy", "ema": "last_accuracy_ema"}
+    for name, key in files.items():
+        measured = evaluate.main([*words, "--weights", str(tmp_path / f"model_{name}.pth")])
         assert measured["top1"] == result[key]
         assert measured["top5"] >= measured["top1"]
 

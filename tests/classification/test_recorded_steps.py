@@ -31,6 +31,14 @@ ALL_TAPS = {name: ("layer1", "layer1") for name in ("stage1", "stage2", "stage3"
 NOT_CAPTURABLE = {"crd", "kdsvd"}
 
 
+FUSED = (torch.ops.aten._fused_sgd_.tensor_lr, torch.ops.aten._fused_adamw_.tensor_lr)
+# What else a step may do, beside a loss.
+MODERN = {
+    "SOLVER.OPTIMIZER": "adamw", "SOLVER.BASE_LR": 0.002, "SOLVER.CLIP_GRADIENTS": 0.5,
+    "SOLVER.EMA_DECAY": 0.9, "SOLVER.DECAY_NORMS_AND_BIASES": False,
+}  # fmt: skip
+
+
 class HostCopies(TorchDispatchMode):
     """Names the operators that move values between the device and the host."""
 
@@ -39,8 +47,8 @@ class HostCopies(TorchDispatchMode):
         self.across = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        # Of the device alone by its signature: the rate is a tensor. It has no fake of its own.
-        if function is torch.ops.aten._fused_sgd_.tensor_lr:
+        # Of the device alone by their signature: the rate is a tensor. They have no fake.
+        if function in FUSED:
             assert kwargs["lr"].device == CUDA
             return None
         result = function(*args, **(kwargs or {}))
@@ -65,9 +73,10 @@ def values_are_unknown(monkeypatch):
         yield
 
 
-def cifar_trainer(method, device):
+def cifar_trainer(method, device, keys):
     """The trainer of a CIFAR-100 run, without its files."""
-    cfg = load_config(PAIR, ["AUTOCAST", "bfloat16"], method)
+    words = [str(word) for pair in keys.items() for word in pair]
+    cfg = load_config(PAIR, ["AUTOCAST", "bfloat16", *words], method)
     student, model = (create_model(name, 100) for name in ("resnet20", "resnet56"))
     norms = (model.get_submodule(path) for path in model.preactivation_norms)
     norms = {p: (n.weight, n.bias) for p, n in zip(model.preactivation_norms, norms)}
@@ -89,13 +98,15 @@ def step_inputs(trainer):
 METHODS = sorted(method_files().keys() - NOT_CAPTURABLE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "keys"), [*((method, {}) for method in METHODS), ("kd_fcka", MODERN)]
+)
 def test_a_step_on_a_gpu_asks_for_no_value_and_copies_nothing(
-    method, values_are_unknown, monkeypatch
+    method, keys, values_are_unknown, monkeypatch
 ):
     """All but the backward pass, which needs the device's driver; see the next test."""
     with CUDA:
-        trainer = cifar_trainer(method, CUDA)
+        trainer = cifar_trainer(method, CUDA, keys)
         assert all(loss.capturable for loss in trainer.distiller.losses)
         inputs = step_inputs(trainer)
         trainer.changed_tensors()  # makes the momentum, as before a recording
@@ -113,7 +124,7 @@ def test_a_step_on_a_gpu_asks_for_no_value_and_copies_nothing(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_backward_pass_asks_for_no_value(method, values_are_unknown, monkeypatch):
-    trainer = cifar_trainer(method, torch.device("cpu"))
+    trainer = cifar_trainer(method, torch.device("cpu"), {})
     inputs = step_inputs(trainer)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)  # on a CPU it reads the rate
     trainer.update(inputs)
@@ -155,7 +166,7 @@ class ReplayedOnTheCpu:
 
     made = 0
 
-    def __init__(self, function, inputs, changed):
+    def __init__(self, function, inputs, changed, beside=None):
         type(self).made += 1
         self.draws, changed = False, list(changed)
         with torch.no_grad():
@@ -199,31 +210,36 @@ def recorded(monkeypatch):
     return ReplayedOnTheCpu
 
 
-def test_recorded_steps_train_as_plain_ones_do(
-    pair_config, tmp_path, assert_same_run, monkeypatch, request
-):
-    """Ten steps an epoch: the teacher sees eight batches at once, and then two."""
+@pytest.mark.parametrize(
+    ("more", "steps"), [({}, 1), (MODERN, 1), ({**MODERN, "SOLVER.ACCUMULATE": 5}, 3)]
+)
+def test_recorded_steps_train_as_plain_ones_do(pair_config, tmp_path, request, more, steps):
+    """Ten steps an epoch: the teacher sees eight batches at once, and then two.
+
+    Where batches make an update together, the first, the last and any other are steps of a kind.
+    """
     runs = {"kd": 0, "fcka": 0, "ce": 1}
-    keys = {"SOLVER.BATCH_SIZE": 4, "SOLVER.SCHEDULE": "cosine"}
+    keys = {"SOLVER.BATCH_SIZE": 4, "SOLVER.SCHEDULE": "cosine", **more}
     for method, seed in runs.items():
         run_experiment(pair_config(method, f"plain/{method}", SEED=seed, **keys))
     recorded = request.getfixturevalue("recorded")
     cfgs = [pair_config(m, f"recorded/{m}", SEED=seed, **keys) for m, seed in runs.items()]
     run_side_by_side(cfgs)
-    assert recorded.made == 2  # the step of all students, and the teacher
+    assert recorded.made == steps + 1  # the step of all students, and the teacher
     for method in runs:
         assert_close_run(tmp_path / "recorded" / method, tmp_path / "plain" / method)
 
 
 def assert_close_run(ours, theirs):
     """The teacher sees several batches at once, which rounds otherwise."""
-    for name in ("model_last.pth", "checkpoint.pth"):
+    models = [path.name for path in theirs.glob("model_[le]*.pth")]
+    for name in (*models, "checkpoint.pth"):
         mine, other = (torch.load(folder / name, weights_only=True) for folder in (ours, theirs))
         if name == "checkpoint.pth":
             mine, other = (part["optimizer"]["state"] for part in (mine, other))
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     for a, b in zip(*(read_metrics(folder / "metrics.jsonl") for folder in (ours, theirs))):
-        shared = [key for key in a if key.startswith(("loss_", "lr", "accuracy"))]
+        shared = [key for key in a if key.startswith(("loss_", "lr", "acc", "gradient"))]
         assert {k: a[k] for k in shared} == pytest.approx({k: b[k] for k in shared}, rel=1e-4)
 
 
@@ -236,10 +252,13 @@ def test_a_student_that_fails_does_not_stop_those_recorded_beside_it(
     assert result["epochs"] == 2
 
 
-def test_recorded_runs_go_on_after_a_kill(pair_config, recorded, tmp_path, assert_same_run):
+@pytest.mark.parametrize("more", [{}, MODERN, {**MODERN, "SOLVER.ACCUMULATE": 2}])
+def test_recorded_runs_go_on_after_a_kill(pair_config, recorded, tmp_path, assert_same_run, more):
+    """What a recording does to weights, moments and average is undone."""
+
     def config(name, epochs):
         keys = {"SOLVER.EPOCHS": epochs, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0}
-        return pair_config("kd", name, **keys)
+        return pair_config("kd", name, **keys, **more)
 
     run_experiment(config("whole", 3))
     run_experiment(config("parts", 1))

@@ -145,6 +145,49 @@ def test_a_momentum_of_another_shape_is_refused_before_a_step_reads_beyond_its_e
         check_fits({"optimizer": saved}, {}, optimizer, Path("checkpoint.pth"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"step": torch.zeros(2)}, r"step of parameter 1 is torch.float32 \(2,\) for .*\(\)"),
+        (
+            {"exp_avg": torch.zeros(1)},
+            r"exp_avg of parameter 1 is .*\(1,\) for torch.float32 \(2,\)",
+        ),
+        ({"exp_avg_sq": None}, "parameter 1 has no exp_avg_sq"),
+    ],
+)
+def test_a_state_that_is_none_of_adamw_is_refused(changed, message):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    check_fits({"optimizer": saved}, {}, optimizer, Path("checkpoint.pth"))
+    saved["state"][1] |= changed
+    with pytest.raises(ConfigError, match=message):
+        check_fits({"optimizer": saved}, {}, optimizer, Path("checkpoint.pth"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda state: state.pop("ema"), "it has no 'ema'"),
+        (lambda state: state["ema"].popitem(), "does not fit the models: ema: other entries: fc"),
+    ],
+)
+def test_a_checkpoint_without_the_averaged_student_is_refused(
+    tiny_config, tmp_path, changed, message
+):
+    keys = {**ALONE, "SOLVER.EPOCHS": 1, "SOLVER.EMA_DECAY": 0.9}
+    run_experiment(tiny_config(**keys))
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    changed(state)
+    torch.save(state, checkpoint)
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(tiny_config(**keys | {"SOLVER.EPOCHS": 2}), resume=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"text"])
 def test_a_damaged_checkpoint_is_named_with_the_way_out(run, content):
     run.checkpoint.write_bytes(content)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from classification.trainer import distillation_scale, learning_rate
+from classification.solver import distillation_scale, learning_rate
 
 
 def test_multistep_drops_after_the_milestones(tiny_config):

@@ -26,11 +26,18 @@ def losses(folder):
     return [{k: v for k, v in record.items() if k.startswith("loss_")} for record in records]
 
 
-def test_recorded_steps_train_as_plain_ones_do(pair_config, tmp_path, caplog):
+MODERN = {
+    "SOLVER.OPTIMIZER": "adamw", "SOLVER.BASE_LR": 0.002, "SOLVER.CLIP_GRADIENTS": 0.5,
+    "SOLVER.EMA_DECAY": 0.9, "SOLVER.SCHEDULE": "onecycle", "SOLVER.WARMUP_EPOCHS": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, MODERN, {**MODERN, "SOLVER.ACCUMULATE": 5}])
+def test_recorded_steps_train_as_plain_ones_do(pair_config, tmp_path, caplog, more):
     """The weights differ by a small part of the way that they have come."""
     runs = {"kd": 0, "fcka": 0, "ce": 1}
     for name, graph in (("plain", False), ("graph", True)):
-        keys = {"DEVICE": "cuda", "CUDA_GRAPH": graph, "SOLVER.BATCH_SIZE": 4}
+        keys = {"DEVICE": "cuda", "CUDA_GRAPH": graph, "SOLVER.BATCH_SIZE": 4, **more}
         run_side_by_side(
             [pair_config(m, f"{name}/{m}", SEED=seed, **keys) for m, seed in runs.items()]
         )
@@ -38,11 +45,25 @@ def test_recorded_steps_train_as_plain_ones_do(pair_config, tmp_path, caplog):
     for method, seed in runs.items():
         seed_everything(seed)
         start = flat(create_model("resnet8", 10).state_dict())
-        plain, graph = (
-            flat(torch.load(tmp_path / name / method / "model_last.pth"))
-            for name in ("plain", "graph")
-        )
-        assert (graph - plain).norm() < 0.1 * (plain - start).norm()
+        for file in ("model_last.pth", *(["model_ema.pth"] if more else [])):
+            plain, graph = (
+                flat(torch.load(tmp_path / name / method / file)) for name in ("plain", "graph")
+            )
+            assert (graph - plain).norm() < 0.1 * (plain - start).norm()
+
+
+def test_a_run_by_adamw_with_an_average_goes_on(pair_config, tmp_path, caplog):
+    keys = {**MODERN, "SOLVER.SCHEDULE": "multistep", "DISTILL.WARMUP": 0, "SOLVER.ACCUMULATE": 2}
+
+    def config(name, epochs):
+        return pair_config("kd", name, DEVICE="cuda", **keys, **{"SOLVER.EPOCHS": epochs})
+
+    run_experiment(config("whole", 3))
+    run_experiment(config("parts", 1))
+    run_experiment(config("parts", 3), resume=True)
+    assert UNRECORDED not in caplog.text
+    for whole, parts in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+        assert parts == pytest.approx(whole, rel=0.02)
 
 
 def test_a_run_that_draws_random_masks_goes_on(pair_config, tmp_path, caplog):

@@ -72,6 +72,20 @@ def test_side_by_side_each_learns_what_it_learns_alone(config, alone, tmp_path, 
         assert students_beside(own) == [len(METHODS)] * 2
 
 
+def test_side_by_side_each_has_its_own_optimizer_and_average(
+    config, alone, tmp_path, assert_same_run
+):
+    keys = {
+        "SOLVER.OPTIMIZER": "adamw", "SOLVER.BASE_LR": 0.002, "SOLVER.CLIP_GRADIENTS": 0.5,
+        "SOLVER.EMA_DECAY": 0.9, "SOLVER.ACCUMULATE": 2, "SOLVER.SCHEDULE": "onecycle",
+        "SOLVER.WARMUP_EPOCHS": 0,
+    }  # fmt: skip
+    methods = ("mgd", "kd")
+    run_side_by_side([config(method, f"together/{method}", **keys) for method in methods])
+    for method in methods:
+        assert_same_run(tmp_path / "together" / method, alone(method, **keys))
+
+
 def test_each_step_draws_anew(config, monkeypatch):
     drawn = []
 

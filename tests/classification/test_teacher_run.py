@@ -43,10 +43,19 @@ def test_the_teacher_learns_by_cross_entropy_from_its_own_settings(tiny_config, 
 
 
 @pytest.mark.parametrize(
-    "key", ["SEED", "LOG_EVERY", "SOLVER.EPOCHS", "STUDENT.PIXEL_MEAN", "DISTILL.KD.WEIGHT"]
+    ("key", "value"),
+    [
+        ("SEED", 9),
+        ("LOG_EVERY", 9),
+        ("SOLVER.EPOCHS", 9),
+        ("SOLVER.EMA_DECAY", 0.9),
+        ("STUDENT.PIXEL_MEAN", "[0.1, 0.1, 0.1]"),
+        ("DISTILL.KD.WEIGHT", 9),
+    ],
 )
-def test_what_concerns_the_student_alone_leaves_the_teacher_as_it_is(tiny_config, images, key):
-    value = "[0.1, 0.1, 0.1]" if "MEAN" in key else 9
+def test_what_concerns_the_student_alone_leaves_the_teacher_as_it_is(
+    tiny_config, images, key, value
+):
     assert (
         teacher_run(tiny_config("kd", **{key: value}), images)[1]
         == (teacher_run(tiny_config(), images)[1])
@@ -54,11 +63,22 @@ def test_what_concerns_the_student_alone_leaves_the_teacher_as_it_is(tiny_config
 
 
 @pytest.mark.parametrize(
-    "key", ["TEACHER.SEED", "TEACHER.EPOCHS", "SOLVER.BASE_LR", "DATA.CROP_PADDING"]
+    ("key", "value"),
+    [
+        ("TEACHER.SEED", 9),
+        ("TEACHER.EPOCHS", 9),
+        ("SOLVER.BASE_LR", 9),
+        ("SOLVER.OPTIMIZER", "adamw"),
+        ("SOLVER.DECAY_NORMS_AND_BIASES", False),
+        ("SOLVER.CLIP_GRADIENTS", 1),
+        ("SOLVER.ACCUMULATE", 2),
+        ("SOLVER.MIN_LR", 1e-5),
+        ("DATA.CROP_PADDING", 9),
+    ],
 )
-def test_what_determines_the_teacher_makes_another_one(tiny_config, images, key):
+def test_what_determines_the_teacher_makes_another_one(tiny_config, images, key, value):
     ours = teacher_run(tiny_config(), images)[1]
-    assert teacher_run(tiny_config(**{key: 9}), images)[1] != ours
+    assert teacher_run(tiny_config(**{key: value}), images)[1] != ours
     other = ResidentSet(images.images + 1, images.labels, images.classes)
     assert teacher_run(tiny_config(), other)[1] != ours
 
@@ -83,6 +103,13 @@ def test_a_teacher_that_is_made_with_nothing_more_is_known_by_what_it_was(tiny_c
         teacher_run(tiny_config(), images)
     assert "STUDENT.NAME" in hashed
     assert not {"STUDENT.KWARGS", "STUDENT.LOGITS"} & {*hashed}
+    assert sorted(key for key in hashed if key.startswith("SOLVER.")) == [
+        f"SOLVER.{key}"
+        for key in (
+            "BASE_LR", "BATCH_SIZE", "EPOCHS", "GAMMA", "MILESTONES", "MOMENTUM", "NESTEROV",
+            "SCHEDULE", "WARMUP_EPOCHS", "WEIGHT_DECAY",
+        )
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -146,12 +146,13 @@ def assert_learned_alike(ours, theirs):
         assert own.keys() == other.keys()
         near = min(1e-4 * 30 ** (own["epoch"] - 1), 0.2)
         for key in own:
-            if key.startswith(("loss", "cka", "lr")):
+            if key.startswith(("loss", "cka", "lr", "gradient")):
                 assert own[key] == pytest.approx(other[key], rel=near, abs=min(near, 5e-4)), key
             elif "accuracy" in key:
                 assert own[key] == pytest.approx(other[key], abs=1.0)  # one image
-    weights = [load_file(run / "model_last.pth") for run in (ours, theirs)]
-    torch.testing.assert_close(*weights, rtol=0, atol=2e-3)
+    for name in {path.name for path in ours.glob("model_[el]*.pth")}:  # of ema and last
+        weights = [load_file(run / name) for run in (ours, theirs)]
+        torch.testing.assert_close(*weights, rtol=0, atol=2e-3)
 
 
 def epochs_of(run):
@@ -170,6 +171,22 @@ def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(by_two, 
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     assert not list(run.glob(".*"))  # temporary files
+
+
+def test_two_processes_accumulate_clip_and_average_what_one_does(train, folder):
+    """The gradients of a group's first batches are not exchanged; those of its last one are."""
+    keys = {
+        "SOLVER.OPTIMIZER": "adamw",
+        "SOLVER.BASE_LR": 0.001,
+        "SOLVER.EPS": 1e-3,  # of a gradient near 0 AdamW makes a step by its sign
+        "SOLVER.ACCUMULATE": 2,
+        "SOLVER.CLIP_GRADIENTS": 0.5,
+        "SOLVER.EMA_DECAY": 0.7,
+    }
+    for name, processes in (("modern_two", 2), ("modern_one", 1)):
+        train(name, processes=processes, **keys).succeed()
+    assert (folder / "modern_two" / "model_ema.pth").exists()
+    assert_learned_alike(folder / "modern_two", folder / "modern_one")
 
 
 def test_a_killed_run_goes_on_with_any_number_of_processes(by_two, train, folder):

@@ -65,6 +65,13 @@ def test_gradients_have_panels_of_their_own(drawn):
     assert cosine.get_ylim()[0] < -0.25
 
 
+def test_the_averaged_student_has_a_curve(drawn):
+    (accuracy,) = drawn(
+        [{"epoch": e, "accuracy": 10.0, "accuracy_ema": 20.0} for e in (1, 2)]
+    ).values()
+    assert lines(accuracy)["averaged student"] == [[1, 20], [2, 20]]
+
+
 def test_the_first_best_epoch_is_marked(drawn):
     accuracy = drawn(METRICS)["Top-1 accuracy"]
     assert lines(accuracy)["best: 60.50, epoch 2"] == [[2, 60.5]]

@@ -116,6 +116,15 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
         next(numbered.training_batches(cfg, 0, 0, world_size))
 
 
+def test_batches_that_make_no_whole_update_are_left_out(numbered, tiny_config):
+    cfg = tiny_config(**{"SOLVER.BATCH_SIZE": 4, "SOLVER.ACCUMULATE": 4})
+    assert steps_per_epoch(numbered, cfg) == len(list(numbered.training_batches(cfg, 0))) == 4
+    cfg = tiny_config(**{"SOLVER.BATCH_SIZE": 4, "SOLVER.ACCUMULATE": 7})
+    expected = r"SOLVER.BATCH_SIZE times SOLVER.ACCUMULATE: 28 is more than the 25 training"
+    with pytest.raises(ValueError, match=expected):
+        steps_per_epoch(numbered, cfg)
+
+
 def test_a_set_smaller_than_a_batch_is_refused(numbered, tiny_config):
     with pytest.raises(ValueError, match=r"SOLVER.BATCH_SIZE: 26 is more than the 25 training"):
         steps_per_epoch(numbered, tiny_config(**{"SOLVER.BATCH_SIZE": 26}))
