@@ -54,6 +54,11 @@ ImageSets = tuple[ImageSet, ImageSet]
 # What a training by cross-entropy depends on, besides its images.
 DETERMINING = ("SEED", "CHANNELS_LAST", "AUTOCAST", "DATA.CROP_PADDING", "DATA.FLIP")
 DETERMINING_SECTIONS = ("STUDENT.", "SOLVER.")
+# The same, where they are set.
+DETERMINING_IF_SET = (
+    "STUDENT.KWARGS", "STUDENT.LOGITS",
+    "DATA.RANDAUGMENT", "DATA.ERASING", "DATA.MIXUP", "DATA.CUTMIX",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,8 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     determining = {
         key: value
         for key, value in flatten(run).items()
-        if key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
-        if value or key not in ("STUDENT.KWARGS", "STUDENT.LOGITS")
+        if key in (*DETERMINING, *DETERMINING_IF_SET) or key.startswith(DETERMINING_SECTIONS)
+        if value or key not in DETERMINING_IF_SET
     }
     text = json.dumps([determining, train_set.fingerprint], sort_keys=True)
     model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # within the folder
@@ -237,7 +242,7 @@ class StepInputs:
 
     Attributes:
         images: (B, 3, S, S), float32 in [0, 1].
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, P) class probabilities of mixed images.
         indices: (B,) int64, positions in the training set.
         teacher: the teacher's outputs on the same samples, or None where no loss needs them.
     """

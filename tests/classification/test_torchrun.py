@@ -172,6 +172,15 @@ def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(by_two, 
     assert not list(run.glob(".*"))  # temporary files
 
 
+def test_two_processes_learn_from_augmented_images_what_one_does(train, folder):
+    keys = {
+        "DATA.RANDAUGMENT": "[2, 9]", "DATA.ERASING": 0.25, "DATA.MIXUP": 0.8, "DATA.CUTMIX": 1.0,
+    }  # fmt: skip
+    for processes in (1, 2):
+        train(f"augmented{processes}", processes=processes, **keys).succeed()
+    assert_learned_alike(folder / "augmented1", folder / "augmented2")
+
+
 def test_a_killed_run_goes_on_with_any_number_of_processes(by_two, train, folder):
     """Killed while the teacher trains, then twice while the student does."""
     run = folder / "killed"
