@@ -34,7 +34,8 @@ def augmented_batches(
     """Yield :meth:`ImageSet.training_batches`, changed by RandAugment, erasing, mixup and cutmix.
 
     All that is drawn follows from ``SEED``, the epoch, and the place of an image in the order of
-    the epoch, which follows from the first two. It is drawn on the host before the first batch.
+    the epoch, which follows from the first two; a mixture is one of a whole batch. All is drawn on
+    the host.
 
     Args:
         train_set: the images.
@@ -50,9 +51,9 @@ def augmented_batches(
     steps, size = steps_per_epoch(train_set, cfg, world_size), cfg.SOLVER.BATCH_SIZE
     share = partial(training_share, steps=steps, batch_size=size, rank=rank, world=world_size)
     if cfg.DATA.RANDAUGMENT:
-        batches = _rand_augmented(batches, cfg, epoch, steps * size, share, train_set.device)
+        batches = _rand_augmented(batches, train_set, cfg, epoch, share)
     if cfg.DATA.ERASING:
-        batches = _erased(batches, cfg, epoch, steps * size, share, train_set.device)
+        batches = _erased(batches, train_set, cfg, epoch, share)
     if mixes(cfg.DATA):
         classes = len(train_set.classes)
         mixed = zip(batches, mixtures(cfg, epoch, steps))
@@ -61,16 +62,15 @@ def augmented_batches(
 
 
 def _rand_augmented(
-    batches: Iterable[Batch], cfg: CfgNode, epoch: int, count: int, share: Share,
-    device: torch.device,
-) -> Iterator[Batch]:  # fmt: skip
+    batches: Iterable[Batch], train_set: ImageSet, cfg: CfgNode, epoch: int, share: Share
+) -> Iterator[Batch]:
     from classification.data.rand_augment import apply_each, operations  # slow to import
 
     times, magnitude = cfg.DATA.RANDAUGMENT
     choice = operations(magnitude, cfg.DATA.IMAGE_SIZE)
     stream = random_stream(cfg.SEED, epoch, RAND_AUGMENT_STREAM)
-    chosen = share(torch.randint(len(choice), (count, times), generator=stream)).mT
-    orders = chosen.argsort(stable=True).to(device)
+    chosen = share(torch.randint(len(choice), (len(train_set), times), generator=stream)).mT
+    orders = chosen.argsort(stable=True).to(train_set.device)
     for batch, operations_of, orders_of in zip(batches, chosen, orders):
         images = batch.images
         for of_each, order in zip(operations_of, orders_of, strict=True):
@@ -79,13 +79,12 @@ def _rand_augmented(
 
 
 def _erased(
-    batches: Iterable[Batch], cfg: CfgNode, epoch: int, count: int, share: Share,
-    device: torch.device,
-) -> Iterator[Batch]:  # fmt: skip
+    batches: Iterable[Batch], train_set: ImageSet, cfg: CfgNode, epoch: int, share: Share
+) -> Iterator[Batch]:
     stream = random_stream(cfg.SEED, epoch, ERASING_STREAM)
-    boxes = erasing_boxes(count, cfg.DATA.IMAGE_SIZE, cfg.DATA.ERASING, stream)
-    colours = torch.rand(count, 3, generator=stream)
-    drawn = (share(values).to(device) for values in (boxes, colours))
+    boxes = erasing_boxes(len(train_set), cfg.DATA.IMAGE_SIZE, cfg.DATA.ERASING, stream)
+    colours = torch.rand(len(train_set), 3, generator=stream)
+    drawn = (share(values).to(train_set.device) for values in (boxes, colours))
     for batch, boxes_of, colours_of in zip(batches, *drawn):
         yield batch._replace(images=erase(batch.images, boxes_of, colours_of))
 
@@ -106,7 +105,8 @@ def erasing_boxes(count: int, side: int, probability: float, stream: torch.Gener
     Returns:
         Top, bottom, left and right edge, pixels, (count, 4) int64.
     """
-    chance, area, shape, row, column = torch.rand(5, count, generator=stream, dtype=torch.float64)
+    drawn = torch.rand(count, 5, generator=stream, dtype=torch.float64)
+    chance, area, shape, row, column = drawn.unbind(1)
     area = side**2 * _between(*ERASED_AREA, area)
     shape = _between(math.log(ERASED_SHAPE[0]), math.log(ERASED_SHAPE[1]), shape).exp()
     edges = []

@@ -79,6 +79,17 @@ def test_augmentation_follows_seed_and_epoch_alone(noise, tiny_config):
     assert not torch.equal(epoch(noise, tiny_config(SEED=1, **ALL), 1)[1], first[1])
 
 
+@pytest.mark.parametrize("key", ["DATA.RANDAUGMENT", "DATA.ERASING"])
+def test_what_is_done_to_an_image_does_not_depend_on_the_size_of_the_batches(
+    noise, tiny_config, key
+):
+    of_four, of_twelve = (
+        epoch(noise, tiny_config(**{key: ALL[key], "SOLVER.BATCH_SIZE": size}), 0)[0].flatten(0, 1)
+        for size in (4, 12)
+    )
+    torch.testing.assert_close(of_four[:24], of_twelve, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("key", ["DATA.RANDAUGMENT", "DATA.ERASING", "DATA.MIXUP"])
 def test_each_kind_draws_from_a_stream_of_its_own(noise, tiny_config, key):
     """The images that one of them leaves alone are what they are without it."""
