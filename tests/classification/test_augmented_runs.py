@@ -98,3 +98,18 @@ def test_crd_on_mixed_images_is_refused_with_key_and_reason(tiny_config, keys):
     message = rf"DISTILL.METHODS: CRD cannot learn from mixed images \({named}\): .* two of them;"
     with pytest.raises(ConfigError, match=message):
         check_losses(cfg)
+
+
+def test_a_loss_of_ones_own_that_needs_classes_is_refused_before_the_first_step(
+    tiny_config, random_teacher, monkeypatch
+):
+    class OneClass(losses.KD):
+        def compare(self, student, teacher, target):
+            if target.dim() != 1:
+                raise ValueError("target: OneClass needs classes (B,)")
+            return super().compare(student, teacher, target)
+
+    monkeypatch.setitem(losses.registry._REGISTERED, "ONE_CLASS", OneClass)
+    keys = {"DATA.MIXUP": 0.5, "DISTILL.METHODS": "[ONE_CLASS]", "TEACHER.WEIGHTS": random_teacher}
+    with pytest.raises(ConfigError, match=r"DISTILL: target: OneClass needs classes \(B,\)"):
+        prepare_trainers([tiny_config(**keys)], torch.device("cpu"))
