@@ -60,6 +60,10 @@ def default_config() -> CfgNode:
             "SPLIT_SEED": 0,  # of the choice of HOLDOUT and TRAIN_IMAGES, apart from SEED
             "CROP_PADDING": 4,  # zero padding of the random crop, pixels; 0: none (not for STREAM)
             "FLIP": True,  # random horizontal flip
+            "RANDAUGMENT": [],  # [operations, magnitude 0 to 30], e.g. [2, 9]; []: none
+            "ERASING": 0.0,  # probability that a random box of an image is erased
+            "MIXUP": 0.0,  # > 0: pairs of images averaged, shares from Beta(MIXUP, MIXUP)
+            "CUTMIX": 0.0,  # likewise, by a box; with MIXUP each batch takes one of the two
             "DOWNLOAD": False,  # cifar10 and cifar100: fetch what is missing
             "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
             "STREAM": False,  # read the files of a folder batch by batch; RandomResizedCrop
@@ -252,6 +256,9 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.HOLDOUT": (0, None),
     "DATA.SPLIT_SEED": (0, 2**32 - 1),  # of numpy's legacy generator
     "DATA.CROP_PADDING": (0, None),
+    "DATA.ERASING": (0, 1),
+    "DATA.MIXUP": (0, None),
+    "DATA.CUTMIX": (0, None),
     "DATA.MEMORY_GB": (0, None),
     "DATA.WORKERS": (0, None),
     "DATA.RESIZE": (0, None),
@@ -315,6 +322,11 @@ def _check(cfg: CfgNode) -> None:
         raise ConfigError(
             f"DATA.CROP_PADDING: expected at most {most}, four times DATA.IMAGE_SIZE, got {padding}"
         )
+    if (augment := cfg.DATA.RANDAUGMENT) and not _is_rand_augment(augment):
+        raise ConfigError(
+            "DATA.RANDAUGMENT: expected [operations, magnitude], at least 1 and 0 to 30, such as "
+            f"[2, 9], or [] for none, got {augment}"
+        )
     for role in ("STUDENT", "TEACHER"):
         mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -329,6 +341,12 @@ def _check(cfg: CfgNode) -> None:
     check_methods(cfg.DISTILL.METHODS)
     if cfg.DISTILL.RELATIVE and "CE" not in cfg.DISTILL.METHODS:
         raise ConfigError("DISTILL.RELATIVE: needs CE among DISTILL.METHODS; add it, or set False")
+
+
+def _is_rand_augment(value: Sequence[Any]) -> bool:
+    if [type(number) for number in value] != [int, int]:
+        return False
+    return value[0] >= 1 and 0 <= value[1] <= 30
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:

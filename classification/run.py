@@ -13,6 +13,8 @@ from fvcore.common.config import CfgNode
 
 from classification.config import changed_keys, config_from_text, doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
+from classification.data.batches import mixes
+from classification.data.mixing import mixing_keys, soft_targets
 from classification.models import (
     Classifier,
     load_classifier,
@@ -142,14 +144,20 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     """Return the losses of a configuration, see :func:`pcka.engine.distill.build_losses`.
 
     Args:
-        cfg: ``DISTILL`` and ``TEACHER.NAME`` are read.
+        cfg: ``DISTILL``, ``TEACHER.NAME`` and what ``DATA`` mixes are read.
         taps: what the losses may name as stages.
 
     Raises:
-        ConfigError: as there, or a loss that needs a teacher where there is none.
+        ConfigError: as there, a loss that needs a teacher where there is none, or one that refuses
+            mixed images where ``DATA`` mixes them.
     """
 
     def unfit(loss: losses.Loss) -> str | None:
+        if mixes(cfg.DATA) and loss.refuses_soft_targets:
+            return (
+                f"cannot learn from mixed images ({mixing_keys(cfg.DATA)}): "
+                f"{loss.refuses_soft_targets}; set it to 0, or leave the loss out"
+            )
         if not loss.needs_teacher or cfg.TEACHER.NAME:
             return None
         return (
@@ -371,6 +379,8 @@ def _prepare_distiller(
     """Size the adapters by some images from all over the set; try teacher and losses on them."""
     spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
     pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
+    if mixes(cfg.DATA):
+        labels = soft_targets(labels, len(train_set.classes))
     images, for_teacher = (
         pixel_statistics(role).to(pixels.device)(pixels) for role in (cfg.STUDENT, cfg.TEACHER)
     )

@@ -52,13 +52,17 @@ AHEAD_IMAGES = 2048  # at once, at most
 ImageSets = tuple[ImageSet, ImageSet]
 
 # What a training by cross-entropy depends on, besides its images.
-DETERMINING = ("SEED", "CHANNELS_LAST", "AUTOCAST", "DATA.CROP_PADDING", "DATA.FLIP")
+DETERMINING = (
+    "SEED", "CHANNELS_LAST", "AUTOCAST", "DATA.CROP_PADDING", "DATA.FLIP", "DATA.RANDAUGMENT",
+    "DATA.ERASING", "DATA.MIXUP", "DATA.CUTMIX",
+)  # fmt: skip
 DETERMINING_SECTIONS = ("STUDENT.", "SOLVER.")
 # Those of them that came later: where they say nothing, a teacher is known by what it was.
 SINCE = (
     "STUDENT.KWARGS", "STUDENT.LOGITS", "SOLVER.ACCUMULATE", "SOLVER.OPTIMIZER", "SOLVER.BETAS",
     "SOLVER.EPS", "SOLVER.DECAY_NORMS_AND_BIASES", "SOLVER.CLIP_GRADIENTS", "SOLVER.MIN_LR",
     "SOLVER.ONECYCLE_RISE", "SOLVER.ONECYCLE_DIV", "SOLVER.ONECYCLE_FINAL_DIV", "SOLVER.EMA_DECAY",
+    "DATA.RANDAUGMENT", "DATA.ERASING", "DATA.MIXUP", "DATA.CUTMIX",
 )  # fmt: skip
 
 
@@ -245,7 +249,7 @@ class StepInputs:
 
     Attributes:
         images: (B, 3, S, S), float32 in [0, 1].
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, P) class probabilities of mixed images.
         indices: (B,) int64, positions in the training set.
         teacher: the teacher's outputs on the same samples, or None where no loss needs them.
     """

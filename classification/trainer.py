@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from classification.average import AveragedStudent
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
+from classification.data.augmentation import augmented_batches
 from classification.data.batches import PROCESS_STREAM, stream_seed
 from classification.evaluation import accuracy, gradient_figures, stage_alignment
 from classification.solver import (
@@ -223,7 +224,7 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of the epoch's batches."""
-        return self.train_set.training_batches(self.cfg, self.epoch, rank(), world_size())
+        return augmented_batches(self.train_set, self.cfg, self.epoch, rank(), world_size())
 
     def inputs(self, batches: Iterable[Batch]) -> Iterator[StepInputs]:
         """The batches with what the teacher says of them."""

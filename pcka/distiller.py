@@ -175,7 +175,8 @@ class Distiller(nn.Module):
 
         Raises:
             ValueError: a loss gives no term, two give one of the same name, a model gave no
-                logits and a loss needs them, or there is no term ``relative_to``.
+                logits and a loss needs them, soft targets where a loss refuses them, or there is
+                no term ``relative_to``.
         """
         if teacher is not None:
             teacher = _cast_like(student, teacher)
@@ -184,6 +185,7 @@ class Distiller(nn.Module):
         of_teacher: list[str] = []
         for loss in self._losses():
             self._check_logits(loss, student, teacher)
+            _check_target(loss, target)
             added = loss.terms(*given[self._way(loss)])
             _check_names(loss, added, terms)
             scale = self.distillation_scale if loss.needs_teacher else 1.0
@@ -219,7 +221,8 @@ class Distiller(nn.Module):
 
         Args:
             images: ``(B, C, H, W)``, normalised for the student, or what else it takes.
-            target: what the losses compare with, ``(B,)`` class indices for cross-entropy.
+            target: what the losses compare with, ``(B,)`` class indices for cross-entropy; of
+                mixed samples (mixup, cutmix) ``(B, P)`` class probabilities.
             teacher_images: ``(B, C, H', W')`` of the same samples, normalised for the teacher;
                 ``images`` where None.
             indices: position of each sample in the training set, ``(B,)`` int64, for losses that
@@ -334,6 +337,17 @@ def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
         if name in teacher.features
     }
     return replace(teacher, logits=logits, features=features)
+
+
+def _check_target(loss: Loss, target: Tensor | None) -> None:
+    """Refuse class probabilities where a loss cannot learn from the samples that they are of."""
+    reason = loss.refuses_soft_targets
+    if reason and target is not None and target.dim() == 2 and target.is_floating_point():
+        name = type(loss).__name__
+        raise ValueError(
+            f"target: {name} takes no mixed samples with class probabilities (B, P): {reason}; "
+            f"mix none, or leave {name} out"
+        )
 
 
 def _check_names(loss: Loss, added: Mapping[str, Term], terms: Mapping[str, Term]) -> None:

@@ -365,6 +365,19 @@ def test_a_loss_without_terms_is_named(student):
         Distiller(student, None, [CE(), Silent()])(IMAGES, TARGET)
 
 
+def test_a_loss_that_refuses_soft_targets_is_named_with_its_reason(student):
+    class OneClass(CE):
+        refuses_soft_targets = "it counts classes"
+
+    soft = nn.functional.one_hot(TARGET, 5).float()
+    message = r"target: OneClass takes no mixed samples .*: it counts classes; mix none, or leave"
+    with pytest.raises(ValueError, match=message):
+        Distiller(student, None, [OneClass()])(IMAGES, soft)
+    given = [Distiller(student, None, [OneClass()])(IMAGES, TARGET)]
+    given.append(Distiller(student, None, [CE()])(IMAGES, soft))
+    torch.testing.assert_close(given[0]["loss_oneclass"], given[1]["loss_ce"])
+
+
 def test_losses_of_one_class_go_together_under_two_names(student):
     smooth = CE(weight=2.0, label_smoothing=0.5)
     smooth.log_name = "smooth"

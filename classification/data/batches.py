@@ -14,6 +14,7 @@ from pcka.engine.config import ConfigError
 
 # Purposes that random numbers are drawn for, each with streams of its own.
 ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM, PROCESS_STREAM = 0, 1, 2, 3
+RAND_AUGMENT_STREAM, ERASING_STREAM, MIXING_STREAM = 4, 5, 6
 
 
 class Batch(NamedTuple):
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, 3, S, S), float32 in [0, 1], RGB.
-        labels: (B,), int64.
+        labels: (B,), int64; of mixed images (B, P), float32 class probabilities.
         indices: the images' positions in their set, (B,), int64.
     """
 
@@ -42,13 +43,20 @@ def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
         world_size: number of processes that share every batch.
 
     Raises:
-        ConfigError: the set is smaller than one group, or the processes cannot share it evenly.
+        ConfigError: the set is smaller than one group, or the processes cannot share it evenly, in
+            pairs where images are mixed.
     """
     batch_size, group = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
     if surplus := batch_size % world_size:
         raise ConfigError(
             f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes, "
             f"got {batch_size}; take {batch_size - surplus + world_size}"
+        )
+    if mixes(cfg.DATA) and (surplus := batch_size % (2 * world_size)):
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE: expected a multiple of {2 * world_size}, because DATA.MIXUP and "
+            "DATA.CUTMIX mix pairs of images within each process, "
+            f"got {batch_size}; take {batch_size - surplus + 2 * world_size}"
         )
     updates = len(data) // (batch_size * group)
     if updates == 0:
@@ -58,6 +66,11 @@ def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
             "images; take a smaller batch or more images (DATA.TRAIN_IMAGES)"
         )
     return updates * group
+
+
+def mixes(data: CfgNode) -> bool:
+    """Whether the section DATA asks for mixed images, whose targets are soft."""
+    return data.MIXUP > 0 or data.CUTMIX > 0
 
 
 def epoch_order(data: Sized, cfg: CfgNode, epoch: int) -> Tensor:

@@ -95,6 +95,8 @@ class Loss(nn.Module):
             each other need two names.
         needs_teacher: it needs the teacher's outputs.
         needs_target: it needs the target.
+        refuses_soft_targets: why it cannot learn from mixed samples, whose targets are class
+            probabilities ``(B, P)``; empty where it can.
         needs_logits: it needs the logits of each model that it reads.
         needs_indices: it needs ``student.indices``.
         needs_context: ``prepare`` needs a part of its ``context``.
@@ -111,6 +113,7 @@ class Loss(nn.Module):
     log_name: str = ""
     needs_teacher: bool = True
     needs_target: bool = False
+    refuses_soft_targets: str = ""
     needs_logits: bool = False
     needs_indices: bool = False
     needs_context: bool = False

@@ -111,13 +111,20 @@ def _check_comparable(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_target(logits: Tensor, target: Tensor) -> None:
-    """Refuse targets that are not one class index for each row of the logits."""
+def as_classes(logits: Tensor, target: Tensor) -> Tensor:
+    """The class of each row of the logits, ``(B,)``: of probabilities ``(B, P)``, the likeliest.
+
+    Raises:
+        ValueError: targets that are neither.
+    """
+    if target.shape == logits.shape and target.is_floating_point():
+        return target.argmax(1)
     if target.dim() != 1 or len(target) != len(logits) or target.is_floating_point():
         raise ValueError(
-            f"target must hold a class index for each of the {len(logits)} samples, (B,) int64; "
-            f"got {tuple(target.shape)} {target.dtype}"
+            f"target must hold a class index for each of the {len(logits)} samples, (B,) int64, or "
+            f"class probabilities (B, P); got {tuple(target.shape)} {target.dtype}"
         )
+    return target
 
 
 def check_channels(maps: Tensor, **values: Tensor) -> None:

@@ -155,6 +155,9 @@ class CRD(Loss):
     needs_indices = True
     needs_context = True
     relational = True
+    refuses_soft_targets = (
+        "CRD tells every training image from those of other classes, and a mixed one is two of them"
+    )
     capturable = False  # counts its draws in Python, and seeds a generator for each
     others: _OtherClasses
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.base import LogitLoss
-from pcka.losses.checks import as_logits, check_target, check_temperature, check_weights
+from pcka.losses.checks import as_classes, as_logits, check_temperature, check_weights
 from pcka.losses.numerics import without_target
 
 
@@ -29,7 +29,8 @@ def dkd_loss(
     Args:
         student: ``(B, P)`` logits, any floating dtype.
         teacher: ``(B, P)`` logits; no gradient reaches it.
-        target: ``(B,)`` class indices.
+        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, of which the likeliest
+            class counts, as in OFA-KD's public code (Hao et al., NeurIPS 2023).
         alpha: factor of the target part.
         beta: factor of the non-target part.
         temperature: ``T > 0``, divides the logits.
@@ -38,11 +39,11 @@ def dkd_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, targets that are no class indices of the
+        ValueError: logits of different shapes or devices, targets that are no classes of the
             batch, or a temperature that is not positive.
     """
     student, teacher = as_logits(student, teacher)
-    check_target(student, target)
+    target = as_classes(student, target)
     check_temperature(temperature)
     logits = [x / temperature for x in (student, teacher)]
     binary = _divergence(*(_target_or_not(x, target) for x in logits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from classification.config import load_config, method_files
 from classification.data import Batch, ResidentSet
+from classification.data.augmentation import erase
+from classification.data.mixing import Mixture, mix
 from classification.models import create_model
 from classification.models.taps import loss_context, model_taps
 from classification.run import losses_of, run_experiment
@@ -119,6 +122,31 @@ def test_a_step_on_a_gpu_asks_for_no_value_and_copies_nothing(
         with HostCopies() as seen:
             terms = trainer.update(inputs)
     assert terms.device == CUDA and len(terms) == len(trainer._terms) >= 2
+    assert seen.across == []
+
+
+@pytest.mark.parametrize("method", ["ce", "dkd", "nkd"])
+def test_soft_targets_ask_for_no_value(method, values_are_unknown, monkeypatch):
+    with CUDA:
+        trainer = cifar_trainer(method, CUDA)
+        inputs = replace(step_inputs(trainer), labels=torch.rand(64, 100))
+        trainer.changed_tensors()
+        monkeypatch.setattr(torch.Tensor, "backward", lambda _: None)
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        with HostCopies() as seen:
+            trainer.update(inputs)
+    assert seen.across == []
+
+
+def test_batches_are_erased_and_mixed_without_a_value(values_are_unknown):
+    """What is drawn comes from the host before; the images stay where they are."""
+    with CUDA, HostCopies() as seen:
+        labels = torch.zeros(64, dtype=torch.int64)
+        images = erase(torch.zeros(64, 3, 32, 32), labels[:, None].expand(-1, 4), torch.rand(64, 3))
+        batch = Batch(images, labels, labels)
+        for mixture in (Mixture(0.3), Mixture(0.75, (2, 18, 0, 16))):
+            mixed = mix(batch, mixture, 100)
+            assert mixed.images.device == CUDA and mixed.labels.shape == (64, 100)
     assert seen.across == []
 
 

@@ -90,6 +90,16 @@ def test_what_the_teacher_is_made_with_makes_another_one(tiny_config, images, ke
     assert run.STUDENT[key] == ({"width": 2} if key == "KWARGS" else "scores")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("RANDAUGMENT", [1, 9]), ("ERASING", 0.5), ("MIXUP", 0.2), ("CUTMIX", 0.2)],
+)
+def test_what_the_teacher_is_trained_on_makes_another_one(tiny_config, images, key, value):
+    run, weights = teacher_run(tiny_config(**{f"DATA.{key}": value}), images)
+    assert weights != teacher_run(tiny_config(), images)[1]
+    assert run.DATA[key] == value
+
+
 def test_a_teacher_that_is_made_with_nothing_more_is_known_by_what_it_was(tiny_config, images):
     """The names of teachers that are kept already do not depend on keys that say nothing."""
     hashed = []

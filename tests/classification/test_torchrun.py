@@ -189,6 +189,15 @@ def test_two_processes_accumulate_clip_and_average_what_one_does(train, folder):
     assert_learned_alike(folder / "modern_two", folder / "modern_one")
 
 
+def test_two_processes_learn_from_augmented_images_what_one_does(train, folder):
+    keys = {
+        "DATA.RANDAUGMENT": "[2, 9]", "DATA.ERASING": 0.25, "DATA.MIXUP": 0.8, "DATA.CUTMIX": 1.0,
+    }  # fmt: skip
+    for processes in (1, 2):
+        train(f"augmented{processes}", processes=processes, **keys).succeed()
+    assert_learned_alike(folder / "augmented1", folder / "augmented2")
+
+
 def test_a_killed_run_goes_on_with_any_number_of_processes(by_two, train, folder):
     """Killed while the teacher trains, then twice while the student does."""
     run = folder / "killed"

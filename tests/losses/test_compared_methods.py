@@ -92,6 +92,14 @@ def test_rkd_of_one_sample_is_zero(draw):
 
 
 @pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])
+def test_of_soft_targets_the_likeliest_class_counts(draw, loss):
+    student, teacher = draw(0, 4, 3), draw(1, 4, 3)
+    soft = torch.tensor([[0.6, 0.4, 0], [0, 0.1, 0.9], [0, 1, 0], [0.3, 0, 0.7]])
+    classes = torch.tensor([0, 2, 1, 2])
+    assert loss(student, teacher, soft) == loss(student, teacher, classes)
+
+
+@pytest.mark.parametrize("loss", [dkd_loss, nkd_loss])
 @pytest.mark.parametrize("target", [torch.zeros(5, dtype=torch.int64), torch.zeros(6)])
 def test_targets_have_to_be_class_indices(draw, loss, target):
     with pytest.raises(ValueError, match="target must hold a class index for each of the 6"):

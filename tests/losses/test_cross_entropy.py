@@ -18,6 +18,15 @@ def test_value_is_the_weighted_mean_over_samples(draw, smoothing):
     torch.testing.assert_close(terms["loss_ce"], 0.5 * expected.mean())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_targets_are_smoothed_too(draw, smoothing):
+    logits, shares = draw(0, 4, 5), draw(1, 4, 5).softmax(1)
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    expected = -(((1 - smoothing) * shares + smoothing / 5) * log_p).sum(1)
+    loss = CE(label_smoothing=smoothing)(Outputs(logits), None, shares)["loss_ce"]
+    torch.testing.assert_close(loss, expected.mean())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_logits_are_widened_first(draw, dtype):
     logits = draw(0, 4, 5).to(dtype)

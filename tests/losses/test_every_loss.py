@@ -88,6 +88,25 @@ def test_gradient_reaches_what_the_loss_reads_of_the_student_alone(draw, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_soft_targets_are_taken_or_refused_with_a_reason(draw, name):
+    """Those of one class each say what the classes say; mixed ones have a gradient."""
+    student, teacher = _pair(draw)
+    loss = _build(name, student, teacher)
+    assert bool(loss.refuses_soft_targets) == (name == "CRD")
+    soft = nn.functional.one_hot(TARGET, CLASSES).to(student.logits.dtype)
+    of_classes, of_shares = (
+        _seeded(copy.deepcopy(loss), student, teacher, target) for target in (TARGET, soft)
+    )
+    for term, value in of_classes.items():
+        torch.testing.assert_close(of_shares[term], value)
+    for leaf in _leaves(student):
+        leaf.requires_grad_()
+    sum(loss(student, teacher, soft.lerp(soft.flip(0), 0.3)).values()).backward()
+    gradients = [leaf.grad for leaf in _leaves(student) if leaf.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_falls_on_one_batch(draw, name):
     student, teacher = _pair(draw)
     loss = _build(name, student, teacher)
@@ -205,10 +224,10 @@ def test_a_weight_that_trains_away_is_refused(name, keyword, value):
         losses.build(name, **{keyword: value})
 
 
-def _seeded(loss, student, teacher):
+def _seeded(loss, student, teacher, target=TARGET):
     """The terms, with the samples and masks that any other such call draws."""
     torch.manual_seed(2)
-    return loss(student, teacher, TARGET)
+    return loss(student, teacher, target)
 
 
 def _cast(outputs, dtype):
