@@ -89,6 +89,8 @@ def default_config() -> CfgNode:
             "EPOCHS": 240,  # of that training; all else as in SOLVER
             "SEED": 0,  # of that training, so that runs of several SEEDs share a teacher
             "CACHE_DIR": "output/teachers",  # trained teachers, named by what determines them
+            "OUTPUTS": "",  # folder: its outputs are kept there, and read by later runs; "": none
+            "OUTPUTS_GB": 50.0,  # a training whose outputs take more is refused
         }
     )
     cfg.SOLVER = CfgNode(
@@ -132,6 +134,8 @@ HARMLESS_KEYS = (
     "DATA.WORKERS",
     "TEACHER.CACHE_DIR",
     "TEACHER.ACCURACY",
+    "TEACHER.OUTPUTS",
+    "TEACHER.OUTPUTS_GB",
 )
 
 
@@ -241,6 +245,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.RESIZE": (0, None),
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
     "TEACHER.ACCURACY": (0, 100),
+    "TEACHER.OUTPUTS_GB": (0, None),
     "TEACHER.SEED": (0, 2**64 - 1),
     "TEACHER.EPOCHS": (1, None),
     "SOLVER.EPOCHS": (1, None),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from fvcore.common.config import CfgNode
@@ -37,6 +37,9 @@ from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
 from pcka.engine.saved_state import check_fits, load_state, refusal, with_adapters
+
+if TYPE_CHECKING:
+    from classification.teacher_outputs import KeptOutputs
 
 Result = dict[str, object]
 
@@ -242,13 +245,16 @@ class Run:
             distiller = Distiller(
                 student, frozen, losses_of(cfg, taps), taps, compile=cfg.COMPILE
             ).to(device)
-        followed = {}
+        followed, kept = {}, None
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
             context = loss_context(theirs, teacher.norms, taps, train_set.labels)
-            _prepare_distiller(cfg, distiller, context, train_set)
+            kept = teacher.outputs
+            _prepare_distiller(cfg, distiller, context, train_set, kept)
             followed = self._followed(taps, evaluation_set)
-        self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
+        self.trainer = Trainer(
+            cfg, distiller, followed, train_set, evaluation_set, self.files, kept
+        )
         if self.saved is not None:
             self._restore(self.saved, self.trainer)
         if self.files is not None:
@@ -359,7 +365,11 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
 
 
 def _prepare_distiller(
-    cfg: CfgNode, distiller: Distiller, context: losses.Context, train_set: ImageSet
+    cfg: CfgNode,
+    distiller: Distiller,
+    context: losses.Context,
+    train_set: ImageSet,
+    kept: KeptOutputs | None,
 ) -> None:
     """Size the adapters by some images from all over the set; try teacher and losses on them."""
     spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
@@ -370,6 +380,8 @@ def _prepare_distiller(
     with naming("DISTILL"):
         distiller.prepare(images[:2], for_teacher[:2], context)
     assert distiller.teacher is not None
+    if kept is not None and (said := distiller.observe_teacher(for_teacher[:2])) is not None:
+        kept.check_size(cfg, distiller, said)
     logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
     check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
     if not cfg.COMPILE:  # else the first step tries the losses: to compile for them takes minutes
