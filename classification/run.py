@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.config import changed_keys, config_from_text, doubts, load_config
+from classification.config import (
+    changed_keys,
+    config_from_text,
+    doubts,
+    load_config,
+    teacher_name,
+    teachers_of,
+)
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.models import (
     Classifier,
@@ -21,7 +28,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
-from classification.teacher import ImageSets, Teacher, check_teacher, prepare_teacher
+from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
 from pcka import losses
 from pcka.analysis.layerwise import MIN_SAMPLES
@@ -125,7 +132,9 @@ def untrained_pair(cfg: CfgNode) -> tuple[Classifier, Classifier | None]:
         ConfigError: an unknown model, one that refuses its keywords, or images of this size.
     """
     student = _untrained(cfg, "STUDENT")
-    return student, _untrained(cfg, "TEACHER") if cfg.TEACHER.NAME else None
+    if not cfg.TEACHER.NAME:
+        return student, None
+    return student, as_one(cfg, [_untrained(one, "TEACHER") for one in teachers_of(cfg)])
 
 
 def _untrained(cfg: CfgNode, role: str) -> Classifier:
@@ -395,7 +404,7 @@ def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | 
     result = {
         "methods": list(cfg.DISTILL.METHODS),
         "student": cfg.STUDENT.NAME,
-        "teacher": cfg.TEACHER.NAME or None,
+        "teacher": teacher_name(cfg) or None,
         "teacher_accuracy": teacher_accuracy,
         "last_accuracy": metrics[-1]["accuracy"],
         **trainer.best,

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
-from classification.config import default_config
+from classification.config import default_config, teacher_name, teachers_of
 from classification.data import Batch, ImageSet, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import (
+    Classifier,
     has_own_weights,
     load_classifier,
     named_model,
@@ -100,19 +101,17 @@ def prepare_teacher(
     if not cfg.TEACHER.NAME:
         return None
     train_set, evaluation_set = image_sets
-    given = {"role": "teacher", **settings_of(cfg.TEACHER)}
-    if has_own_weights(cfg.TEACHER) and not (cfg.TEACHER.WEIGHTS or cfg.TEACHER.TRAIN):
-        model = named_model(cfg.TEACHER.NAME, len(train_set.classes), **given)
-    else:
-        weights = cfg.TEACHER.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
-        model = load_classifier(cfg.TEACHER.NAME, weights, len(train_set.classes), **given)
+    each = teachers_of(cfg)
+    models = [_with_weights(one, image_sets, train_run) for one in each]
+    if len(each) > 1:  # one may be the weak one
+        for one, member in zip(each, models, strict=True):
+            _measured(one.TEACHER.NAME, member, one.TEACHER, evaluation_set)
+    model = as_one(cfg, models)
     outputs = None
     if cfg.TEACHER.OUTPUTS:
         from classification.teacher_outputs import open_outputs  # few runs keep any
 
         outputs = open_outputs(cfg, model, train_set)
-    model = with_stages(model, cfg.DATA.IMAGE_SIZE)
-    model.to(evaluation_set.device)
     norms = _preactivation_norms(model)
     stages = (*model.stage_names, *model.preactivation_names)
     frozen = FrozenTeacher(
@@ -121,17 +120,46 @@ def prepare_teacher(
         fold_batch_norm=True,
         tapped=[path for path in (*stages, *tapped) if path],
     )
-    pixels = pixel_statistics(cfg.TEACHER).to(evaluation_set.device)
-    top1 = accuracy(frozen, pixels, evaluation_set)["top1"]
-    logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
+    name = teacher_name(cfg)
+    top1 = _measured(name, frozen, cfg.TEACHER, evaluation_set)
     stated = cfg.TEACHER.ACCURACY
     if top1 < stated - PREFLIGHT_POINTS:
         raise ConfigError(
-            f"TEACHER.ACCURACY: {cfg.TEACHER.NAME} reaches {top1:.2f} % on the evaluation images, "
+            f"TEACHER.ACCURACY: {name} reaches {top1:.2f} % on the evaluation images, "
             f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
             "and the data, or state its accuracy on these (0: any)"
         )
     return Teacher(frozen, top1, norms, outputs)
+
+
+def _with_weights(
+    cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
+) -> Classifier:
+    """One teacher on the device that trains, with its weights and its stages."""
+    section, classes = cfg.TEACHER, len(image_sets[0].classes)
+    given = {"role": "teacher", **settings_of(section)}
+    if has_own_weights(section) and not (section.WEIGHTS or section.TRAIN):
+        model = named_model(section.NAME, classes, **given)
+    else:
+        weights = section.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
+        model = load_classifier(section.NAME, weights, classes, **given)
+    return with_stages(model, cfg.DATA.IMAGE_SIZE).to(image_sets[1].device)
+
+
+def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> float:
+    """The accuracy (percent) of a model with the pixel statistics of a section."""
+    top1 = accuracy(model, pixel_statistics(section).to(data.device), data)["top1"]
+    logger.info("teacher %s: accuracy %.2f %%", name, top1)
+    return top1
+
+
+def as_one(cfg: CfgNode, models: Sequence[Classifier]) -> Classifier:
+    """Return the model of all teachers, which :func:`classification.config.teachers_of` lists."""
+    if len(models) == 1:
+        return models[0]
+    from classification.teachers import joined
+
+    return joined(cfg, models)
 
 
 def _preactivation_norms(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -197,16 +225,15 @@ def _keep(trained: Path, weights: Path) -> None:
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Refuse a teacher that is not there and is not to be trained either."""
-    teacher = cfg.TEACHER
-    has_weights = teacher.WEIGHTS or (teacher.NAME and has_own_weights(teacher))
-    if teacher.NAME and not has_weights and not teacher.TRAIN:
-        raise ConfigError(
-            f"TEACHER.WEIGHTS: the teacher {teacher.NAME!r} has no weights; give a checkpoint, or "
-            "set TEACHER.TRAIN True to train it first (it is kept in TEACHER.CACHE_DIR)"
-        )
-    if teacher.NAME and teacher.WEIGHTS and not Path(teacher.WEIGHTS).is_file():
-        raise ConfigError(f"TEACHER.WEIGHTS: there is no file {teacher.WEIGHTS!r}")
+    """Refuse teachers that are not there and are not to be trained either."""
+    for teacher in [one.TEACHER for one in teachers_of(cfg) if one.TEACHER.NAME]:
+        if not (teacher.WEIGHTS or has_own_weights(teacher) or teacher.TRAIN):
+            raise ConfigError(
+                f"TEACHER.WEIGHTS: the teacher {teacher.NAME!r} has no weights; give a checkpoint, "
+                "or set TEACHER.TRAIN True to train it first (it is kept in TEACHER.CACHE_DIR)"
+            )
+        if teacher.WEIGHTS and not Path(teacher.WEIGHTS).is_file():
+            raise ConfigError(f"TEACHER.WEIGHTS: there is no file {teacher.WEIGHTS!r}")
 
 
 def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:

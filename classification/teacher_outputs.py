@@ -38,7 +38,7 @@ PART_BYTES = 2**28  # outputs in memory before they are written
 
 # Keys of the teacher and its arithmetic, besides its weights.
 TEACHER_KEYS = tuple(
-    f"TEACHER.{key}" for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD")
+    f"TEACHER.{key}" for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD", "SHARES")
 )
 # Keys of DATA without a part in what a training image looks like. Others of later versions count.
 UNSEEN = tuple(
@@ -281,7 +281,10 @@ def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, 
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    # Of the others' weights there is the digest, wherever they lie.
+    others = [{**other, "WEIGHTS": ""} for other in cfg.TEACHER.OTHERS]
     return {
+        "TEACHER.OTHERS": others,
         **{key: values[key] for key in ("AUTOCAST", *TEACHER_KEYS, *seen, *mixed)},
         "TEACHER.WEIGHTS": digest.hexdigest(),
         "DATA.ROOT": train_set.fingerprint,
