@@ -245,7 +245,7 @@ def _settings(cfg: CfgNode, device: torch.device) -> str:
     """What a step's cost depends on: all settings but the folders, and the machine."""
     same = cfg.clone()
     same.defrost()
-    same.OUTPUT_DIR = same.DATA.ROOT = ""
+    same.OUTPUT_DIR = same.DATA.ROOT = same.TEACHER.OUTPUTS = ""
     return settings_digest(same.dump(), device)
 
 

@@ -189,3 +189,15 @@ def test_evaluate_measures_the_teachers_as_one(joint_config, tiny_overrides, tmp
     assert evaluate.evaluate(cfg, role="teacher")["top1"] == pytest.approx(expected, abs=2.6)
     first = evaluate.evaluate(cfg, role="teacher", weights=cfg.TEACHER.WEIGHTS)
     assert first.keys() == {"top1", "top5"}
+
+
+def test_the_example_of_the_documentation_is_read(digits_config, tmp_path):
+    page = (digits_config.parents[3] / "docs" / "classification.md").read_text()
+    example = (
+        page.partition("### Several teachers")[2].partition("```yaml\n")[2].partition("```")[0]
+    )
+    (tmp_path / "three.yaml").write_text(f"_BASE_: {digits_config}\n{example}")
+    cfg = load_config(tmp_path / "three.yaml")
+    assert teacher_name(cfg) == "resnet56 + vgg13 + resnet56"
+    assert [one.TEACHER.WEIGHTS for one in teachers_of(cfg)] == ["resnet56.pth", "vgg13.pth", ""]
+    assert teachers_of(cfg)[2].TEACHER.SEED == 1
