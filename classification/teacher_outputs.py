@@ -23,6 +23,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from classification.config import default_config
 from classification.data import Batch, ImageSet
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
@@ -250,19 +251,19 @@ def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOut
     """
     folder = Path(cfg.TEACHER.OUTPUTS).expanduser()
     ours = json.loads(json.dumps(_manifest(cfg, model, train_set)))
-    path = folder / MANIFEST
-    if rank() == 0 and not path.exists() and not any(folder.glob("*")):
-        text = json.dumps(ours, indent=2)
-        atomic_write(lambda file: file.write(text.encode()), path)
+    if rank() == 0:
+        _write_manifest(folder, ours)
     from_first_process(None)  # wait for it
     try:
-        theirs = json.loads(path.read_text())
-        different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        read = json.loads((folder / MANIFEST).read_text())
+        # A key that is younger than the folder had its default.
+        theirs = {key: v for key, v in flatten(default_config()).items() if key in ours} | read
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"TEACHER.OUTPUTS: {str(folder)!r} is no folder of a teacher's outputs: its {MANIFEST} "
             f"cannot be read ({error}); name another folder, or remove this one"
         ) from error
+    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if different:
         key = different[0]
         raise ConfigError(
@@ -270,6 +271,17 @@ def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOut
             f"training has {ours.get(key)!r}; name another folder"
         )
     return KeptOutputs(folder, len(train_set))
+
+
+def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
+    """Begin an empty folder; one that holds something stays as it is."""
+    try:
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            return
+        text = json.dumps(manifest, indent=2)
+        atomic_write(lambda file: file.write(text.encode()), folder / MANIFEST)
+    except OSError as error:
+        raise ConfigError(f"TEACHER.OUTPUTS: nothing can be kept there: {error}") from error
 
 
 def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -267,12 +268,37 @@ def test_a_batch_counts_where_images_are_mixed_with_others_of_it(kept_config):
 
 def test_a_folder_of_something_else_is_refused(kept_config, tmp_path):
     (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / ".manifest.json.01234567.tmp").touch()  # that a killed run left
+    run_experiment(kept_config("kd", "begun"))
+    shutil.rmtree(tmp_path / "outputs")
+    (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "notes.txt").touch()
     with pytest.raises(ConfigError, match=r"TEACHER\.OUTPUTS: .* is no folder of a teacher's outp"):
         run_experiment(kept_config())
     (tmp_path / "outputs" / "manifest.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"TEACHER\.OUTPUTS: .* manifest.json cannot be read"):
         run_experiment(kept_config())
+
+
+def test_where_nothing_can_be_kept_the_key_is_named(kept_config, tmp_path):
+    (tmp_path / "outputs").touch()
+    with pytest.raises(
+        ConfigError, match=r"TEACHER\.OUTPUTS: nothing can be kept there: .*outputs"
+    ):
+        run_experiment(kept_config())
+
+
+def test_a_folder_from_before_a_key_was_there_has_its_default(kept_config, tmp_path, asked):
+    run_experiment(kept_config("kd", "first"))
+    manifest = tmp_path / "outputs" / "manifest.json"
+    about = json.loads(manifest.read_text())
+    del about["DATA.SPLIT_SEED"], about["TEACHER.SHARES"]
+    manifest.write_text(json.dumps(about))
+    asked.clear()
+    run_experiment(kept_config("kd", "second"))
+    assert not asked
+    with pytest.raises(ConfigError, match=r"made with DATA\.SPLIT_SEED 0, this training has 1"):
+        run_experiment(kept_config("kd", "third", **{"DATA.SPLIT_SEED": 1}))
 
 
 def test_a_damaged_file_is_named_with_the_way_out(kept_config, tmp_path):
