@@ -136,12 +136,14 @@ class EpochOutputs:
     def read(self, positions: Tensor) -> Outputs:
         """The outputs on the images at ``positions``, (B,) int64, which are all known."""
         parts, rows = self._part[positions], self._row[positions]
-        places, pieces = [], []
-        for number in parts.unique().tolist():
-            place = (parts == number).nonzero().flatten()
-            places.append(place)
-            pieces.append(_rows(self._parts[number], rows[place]))
-        outputs = _rows(_joined(pieces), torch.cat(places).argsort())
+        numbers = parts.unique().tolist()
+        if len(numbers) == 1:
+            outputs = _rows(self._parts[numbers[0]], rows)
+        else:
+            places = [(parts == number).nonzero().flatten() for number in numbers]
+            pairs = zip(numbers, places, strict=True)
+            pieces = [_rows(self._parts[number], rows[place]) for number, place in pairs]
+            outputs = _rows(_joined(pieces), torch.cat(places).argsort())
         by_tap = {tap: outputs.features[path] for tap, path in self._taps.items()}
         return Outputs(outputs.logits, by_tap)
 
