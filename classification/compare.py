@@ -19,7 +19,7 @@ import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from classification.config import CONFIGS, config_arguments, load_config
+from classification.config import CONFIGS, config_arguments, load_config, teacher_name
 from classification.data import Batch
 from classification.run import prepare_trainers
 from classification.sweep import run_side_by_side
@@ -183,7 +183,7 @@ def heading(cfg: CfgNode, comparison: Comparison) -> str:
     """What was compared, by one run's configuration and the results so far."""
     some = next((r for by_seed in comparison.results.values() for r in by_seed.values()), {})
     teacher = some.get("teacher_accuracy")
-    taught = f" from {cfg.TEACHER.NAME} ({teacher:.2f} %)" if teacher is not None else ""
+    taught = f" from {teacher_name(cfg)} ({teacher:.2f} %)" if teacher is not None else ""
     batch = f"{cfg.SOLVER.BATCH_SIZE}" + f" x {cfg.SOLVER.ACCUMULATE}" * (cfg.SOLVER.ACCUMULATE > 1)
     return (
         f"{cfg.STUDENT.NAME}{taught} on {cfg.DATA.NAME}: {some.get('training_images', '?')} "
@@ -203,7 +203,7 @@ def published_accuracy(cfg: CfgNode, method: str) -> float | None:
     """
     table = yaml.safe_load(PUBLISHED.read_text())
     pair, pairs = f"{cfg.TEACHER.NAME}_{cfg.STUDENT.NAME}", list(table["PAIRS"])
-    whole = not (cfg.DATA.TRAIN_IMAGES or cfg.DATA.HOLDOUT)
+    whole = not (cfg.DATA.TRAIN_IMAGES or cfg.DATA.HOLDOUT or cfg.TEACHER.OTHERS)
     recipe = all(cfg.SOLVER[key] == value for key, value in table["RECIPE"].items())
     if cfg.DATA.NAME != "cifar100" or not whole or not recipe or pair not in pairs:
         return None
@@ -263,7 +263,7 @@ def _settings(cfg: CfgNode, device: torch.device) -> str:
     """What a step's cost depends on: all settings but the folders, and the machine."""
     same = cfg.clone()
     same.defrost()
-    same.OUTPUT_DIR = same.DATA.ROOT = ""
+    same.OUTPUT_DIR = same.DATA.ROOT = same.TEACHER.OUTPUTS = ""
     return settings_digest(same.dump(), device)
 
 

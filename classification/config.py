@@ -94,6 +94,10 @@ def default_config() -> CfgNode:
             "EPOCHS": 240,  # of that training; all else as in SOLVER
             "SEED": 0,  # of that training, so that runs of several SEEDs share a teacher
             "CACHE_DIR": "output/teachers",  # trained teachers, named by what determines them
+            "OTHERS": [],  # more teachers: mappings of keys of this section, NAME at least
+            "SHARES": [],  # of each teacher in the mean of their logits; []: equal
+            "OUTPUTS": "",  # folder: its outputs are kept there, and read by later runs; "": none
+            "OUTPUTS_GB": 50.0,  # a training whose outputs take more is refused
         }
     )
     cfg.SOLVER = CfgNode(
@@ -151,6 +155,8 @@ HARMLESS_KEYS = (
     "DATA.WORKERS",
     "TEACHER.CACHE_DIR",
     "TEACHER.ACCURACY",
+    "TEACHER.OUTPUTS",
+    "TEACHER.OUTPUTS_GB",
 )
 
 
@@ -264,6 +270,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.RESIZE": (0, None),
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
     "TEACHER.ACCURACY": (0, 100),
+    "TEACHER.OUTPUTS_GB": (0, None),
     "TEACHER.SEED": (0, 2**64 - 1),
     "TEACHER.EPOCHS": (1, None),
     "SOLVER.EPOCHS": (1, None),
@@ -327,8 +334,9 @@ def _check(cfg: CfgNode) -> None:
             "DATA.RANDAUGMENT: expected [operations, magnitude], at least 1 and 0 to 30, such as "
             f"[2, 9], or [] for none, got {augment}"
         )
-    for role in ("STUDENT", "TEACHER"):
-        mean, std = cfg[role].PIXEL_MEAN, cfg[role].PIXEL_STD
+    sections = [("STUDENT", cfg.STUDENT), *(("TEACHER", one.TEACHER) for one in teachers_of(cfg))]
+    for role, section in sections:
+        mean, std = section.PIXEL_MEAN, section.PIXEL_STD
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError(
                 f"{role}.PIXEL_MEAN and {role}.PIXEL_STD: expected three numbers each (R, G, B), "
@@ -365,6 +373,20 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
         if most is not None and values[key] > most:
             raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
+
+
+def teachers_of(cfg: CfgNode) -> list[CfgNode]:
+    """Return a configuration for each teacher, see :func:`classification.teachers.each_teacher`."""
+    if not cfg.TEACHER.OTHERS and not cfg.TEACHER.SHARES:
+        return [cfg]
+    from classification.teachers import each_teacher  # most runs have one
+
+    return each_teacher(cfg)
+
+
+def teacher_name(cfg: CfgNode) -> str:
+    """Return the teacher's name, or the names of all teachers."""
+    return " + ".join([cfg.TEACHER.NAME, *(other["NAME"] for other in cfg.TEACHER.OTHERS)])
 
 
 def config_arguments(description: str) -> argparse.ArgumentParser:

@@ -6,12 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.config import changed_keys, config_from_text, doubts, load_config
+from classification.config import (
+    changed_keys,
+    config_from_text,
+    doubts,
+    load_config,
+    teacher_name,
+    teachers_of,
+)
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.data.batches import mixes
 from classification.data.mixing import mixing_keys, soft_targets
@@ -23,7 +30,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
-from classification.teacher import ImageSets, Teacher, check_teacher, prepare_teacher
+from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
 from pcka import losses
 from pcka.analysis.layerwise import MIN_SAMPLES
@@ -39,6 +46,9 @@ from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
 from pcka.engine.saved_state import check_fits, load_state, refusal, with_adapters
+
+if TYPE_CHECKING:
+    from classification.teacher_outputs import KeptOutputs
 
 Result = dict[str, object]
 
@@ -124,7 +134,9 @@ def untrained_pair(cfg: CfgNode) -> tuple[Classifier, Classifier | None]:
         ConfigError: an unknown model, one that refuses its keywords, or images of this size.
     """
     student = _untrained(cfg, "STUDENT")
-    return student, _untrained(cfg, "TEACHER") if cfg.TEACHER.NAME else None
+    if not cfg.TEACHER.NAME:
+        return student, None
+    return student, as_one(cfg, [_untrained(one, "TEACHER") for one in teachers_of(cfg)])
 
 
 def _untrained(cfg: CfgNode, role: str) -> Classifier:
@@ -252,13 +264,16 @@ class Run:
                 relative_to="loss_ce" if cfg.DISTILL.RELATIVE else "",
                 compile=cfg.COMPILE,
             ).to(device)
-        followed = {}
+        followed, kept = {}, None
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
             context = loss_context(theirs, teacher.norms, taps, train_set.labels)
-            _prepare_distiller(cfg, distiller, context, train_set)
+            kept = teacher.outputs
+            _prepare_distiller(cfg, distiller, context, train_set, kept)
             followed = self._followed(taps, evaluation_set)
-        self.trainer = Trainer(cfg, distiller, followed, train_set, evaluation_set, self.files)
+        self.trainer = Trainer(
+            cfg, distiller, followed, train_set, evaluation_set, self.files, kept
+        )
         if self.saved is not None:
             self._restore(self.saved, self.trainer)
         if self.files is not None:
@@ -374,7 +389,11 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
 
 
 def _prepare_distiller(
-    cfg: CfgNode, distiller: Distiller, context: losses.Context, train_set: ImageSet
+    cfg: CfgNode,
+    distiller: Distiller,
+    context: losses.Context,
+    train_set: ImageSet,
+    kept: KeptOutputs | None,
 ) -> None:
     """Size the adapters by some images from all over the set; try teacher and losses on them."""
     spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
@@ -387,6 +406,8 @@ def _prepare_distiller(
     with naming("DISTILL"):
         distiller.prepare(images[:2], for_teacher[:2], context)
     assert distiller.teacher is not None
+    if kept is not None and (said := distiller.observe_teacher(for_teacher[:2])) is not None:
+        kept.check_size(cfg, distiller, said)
     logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
     check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
     if not cfg.COMPILE:  # else the first step tries the losses: to compile for them takes minutes
@@ -400,7 +421,7 @@ def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | 
     result = {
         "methods": list(cfg.DISTILL.METHODS),
         "student": cfg.STUDENT.NAME,
-        "teacher": cfg.TEACHER.NAME or None,
+        "teacher": teacher_name(cfg) or None,
         "teacher_accuracy": teacher_accuracy,
         "last_accuracy": metrics[-1]["accuracy"],
         **({"last_accuracy_ema": metrics[-1]["accuracy_ema"]} if trainer.average else {}),

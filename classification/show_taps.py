@@ -5,6 +5,7 @@ from __future__ import annotations
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
 
+from classification.config import teacher_name
 from classification.models.taps import model_taps, tap_shapes
 from classification.run import untrained_pair
 from pcka.engine.config import ConfigError
@@ -23,6 +24,7 @@ def tap_table(cfg: CfgNode) -> str:
             shapes = tap_shapes(model, paths, cfg.DATA.IMAGE_SIZE)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"DISTILL.TAPS: {role}: {error}") from error
-        heading += [f"{role}: {cfg[role.upper()].NAME}", "shape"]
+        name = cfg.STUDENT.NAME if role == "student" else teacher_name(cfg)
+        heading += [f"{role}: {name}", "shape"]
         columns += [list(paths.values()), [shapes[name] for name in taps]]
     return tabulate(list(zip(*columns)), heading, tablefmt="plain", disable_numparse=True)

@@ -164,7 +164,9 @@ class SideBySide:
         obstacle = max(obstacles, default=None)  # one that is told, where there is one
         lead = trainers[0]
         learners = [[trainer.distiller for trainer in group] for group in by_seed]
-        self._lessons = Lessons(lead.cfg, learners, lead.device, obstacle=obstacle)
+        self._lessons = Lessons(
+            lead.cfg, learners, lead.device, obstacle=obstacle, kept=lead.kept, seeds=seeds
+        )
         self._streams: list[torch.cuda.Stream] = []
         self._update = Recorded(
             self._on_streams,
@@ -186,7 +188,7 @@ class SideBySide:
 
     def inputs(self, batches: Iterable[Sequence[Batch]]) -> Iterator[list[StepInputs]]:
         """The batches of each step with what the teacher says of them."""
-        return self._lessons.over(batches)
+        return self._lessons.over(batches, self.trainers[0].epoch)
 
     def step(self, inputs: list[StepInputs], step: int) -> None:
         """Update every student that still trains, by the inputs of its ``SEED``."""

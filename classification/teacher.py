@@ -12,16 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
-from classification.config import default_config
+from classification.config import default_config, teacher_name, teachers_of
 from classification.data import Batch, ImageSet, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import (
+    Classifier,
     has_own_weights,
     load_classifier,
     named_model,
@@ -41,6 +42,9 @@ from pcka.losses import Outputs
 from pcka.taps import Observer
 from pcka.teacher import FrozenTeacher
 
+if TYPE_CHECKING:
+    from classification.teacher_outputs import KeptOutputs
+
 logger = logging.getLogger("pcka")
 
 PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
@@ -50,6 +54,7 @@ AHEAD = 8  # batches that the teacher sees at once, where it is recorded
 AHEAD_IMAGES = 2048  # at once, at most
 
 ImageSets = tuple[ImageSet, ImageSet]
+T = TypeVar("T")
 
 # What a training by cross-entropy depends on, besides its images.
 DETERMINING = (
@@ -75,11 +80,13 @@ class Teacher:
         accuracy: on the evaluation images, percent.
         norms: module path -> weight and bias of the batch norms that give features before their
             activation, as they were before the folding.
+        outputs: what is kept of what it said in earlier trainings; None where nothing is.
     """
 
     model: FrozenTeacher
     accuracy: float
     norms: dict[str, tuple[Tensor, Tensor]]
+    outputs: KeptOutputs | None = None
 
 
 def prepare_teacher(
@@ -98,20 +105,23 @@ def prepare_teacher(
         tapped: paths in the teacher that are read beside its stages.
 
     Raises:
-        ConfigError: a teacher without weights, or one that is more than two points less accurate
-            than ``TEACHER.ACCURACY`` says.
+        ConfigError: a teacher without weights, one that is more than two points less accurate than
+            ``TEACHER.ACCURACY`` says, or a folder ``TEACHER.OUTPUTS`` of another training.
     """
     if not cfg.TEACHER.NAME:
         return None
     train_set, evaluation_set = image_sets
-    given = {"role": "teacher", **settings_of(cfg.TEACHER)}
-    if has_own_weights(cfg.TEACHER) and not (cfg.TEACHER.WEIGHTS or cfg.TEACHER.TRAIN):
-        model = named_model(cfg.TEACHER.NAME, len(train_set.classes), **given)
-    else:
-        weights = cfg.TEACHER.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
-        model = load_classifier(cfg.TEACHER.NAME, weights, len(train_set.classes), **given)
-    model = with_stages(model, cfg.DATA.IMAGE_SIZE)
-    model.to(evaluation_set.device)
+    each = teachers_of(cfg)
+    models = [_with_weights(one, image_sets, train_run) for one in each]
+    if len(each) > 1:  # one may be the weak one
+        for one, member in zip(each, models, strict=True):
+            _measured(one.TEACHER.NAME, member, one.TEACHER, evaluation_set)
+    model = as_one(cfg, models)
+    outputs = None
+    if cfg.TEACHER.OUTPUTS:
+        from classification.teacher_outputs import open_outputs  # few runs keep any
+
+        outputs = open_outputs(cfg, model, train_set)
     norms = _preactivation_norms(model)
     stages = (*model.stage_names, *model.preactivation_names)
     frozen = FrozenTeacher(
@@ -120,17 +130,46 @@ def prepare_teacher(
         fold_batch_norm=True,
         tapped=[path for path in (*stages, *tapped) if path],
     )
-    pixels = pixel_statistics(cfg.TEACHER).to(evaluation_set.device)
-    top1 = accuracy(frozen, pixels, evaluation_set)["top1"]
-    logger.info("teacher %s: accuracy %.2f %%", cfg.TEACHER.NAME, top1)
+    name = teacher_name(cfg)
+    top1 = _measured(name, frozen, cfg.TEACHER, evaluation_set)
     stated = cfg.TEACHER.ACCURACY
     if top1 < stated - PREFLIGHT_POINTS:
         raise ConfigError(
-            f"TEACHER.ACCURACY: {cfg.TEACHER.NAME} reaches {top1:.2f} % on the evaluation images, "
+            f"TEACHER.ACCURACY: {name} reaches {top1:.2f} % on the evaluation images, "
             f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
             "and the data, or state its accuracy on these (0: any)"
         )
-    return Teacher(frozen, top1, norms)
+    return Teacher(frozen, top1, norms, outputs)
+
+
+def _with_weights(
+    cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
+) -> Classifier:
+    """One teacher on the device that trains, with its weights and its stages."""
+    section, classes = cfg.TEACHER, len(image_sets[0].classes)
+    given = {"role": "teacher", **settings_of(section)}
+    if has_own_weights(section) and not (section.WEIGHTS or section.TRAIN):
+        model = named_model(section.NAME, classes, **given)
+    else:
+        weights = section.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
+        model = load_classifier(section.NAME, weights, classes, **given)
+    return with_stages(model, cfg.DATA.IMAGE_SIZE).to(image_sets[1].device)
+
+
+def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> float:
+    """The accuracy (percent) of a model with the pixel statistics of a section."""
+    top1 = accuracy(model, pixel_statistics(section).to(data.device), data)["top1"]
+    logger.info("teacher %s: accuracy %.2f %%", name, top1)
+    return top1
+
+
+def as_one(cfg: CfgNode, models: Sequence[Classifier]) -> Classifier:
+    """Return the model of all teachers, which :func:`classification.config.teachers_of` lists."""
+    if len(models) == 1:
+        return models[0]
+    from classification.teachers import joined
+
+    return joined(cfg, models)
 
 
 def _preactivation_norms(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -196,16 +235,15 @@ def _keep(trained: Path, weights: Path) -> None:
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Refuse a teacher that is not there and is not to be trained either."""
-    teacher = cfg.TEACHER
-    has_weights = teacher.WEIGHTS or (teacher.NAME and has_own_weights(teacher))
-    if teacher.NAME and not has_weights and not teacher.TRAIN:
-        raise ConfigError(
-            f"TEACHER.WEIGHTS: the teacher {teacher.NAME!r} has no weights; give a checkpoint, or "
-            "set TEACHER.TRAIN True to train it first (it is kept in TEACHER.CACHE_DIR)"
-        )
-    if teacher.NAME and teacher.WEIGHTS and not Path(teacher.WEIGHTS).is_file():
-        raise ConfigError(f"TEACHER.WEIGHTS: there is no file {teacher.WEIGHTS!r}")
+    """Refuse teachers that are not there and are not to be trained either."""
+    for teacher in [one.TEACHER for one in teachers_of(cfg) if one.TEACHER.NAME]:
+        if not (teacher.WEIGHTS or has_own_weights(teacher) or teacher.TRAIN):
+            raise ConfigError(
+                f"TEACHER.WEIGHTS: the teacher {teacher.NAME!r} has no weights; give a checkpoint, "
+                "or set TEACHER.TRAIN True to train it first (it is kept in TEACHER.CACHE_DIR)"
+            )
+        if teacher.WEIGHTS and not Path(teacher.WEIGHTS).is_file():
+            raise ConfigError(f"TEACHER.WEIGHTS: there is no file {teacher.WEIGHTS!r}")
 
 
 def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
@@ -264,6 +302,7 @@ class Lessons:
     """What the teacher says of the batches of a training.
 
     Where a step can be a CUDA graph, the teacher is one too, and sees some batches ahead at once.
+    It does not run where what it says is kept on disk.
 
     Args:
         cfg: AUTOCAST, CHANNELS_LAST, COMPILE, SOLVER.BATCH_SIZE and the teacher's statistics.
@@ -271,6 +310,8 @@ class Lessons:
         device: that trains.
         obstacle: why a step cannot be recorded, "" where nobody wants it; None where it can be.
         ahead: batches at once, at most.
+        kept: what is kept of the teacher's outputs; None where nothing is.
+        seeds: of each batch of a step, its ``SEED``, for ``kept``.
     """
 
     def __init__(
@@ -281,24 +322,62 @@ class Lessons:
         *,
         obstacle: str | None,
         ahead: int = AHEAD,
+        kept: KeptOutputs | None = None,
+        seeds: Sequence[int] = (),
     ) -> None:
-        self._cfg = cfg
+        self._cfg, self._device = cfg, device
         self._taught = [any(learner.runs_teacher for learner in group) for group in learners]
-        self._observe = _shared_observer([one for group in learners for one in group], cfg.COMPILE)
+        students = [learner for group in learners for learner in group]
+        self._taps = _shared_taps(students)
+        self._observe = _shared_observer(students, cfg.COMPILE)
         self._pixels = pixel_statistics(cfg.TEACHER).to(device)
         self._ask = Recorded(self._answer, obstacle=None if obstacle is None else "")
         images = cfg.SOLVER.BATCH_SIZE * max(1, sum(self._taught))
         self._ahead = 1 if self._ask.is_plain else max(1, min(ahead, AHEAD_IMAGES // images))
+        self._kept, self._seeds = kept, seeds
 
-    def over(self, steps: Iterable[Sequence[Batch]]) -> Iterator[list[StepInputs]]:
-        """Yield the batches of each step with what the teacher says of them."""
-        steps = iter(steps)
-        while group := list(islice(steps, self._ahead)):
-            for step, outputs in zip(group, self._teach(group), strict=True):
+    def over(
+        self, steps: Iterable[Sequence[Batch]], epoch: int | None = None
+    ) -> Iterator[list[StepInputs]]:
+        """Yield the batches of each step with what the teacher says of them.
+
+        Args:
+            steps: of each step, its batches.
+            epoch: that they are of, 0 for the first, where outputs of the teacher are kept.
+        """
+        for group, taught in self._answers(steps, epoch):
+            for step, outputs in zip(group, taught, strict=True):
                 yield [
                     StepInputs(batch.images, batch.labels, batch.indices, of_teacher)
                     for batch, of_teacher in zip(step, outputs, strict=True)
                 ]
+
+    def _answers(
+        self, steps: Iterable[Sequence[Batch]], epoch: int | None
+    ) -> Iterator[tuple[list[Sequence[Batch]], Iterable[list[Outputs | None]]]]:
+        """The steps in groups, with the teacher's outputs on the batches of each.
+
+        Of kept outputs, the teacher runs for a group of which something is missing. What it adds is
+        read as well, so that a training that goes on, and a later one, learn by the same bits.
+        """
+        kept = self._kept
+        if self._observe is None or epoch is None or kept is None:
+            for group in _in_groups(steps, self._ahead):
+                yield group, self._teach(group)
+            return
+        from classification.teacher_outputs import StepOutputs, with_positions
+
+        taught = zip(self._seeds, self._taught, strict=True)
+        outputs_of = StepOutputs(
+            [kept.epoch(seed, epoch, self._taps) if asked else None for seed, asked in taught]
+        )
+        for located in _in_groups(with_positions(steps), self._ahead):
+            batches, positions = [step for step, _ in located], [where for _, where in located]
+            if not all(map(outputs_of.knows, positions)):
+                for of_step, outputs in zip(positions, self._teach(batches), strict=True):
+                    outputs_of.keep(of_step, outputs)
+            yield batches, [outputs_of.read(of_step, self._device) for of_step in positions]
+        outputs_of.write()
 
     def _teach(self, group: list[Sequence[Batch]]) -> Iterable[list[Outputs | None]]:
         """The outputs on the batches of some steps; None where nobody asks."""
@@ -318,24 +397,35 @@ class Lessons:
             return self._observe(self._pixels(images).contiguous(memory_format=layout))
 
 
-def _shared_observer(students: Sequence[Distiller], compile: bool) -> Observer | None:
-    """The teacher with the taps of all students; None where none of them needs it.
+def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group
+
+
+def _shared_taps(students: Sequence[Distiller]) -> dict[str, str]:
+    """Tap name -> path in the teacher, of what all students read of it.
 
     Raises:
         ConfigError: students that mean different modules of the teacher by the same tap.
     """
-    learners = [student for student in students if student.runs_teacher]
-    if not learners:
-        return None
     paths: dict[str, str] = {}
+    learners = [student for student in students if student.runs_teacher]
     for tap, path in (item for learner in learners for item in learner.teacher_paths.items()):
         if paths.setdefault(tap, path) != path:
             raise ConfigError(
                 f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
                 f"{path!r} for another beside it; give them different names"
             )
-    assert learners[0].teacher is not None  # it runs
-    return learners[0].teacher.observer(paths, compile=compile)
+    return paths
+
+
+def _shared_observer(students: Sequence[Distiller], compile: bool) -> Observer | None:
+    """The teacher with the taps of all students; None where none of them needs it."""
+    teachers = [student.teacher for student in students if student.runs_teacher]
+    if not teachers or teachers[0] is None:
+        return None
+    return teachers[0].observer(_shared_taps(students), compile=compile)
 
 
 def _split(outputs: Outputs, parts: int, size: int) -> Iterator[Outputs]:

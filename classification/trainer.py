@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from fvcore.common.config import CfgNode
@@ -42,6 +43,9 @@ from pcka.engine.random_state import (
 )
 from pcka.engine.run_folder import CHECKPOINT, RunFolder
 
+if TYPE_CHECKING:
+    from classification.teacher_outputs import KeptOutputs
+
 
 @dataclass(eq=False)
 class Trainer:
@@ -57,6 +61,7 @@ class Trainer:
         train_set: on that device.
         evaluation_set: on that device.
         files: of the run; None in all processes but the first, which alone writes.
+        kept: what is kept of the teacher's outputs; None where nothing is.
 
     Attributes:
         epoch: number of epochs completed.
@@ -74,6 +79,7 @@ class Trainer:
     train_set: ImageSet
     evaluation_set: ImageSet
     files: RunFolder | None
+    kept: KeptOutputs | None = None
 
     def __post_init__(self) -> None:
         cfg, distiller = self.cfg, self.distiller
@@ -228,11 +234,14 @@ class Trainer:
 
     def inputs(self, batches: Iterable[Batch]) -> Iterator[StepInputs]:
         """The batches with what the teacher says of them."""
-        return (inputs for (inputs,) in self._lessons.over(zip(batches)))
+        return (inputs for (inputs,) in self._lessons.over(zip(batches), self.epoch))
 
     @cached_property
     def _lessons(self) -> Lessons:
-        return Lessons(self.cfg, [[self.distiller]], self.device, obstacle=self.obstacle)
+        return Lessons(
+            self.cfg, [[self.distiller]], self.device, obstacle=self.obstacle,
+            kept=self.kept, seeds=[self.cfg.SEED],
+        )  # fmt: skip
 
     def pace(self) -> Pace:
         """What times the epoch and shows how far it is."""

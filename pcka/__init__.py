@@ -7,7 +7,7 @@ from pcka.checkpoint import load_weights, save_student
 from pcka.distiller import Distiller
 from pcka.ops import build_info, cka, patch_cka, patch_gram
 from pcka.taps import FeatureTap
-from pcka.teacher import FrozenTeacher
+from pcka.teacher import Ensemble, FrozenTeacher
 
 try:
     __version__ = version("pcka")
@@ -16,6 +16,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "Distiller",
+    "Ensemble",
     "FeatureTap",
     "FrozenTeacher",
     "build_info",

@@ -62,11 +62,15 @@ def atomic_save(obj: object, path: str | Path) -> None:
     atomic_write(partial(torch.save, obj), path)
 
 
-def load_file(path: str | Path) -> object:
+def load_file(path: str | Path, *, mmap: bool = False) -> object:
     """Read a file of ``torch.save`` or safetensors to the CPU, without running code it may hold.
 
     The checksums that ``torch.save`` writes are compared first, which ``torch.load`` does not do.
     Formats without any (safetensors, files older than torch 1.6) are read as they are.
+
+    Args:
+        path: of the file.
+        mmap: map the tensors of a file of ``torch.save`` into memory instead of reading them.
 
     Raises:
         CheckpointError: the file holds objects other than tensors and plain containers (they are
@@ -79,7 +83,8 @@ def load_file(path: str | Path) -> object:
     with Path(path).open("rb") as file:
         try:
             _check_sums(file)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            source = str(path) if mmap else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # arbitrary bytes make torch.load raise nearly anything
             raise CheckpointError(_explain(error, path)) from error
 

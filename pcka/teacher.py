@@ -1,8 +1,8 @@
-"""A teacher that stays as it is, and runs faster for it."""
+"""A teacher that stays as it is, and runs faster for it; several teachers as one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from typing_extensions import Self
 
-from pcka.taps import LogitsOf, Observer
+from pcka.taps import LogitsOf, Observer, find_logits
 
 
 class FrozenTeacher(nn.Module):
@@ -71,6 +71,76 @@ class FrozenTeacher(nn.Module):
         return Observer(self, paths, root=self.model, logits_of=self.logits_of, compile=compile)
 
 
+class Ensemble(nn.Module):
+    """Several trained models as one teacher: the weighted mean of their logits.
+
+    ``z = sum_k w_k z_k`` with ``w_k = shares[k] / sum(shares)``. At every temperature its
+    probabilities are the weighted geometric mean of the members', normalised:
+    ``softmax(z / T)`` is proportional to ``prod_k softmax(z_k / T)^w_k`` (Hinton et al. 2015,
+    arXiv:1503.02531, name it beside the arithmetic mean for ensembles).
+
+    Taps read one member: ``members.0.layer3`` is the path of the first one's ``layer3``.
+
+    Args:
+        members: inputs -> what :func:`pcka.taps.find_logits` looks into; logits of one shape.
+        shares: of each member in the mean, above 0; equal where None.
+        inputs: modules, of each member what makes its input of the ensemble's (pixel statistics of
+            its own, another size); the input as it is where None.
+        logits_of: where the logits of all members are, as :func:`pcka.taps.find_logits` takes it.
+
+    Raises:
+        ValueError: no members, or shares or inputs that do not fit them.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        shares: Sequence[float] | None = None,
+        *,
+        inputs: Sequence[nn.Module] | None = None,
+        logits_of: LogitsOf | None = None,
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("members: expected one or more models, got none")
+        shares = [1.0] * len(members) if shares is None else list(shares)
+        if len(shares) != len(members) or not all(0 < share < float("inf") for share in shares):
+            raise ValueError(
+                f"shares: expected {len(members)} numbers above 0, one a member, got {shares}"
+            )
+        if inputs is not None and len(inputs) != len(members):
+            raise ValueError(
+                f"inputs: expected {len(members)} modules, one a member, got {len(inputs)}"
+            )
+        self.members = nn.ModuleList(members)
+        self.inputs = nn.ModuleList(inputs or [nn.Identity() for _ in members])
+        self.shares = [share / sum(shares) for share in shares]
+        self.logits_of = logits_of
+
+    def forward(self, images: Any) -> Tensor:
+        """The mean of the members' logits, ``(B, P)``.
+
+        Raises:
+            ValueError: a member gives no logits, or of another shape than the first one's.
+        """
+        mean: Tensor | None = None
+        for index, (share, own, member) in enumerate(
+            zip(self.shares, self.inputs, self.members, strict=True)
+        ):
+            logits = find_logits(member(own(images)), self.logits_of)
+            if logits is None or (mean is not None and logits.shape != mean.shape):
+                got = "none" if logits is None else tuple(logits.shape)
+                wanted = "(B, P)" if mean is None else tuple(mean.shape)
+                raise ValueError(
+                    f"members: expected logits {wanted} of member {index} "
+                    f"({type(member).__name__}), got {got}; all of them need the same classes, and "
+                    "logits_of says where the logits are"
+                )
+            mean = share * logits if mean is None else mean + share * logits
+        assert mean is not None  # there are members
+        return mean
+
+
 def _channels_last(x: Any) -> Any:
     is_map = isinstance(x, Tensor) and x.dim() == 4
     return x.contiguous(memory_format=torch.channels_last) if is_map else x
@@ -107,6 +177,12 @@ def fold_batch_norms(model: nn.Module, tapped: Collection[str] = ()) -> list[str
     """
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in evaluation mode to fold its batch norms; call .eval()")
+    if isinstance(model, Ensemble):  # what it does with their logits cannot be traced
+        return [
+            f"{prefix}{norm}"
+            for prefix, member in _members(model)
+            for norm in fold_batch_norms(member, [p.removeprefix(prefix) for p in tapped])
+        ]
     folded = []
     kept = [path.partition(":")[0] for path in tapped]
     for conv, norm in list(_pairs(model)):
@@ -120,6 +196,12 @@ def fold_batch_norms(model: nn.Module, tapped: Collection[str] = ()) -> list[str
         model.set_submodule(norm, nn.Identity())
         folded.append(norm)
     return folded
+
+
+def _members(ensemble: Ensemble) -> Iterator[tuple[str, nn.Module]]:
+    """The beginning of the paths in each member, and the member."""
+    for index, member in enumerate(ensemble.members):
+        yield f"members.{index}.", member
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:

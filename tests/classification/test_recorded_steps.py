@@ -294,6 +294,28 @@ def test_recorded_runs_go_on_after_a_kill(pair_config, recorded, tmp_path, asser
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_recorded_steps_learn_from_a_teachers_outputs_on_disk_the_same_bits(
+    pair_config, recorded, tmp_path, assert_same_run
+):
+    """Ten steps an epoch, as above; students of one of two seeds ask the teacher."""
+
+    def train(name, outputs):
+        recorded.made = 0
+        keys = {"SOLVER.BATCH_SIZE": 4, "TEACHER.OUTPUTS": outputs}
+        runs = {"kd": 0, "fcka": 0, "ce": 1}
+        run_side_by_side(
+            [pair_config(m, f"{name}/{m}", SEED=seed, **keys) for m, seed in runs.items()]
+        )
+        return recorded.made
+
+    assert train("live", "") == 2  # the step of all students, and the teacher
+    assert train("kept", tmp_path / "outputs") == 2
+    assert train("disk", tmp_path / "outputs") == 1
+    for method in ("kd", "fcka", "ce"):
+        assert_same_run(tmp_path / "kept" / method, tmp_path / "live" / method)
+        assert_same_run(tmp_path / "disk" / method, tmp_path / "live" / method)
+
+
 def test_epochs_between_evaluations_and_checkpoints_are_trained_all_the_same(
     tiny_config, tmp_path, assert_same_run
 ):

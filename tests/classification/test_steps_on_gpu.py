@@ -79,6 +79,20 @@ def test_a_run_that_draws_random_masks_goes_on(pair_config, tmp_path, caplog):
         assert parts == pytest.approx(whole, rel=0.02)
 
 
+def test_a_run_from_a_teachers_outputs_on_disk_learns_what_it_learns_from_the_teacher(
+    pair_config, tmp_path, monkeypatch
+):
+    keys = {"DEVICE": "cuda", "AUTOCAST": "bfloat16", "SOLVER.BATCH_SIZE": 4}
+    run_experiment(pair_config("kd_fcka", "live", **keys))
+    keys["TEACHER.OUTPUTS"] = tmp_path / "outputs"
+    run_experiment(pair_config("kd_fcka", "kept", **keys))
+    monkeypatch.setattr("classification.teacher.Lessons._answer", None)
+    run_experiment(pair_config("kd_fcka", "disk", **keys))
+    for name in ("kept", "disk"):
+        for ours, live in zip(losses(tmp_path / name), losses(tmp_path / "live"), strict=True):
+            assert ours == pytest.approx(live, rel=0.02)
+
+
 def test_students_that_draw_are_not_recorded_side_by_side(pair_config, caplog):
     run_side_by_side([pair_config(m, m, DEVICE="cuda") for m in ("mgd", "ce")])
     assert f"{UNRECORDED}: it draws random numbers" in caplog.text

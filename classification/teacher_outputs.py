@@ -1,0 +1,389 @@
+"""What a teacher says of a training's images, kept on disk for later trainings on the same ones.
+
+An augmented image depends on (SEED, epoch, image) and the keys of DATA. So do the teacher's outputs
+on it, whatever the student, the losses, the batch and the number of processes are::
+
+    FOLDER/manifest.json                   what else they depend on: teacher, images, keys
+    FOLDER/seed0/epoch0001/<digest>.pth    indices (M,), and the outputs on these images
+
+A file is written whole or not at all. What is missing is asked of the teacher, and added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from classification.config import default_config
+from classification.data import Batch, ImageSet
+from pcka.distiller import Distiller
+from pcka.distributed import from_first_process, rank
+from pcka.engine.config import ConfigError, flatten
+from pcka.engine.cuda_graph import map_tensors
+from pcka.files import CheckpointError, atomic_save, atomic_write, load_file
+from pcka.losses import Loss, Outputs
+
+logger = logging.getLogger("pcka")
+
+MANIFEST = "manifest.json"
+PART_BYTES = 2**28  # outputs in memory before they are written
+
+# Keys of the teacher and its arithmetic, besides its weights.
+TEACHER_KEYS = tuple(
+    f"TEACHER.{key}" for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD", "SHARES")
+)
+# Keys of DATA without a part in what a training image looks like. Others of later versions count.
+UNSEEN = tuple(
+    f"DATA.{key}"
+    for key in ("NAME", "ROOT", "NUM_CLASSES", "DOWNLOAD", "MEMORY_GB", "WORKERS", "RESIZE")
+)
+# Where one of these is set, an image depends on the others of its batch.
+MIXING = ("MIXUP", "CUTMIX")
+
+
+@dataclass(frozen=True)
+class KeptOutputs:
+    """The outputs on the training images, of several ``SEED``s.
+
+    Attributes:
+        folder: ``TEACHER.OUTPUTS``.
+        images: number of training images.
+    """
+
+    folder: Path
+    images: int
+
+    def epoch(self, seed: int, epoch: int, taps: Mapping[str, str]) -> EpochOutputs:
+        """What is kept of an epoch.
+
+        Args:
+            seed: of the training.
+            epoch: 0 for the first.
+            taps: tap name -> path in the teacher, of what is read beside the logits.
+        """
+        folder = self.folder / f"seed{seed}" / f"epoch{epoch + 1:04d}"
+        return EpochOutputs(folder, self.images, taps)
+
+    def check_size(self, cfg: CfgNode, distiller: Distiller, outputs: Outputs) -> None:
+        """Say how much the outputs of a training will take, and refuse more than is allowed.
+
+        Args:
+            cfg: SOLVER.EPOCHS and TEACHER.OUTPUTS_GB are read.
+            distiller: of the training.
+            outputs: of its teacher on some images.
+
+        Raises:
+            ConfigError: what takes most, and the losses that read it, are named.
+        """
+        epochs, allowed = cfg.SOLVER.EPOCHS, cfg.TEACHER.OUTPUTS_GB
+        tensors = {path: outputs.features[tap] for tap, path in distiller.teacher_paths.items()}
+        if outputs.logits is not None:
+            tensors["logits"] = outputs.logits
+        samples = self.images * epochs / 1e9
+        gigabytes = {path: samples * x[0].numel() * x.element_size() for path, x in tensors.items()}
+        total = sum(gigabytes.values())
+        if total <= allowed:
+            logger.info(
+                "teacher's outputs: %.3g GB in %d epochs, in %s", total, epochs, self.folder
+            )
+            return
+        largest = max(gigabytes, key=gigabytes.__getitem__)
+        about = " x ".join(map(str, tensors[largest].shape[1:])) + _users(distiller, largest)
+        raise ConfigError(
+            f"TEACHER.OUTPUTS_GB: the teacher's outputs take {total:.3g} GB in {epochs} epochs, "
+            f"{gigabytes[largest]:.3g} of them at {largest} ({about}), allowed are {allowed:.3g}; "
+            "raise it, choose losses that read less, or set TEACHER.OUTPUTS to ''"
+        )
+
+
+class EpochOutputs:
+    """The teacher's outputs on the images of one epoch, by their positions in the training set.
+
+    What is read is what was kept, bit for bit, in dtype and order in memory.
+
+    Args:
+        folder: of the files.
+        images: number of training images.
+        taps: tap name -> path in the teacher. Files that lack one of the paths are left alone.
+
+    Raises:
+        ConfigError: a damaged file.
+    """
+
+    def __init__(self, folder: Path, images: int, taps: Mapping[str, str]) -> None:
+        self._folder, self._taps = folder, dict(taps)
+        self._part = torch.full((images,), -1)  # of each image, -1: nothing is kept
+        self._row = torch.zeros(images, dtype=torch.int64)  # of each image in its part
+        self._parts: dict[int, Outputs] = {}  # features by path
+        self._fresh: dict[int, Tensor] = {}  # positions of the parts that are in memory alone
+        self._fresh_bytes = 0
+        for file in sorted(folder.glob("*.pth")):
+            self._open(file)
+
+    def knows(self, positions: Tensor) -> bool:
+        """Whether the outputs on all images at ``positions``, (B,) int64, are there."""
+        return bool((self._part[positions] >= 0).all())
+
+    def read(self, positions: Tensor) -> Outputs:
+        """The outputs on the images at ``positions``, (B,) int64, which are all known."""
+        parts, rows = self._part[positions], self._row[positions]
+        numbers = parts.unique().tolist()
+        if len(numbers) == 1:
+            outputs = _rows(self._parts[numbers[0]], rows)
+        else:
+            places = [(parts == number).nonzero().flatten() for number in numbers]
+            pairs = zip(numbers, places, strict=True)
+            pieces = [_rows(self._parts[number], rows[place]) for number, place in pairs]
+            outputs = _rows(_joined(pieces), torch.cat(places).argsort())
+        by_tap = {tap: outputs.features[path] for tap, path in self._taps.items()}
+        return Outputs(outputs.logits, by_tap)
+
+    def keep(self, positions: Tensor, outputs: Outputs) -> None:
+        """Keep the outputs on the images at ``positions``, (B,) int64, those that are there aside.
+
+        They are written once there are many, and by :meth:`write`.
+        """
+        new = (self._part[positions] < 0).nonzero().flatten()
+        if not len(new):
+            return
+        by_path = {path: outputs.features[tap] for tap, path in self._taps.items()}
+        cpu = map_tensors(Tensor.cpu, Outputs(outputs.logits, by_path))
+        rows = _rows(cpu, new)
+        self._fresh[self._add(positions[new], rows)] = positions[new]
+        self._fresh_bytes += _bytes(rows)
+        if self._fresh_bytes >= PART_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is in memory alone."""
+        if not self._fresh:
+            return
+        indices = torch.cat(list(self._fresh.values()))
+        outputs = _joined([self._parts.pop(number) for number in self._fresh])
+        self._fresh, self._fresh_bytes = {}, 0
+        self._part[indices] = -1
+        about = hashlib.sha256(indices.numpy().tobytes())
+        about.update(repr(sorted(outputs.features)).encode())
+        file = self._folder / f"{about.hexdigest()[:12]}.pth"
+        content = {"indices": indices, "logits": outputs.logits, "features": dict(outputs.features)}
+        atomic_save(content, file)
+        self._open(file)
+
+    def _open(self, file: Path) -> None:
+        """Map a file into memory, where it has all that is read."""
+        try:
+            content: Any = load_file(file, mmap=True)
+            indices, outputs = content["indices"], Outputs(content["logits"], content["features"])
+        except (CheckpointError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"TEACHER.OUTPUTS: {str(file)!r} is damaged ({error}); remove it, and the teacher "
+                "is asked anew"
+            ) from error
+        if outputs.features.keys() >= set(self._taps.values()):
+            by_path = {path: outputs.features[path] for path in self._taps.values()}
+            self._add(indices, Outputs(outputs.logits, by_path))
+
+    def _add(self, positions: Tensor, outputs: Outputs) -> int:
+        number = max(self._parts, default=-1) + 1
+        self._parts[number] = outputs
+        self._part[positions] = number
+        self._row[positions] = torch.arange(len(positions))
+        return number
+
+
+class StepOutputs:
+    """The outputs on all batches of a step: of one epoch, each batch of another ``SEED``.
+
+    Args:
+        kept: of each batch; None where nobody asks the teacher.
+    """
+
+    def __init__(self, kept: Sequence[EpochOutputs | None]) -> None:
+        self._kept = kept
+
+    def knows(self, positions: Sequence[Tensor]) -> bool:
+        """Whether all that is asked for is there.
+
+        Args:
+            positions: of each batch, of its images in the training set, (B,) int64.
+        """
+        pairs = zip(self._kept, positions, strict=True)
+        return all(kept is None or kept.knows(where) for kept, where in pairs)
+
+    def keep(self, positions: Sequence[Tensor], outputs: Sequence[Outputs | None]) -> None:
+        """Keep what the teacher says of each batch."""
+        for kept, where, of_teacher in zip(self._kept, positions, outputs, strict=True):
+            if kept is not None and of_teacher is not None:
+                kept.keep(where, of_teacher)
+
+    def read(self, positions: Sequence[Tensor], device: torch.device) -> list[Outputs | None]:
+        """The outputs on each batch, on the device that trains."""
+        return [
+            None if kept is None else _on_device(kept.read(where), device)
+            for kept, where in zip(self._kept, positions, strict=True)
+        ]
+
+    def write(self) -> None:
+        """Write what is in memory alone."""
+        for kept in self._kept:
+            if kept is not None:
+                kept.write()
+
+
+def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOutputs:
+    """Return what is in ``TEACHER.OUTPUTS``, once it is sure that it is of this training.
+
+    Args:
+        cfg: of the students.
+        model: the teacher as it is loaded.
+        train_set: the training images.
+
+    Raises:
+        ConfigError: the folder holds outputs of another teacher or on other images (the key that
+            differs is named), or something else.
+    """
+    folder = Path(cfg.TEACHER.OUTPUTS).expanduser()
+    ours = json.loads(json.dumps(_manifest(cfg, model, train_set)))
+    if rank() == 0:
+        _write_manifest(folder, ours)
+    from_first_process(None)  # wait for it
+    try:
+        read = json.loads((folder / MANIFEST).read_text())
+        # A key that is younger than the folder had its default.
+        theirs = {key: v for key, v in flatten(default_config()).items() if key in ours} | read
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"TEACHER.OUTPUTS: {str(folder)!r} is no folder of a teacher's outputs: its {MANIFEST} "
+            f"cannot be read ({error}); name another folder, or remove this one"
+        ) from error
+    different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"TEACHER.OUTPUTS: {str(folder)!r} was made with {key} {theirs.get(key)!r}, this "
+            f"training has {ours.get(key)!r}; name another folder"
+        )
+    return KeptOutputs(folder, len(train_set))
+
+
+def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
+    """Begin an empty folder; one that holds something stays as it is."""
+    try:
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            return
+        text = json.dumps(manifest, indent=2)
+        atomic_write(lambda file: file.write(text.encode()), folder / MANIFEST)
+    except OSError as error:
+        raise ConfigError(f"TEACHER.OUTPUTS: nothing can be kept there: {error}") from error
+
+
+def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, object]:
+    """What the outputs depend on beside SEED and epoch, by the key that it comes from."""
+    values = flatten(cfg)
+    seen = [key for key in values if key.startswith("DATA.") and key not in UNSEEN]
+    mixed = ["SOLVER.BATCH_SIZE"] if any(cfg.DATA.get(key) for key in MIXING) else []
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    # Of the others' weights there is the digest, wherever they lie.
+    others = [{**other, "WEIGHTS": ""} for other in cfg.TEACHER.OTHERS]
+    return {
+        "TEACHER.OTHERS": others,
+        **{key: values[key] for key in ("AUTOCAST", *TEACHER_KEYS, *seen, *mixed)},
+        "TEACHER.WEIGHTS": digest.hexdigest(),
+        "DATA.ROOT": train_set.fingerprint,
+    }
+
+
+def _users(distiller: Distiller, path: str) -> str:
+    """Which losses read a feature of the teacher, for the message."""
+    taps = {tap for tap, other in distiller.teacher_paths.items() if other == path}
+    losses = cast(Iterable[Loss], distiller.losses)
+    names = [type(loss).__name__ for loss in losses if taps & set(loss.taps)]
+    return f", read by {', '.join(names)}" if names else ""
+
+
+def with_positions(
+    steps: Iterable[Sequence[Batch]],
+) -> Iterator[tuple[Sequence[Batch], list[Tensor]]]:
+    """Yield each step with its batches' positions in memory of the host.
+
+    From a CUDA device they are copied one step ahead, so that nobody waits for the work between.
+    """
+    before: tuple[Sequence[Batch], Callable[[], list[Tensor]]] | None = None
+    for step in steps:
+        begun = step, _copied([batch.indices for batch in step])
+        if before is not None:
+            yield before[0], before[1]()
+        before = begun
+    if before is not None:
+        yield before[0], before[1]()
+
+
+def _copied(positions: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begin to copy; what is returned waits for the copies, and gives them."""
+    copies = [indices.to("cpu", non_blocking=True) for indices in positions]
+    if not any(indices.is_cuda for indices in positions):
+        return lambda: copies
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[Tensor]:
+        arrived.synchronize()
+        return copies
+
+    return wait
+
+
+def _on_device(outputs: Outputs, device: torch.device) -> Outputs:
+    if device.type != "cuda":
+        return outputs
+    # From pinned memory: nobody waits for the copy.
+    moved: Outputs = map_tensors(lambda x: x.pin_memory().to(device, non_blocking=True), outputs)
+    return moved
+
+
+def _rows(outputs: Outputs, rows: Tensor) -> Outputs:
+    """The outputs on some of the samples, (M,) int64."""
+    taken: Outputs = map_tensors(
+        lambda x: _in_order(lambda dim, dense: dense.index_select(dim, rows), x), outputs
+    )
+    return taken
+
+
+def _joined(parts: Sequence[Outputs]) -> Outputs:
+    """The outputs on the samples of all parts, in their order."""
+
+    def join(tensors: Collection[Tensor]) -> Tensor:
+        return _in_order(lambda dim, *dense: torch.cat(dense, dim), *tensors)
+
+    logits = [part.logits for part in parts if part.logits is not None]
+    names = parts[0].features
+    features = {name: join([part.features[name] for part in parts]) for name in names}
+    return Outputs(join(logits) if logits else None, features)
+
+
+def _in_order(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(dim, *tensors)`` on samples along ``dim``; the result lies in memory as they do.
+
+    What sums over a map may give another last bit where the map lies otherwise (channels last).
+    """
+    strides = tensors[0].stride()
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    result = function(order.index(0), *(x.permute(order) for x in tensors))
+    return result.permute([order.index(dim) for dim in range(len(strides))])
+
+
+def _bytes(outputs: Outputs) -> int:
+    tensors = [*outputs.features.values(), *([] if outputs.logits is None else [outputs.logits])]
+    return sum(x.numel() * x.element_size() for x in tensors)
