@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from classification.config import default_config
 from classification.data import Batch, ImageSet
+from classification.data.batches import mixes
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
 from pcka.engine.config import ConfigError, flatten
@@ -46,8 +47,6 @@ UNSEEN = tuple(
     f"DATA.{key}"
     for key in ("NAME", "ROOT", "NUM_CLASSES", "DOWNLOAD", "MEMORY_GB", "WORKERS", "RESIZE")
 )
-# Where one of these is set, an image depends on the others of its batch.
-MIXING = ("MIXUP", "CUTMIX")
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,8 @@ def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, 
     """What the outputs depend on beside SEED and epoch, by the key that it comes from."""
     values = flatten(cfg)
     seen = [key for key in values if key.startswith("DATA.") and key not in UNSEEN]
-    mixed = ["SOLVER.BATCH_SIZE"] if any(cfg.DATA.get(key) for key in MIXING) else []
+    # A mixed image depends on the others of its batch.
+    mixed = ["SOLVER.BATCH_SIZE"] if mixes(cfg.DATA) else []
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
