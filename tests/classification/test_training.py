@@ -95,15 +95,23 @@ def test_the_teacher_is_trained_once_and_kept(tmp_path, cache):
     assert len(list(Path(cache).glob("*.pth"))) == len(files) + 1
 
 
+MODERN = [
+    "SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", "0.002", "SOLVER.SCHEDULE", "onecycle",
+    "SOLVER.WARMUP_EPOCHS", "0", "SOLVER.CLIP_GRADIENTS", "1", "SOLVER.ACCUMULATE", "2",
+    "SOLVER.EMA_DECAY", "0.9", "SOLVER.DECAY_NORMS_AND_BIASES", "false",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_killed_run_continues_bit_for_bit(tmp_path, cache, assert_same_run):
+@pytest.mark.parametrize("more", [[], MODERN], ids=["sgd", "adamw"])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, cache, assert_same_run, more):
     """SIGKILL in the middle of an epoch, then --resume: as if nothing had happened."""
 
     def command(folder):
         return [
             sys.executable, "classification/train.py", "--config-file", str(DIGITS),
             "--method", "kd_fcka", *SMALL, "OUTPUT_DIR", str(folder),
-            "TEACHER.CACHE_DIR", cache, "SOLVER.EPOCHS", "4", "--resume",
+            "TEACHER.CACHE_DIR", cache, "SOLVER.EPOCHS", "4", *more, "--resume",
         ]  # fmt: skip
 
     # Both in processes of their own: the figures depend on the number of threads.
