@@ -128,7 +128,7 @@ def test_a_step_on_a_gpu_asks_for_no_value_and_copies_nothing(
 @pytest.mark.parametrize("method", ["ce", "dkd", "nkd"])
 def test_soft_targets_ask_for_no_value(method, values_are_unknown, monkeypatch):
     with CUDA:
-        trainer = cifar_trainer(method, CUDA)
+        trainer = cifar_trainer(method, CUDA, {})
         inputs = replace(step_inputs(trainer), labels=torch.rand(64, 100))
         trainer.changed_tensors()
         monkeypatch.setattr(torch.Tensor, "backward", lambda _: None)
