@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from pcka.engine.class_names import CLASSES_FILE, read_class_names
 from pcka.engine.config import ConfigError
 
 PARTS = {"train": ("train",), "test": ("test", "val", "validation")}
 PART_KEYS = {"train": "TRAIN_PART", "test": "TEST_PART"}
-CLASSES_FILE = "classes.txt"
 NUMBER = re.compile(r"-?\d+")
 
 
@@ -70,7 +70,7 @@ def class_indices(
     names = [_name(label, place, index) for index, label in enumerate(labels)]
     file = root / CLASSES_FILE
     if file.is_file():
-        classes = _read_classes(file)
+        classes = read_class_names(file)
         indices = {name: index for index, name in enumerate(classes)}
         by_number = {str(index): index for index in range(len(classes))}
         known = by_number | indices
@@ -102,23 +102,3 @@ def _sorted(names: set[str]) -> tuple[str, ...]:
     if all(NUMBER.fullmatch(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
-
-
-def _read_classes(file: Path) -> tuple[str, ...]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: cannot be read as UTF-8 text (byte {error.start})") from error
-    first: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not (name := line.strip()):
-            continue
-        if name in first:
-            raise ConfigError(
-                f"{file}, line {number}: the class {name!r} stands on line {first[name]} already; "
-                "take one of them out"
-            )
-        first[name] = number
-    if not first:
-        raise ConfigError(f"{file}: expected the name of a class on each line, found none")
-    return tuple(first)

@@ -49,22 +49,3 @@ def test_an_image_without_a_label_is_refused(tmp_path, label):
 def test_a_label_of_another_kind_is_refused(tmp_path, label):
     with pytest.raises(ConfigError, match=r"^row 0: the label .* neither a text nor a whole"):
         indices([label], tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("red\nblue\nred\n", r"classes.txt, line 3: the class 'red' stands on line 1 already"),
-        ("\n", r"classes.txt: expected the name of a class on each line, found none"),
-    ],
-)
-def test_a_file_of_classes_that_cannot_be_used_is_refused(tmp_path, text, message):
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        indices(["red"], tmp_path)
-
-
-def test_a_file_of_classes_in_another_encoding_is_refused(tmp_path):
-    (tmp_path / "classes.txt").write_bytes("größe".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"classes.txt: cannot be read as UTF-8 text"):
-        indices(["red"], tmp_path)
