@@ -7,7 +7,9 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -83,7 +85,8 @@ def shard_source(data: CfgNode, split: str) -> FileSource:
     """Return the ``train`` or ``test`` part of a set of WebDataset's shards.
 
     A sample is an image and, beside it under the same name, a ``.cls`` with its label or a
-    ``.json`` object that holds it. The shards are indexed once, and their images read in any order.
+    ``.json`` object that holds it. The shards are indexed at the start, by ``DATA.WORKERS``
+    processes, and their images read in any order.
 
     Args:
         data: ROOT, the folder of the shards; TRAIN_PART and TEST_PART, patterns of their names
@@ -99,9 +102,9 @@ def shard_source(data: CfgNode, split: str) -> FileSource:
     shards = _shards(root, data, split)
     samples: list[Sample] = []
     shard: list[int] = []
-    for number, path in enumerate(shards):
-        samples += _samples(path, data.LABEL_COLUMN)
-        shard += [number] * (len(samples) - len(shard))
+    for number, found in enumerate(_indexed(shards, data.LABEL_COLUMN, data.WORKERS)):
+        samples += found
+        shard += [number] * len(found)
     if not samples:
         raise ConfigError(
             f"DATA.ROOT: {shards[0]} and the other {split} shards hold no image; expected members "
@@ -132,12 +135,24 @@ def _shards(root: Path, data: CfgNode, split: str) -> list[str]:
     raise missing_part(data, split, f"shards such as {root / patterns[0]}")
 
 
-def _samples(shard: str, field: str) -> Iterator[Sample]:
-    """Yield the samples of a shard: the images, where they lie, and their labels."""
+def _indexed(shards: list[str], field: str, workers: int) -> Iterator[list[Sample]]:
+    """Yield the samples of each shard, read by so many processes; 0: this one."""
+    read = partial(_samples, field=field)
+    if min(workers, len(shards)) < 2:
+        yield from map(read, shards)
+        return
+    with ProcessPoolExecutor(min(workers, len(shards))) as pool:
+        yield from pool.map(read, shards)
+
+
+def _samples(shard: str, field: str) -> list[Sample]:
+    """Return the samples of a shard: the images, where they lie, and their labels."""
     try:
         with tarfile.open(shard, "r:") as archive:
-            for name, group in itertools.groupby(_members(archive), key=lambda part: part[0]):
-                yield _sample(archive, f"{shard}: the sample {name!r}", list(group), field)
+            return [
+                _sample(archive, f"{shard}: the sample {name!r}", list(group), field)
+                for name, group in itertools.groupby(_members(archive), key=lambda part: part[0])
+            ]
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ConfigError(
             f"{shard}: cannot be read as a tar file ({error}); it has to be whole and not "

@@ -80,21 +80,21 @@ def name_own_sets(cfg: CfgNode) -> None:
 
 def _own_key(cfg: CfgNode, split: str) -> str:
     """The key of the set of one's own for a purpose, as ``VOC_TRAIN``; "" where there is none."""
-    found = []
-    for key in (f"{name}_{split}" for name in FORMATS):
-        own = cfg.DATASETS[key]
-        if own.NAME:
-            found.append(key)
-        elif any(value for leaf, value in own.items() if leaf != "SPLIT"):
+    keys = [f"{name}_{split}" for name in FORMATS]
+    named = [key for key in keys if cfg.DATASETS[key].NAME]
+    if len(named) > 1:
+        raise ConfigError(
+            f"DATASETS.{named[1]}: there is a set of DATASETS.{named[0]}, too; set the NAME of one "
+            "of them to ''"
+        )
+    if named:
+        return named[0]
+    for key in keys:
+        if any(value for leaf, value in cfg.DATASETS[key].items() if leaf != "SPLIT"):
             raise ConfigError(
                 f"DATASETS.{key}.NAME: give the set a name, e.g. 'my_{split.lower()}'"
             )
-    if len(found) > 1:
-        raise ConfigError(
-            f"DATASETS.{found[1]}: there is a set of DATASETS.{found[0]}, too; take the NAME of "
-            "one of them out"
-        )
-    return found[0] if found else ""
+    return ""
 
 
 def class_count(cfg: CfgNode) -> int:

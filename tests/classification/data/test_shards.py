@@ -80,6 +80,16 @@ def test_a_broken_sample_is_named_with_its_shard(shard, members, message):
     assert "\n" not in str(refused.value)
 
 
+def test_processes_index_the_shards_alike_and_refuse_alike(written, noisy_root):
+    alone, several = (load_image_sets(written("shards", **{"DATA.WORKERS": n})) for n in (0, 3))
+    assert [one.fingerprint for one in alone] == [other.fingerprint for other in several]
+    cfg = written("shards", **{"DATA.WORKERS": 3})
+    (noisy_root / "train-002.tar").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"^.*train-002.tar: cannot be read as a tar") as refused:
+        load_image_sets(cfg)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("damage", ["compressed", "cut off", "no tar"])
 def test_a_shard_that_is_no_whole_plain_tar_file_is_named(written, noisy_root, damage):
     cfg = written("shards")

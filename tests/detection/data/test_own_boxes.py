@@ -77,6 +77,15 @@ def test_missing_names_and_folders_and_a_second_set_are_refused(configured, own_
 
 
 @forms
+def test_files_of_a_set_without_a_name_are_left_alone_where_another_has_one(
+    configured, own_boxes, form
+):
+    cfg = configured(form, own_boxes(form), "DATASETS.COCO_TRAIN.JSON", "/no.json")
+    register_datasets(cfg)
+    assert (f"{form}_TRAIN",) == cfg.DATASETS.TRAIN
+
+
+@forms
 def test_boxes_are_checked_as_those_of_coco_are(configured, own_boxes, form, caplog):
     root = own_boxes(form)
     for file in (root / "Annotations").glob("train*.xml"):
