@@ -7,7 +7,9 @@ import shutil
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from detection.config import PROJECT
 from detection.data import register_datasets
+from detection.data.register import FORMATS
 from pcka.engine.config import ConfigError
 
 forms = pytest.mark.parametrize("form", ["VOC", "YOLO"])
@@ -100,3 +102,9 @@ def test_boxes_are_checked_as_those_of_coco_are(configured, own_boxes, form, cap
         ConfigError, match=rf"{form}_TRAIN.ROOT: .*\(train\): none of its 8 boxes has an area insid"
     ):
         register_datasets(configured(form, root))
+
+
+def test_the_page_of_formats_names_every_key():
+    page = (PROJECT / "docs" / "data.md").read_text()
+    keys = {f"{name}_{split}" for name in FORMATS for split in ("TRAIN", "TEST")}
+    assert {key for key in keys if key in page} == keys
