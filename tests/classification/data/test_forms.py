@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_workers_read_the_same_pixels(written, form):
     alone, _ = load_image_sets(written(form))
     for a, b in zip(epoch(load_image_sets(cfg)[0], cfg), epoch(alone, cfg), strict=True):
         assert torch.equal(a, b)
+
+
+@forms
+def test_what_workers_are_sent_where_they_are_not_forked_is_the_same(written, form):
+    train, _ = load_image_sets(written(form))
+    sent = pickle.loads(pickle.dumps(train.files))
+    assert sent.digest == train.files.digest
+    assert sent.open(7).tobytes() == train.files.open(7).tobytes()
 
 
 @forms

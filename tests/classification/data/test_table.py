@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -150,3 +152,12 @@ def test_whole_numbers_of_a_parquet_table_are_classes(written, noisy_root):
         parquet.write_table(pyarrow.table(columns), noisy_root / f"{name}.parquet")
     train, _ = load_image_sets(cfg)
     assert torch.equal(train.labels, torch.arange(12))  # by number: "10" is after "9"
+
+
+def test_a_missing_package_is_named_with_its_extra(written, monkeypatch):
+    cfg = written("parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(
+        ImportError, match=r"pyarrow is not installed; pip install 'pcka\[parquet\]"
+    ):
+        load_image_sets(cfg)
