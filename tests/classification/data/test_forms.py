@@ -91,3 +91,23 @@ def test_a_training_goes_on_bit_for_bit(
     run_experiment(config("parts", 1))
     run_experiment(config("parts", 2), resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@forms
+def test_a_streaming_training_that_is_killed_goes_on_bit_for_bit(
+    written, form, start, tmp_path, assert_same_run
+):
+    cfg = written(form, **{"DATA.WORKERS": 1, "DEVICE": "cpu", "SOLVER.EPOCHS": 6})
+
+    def train(name: str):
+        folder = tmp_path / name
+        (tmp_path / "cfg.yaml").write_text(cfg.dump())
+        words = ["--config-file", tmp_path / "cfg.yaml", "--resume", "OUTPUT_DIR", folder]
+        return start("classification/train.py", *words)
+
+    train("killed").kill_when((tmp_path / "killed" / "checkpoint.pth").exists)
+    train("killed").succeed()
+    train("whole").succeed()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert '"epoch": 6' in (tmp_path / "killed" / "metrics.jsonl").read_text()
