@@ -51,8 +51,12 @@ def default_config() -> CfgNode:
     )
     cfg.DATA = CfgNode(
         {
-            "NAME": "",  # digits | folder | cifar10 | cifar100
-            "ROOT": "data",  # folder of the images; digits needs none
+            "NAME": "",  # folder | table | webdataset | huggingface | cifar10 | cifar100 | digits
+            "ROOT": "data",  # folder of the data; digits needs none
+            "TRAIN_PART": "",  # file, shards or split to train on; "": the usual (docs/data.md)
+            "TEST_PART": "",  # likewise, to evaluate on
+            "IMAGE_COLUMN": "",  # of a table (path) or huggingface (the one with images)
+            "LABEL_COLUMN": "",  # likewise (label; the one of classes); webdataset: field of .json
             "NUM_CLASSES": 0,  # 0: as many as the data has; another count is refused
             "IMAGE_SIZE": 32,  # side of the square images, pixels
             "TRAIN_IMAGES": 0,  # 0: all; else a class-balanced subset of this many
@@ -66,9 +70,9 @@ def default_config() -> CfgNode:
             "CUTMIX": 0.0,  # likewise, by a box; with MIXUP each batch takes one of the two
             "DOWNLOAD": False,  # cifar10 and cifar100: fetch what is missing
             "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
-            "STREAM": False,  # read the files of a folder batch by batch; RandomResizedCrop
+            "STREAM": False,  # read image files batch by batch; RandomResizedCrop
             "WORKERS": 4,  # STREAM: decoding processes of each training process; 0: itself
-            "RESIZE": 0,  # evaluating a folder: shorter side before the crop; 0: IMAGE_SIZE
+            "RESIZE": 0,  # evaluating image files: shorter side before the crop; 0: IMAGE_SIZE
         }
     )
     cfg.STUDENT = CfgNode(

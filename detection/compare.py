@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detection.config import PROJECT, load_config
-from detection.data.register import name_coco_sets
+from detection.data.register import name_own_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.comparison import HOW_TO_READ, Comparison
@@ -165,7 +165,7 @@ def other_settings(
         ConfigError: a configuration without one set to compare on.
     """
     wanted = load_config(str(config_file), _keys(seed, folder, overrides))
-    name_coco_sets(wanted)
+    name_own_sets(wanted)
     if len(wanted.DATASETS.TEST) != 1:
         raise ConfigError(
             f"DATASETS.TEST: expected one set to compare on, got {wanted.DATASETS.TEST}"

@@ -34,6 +34,9 @@ def detection_config() -> CfgNode:
     cfg.IMPORTS = []  # modules that register parts of your own
     cfg.DATASETS.COCO_TRAIN = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
     cfg.DATASETS.COCO_TEST = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
+    for name in ("VOC", "YOLO"):  # ROOT: the folder; of YOLO also its data.yaml
+        cfg.DATASETS[f"{name}_TRAIN"] = CfgNode({"NAME": "", "ROOT": "", "SPLIT": "train"})
+        cfg.DATASETS[f"{name}_TEST"] = CfgNode({"NAME": "", "ROOT": "", "SPLIT": "val"})
     cfg.DATASETS.DIGITS = CfgNode(
         {"ROOT": "output/digits_scenes", "SIDE": 512, "TRAIN_IMAGES": 150, "TEST_IMAGES": 40}
     )

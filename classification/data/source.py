@@ -45,8 +45,8 @@ class Source:
         for key, unset in (("STREAM", False), ("RESIZE", 0)):
             if data[key]:
                 raise ConfigError(
-                    f"DATA.{key}: is for images of a folder, DATA.NAME is {data.NAME!r}; set it to "
-                    f"{unset}"
+                    f"DATA.{key}: is for image files, DATA.NAME is {data.NAME!r}, which has none; "
+                    f"set it to {unset}"
                 )
         labels = torch.from_numpy(self.labels[chosen])
         return ResidentSet(self.read(chosen), labels, self.classes)
@@ -56,7 +56,22 @@ MakeSource = Callable[[CfgNode, str], Source]
 F = TypeVar("F", bound=MakeSource)
 
 # Name -> module of this package that registers it, imported where it is first asked for.
-BUILT_IN = {"cifar10": "cifar", "cifar100": "cifar", "digits": "digits", "folder": "folder"}
+BUILT_IN = {
+    "cifar10": "cifar",
+    "cifar100": "cifar",
+    "digits": "digits",
+    "folder": "folder",
+    "huggingface": "huggingface",
+    "table": "table",
+    "webdataset": "shards",
+}
+# Keys of DATA that only some of them read.
+READ_BY = {
+    "TRAIN_PART": ("huggingface", "table", "webdataset"),
+    "TEST_PART": ("huggingface", "table", "webdataset"),
+    "IMAGE_COLUMN": ("huggingface", "table"),
+    "LABEL_COLUMN": ("huggingface", "table", "webdataset"),
+}
 _SOURCES: dict[str, MakeSource] = {}
 
 
@@ -103,8 +118,17 @@ def make_source(data: CfgNode, split: str) -> Source:
         ConfigError: an unknown name (near ones are named), or what the data set refuses.
     """
     check_name(data.NAME)
+    _refuse_unread(data)
     _import_built_in(data.NAME)
     return _SOURCES[data.NAME](data, split)
+
+
+def _refuse_unread(data: CfgNode) -> None:
+    for key, names in READ_BY.items():
+        if data[key] and data.NAME in BUILT_IN and data.NAME not in names:
+            raise ConfigError(
+                f"DATA.{key}: is for {', '.join(names)}, DATA.NAME is {data.NAME!r}; leave it empty"
+            )
 
 
 def _import_built_in(name: str) -> None:

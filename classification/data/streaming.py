@@ -24,7 +24,7 @@ from classification.data.batches import (
     to_unit_range,
     training_share,
 )
-from classification.data.folder import ImageFiles, cut_centre
+from classification.data.image_files import ImageFiles, cut_centre
 from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
 from pcka.engine.config import ConfigError
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,30 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from detection.config import student_architecture
+from detection.data.annotations import Annotations
 from detection.data.coco_file import DamagedFileError, check_coco, read_coco
 from detection.data.digits import digits_scenes
+from detection.data.voc import read_voc
+from detection.data.yolo import read_yolo
 from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import write_text
 
-COCO = {"TRAIN": "COCO_TRAIN", "TEST": "COCO_TEST"}
+# What reads boxes of other formats than COCO's; their keys are DATASETS.<format>_TRAIN and _TEST.
+READERS: dict[str, Callable[[str, Path, str], Annotations]] = {"VOC": read_voc, "YOLO": read_yolo}
+FORMATS = ("COCO", *READERS)
+CONVERTED = "annotations"  # folder of OUTPUT_DIR for the COCO files that are made of them
 Categories = list[tuple[int, str]]  # id, name
 DIGITS_KEY = "DATASETS.DIGITS"
 DIGITS = {"digits_scenes_train": "train", "digits_scenes_test": "test"}
 
 
 def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
-    """Register the digits scenes and the sets of ``DATASETS.COCO_TRAIN`` and ``COCO_TEST``.
+    """Register the digits scenes and the sets of one's own, in the format of COCO, VOC or YOLO.
 
-    A set of ``DATASETS.COCO_TRAIN`` (or ``COCO_TEST``) takes the place of ``DATASETS.TRAIN``
-    (``TEST``). detectron2's own sets are found under ``DETECTRON2_DATASETS`` as ever.
+    A set of ``DATASETS.COCO_TRAIN`` (``VOC_TRAIN``, ``YOLO_TRAIN``) takes the place of
+    ``DATASETS.TRAIN``, one of ``COCO_TEST`` and so on that of ``TEST``. detectron2's own sets are
+    found under ``DETECTRON2_DATASETS`` as ever. Boxes of VOC and YOLO are written to a file in
+    COCO's format, in ``OUTPUT_DIR``.
 
     Args:
         cfg: ``DATASETS`` is read; ``TRAIN`` and ``TEST`` are set.
@@ -39,38 +50,51 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
             classes than the model has, or other classes to test on than to train on.
     """
     keys = cfg.DATASETS
-    name_coco_sets(cfg)
+    name_own_sets(cfg)
     if training and not keys.TRAIN:
         raise ConfigError("DATASETS.TRAIN: expected at least one set, got none")
     categories: dict[str, Categories] = {}
     for split in ("TRAIN", "TEST") if training else ("TEST",):
+        own = _own_key(cfg, split)
         for name in keys[split]:
-            own = keys[COCO[split]]
-            if name == own.NAME:
-                key = f"DATASETS.{COCO[split]}"
-                files = own.JSON, own.IMAGES
-                categories[name] = _register(cfg, key, name, *files, evaluated=split == "TEST")
+            evaluated = split == "TEST"
+            if own and name == keys[own].NAME:
+                categories[name] = _register_own(cfg, own, evaluated=evaluated)
             elif name in DIGITS:
-                categories[name] = _register_digits(cfg, name, evaluated=split == "TEST")
+                categories[name] = _register_digits(cfg, name, evaluated=evaluated)
             else:
                 _check_known(split, name)
     _check_same(categories)
 
 
-def name_coco_sets(cfg: CfgNode) -> None:
-    """Put the names of ``DATASETS.COCO_TRAIN`` and ``COCO_TEST`` into ``TRAIN`` and ``TEST``.
+def name_own_sets(cfg: CfgNode) -> None:
+    """Put the names of the sets of one's own into ``DATASETS.TRAIN`` and ``TEST``.
 
     Raises:
-        ConfigError: files without a name.
+        ConfigError: files without a name, or several sets for one purpose.
     """
-    for split, key in COCO.items():
-        own = cfg.DATASETS[key]
-        if own.NAME:
-            cfg.DATASETS[split] = (own.NAME,)
-        elif own.JSON or own.IMAGES:
+    for split in ("TRAIN", "TEST"):
+        if own := _own_key(cfg, split):
+            cfg.DATASETS[split] = (cfg.DATASETS[own].NAME,)
+
+
+def _own_key(cfg: CfgNode, split: str) -> str:
+    """The key of the set of one's own for a purpose, as ``VOC_TRAIN``; "" where there is none."""
+    keys = [f"{name}_{split}" for name in FORMATS]
+    named = [key for key in keys if cfg.DATASETS[key].NAME]
+    if len(named) > 1:
+        raise ConfigError(
+            f"DATASETS.{named[1]}: there is a set of DATASETS.{named[0]}, too; set the NAME of one "
+            "of them to ''"
+        )
+    if named:
+        return named[0]
+    for key in keys:
+        if any(value for leaf, value in cfg.DATASETS[key].items() if leaf != "SPLIT"):
             raise ConfigError(
                 f"DATASETS.{key}.NAME: give the set a name, e.g. 'my_{split.lower()}'"
             )
+    return ""
 
 
 def class_count(cfg: CfgNode) -> int:
@@ -86,38 +110,80 @@ def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
         digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
     comm.synchronize()
     annotations, images = digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
-    files = str(annotations), str(images)
     try:
-        return _register(cfg, DIGITS_KEY, name, *files, evaluated=evaluated)
+        content = read_coco(DIGITS_KEY, str(annotations))
+        _check(cfg, DIGITS_KEY, str(annotations), content, str(images), evaluated=evaluated)
     except DamagedFileError as error:
         raise ConfigError(
             f"{error}; remove the folder {str(annotations.parent)!r}, and it is made anew"
         ) from error
+    return _register(name, str(annotations), content, str(images))
 
 
-def _register(
-    cfg: CfgNode, key: str, name: str, annotations: str, images: str, *, evaluated: bool
-) -> Categories:
-    """Register a set that the key describes; return its classes."""
-    if not Path(annotations).is_file():
-        raise ConfigError(f"{key}.JSON: there is no file {annotations!r}")
-    if not images or not Path(images).is_dir():
-        raise ConfigError(f"{key}.IMAGES: there is no folder {images!r}")
-    file_key = key if key == DIGITS_KEY else f"{key}.JSON"
-    content = read_coco(file_key, annotations)
-    listed = content["categories"]
-    if len(listed) != (classes := class_count(cfg)):
+def _register_own(cfg: CfgNode, own: str, *, evaluated: bool) -> Categories:
+    """Register the set of one's own that stands under a key, as ``VOC_TRAIN``."""
+    key, keys, form = f"DATASETS.{own}", cfg.DATASETS[own], own.partition("_")[0]
+    if form in READERS:
+        if not keys.ROOT or not Path(keys.ROOT).expanduser().exists():
+            raise ConfigError(f"{key}.ROOT: there is no folder {keys.ROOT!r}")
+        found = READERS[form](f"{key}.ROOT", Path(keys.ROOT).expanduser(), keys.SPLIT)
+        content, images, source = found.content, str(found.folder), found.source
+        _check(cfg, f"{key}.ROOT", source, content, images, evaluated=evaluated)
+        annotations = _converted(cfg, keys.NAME, content)
+    else:
+        annotations, images, source = keys.JSON, keys.IMAGES, keys.JSON
+        if not Path(annotations).is_file():
+            raise ConfigError(f"{key}.JSON: there is no file {annotations!r}")
+        if not images or not Path(images).is_dir():
+            raise ConfigError(f"{key}.IMAGES: there is no folder {images!r}")
+        content = read_coco(f"{key}.JSON", annotations)
+        _check(cfg, f"{key}.JSON", source, content, images, evaluated=evaluated)
+    if keys.NAME in DatasetCatalog.list() and _source_of(keys.NAME) != source:
         raise ConfigError(
-            f"{key}.JSON: {annotations} has {len(listed)} categories, the model {classes} "
-            "classes; set NUM_CLASSES of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
+            f"{key}.NAME: {keys.NAME!r} is the name of another data set; choose a new one"
         )
-    check_coco(file_key, annotations, content, images, evaluated=evaluated)
+    categories = _register(keys.NAME, annotations, content, images)
+    MetadataCatalog.get(keys.NAME).source = source
+    return categories
+
+
+def _check(
+    cfg: CfgNode, key: str, source: str, content: dict[str, Any], images: str, *, evaluated: bool
+) -> None:
+    """Refuse what would fail later; ``source`` is what messages call the annotations."""
+    if (found := len(content["categories"])) != (classes := class_count(cfg)):
+        raise ConfigError(
+            f"{key}: {source} has {found} categories, the model {classes} classes; set NUM_CLASSES "
+            "of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
+        )
+    check_coco(key, source, content, images, evaluated=evaluated)
+
+
+def _converted(cfg: CfgNode, name: str, content: dict[str, Any]) -> str:
+    """Write annotations in COCO's format, which the evaluation reads; return the file.
+
+    It is named by its content, so that no other run in the folder gets other annotations by it.
+    """
+    text = json.dumps(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    file = Path(cfg.OUTPUT_DIR, CONVERTED, f"{name}-{digest}.json")
+    if comm.is_main_process() and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    comm.synchronize()
+    return str(file)
+
+
+def _source_of(name: str) -> str | None:
+    known = MetadataCatalog.get(name)
+    source: str | None = known.get("source", known.get("json_file"))
+    return source
+
+
+def _register(name: str, annotations: str, content: dict[str, Any], images: str) -> Categories:
+    """Make a file in COCO's format known under a name; return its classes."""
+    listed = content["categories"]
     if name in DatasetCatalog.list():
-        known = MetadataCatalog.get(name)
-        if key != DIGITS_KEY and known.get("json_file") != annotations:
-            raise ConfigError(
-                f"{key}.NAME: {name!r} is the name of another data set; choose a new one"
-            )
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)  # the next annotation file may be another
     register_coco_instances(name, _keypoints(listed), annotations, images)
@@ -129,13 +195,14 @@ def _check_known(split: str, name: str) -> None:
     if name not in DatasetCatalog.list():
         raise ConfigError(
             f"DATASETS: no data set is called {name!r}; take {' or '.join(DIGITS)}, one that "
-            "detectron2 knows, or describe yours by DATASETS.COCO_TRAIN and COCO_TEST"
+            "detectron2 knows, or describe yours by DATASETS.COCO_TRAIN, VOC_TRAIN or YOLO_TRAIN, "
+            "and COCO_TEST and so on"
         )
     annotations = MetadataCatalog.get(name).get("json_file")
     if annotations and not PathManager.exists(annotations):
         raise ConfigError(
             f"DATASETS.{split}: {name!r} needs the file {annotations!r}; set "
-            f"DETECTRON2_DATASETS to its folder, or describe yours by DATASETS.{COCO[split]}"
+            f"DETECTRON2_DATASETS to its folder, or describe yours by DATASETS.COCO_{split}"
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -19,6 +22,7 @@ from detectron2.utils.events import EventStorage
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
 from detection.config import PROJECT, load_config
+from detection.data.digits import digits_scenes
 
 DIGITS = PROJECT / "configs" / "detection" / "digits"
 SMALL = [
@@ -156,3 +160,87 @@ def assert_same_boxes_in_plain_detectron2(tmp_path):
         torch.testing.assert_close(scores, expected.scores)
 
     return check
+
+
+SPLITS = {"train": ("train", 8), "val": ("test", 4)}  # split -> that of the digits, and its images
+SIDE = 128
+XML_OBJECT = (
+    "<object><name>{name}</name><difficult>{crowd}</difficult><bndbox><xmin>{left}</xmin>"
+    "<ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
+)
+
+
+def _scenes_with_boxes(scenes: Path) -> Iterator[tuple[str, Path, list[tuple[int, list[int]]]]]:
+    """Split, image, and its objects, each a class from 0 and x, y, width, height."""
+    for split, (of_digits, images) in SPLITS.items():
+        annotations, folder = digits_scenes(scenes, of_digits, images, SIDE)
+        content = json.loads(annotations.read_text())
+        for entry in content["images"]:
+            yield split, folder / entry["file_name"], [
+                (box["category_id"] - 1, box["bbox"])
+                for box in content["annotations"]
+                if box["image_id"] == entry["id"]
+            ]  # fmt: skip
+
+
+def _write_voc(scenes: Path, root: Path) -> None:
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    (root / "classes.txt").write_text("\n".join("0123456789"))
+    for split, image, objects in _scenes_with_boxes(scenes):
+        name = f"{split}_{image.stem}"
+        shutil.copy(image, root / "JPEGImages" / f"{name}.png")
+        found = "".join(
+            XML_OBJECT.format(name=kind, crowd=0, left=x + 1, top=y + 1, right=x + w, bottom=y + h)
+            for kind, (x, y, w, h) in objects
+        )
+        size = f"<size><width>{SIDE}</width><height>{SIDE}</height></size>"
+        content = f"<annotation><filename>x.jpg</filename>{size}{found}</annotation>"
+        (root / "Annotations" / f"{name}.xml").write_text(content)
+        with (root / "ImageSets" / "Main" / f"{split}.txt").open("a") as listing:
+            listing.write(f"{name}\n")
+
+
+def _write_yolo(scenes: Path, root: Path) -> None:
+    for split, image, objects in _scenes_with_boxes(scenes):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, root / "images" / split)
+        lines = (
+            f"{kind} {(x + w / 2) / SIDE} {(y + h / 2) / SIDE} {w / SIDE} {h / SIDE}\n"
+            for kind, (x, y, w, h) in objects
+        )
+        (root / "labels" / split / f"{image.stem}.txt").write_text("".join(lines))
+    names = "".join(f"  {digit}: '{digit}'\n" for digit in range(10))
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames:\n{names}")
+
+
+@pytest.fixture
+def own_boxes(scenes, tmp_path):
+    """``own_boxes(form)``: a folder with the digits scenes in the format "VOC" or "YOLO"."""
+
+    def write(form: str) -> Path:
+        root = tmp_path / form
+        {"VOC": _write_voc, "YOLO": _write_yolo}[form](scenes, root)
+        return root
+
+    return write
+
+
+@pytest.fixture
+def own_keys():
+    """``own_keys(form, root)``: the overrides that name such a folder, to train and to test on."""
+
+    def keys(form: str, root: Path) -> list[str]:
+        return [
+            word
+            for split in ("TRAIN", "TEST")
+            for leaf, value in (("NAME", f"{form}_{split}"), ("ROOT", str(root)))
+            for word in (f"DATASETS.{form}_{split}.{leaf}", value)
+        ]
+
+    yield keys
+    for name in {f"{form}_{split}" for form in ("VOC", "YOLO") for split in ("TRAIN", "TEST")}:
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)

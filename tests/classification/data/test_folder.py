@@ -10,6 +10,7 @@ import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 
+import classification.data.cifar  # noqa: F401  (before a test takes its name)
 from classification.config import load_config
 from classification.data import load_image_sets
 from classification.data.digits import digits_source
@@ -115,7 +116,9 @@ def test_resident_training_images_keep_all_that_the_middle_has(root):
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_a_resize_of_what_are_no_files_is_refused(root, name, monkeypatch):
     monkeypatch.setitem(_SOURCES, "cifar10", digits_source)
-    with pytest.raises(ValueError, match=rf"DATA.RESIZE: is for .* is '{name}'; set it to 0"):
+    with pytest.raises(
+        ValueError, match=rf"DATA.RESIZE: .* is '{name}', which has none; set it to 0"
+    ):
         load_image_sets(config(root, **{"DATA.NAME": name, "DATA.RESIZE": 9}))
 
 

@@ -213,7 +213,7 @@ def test_a_gpu_gets_the_same_batches(streaming_config, workers):
 
 
 def test_what_has_no_files_does_not_stream(streaming_config):
-    with pytest.raises(ValueError, match=r"DATA.STREAM: is for images of a folder, .* is 'digits'"):
+    with pytest.raises(ValueError, match=r"DATA.STREAM: is for image files, .* is 'digits'"):
         load_image_sets(streaming_config(**{"DATA.NAME": "digits"}))
 
 

@@ -1,0 +1,197 @@
+"""Encoded images that lie on a disk, as a source: resident in memory or streaming."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from io import BytesIO
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from classification.data.image_set import ImageSet
+from classification.data.resident import ResidentSet
+from classification.data.source import Source
+from pcka.engine.config import ConfigError
+from pcka.engine.progress import Progress
+
+DECODING_THREADS = 4
+
+Self = TypeVar("Self", bound="ImageFiles")
+
+
+class ImageFiles(ABC):
+    """Encoded images by position. Threads and worker processes open them, each one by itself."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self: Self, indices: np.ndarray) -> Self:
+        """Return the images at ``indices``, (M,) int64, in that order."""
+
+    @abstractmethod
+    def path(self, position: int) -> str:
+        """Return what messages call one image: where it is found."""
+
+    @abstractmethod
+    def content(self, position: int) -> str | BytesIO:
+        """Return the path or the bytes of one image file."""
+
+    @abstractmethod
+    def about(self) -> tuple[Sequence[bytes], Sequence[int]]:
+        """Return the names and the sizes in bytes of all; no image is read."""
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest (hex) of names and sizes."""
+        names, sizes = self.about()
+        digest = hashlib.sha256(b"\0".join(names))
+        digest.update(np.array(sizes, dtype=np.int64).data)
+        return digest.hexdigest()
+
+    def open(self, position: int) -> Image.Image:
+        """Return one image in RGB; an image that cannot be decoded is named."""
+        try:
+            with Image.open(self.content(position)) as file:
+                return _eight_bits(file).convert("RGB")
+        except Exception as error:  # what a decoder meets in a broken file is of many types
+            raise ConfigError(
+                f"cannot decode the image {self.path(position)!r}: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class FilesOnDisk(ImageFiles):
+    """Image files of their own.
+
+    Attributes:
+        folder: that they lie in, at any depth.
+        names: relative to it, (N,) bytes: one array, because a million Python strings would be
+            copied into every worker process as their reference counts change.
+    """
+
+    folder: Path
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, indices: np.ndarray) -> FilesOnDisk:
+        return replace(self, names=self.names[indices])
+
+    def path(self, position: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.names[position]))
+
+    def content(self, position: int) -> str:
+        path = self.path(position)
+        if not os.path.isfile(path):  # to open a pipe is to wait for ever
+            raise OSError("it is no regular file")
+        return path
+
+    def about(self) -> tuple[list[bytes], list[int]]:
+        sizes = [os.stat(self.path(position)).st_size for position in range(len(self))]
+        return self.names.tolist(), sizes
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper eight of sixteen bits of grey, as Pillow takes them of colours; it would clip.
+
+    Raises:
+        ValueError: numbers whose range no format states.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are of 32 bits (mode {image.mode}), and which is white is not said; "
+            "save it with 8 or 16 bits"
+        )
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def cut_centre(image: Image.Image, resize: int, image_size: int) -> Tensor:
+    """Return the centre of an image, (3, image_size, image_size) uint8.
+
+    Args:
+        image: RGB.
+        resize: what the shorter side is resized to before, pixels.
+        image_size: side of the centre, pixels.
+    """
+    image = transforms.resize(image, resize, antialias=True)
+    return transforms.pil_to_tensor(transforms.center_crop(image, [image_size, image_size]))
+
+
+@dataclass(frozen=True)
+class FileSource(Source):
+    """A source whose images can also be opened one by one.
+
+    Attributes:
+        files: of the images, (N,).
+        image_size: side of the images that are read, pixels.
+    """
+
+    files: ImageFiles
+    image_size: int
+
+    def open(self, data: CfgNode, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
+        """Return some of the images, resident or streaming as ``DATA.STREAM`` says."""
+        resize = data.RESIZE or data.IMAGE_SIZE
+        if resize < data.IMAGE_SIZE:
+            raise ConfigError(
+                f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut "
+                f"out of it, got {resize}; 0 takes DATA.IMAGE_SIZE"
+            )
+        labels = torch.from_numpy(self.labels[chosen])
+        if data.STREAM:
+            from classification.data.streaming import StreamingSet  # which reads these files
+
+            files = self.files.take(chosen)
+            size = (data.IMAGE_SIZE, resize)
+            return StreamingSet(files, labels, self.classes, *size, workers=data.WORKERS)
+        side = resize if evaluated else self.image_size
+        images = _read(self.files, self.image_size, side, chosen)
+        return ResidentSet(images, labels, self.classes)
+
+
+def file_source(
+    files: ImageFiles, labels: np.ndarray, classes: Sequence[str], image_size: int
+) -> FileSource:
+    """Return image files as a source.
+
+    Args:
+        files: of the images, (N,).
+        labels: class index of each, (N,) int64.
+        classes: class names, by index.
+        image_size: side of the images that ``read`` gives, pixels: the shorter side is resized to
+            it and the centre cut out.
+    """
+    read = partial(_read, files, image_size, image_size)
+    return FileSource(labels, tuple(classes), read, files, image_size)
+
+
+def _read(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
+    images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
+
+    def fill(position: int) -> None:
+        images[position] = cut_centre(files.open(indices[position]), resize, image_size)
+
+    with Progress("decoding", len(indices)) as bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
+        try:
+            for _ in pool.map(fill, range(len(indices))):
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return images

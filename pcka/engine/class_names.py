@@ -1,0 +1,34 @@
+"""Files that name the classes of a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pcka.engine.config import ConfigError
+
+CLASSES_FILE = "classes.txt"
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Return the names of a text file in UTF-8, one a line; their order is that of the indices.
+
+    Raises:
+        ConfigError: a name that stands twice, no name, or another encoding.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: cannot be read as UTF-8 text (byte {error.start})") from error
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not (name := line.strip()):
+            continue
+        if name in first:
+            raise ConfigError(
+                f"{file}, line {number}: the class {name!r} stands on line {first[name]} already; "
+                "take one of them out"
+            )
+        first[name] = number
+    if not first:
+        raise ConfigError(f"{file}: expected the name of a class on each line, found none")
+    return tuple(first)
