@@ -45,7 +45,10 @@ TEACHER_KEYS = tuple(
 # Keys of DATA without a part in what a training image looks like. Others of later versions count.
 UNSEEN = tuple(
     f"DATA.{key}"
-    for key in ("NAME", "ROOT", "NUM_CLASSES", "DOWNLOAD", "MEMORY_GB", "WORKERS", "RESIZE")
+    for key in (
+        *("NAME", "ROOT", "TRAIN_PART", "TEST_PART", "IMAGE_COLUMN", "LABEL_COLUMN", "RESIZE"),
+        *("NUM_CLASSES", "DOWNLOAD", "MEMORY_GB", "WORKERS"),
+    )
 )
 
 
