@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fvcore.common.config import CfgNode
 
-from classification.config import config_arguments, load_config
+from classification.arguments import evaluate_parser
+from classification.config import load_config
 from classification.data import load_evaluation_set, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import has_own_weights, load_classifier, named_model, settings_of
@@ -44,10 +45,7 @@ def evaluate(cfg: CfgNode, *, role: str = "student", weights: str = "") -> dict[
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Evaluate as the arguments say; print and return the accuracies."""
-    parser = config_arguments("Evaluate a classifier on the evaluation images of a configuration.")
-    parser.add_argument("--weights", default="", metavar="W", help="checkpoint of the model")
-    parser.add_argument("--role", choices=("student", "teacher"), default="student")
-    given = parser.parse_intermixed_args(arguments)
+    given = evaluate_parser().parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
     with console_log():
         result = evaluate(cfg, role=given.role, weights=given.weights)

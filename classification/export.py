@@ -11,22 +11,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
-from classification.config import config_arguments, load_config
+from classification.arguments import EXPORTED, export_parser
+from classification.config import load_config
 from classification.data import pixel_statistics
 from classification.models import load_classifier, named_model, settings_of, without_weights
 from classification.models.taps import with_stages
 from pcka.checkpoint import extract_state_dict, optional_package, save_student
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
-from pcka.files import SAFETENSORS, CheckpointError, atomic_write, load_file
+from pcka.files import CheckpointError, atomic_write, load_file
+
+if TYPE_CHECKING:  # --help does not wait for it
+    from torch import nn
 
 ONNX = ".onnx"
-FORMATS = (".pth", SAFETENSORS, ONNX)
 EXAMPLE_BATCH = 2  # not 1, which torch.export would take for a constant
 
 
@@ -39,7 +41,7 @@ def export_student(
         cfg: STUDENT says the model and its pixel statistics, DATA.IMAGE_SIZE the side of the
             graph's images. DATA.NUM_CLASSES 0 takes as many classes as the checkpoint has.
         weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
-        output: file of one of ``FORMATS``, written atomically.
+        output: file of one of ``EXPORTED``, written atomically.
         with_normalization: the graph begins with the student's pixel normalisation.
 
     Raises:
@@ -49,8 +51,8 @@ def export_student(
         ValueError: weights that do not fill the student.
     """
     output = Path(output)
-    if output.suffix not in FORMATS:
-        raise ConfigError(f"output: expected a file of {', '.join(FORMATS)}, got {str(output)!r}")
+    if output.suffix not in EXPORTED:
+        raise ConfigError(f"output: expected a file of {', '.join(EXPORTED)}, got {str(output)!r}")
     if with_normalization and output.suffix != ONNX:
         raise ConfigError(
             f"with_normalization: weights alone hold no normalisation, got {str(output)!r}; "
@@ -62,8 +64,7 @@ def export_student(
     if output.suffix != ONNX:
         save_student(student, output)
         return output
-    pixels = pixel_statistics(cfg.STUDENT) if with_normalization else nn.Identity()
-    content = _onnx_graph(nn.Sequential(OrderedDict(pixels=pixels, model=student)).eval(), cfg)
+    content = _onnx_graph(student, cfg, with_normalization)
     atomic_write(lambda file: file.write(content), output)
     return output
 
@@ -87,10 +88,15 @@ def _classes_of(cfg: CfgNode, weights: str) -> int:
     return len(state[classifier])
 
 
-def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
+def _onnx_graph(student: nn.Module, cfg: CfgNode, with_normalization: bool) -> bytes:
     """Return the serialised graph: ``images`` (batch, 3, S, S) -> ``logits`` (batch, classes)."""
+    import torch
+    from torch import nn
+
     for package in ("onnx", "onnxscript"):
         optional_package(package)
+    pixels = pixel_statistics(cfg.STUDENT) if with_normalization else nn.Identity()
+    model = nn.Sequential(OrderedDict(pixels=pixels, model=student)).eval()
     side = cfg.DATA.IMAGE_SIZE
     program = torch.onnx.export(
         model,
@@ -107,15 +113,7 @@ def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Export as the arguments say; return the file's path."""
-    parser = config_arguments("Export the student of a configuration.")
-    parser.add_argument("--weights", metavar="W", required=True, help="checkpoint of the student")
-    parser.add_argument("--output", metavar="OUT", required=True, help=" | ".join(FORMATS))
-    parser.add_argument(
-        "--with-normalization",
-        action="store_true",
-        help=f"{ONNX}: the graph takes pixels in [0, 1] instead of normalised ones",
-    )
-    given = parser.parse_intermixed_args(arguments)
+    given = export_parser().parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
     path = export_student(
         cfg, given.weights, given.output, with_normalization=given.with_normalization

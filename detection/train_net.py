@@ -15,7 +15,6 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: F401  (register
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
-from torch.distributed.elastic.multiprocessing.errors import record
 
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
@@ -109,5 +108,5 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run_command(
-        record(main), interrupted="the same command with --resume goes on after the last checkpoint"
+        main, interrupted="the same command with --resume goes on after the last checkpoint"
     )

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.config import ConfigError, near_names
@@ -177,4 +176,4 @@ def _collect(plan: Plan, task: Task) -> None:
 
 
 if __name__ == "__main__":
-    run_command(record(main), interrupted="the same command goes on where it stopped")
+    run_command(main, interrupted="the same command goes on where it stopped")
