@@ -131,7 +131,21 @@ def evaluate_parser() -> argparse.ArgumentParser:
         default="student",
         help="whose model it is (default: %(default)s)",
     )
+    _add_recalibration(parser, "and write the model beside the weights, <name>_recalibrated.pth")
     return parser
+
+
+def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--recalibrate-bn",
+        nargs="?",
+        type=_positive,
+        const=2048,
+        default=0,
+        metavar="N",
+        help="estimate batch norm's running statistics anew on N training images (default: "
+        f"%(const)s), {purpose}",
+    )
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -148,6 +162,7 @@ def export_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=".onnx: the graph takes pixels in [0, 1] instead of normalised ones",
     )
+    _add_recalibration(parser, "before the export")
     return parser
 
 

@@ -71,6 +71,7 @@ def default_config() -> CfgNode:
             "KWARGS": CfgNode(),  # keywords of the model's constructor, beside the classes
             "LOGITS": "",  # key of the logits in what the model returns; "": found by themselves
             "WEIGHTS": "",  # checkpoint to start from; "": a random start from SEED
+            "BN_MOMENTUM": 0.0,  # weight of a batch in batch norm's statistics; 0: the model's own
             "PIXEL_MEAN": IMAGENET_MEAN,  # of the student's input, for pixels in [0, 1]
             "PIXEL_STD": IMAGENET_STD,  # likewise, their deviations
         }
@@ -237,6 +238,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.WORKERS": (0, None),
     "DATA.RESIZE": (0, None),
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
+    "STUDENT.BN_MOMENTUM": (0, 1),
     "TEACHER.ACCURACY": (0, 100),
     "TEACHER.SEED": (0, 2**64 - 1),
     "TEACHER.EPOCHS": (1, None),

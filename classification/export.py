@@ -8,6 +8,7 @@ of any size.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING
 from fvcore.common.config import CfgNode
 
 from classification.arguments import EXPORTED, export_parser
-from classification.config import load_config
-from classification.data import pixel_statistics
+from classification.batch_norm import recalibrate
+from classification.config import default_config, load_config
+from classification.data import load_image_sets, pixel_statistics
 from classification.models import load_classifier, named_model, settings_of, without_weights
 from classification.models.taps import with_stages
 from pcka.checkpoint import extract_state_dict, optional_package, save_student
+from pcka.engine.arguments import take_pairs
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.files import CheckpointError, atomic_write, load_file
@@ -33,7 +36,12 @@ EXAMPLE_BATCH = 2  # not 1, which torch.export would take for a constant
 
 
 def export_student(
-    cfg: CfgNode, weights: str, output: str | Path, *, with_normalization: bool = False
+    cfg: CfgNode,
+    weights: str,
+    output: str | Path,
+    *,
+    with_normalization: bool = False,
+    recalibrated: int = 0,
 ) -> Path:
     """Write the student with the weights of a checkpoint as ``output``; return its path.
 
@@ -43,6 +51,7 @@ def export_student(
         weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
         output: file of one of ``EXPORTED``, written atomically.
         with_normalization: the graph begins with the student's pixel normalisation.
+        recalibrated: estimate batch norm's running statistics anew on so many training images.
 
     Raises:
         ConfigError: another format, a normalisation without a graph, or a number of classes that
@@ -61,6 +70,9 @@ def export_student(
     classes = cfg.DATA.NUM_CLASSES or _classes_of(cfg, weights)
     settings = settings_of(cfg.STUDENT)
     student = load_classifier(cfg.STUDENT.NAME, weights, classes, role="student", **settings)
+    if recalibrated:
+        train_set, _ = load_image_sets(cfg)
+        recalibrate(student, pixel_statistics(cfg.STUDENT), train_set, cfg, recalibrated)
     if output.suffix != ONNX:
         save_student(student, output)
         return output
@@ -113,10 +125,15 @@ def _onnx_graph(student: nn.Module, cfg: CfgNode, with_normalization: bool) -> b
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Export as the arguments say; return the file's path."""
-    given = export_parser().parse_intermixed_args(arguments)
-    cfg = load_config(given.config_file, given.overrides)
+    words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
+    given = export_parser().parse_intermixed_args(words)
+    cfg = load_config(given.config_file, [*pairs, *given.overrides])
     path = export_student(
-        cfg, given.weights, given.output, with_normalization=given.with_normalization
+        cfg,
+        given.weights,
+        given.output,
+        with_normalization=given.with_normalization,
+        recalibrated=given.recalibrate_bn,
     )
     print(f"{path}: {cfg.STUDENT.NAME}, {path.stat().st_size / 1e6:.2f} MB")
     return path

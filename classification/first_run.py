@@ -6,7 +6,6 @@ the same command proposes the same settings, and ``--resume`` goes on with them.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -49,6 +48,8 @@ BASELINE = "ce"  # without a teacher
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224)  # of images, pixels
 LARGER_CENTRE = 256 / 224  # the shorter side beside the centre that is evaluated, in streams
 MOST_WORKERS = 16
+BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # below so many images
+LARGEST_BATCH = 256
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.2, 10_000
 LOOKED_AT = 256  # images that sizes and pixel statistics are taken from
 
@@ -289,10 +290,10 @@ def _schedule(draft: _Draft, trained: int) -> None:
 
 
 def batch_size(images: int) -> int:
-    """The power of two nearest to ``sqrt(images) / 2``, from 16 to 256."""
-    return int(min(max(2 ** round(math.log2(math.sqrt(max(images, 1)) / 2)), 16), 256))
+    """Small enough for some dozens of steps an epoch, large enough to relate samples in it."""
+    return next((batch for most, batch in BATCH_SIZES if images < most), LARGEST_BATCH)
 
 
 def epochs_for(images: int) -> int:
-    """``200 * (1000 / images)^(1/6)``, from 30 to 200."""
-    return int(min(max(round(200 * (1000 / max(images, 1)) ** (1 / 6)), 30), 200))
+    """``100 * (1000 / images)^(1/8)``, from 30 to 100: fewer passes over more images."""
+    return min(max(round(100 * (1000 / max(images, 1)) ** (1 / 8)), 30), 100)

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from fvcore.common.config import CfgNode
 
+from classification.batch_norm import set_momentum
 from classification.config import changed_keys, config_from_text, doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.models import (
@@ -353,6 +354,8 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
         student = load_classifier(name, weights, classes, role="student", **settings)
     else:
         student = named_model(name, classes, role="student", **settings)
+    if cfg.STUDENT.BN_MOMENTUM:
+        set_momentum(student, cfg.STUDENT.BN_MOMENTUM)
     student = with_stages(student, cfg.DATA.IMAGE_SIZE)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     return student.to(memory_format=layout)

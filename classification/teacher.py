@@ -221,7 +221,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
         key: value
         for key, value in flatten(run).items()
         if key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
-        if value or key not in ("STUDENT.KWARGS", "STUDENT.LOGITS")
+        if value or key not in ("STUDENT.KWARGS", "STUDENT.LOGITS", "STUDENT.BN_MOMENTUM")
     }
     text = json.dumps([determining, train_set.fingerprint], sort_keys=True)
     model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # within the folder
