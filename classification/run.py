@@ -302,9 +302,12 @@ def _load_state(cfg: CfgNode, path: Path) -> dict:
     except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
         raise refusal(path, f"its configuration cannot be read ({error})") from error
     if changed := changed_keys(of_saved, cfg):
+        way_out = "continue it with its config.yaml, or choose another OUTPUT_DIR"
+        if "SOLVER.EPOCHS" in changed and cfg.SOLVER.EPOCHS > of_saved.SOLVER.EPOCHS:
+            way_out += _prolonged(of_saved, cfg)
         raise ConfigError(
             f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
-            f"{', '.join(changed)}; continue it with its config.yaml, or choose another OUTPUT_DIR"
+            f"{', '.join(changed)}; {way_out}"
         )
     if saved["epoch"] > cfg.SOLVER.EPOCHS:
         raise ConfigError(
@@ -312,6 +315,18 @@ def _load_state(cfg: CfgNode, path: Path) -> dict:
             f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
         )
     return saved
+
+
+def _prolonged(old: CfgNode, new: CfgNode) -> str:
+    """How a student is trained on whose schedule has come to its end."""
+    last = Path(new.OUTPUT_DIR) / "model_last.pth"
+    solver = old.SOLVER
+    return (
+        f". Its rates depend on SOLVER.EPOCHS; to train on from its last weights give, without "
+        f"--resume, STUDENT.WEIGHTS {last} OUTPUT_DIR {new.OUTPUT_DIR}-further SOLVER.EPOCHS "
+        f"{new.SOLVER.EPOCHS - solver.EPOCHS} SOLVER.BASE_LR {solver.BASE_LR / 10:g} "
+        "SOLVER.WARMUP_EPOCHS 0 DISTILL.WARMUP 0"
+    )
 
 
 def _result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
