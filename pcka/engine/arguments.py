@@ -32,7 +32,8 @@ class Answer(argparse.Action):
     def __init__(
         self, option_strings: Sequence[str], dest: str, const: Callable[[], str], help: str
     ) -> None:
-        super().__init__(option_strings, dest, nargs=0, const=const, help=help)
+        suppressed = argparse.SUPPRESS  # of what is parsed
+        super().__init__(option_strings, dest, nargs=0, const=const, default=suppressed, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(self.const())

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError
 from pcka.engine.launch import is_first
@@ -24,6 +26,7 @@ TOLD: tuple[type[Exception], ...] = (
     CheckpointError,
     FolderInUseError,
     TrainingFailedError,
+    torch.OutOfMemoryError,
 )
 
 
@@ -47,9 +50,15 @@ def run_command(main: Callable[[], object], *, interrupted: str = "") -> NoRetur
     except Exception as error:
         if not _is_told(error) or DEBUG in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(f'{error}{_advice(error)}'.split())}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _advice(error: Exception) -> str:
+    if not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    return " What may help: a smaller batch or image, or fewer models side by side"
 
 
 def _recorded(main: Callable[[], object]) -> Callable[[], object]:

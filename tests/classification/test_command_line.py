@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from classification import compare, evaluate, export, train
 from classification.arguments import PARSERS, config_arguments
@@ -103,6 +104,11 @@ def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeyp
         (
             OSError(28, "No space left", "run/x.pth"),
             "error: [Errno 28] No space left: 'run/x.pth'\n",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "error: CUDA out of memory. What may help: a smaller batch or image, or fewer models "
+            "side by side\n",
         ),
         (ImportError("pip install 'pcka[export]'"), "error: pip install 'pcka[export]'\n"),
     ],
