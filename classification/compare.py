@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         TrainingFailedError: every run failed.
     """
     words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
-    given = compare_parser().parse_args(words)
+    given = compare_parser().parse_intermixed_args(words)
     overrides = [*pairs, *given.overrides]
     with console_log():
         variants = read_variants(given.variants) if given.variants else {}

@@ -82,6 +82,7 @@ def default_config() -> CfgNode:
             "KWARGS": CfgNode(),  # as the student's
             "LOGITS": "",  # as the student's
             "WEIGHTS": "",  # the teacher's checkpoint
+            "BN_MOMENTUM": 0.0,  # of its training, as the student's
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
             "PIXEL_STD": IMAGENET_STD,  # likewise, their deviations
             "ACCURACY": 0.0,  # on the evaluation images, percent; one 2 points worse stops the run
@@ -239,6 +240,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.RESIZE": (0, None),
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
     "STUDENT.BN_MOMENTUM": (0, 1),
+    "TEACHER.BN_MOMENTUM": (0, 1),
     "TEACHER.ACCURACY": (0, 100),
     "TEACHER.SEED": (0, 2**64 - 1),
     "TEACHER.EPOCHS": (1, None),

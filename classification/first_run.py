@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from classification.batch_norm import running_norms
 from classification.config import load_config
 from classification.data import Source
 from classification.data.folder import FOLDERS, FolderSource, cut_centre, has_test_folder
@@ -51,6 +53,7 @@ MOST_WORKERS = 16
 BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # below so many images
 LARGEST_BATCH = 256
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.2, 10_000
+USUAL_MOMENTUM = 0.1  # of batch norm
 LOOKED_AT = 256  # images that sizes and pixel statistics are taken from
 
 
@@ -88,8 +91,15 @@ class _Draft:
             self.settings[key] = node[name] = value
         return node[name]
 
-    def roles(self) -> list[str]:
-        return ["STUDENT", *["TEACHER"] * bool(self.cfg.TEACHER.NAME)]
+    @cached_property
+    def models(self) -> dict[str, nn.Module]:
+        """STUDENT and, where there is one, TEACHER -> the model as it is made."""
+        sections = {role: self.cfg[role] for role in ("STUDENT", "TEACHER")}
+        return {
+            role: named_model(section.NAME, 2, role=role.lower(), **without_weights(section))
+            for role, section in sections.items()
+            if section.NAME
+        }
 
 
 def propose(
@@ -182,7 +192,7 @@ def _size(draft: _Draft, source: Source, images: int) -> None:
         why = f"the files' shorter sides have a median of {median:g}"
     else:
         wanted = data.IMAGE_SIZE
-    side = _accepted(draft, wanted)
+    side = _accepted(draft.models, wanted)
     if draft.suggest("DATA.IMAGE_SIZE", side) == side != wanted:
         why = "a model takes no other"
     side = data.IMAGE_SIZE
@@ -209,16 +219,11 @@ def _shorter_side(source: FolderSource) -> float:
     return float(np.median(sides)) if sides else SIDES[0]
 
 
-def _accepted(draft: _Draft, wanted: int) -> int:
+def _accepted(models: Mapping[str, nn.Module], wanted: int) -> int:
     """The side that all models take: the wanted one, or that of models that take one alone."""
-    models = [
-        named_model(section.NAME, 2, role=role.lower(), **without_weights(section))
-        for role in draft.roles()
-        for section in [draft.cfg[role]]
-    ]
     for side in (wanted, 224, 256, 32):
         try:
-            for model in models:
+            for model in models.values():
                 check_size(model, side)
         except ValueError:
             continue
@@ -232,7 +237,7 @@ def _normalize(draft: _Draft, source: Source) -> None:
     pixels = _pixels(source, chosen, draft.cfg.DATA.IMAGE_SIZE)
     measured = measured_statistics(pixels)
     told = []
-    for role in draft.roles():
+    for role in draft.models:
         section = draft.cfg[role]
         if draft.given & {f"{role}.PIXEL_MEAN", f"{role}.PIXEL_STD"}:
             continue
@@ -278,15 +283,28 @@ def _schedule(draft: _Draft, trained: int) -> None:
         f"training: SOLVER.EPOCHS {epochs} of {trained // batch:,} steps, BATCH_SIZE {batch}, "
         f"BASE_LR {rate:g}, SCHEDULE {solver.SCHEDULE}"
     )
-    if not draft.cfg.TEACHER.NAME:
-        return
-    if draft.cfg.TEACHER.TRAIN:
+    _quicken(draft, trained // batch)
+    if draft.cfg.TEACHER.NAME and draft.cfg.TEACHER.TRAIN:
         teacher_epochs = draft.suggest("TEACHER.EPOCHS", epochs)
         draft.notes.append(
             f"teacher: has no weights for these classes (--weights F gives them), and is trained "
             f"first, TEACHER.EPOCHS {teacher_epochs}; it is kept in {draft.cfg.TEACHER.CACHE_DIR} "
             "for other runs"
         )
+
+
+def _quicken(draft: _Draft, steps: int) -> None:
+    """Let batch norms follow the batches that would take more than an epoch's steps to do so."""
+    for role, model in draft.models.items():
+        if role == "TEACHER" and not draft.cfg.TEACHER.TRAIN:
+            continue
+        slowest = min((n.momentum or 1.0 for n in running_norms(model).values()), default=1.0)
+        if slowest < USUAL_MOMENTUM and slowest * steps < 1:
+            momentum = draft.suggest(f"{role}.BN_MOMENTUM", USUAL_MOMENTUM)
+            draft.notes.append(
+                f"batch norm: {role}.BN_MOMENTUM {momentum:g}: the model's own, {slowest:g}, would "
+                "follow a batch's statistics in more than an epoch"
+            )
 
 
 def batch_size(images: int) -> int:

@@ -215,7 +215,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.SOLVER = cfg.SOLVER.clone()
     run.defrost()
     run.SOLVER.EPOCHS = cfg.TEACHER.EPOCHS
-    for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD"):
+    for key in ("NAME", "KWARGS", "LOGITS", "BN_MOMENTUM", "PIXEL_MEAN", "PIXEL_STD"):
         run.STUDENT[key] = cfg.TEACHER[key]
     determining = {
         key: value

@@ -203,7 +203,7 @@ def _read_result(path: Path) -> Metrics:
 def main(arguments: Sequence[str] | None = None) -> Comparison:
     """Compare as the arguments say; print the table."""
     words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, detection_config())
-    given = compare_parser().parse_args(words)
+    given = compare_parser().parse_intermixed_args(words)
     comparison = compare(
         given.config_files,
         given.seeds,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from pcka.engine.arguments import command_parser
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.config import ConfigError, near_names
 from pcka.engine.progress import console_log
@@ -47,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="The paper's tables as runs.",
-        epilog="Keys of the configuration, for all runs, come last: -- KEY VALUE ...",
+    parser = command_parser(
+        "The paper's tables as runs. KEY VALUE pairs for all runs come last, behind a --.",
+        "python tools/reproduce.py table1 --launch local -- DATA.ROOT path/to/cifar",
     )
     parser.add_argument("table", metavar="TABLE", help="table1, table2, table3 or a YAML file")
     action = parser.add_mutually_exclusive_group()

@@ -12,6 +12,7 @@ from classification.config import load_config
 from classification.data import ResidentSet
 from classification.export import export_student
 from classification.run import run_experiment
+from classification.teacher import teacher_run
 from pcka.engine.config import ConfigError
 
 KEYS = {"DATA.CROP_PADDING": 0, "DATA.FLIP": False, "TEACHER.NAME": ""}
@@ -88,6 +89,16 @@ def test_the_momentum_is_a_key(tiny_config, without_plots):
     state = torch.load(f"{cfg.OUTPUT_DIR}/model_last.pth", weights_only=True)
     # The statistics of the last batch alone: no trace of the 0 and 1 that they begin with.
     assert all(state[name].abs().min() > 0 for name in state if name.endswith("bn1.running_mean"))
+
+
+def test_a_teacher_is_trained_with_its_own(tiny_config):
+    labels = torch.arange(20) % 2
+    images = ResidentSet(torch.zeros(20, 3, 4, 4, dtype=torch.uint8), labels, ("a", "b"))
+    plain, _ = teacher_run(tiny_config(), images)
+    quick, _ = teacher_run(tiny_config(**{"TEACHER.BN_MOMENTUM": 0.3}), images)
+    students, _ = teacher_run(tiny_config(**{"STUDENT.BN_MOMENTUM": 0.3}), images)
+    assert quick.STUDENT.BN_MOMENTUM == 0.3
+    assert quick.OUTPUT_DIR != plain.OUTPUT_DIR == students.OUTPUT_DIR
 
 
 def test_an_evaluation_mends_them_and_writes_the_model(

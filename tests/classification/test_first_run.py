@@ -116,6 +116,16 @@ def test_batch_and_epochs_suit_a_thousand_images_and_a_million():
     assert batch_size(2) == 16 and epochs_for(2) == 100
 
 
+def test_batch_norms_that_follow_too_slowly_are_quickened(make_images):
+    settings, notes = propose(make_images(), "torchvision/mobilenet_v3_small", teacher="resnet8")
+    assert settings["STUDENT.BN_MOMENTUM"] == 0.1
+    assert "TEACHER.BN_MOMENTUM" not in settings  # has the usual one
+    assert any("STUDENT.BN_MOMENTUM 0.1: the model's own, 0.01" in note for note in notes)
+    words = ["STUDENT.BN_MOMENTUM", "0.0"]
+    settings, _ = propose(make_images("again"), "torchvision/mobilenet_v3_small", overrides=words)
+    assert "STUDENT.BN_MOMENTUM" not in settings
+
+
 def test_so_few_images_are_one_batch(make_images):
     settings, _ = propose(make_images(count=5), "resnet8")
     assert settings["SOLVER.BATCH_SIZE"] == 8  # of ten, two are held out
