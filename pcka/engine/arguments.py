@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
-DOTTED_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)+")  # methods and numbers are not; nor are files
+# In capitals throughout, as methods, numbers and files (MODEL.pth) are not.
+DOTTED_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)+")
 ANSWERED = ("-h", "--help", "--list")  # what needs nothing of a command but its parser
 
 MakeParser = Callable[[], argparse.ArgumentParser]

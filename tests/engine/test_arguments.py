@@ -13,6 +13,7 @@ from pcka.engine.arguments import answer_help, command_parser, take_pairs
         (["--output", "SEED", "A.B", "C.D"], ["--output", "SEED"], ["A.B", "C.D"]),
         (["--methods", "a", "DISTILL.TAPS"], ["--methods", "a"], ["DISTILL.TAPS"]),
         (["--f", "my.yaml", "--", "A.B", "1"], ["--f", "my.yaml", "--", "A.B", "1"], []),
+        (["--weights", "M.pth", "A.B", "1"], ["--weights", "M.pth"], ["A.B", "1"]),
         (["A.B", "--", "A.B", "1"], ["--", "A.B", "1"], ["A.B"]),
     ],
 )
