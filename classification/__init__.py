@@ -5,8 +5,12 @@ from pathlib import Path
 
 from pcka.extras import require_packages
 
-# The commands need all of them; who imports a part, such as the models, needs what that imports.
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a command is run
+    from classification.arguments import PARSERS
+    from pcka.engine.arguments import answer_help
+
+    answer_help(PARSERS, Path(sys.argv[0]).stem, sys.argv[1:])
+    # The commands need all of them; who imports a part, such as the models, what that imports.
     require_packages(
         "fvcore", "matplotlib", "PIL", "scipy", "sklearn", "tensorboard", "torchvision", "tqdm",
         "yaml", extra="train",

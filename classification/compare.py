@@ -7,25 +7,27 @@ a GPU, which one small student leaves idle, the seeds are trained side by side a
 
 from __future__ import annotations
 
-import argparse
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 import yaml
 from fvcore.common.config import CfgNode
 
-from classification.config import CONFIGS, config_arguments, load_config, teacher_name
+from classification.arguments import compare_parser
+from classification.config import CONFIGS, default_config, load_config, teacher_name
 from classification.data import Batch
+from classification.pair import pair_settings
 from classification.run import prepare_trainers
 from classification.sweep import run_side_by_side
 from classification.teacher import ImageSets, Lessons, StepInputs
 from classification.trainer import Trainer
 from pcka.distributed import rank
+from pcka.engine.arguments import take_pairs
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.comparison import HOW_TO_READ, Comparison
 from pcka.engine.config import ConfigError, read_tree
@@ -41,6 +43,9 @@ from pcka.engine.curves import plot_gradients
 from pcka.engine.launch import is_first, process_group
 from pcka.engine.progress import console_log
 from pcka.engine.run_folder import read_metrics, remove_temporaries
+
+if TYPE_CHECKING:  # --help does not wait for it
+    import torch
 
 logger = logging.getLogger("pcka")
 
@@ -86,7 +91,7 @@ def read_variants(path: str | Path) -> dict[str, Variant]:
 
 
 def compare(
-    config_file: Path,
+    config_file: Path | Mapping[str, object],
     methods: Sequence[str],
     seeds: Sequence[int],
     output: Path,
@@ -99,7 +104,7 @@ def compare(
     """Train each method with each seed into ``output/<method>/seed<seed>``, and compare them.
 
     Args:
-        config_file: data, student and teacher.
+        config_file: data, student and teacher, or their settings by dotted keys.
         methods: names of method files or of variants; the first is what the others are compared
             with.
         seeds: of the students' start, order and augmentation.
@@ -311,30 +316,17 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
     Raises:
         TrainingFailedError: every run failed.
     """
-    parser = config_arguments("Train several methods with several seeds, and compare them.")
-    compared = parser.add_mutually_exclusive_group(required=True)
-    compared.add_argument("--methods", nargs="+", metavar="M", help="names that --list prints")
-    compared.add_argument(
-        "--variants", type=Path, metavar="F", help="YAML file of methods with settings of their own"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
-    parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
-    parser.add_argument(
-        "--together", type=_positive, default=8, metavar="N", help="students trained side by side"
-    )
-    parser.add_argument("--no-costs", action="store_true", help="do not measure what steps cost")
-    # KEY VALUE pairs may follow the lists, which would swallow them: they come after "--".
-    given = parser.parse_args(arguments)
-    if keys := [word for word in given.methods or () if "." in word]:
-        parser.error(f"{keys[0]} is no method; KEY VALUE pairs come last, behind a --")
+    words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
+    given = compare_parser().parse_intermixed_args(words)
+    overrides = [*pairs, *given.overrides]
     with console_log():
         variants = read_variants(given.variants) if given.variants else {}
         comparison = compare(
-            Path(given.config_file),
+            pair_settings(given, overrides)[0],
             given.methods or list(variants),
             given.seeds,
             given.output,
-            given.overrides,
+            overrides,
             variants=variants,
             together=given.together,
             costs=not given.no_costs,
@@ -344,12 +336,6 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
     if not comparison.results:
         raise TrainingFailedError("no run came to a result; the reasons stand below the table")
     return comparison
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
+from classification.catalog import CONFIGS as CONFIGS  # for those who import it from here
+from classification.catalog import method_files
 from classification.data import check_name
 from classification.solver import check_solver
 from pcka.engine.config import (
@@ -21,8 +22,6 @@ from pcka.engine.config import (
     read_leaves,
 )
 from pcka.engine.distill import changed_settings, check_methods, merge_settings
-
-CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -81,18 +80,20 @@ def default_config() -> CfgNode:
             "KWARGS": CfgNode(),  # keywords of the model's constructor, beside the classes
             "LOGITS": "",  # key of the logits in what the model returns; "": found by themselves
             "WEIGHTS": "",  # checkpoint to start from; "": a random start from SEED
+            "BN_MOMENTUM": 0.0,  # weight of a batch in batch norm's statistics; 0: the model's own
             "PIXEL_MEAN": IMAGENET_MEAN,  # of the student's input, for pixels in [0, 1]
-            "PIXEL_STD": IMAGENET_STD,
+            "PIXEL_STD": IMAGENET_STD,  # likewise, their deviations
         }
     )
     cfg.TEACHER = CfgNode(
         {
-            "NAME": "",  # likewise; "": no teacher
-            "KWARGS": CfgNode(),
-            "LOGITS": "",
+            "NAME": "",  # as the student's; "": no teacher
+            "KWARGS": CfgNode(),  # as the student's
+            "LOGITS": "",  # as the student's
             "WEIGHTS": "",  # the teacher's checkpoint
+            "BN_MOMENTUM": 0.0,  # of its training, as the student's
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
-            "PIXEL_STD": IMAGENET_STD,
+            "PIXEL_STD": IMAGENET_STD,  # likewise, their deviations
             "ACCURACY": 0.0,  # on the evaluation images, percent; one 2 points worse stops the run
             "TRAIN": False,  # with empty WEIGHTS: train the teacher first (CE), keep it for reuse
             "EPOCHS": 240,  # of that training; all else as in SOLVER
@@ -165,14 +166,15 @@ HARMLESS_KEYS = (
 
 
 def load_config(
-    config_file: str | Path | None = None,
+    config_file: str | Path | Mapping[str, object] | None = None,
     overrides: Sequence[str] = (),
     method: str = "",
 ) -> CfgNode:
     """Return the frozen configuration: defaults, the file (and its ``_BASE_``), overrides.
 
     Args:
-        config_file: YAML file of plain values; a tag that would run code is refused.
+        config_file: YAML file of plain values (a tag that would run code is refused), or the values
+            that it would hold, by their dotted keys.
         method: name of a file in the folder ``methods`` beside the configuration file, or else in
             ``configs/classification/methods``. It says which losses are summed, whatever the
             configuration file says, and their settings, where the configuration file does not.
@@ -183,15 +185,18 @@ def load_config(
             type than the default, or values that contradict each other.
     """
     cfg = default_config()
+    proposed = config_file if isinstance(config_file, Mapping) else {}
+    path = None if isinstance(config_file, Mapping) else config_file
     if method:
-        path = method_file(method, config_file)
-        merge_settings(cfg, read_leaves(path), str(path))
-    if config_file is not None:
-        of_file = read_leaves(config_file)
+        of_method = method_file(method, path)
+        merge_settings(cfg, read_leaves(of_method), str(of_method))
+    if path is not None:
+        of_file = read_leaves(path)
         if method:
             of_file.pop("DISTILL.METHODS", None)
-            _refuse_saved(of_file, source=str(config_file))
-        merge_settings(cfg, of_file, str(config_file))
+            _refuse_saved(of_file, source=str(path))
+        merge_settings(cfg, of_file, str(path))
+    merge_settings(cfg, proposed, "the proposed settings")
     merge_settings(cfg, dict(pairs_of(overrides)), "the command line")
     _check(cfg)
     cfg.freeze()
@@ -218,12 +223,6 @@ def method_file(method: str, config_file: str | Path | None = None) -> Path:
     if method not in known:
         raise ConfigError(f"method: no method is called {method!r}; {near_names(method, known)}")
     return known[method]
-
-
-def method_files(config_file: str | Path | None = None) -> dict[str, Path]:
-    """Return name -> file of all methods; those beside the configuration file come first."""
-    folders = [CONFIGS] if config_file is None else [CONFIGS, Path(config_file).parent]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("methods/*.yaml"))}
 
 
 def config_from_text(text: str) -> CfgNode:
@@ -273,6 +272,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.WORKERS": (0, None),
     "DATA.RESIZE": (0, None),
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
+    "STUDENT.BN_MOMENTUM": (0, 1),
+    "TEACHER.BN_MOMENTUM": (0, 1),
     "TEACHER.ACCURACY": (0, 100),
     "TEACHER.OUTPUTS_GB": (0, None),
     "TEACHER.SEED": (0, 2**64 - 1),
@@ -391,46 +392,3 @@ def teachers_of(cfg: CfgNode) -> list[CfgNode]:
 def teacher_name(cfg: CfgNode) -> str:
     """Return the teacher's name, or the names of all teachers."""
     return " + ".join([cfg.TEACHER.NAME, *(other["NAME"] for other in cfg.TEACHER.OTHERS)])
-
-
-def config_arguments(description: str) -> argparse.ArgumentParser:
-    """Return a parser of ``--config-file F [KEY VALUE ...]``; use ``parse_intermixed_args``.
-
-    ``--list`` prints the configurations and methods that there are, and ends.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config-file", metavar="F", required=True, help="YAML configuration")
-    parser.add_argument("--list", action=_List, help="print the configurations and methods")
-    parser.add_argument(
-        "overrides", metavar="KEY VALUE", nargs="*", help="keys that override the file's"
-    )
-    return parser
-
-
-class _List(argparse.Action):
-    """Prints the catalog and ends, as ``--help`` does."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(catalog())
-        parser.exit()
-
-
-def catalog() -> str:
-    """Return the configuration files and the methods, a line each."""
-    runs = sorted(
-        path
-        for path in CONFIGS.rglob("*.yaml")
-        if path.parent != CONFIGS and path.parent.name != "methods" and path.stem != "base"
-    )
-    lines = ["Configurations (--config-file F):"]
-    lines += [f"  configs/classification/{path.relative_to(CONFIGS)}" for path in runs]
-    lines += ["", "Methods (--method M, on any of them):"]
-    lines += [f"  {name:16s} {_headline(path)}" for name, path in method_files().items()]
-    return "\n".join(lines)
-
-
-def _headline(path: Path) -> str:
-    return path.read_text().partition("\n")[0].removeprefix("# ")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from classification.arguments import demo_parser
 from classification.compare import compare
 from classification.config import CONFIGS
 from pcka.engine.command import run_command
@@ -30,10 +30,9 @@ def run_demo(output: Path, overrides: Sequence[str] = (), seeds: Sequence[int] =
 
 def main(arguments: Sequence[str] | None = None) -> str:
     """Run the demo into the folder of the arguments; print and return the table."""
-    parser = argparse.ArgumentParser(description="Compare distillation methods on digits.")
-    parser.add_argument("output", nargs="?", type=Path, default=Path("output/demo"))
+    given = demo_parser().parse_args(arguments)
     with console_log():
-        table = run_demo(parser.parse_args(arguments).output)
+        table = run_demo(given.output)
     print(table)
     return table
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from classification.config import config_arguments, load_config, teachers_of
-from classification.data import load_evaluation_set, pixel_statistics
+from classification.arguments import evaluate_parser
+from classification.batch_norm import recalibrate
+from classification.config import default_config, load_config, teachers_of
+from classification.data import load_evaluation_set, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import (
     Classifier,
@@ -17,19 +22,30 @@ from classification.models import (
     settings_of,
 )
 from classification.teacher import as_one
+from pcka.checkpoint import save_student
+from pcka.engine.arguments import take_pairs
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.environment import choose_device
 from pcka.engine.progress import console_log
 
+logger = logging.getLogger("pcka")
 
-def evaluate(cfg: CfgNode, *, role: str = "student", weights: str = "") -> dict[str, float]:
+
+def evaluate(
+    cfg: CfgNode, *, role: str = "student", weights: str = "", recalibrated: int = 0
+) -> dict[str, float]:
     """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
 
     Args:
         cfg: says the data, and the model and its pixel statistics in STUDENT or TEACHER.
         role: "student" or "teacher", several of them as one.
         weights: checkpoint of the (first) model; "" takes the section's WEIGHTS.
+        recalibrated: estimate batch norm's running statistics anew on so many training images,
+            and write the model beside ``weights`` as ``<name>_recalibrated.pth``; 0: as it is.
+
+    Raises:
+        ConfigError: no model or no weights, or several teachers to recalibrate.
     """
     device = choose_device(cfg.DEVICE)
     sections = [cfg[role.upper()]]
@@ -37,10 +53,31 @@ def evaluate(cfg: CfgNode, *, role: str = "student", weights: str = "") -> dict[
         sections = [one.TEACHER for one in teachers_of(cfg)]
     for section in sections:
         _check_weights(section, role, weights)
-    data = load_evaluation_set(cfg).to(device)
-    models = [_model(section, role, weights, len(data.classes)) for section in sections]
-    model = as_one(cfg, models).to(device)
-    return accuracy(model, pixel_statistics(sections[0]).to(device), data)
+    if not recalibrated:
+        data = load_evaluation_set(cfg).to(device)
+        models = [_model(section, role, weights, len(data.classes)) for section in sections]
+        model = as_one(cfg, models).to(device)
+        return accuracy(model, pixel_statistics(sections[0]).to(device), data)
+    if len(sections) > 1:
+        raise ConfigError(
+            "--recalibrate-bn: takes one model, there are several teachers; name one by --weights"
+        )
+    return _recalibrated(cfg, role, weights, recalibrated)
+
+
+def _recalibrated(cfg: CfgNode, role: str, weights: str, images: int) -> dict[str, float]:
+    """Recalibrate a model on so many images, write it, and return its accuracies."""
+    device, section = choose_device(cfg.DEVICE), cfg[role.upper()]
+    train_set, data = (one.to(device) for one in load_image_sets(cfg))
+    model = _model(section, role, weights, len(data.classes)).to(device)
+    pixels = pixel_statistics(section).to(device)
+    logger.info("as it is: %s", told(accuracy(model, pixels, data)))
+    recalibrate(model, pixels, train_set, cfg, images)
+    path = Path(weights or section.WEIGHTS or section.NAME.rpartition("/")[2])
+    path = path.with_name(f"{path.stem}_recalibrated.pth")
+    save_student(model, path)
+    logger.info("recalibrated: %s", path)
+    return accuracy(model, pixels, data)
 
 
 def _check_weights(section: CfgNode, role: str, weights: str) -> None:
@@ -59,16 +96,21 @@ def _model(section: CfgNode, role: str, weights: str, classes: int) -> Classifie
     return named_model(section.NAME, classes, **given)
 
 
+def told(result: dict[str, float]) -> str:
+    """The accuracies in a line."""
+    return "  ".join(f"{name} {value:.2f} %" for name, value in result.items())
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Evaluate as the arguments say; print and return the accuracies."""
-    parser = config_arguments("Evaluate a classifier on the evaluation images of a configuration.")
-    parser.add_argument("--weights", default="", metavar="W", help="checkpoint of the model")
-    parser.add_argument("--role", choices=("student", "teacher"), default="student")
-    given = parser.parse_intermixed_args(arguments)
-    cfg = load_config(given.config_file, given.overrides)
+    words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
+    given = evaluate_parser().parse_intermixed_args(words)
+    cfg = load_config(given.config_file, [*pairs, *given.overrides])
     with console_log():
-        result = evaluate(cfg, role=given.role, weights=given.weights)
-    print("  ".join(f"{name} {value:.2f} %" for name, value in result.items()))
+        result = evaluate(
+            cfg, role=given.role, weights=given.weights, recalibrated=given.recalibrate_bn
+        )
+    print(told(result))
     return result
 
 

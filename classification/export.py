@@ -8,30 +8,40 @@ of any size.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
-from classification.config import config_arguments, load_config
-from classification.data import pixel_statistics
+from classification.arguments import EXPORTED, export_parser
+from classification.batch_norm import recalibrate
+from classification.config import default_config, load_config
+from classification.data import load_image_sets, pixel_statistics
 from classification.models import load_classifier, named_model, settings_of, without_weights
 from classification.models.taps import with_stages
 from pcka.checkpoint import extract_state_dict, optional_package, save_student
+from pcka.engine.arguments import take_pairs
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
-from pcka.files import SAFETENSORS, CheckpointError, atomic_write, load_file
+from pcka.files import CheckpointError, atomic_write, load_file
+
+if TYPE_CHECKING:  # --help does not wait for it
+    from torch import nn
 
 ONNX = ".onnx"
-FORMATS = (".pth", SAFETENSORS, ONNX)
 EXAMPLE_BATCH = 2  # not 1, which torch.export would take for a constant
 
 
 def export_student(
-    cfg: CfgNode, weights: str, output: str | Path, *, with_normalization: bool = False
+    cfg: CfgNode,
+    weights: str,
+    output: str | Path,
+    *,
+    with_normalization: bool = False,
+    recalibrated: int = 0,
 ) -> Path:
     """Write the student with the weights of a checkpoint as ``output``; return its path.
 
@@ -39,8 +49,9 @@ def export_student(
         cfg: STUDENT says the model and its pixel statistics, DATA.IMAGE_SIZE the side of the
             graph's images. DATA.NUM_CLASSES 0 takes as many classes as the checkpoint has.
         weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
-        output: file of one of ``FORMATS``, written atomically.
+        output: file of one of ``EXPORTED``, written atomically.
         with_normalization: the graph begins with the student's pixel normalisation.
+        recalibrated: estimate batch norm's running statistics anew on so many training images.
 
     Raises:
         ConfigError: another format, a normalisation without a graph, or a number of classes that
@@ -49,8 +60,8 @@ def export_student(
         ValueError: weights that do not fill the student.
     """
     output = Path(output)
-    if output.suffix not in FORMATS:
-        raise ConfigError(f"output: expected a file of {', '.join(FORMATS)}, got {str(output)!r}")
+    if output.suffix not in EXPORTED:
+        raise ConfigError(f"output: expected a file of {', '.join(EXPORTED)}, got {str(output)!r}")
     if with_normalization and output.suffix != ONNX:
         raise ConfigError(
             f"with_normalization: weights alone hold no normalisation, got {str(output)!r}; "
@@ -59,11 +70,13 @@ def export_student(
     classes = cfg.DATA.NUM_CLASSES or _classes_of(cfg, weights)
     settings = settings_of(cfg.STUDENT)
     student = load_classifier(cfg.STUDENT.NAME, weights, classes, role="student", **settings)
+    if recalibrated:
+        train_set, _ = load_image_sets(cfg)
+        recalibrate(student, pixel_statistics(cfg.STUDENT), train_set, cfg, recalibrated)
     if output.suffix != ONNX:
         save_student(student, output)
         return output
-    pixels = pixel_statistics(cfg.STUDENT) if with_normalization else nn.Identity()
-    content = _onnx_graph(nn.Sequential(OrderedDict(pixels=pixels, model=student)).eval(), cfg)
+    content = _onnx_graph(student, cfg, with_normalization)
     atomic_write(lambda file: file.write(content), output)
     return output
 
@@ -87,10 +100,15 @@ def _classes_of(cfg: CfgNode, weights: str) -> int:
     return len(state[classifier])
 
 
-def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
+def _onnx_graph(student: nn.Module, cfg: CfgNode, with_normalization: bool) -> bytes:
     """Return the serialised graph: ``images`` (batch, 3, S, S) -> ``logits`` (batch, classes)."""
+    import torch
+    from torch import nn
+
     for package in ("onnx", "onnxscript"):
         optional_package(package)
+    pixels = pixel_statistics(cfg.STUDENT) if with_normalization else nn.Identity()
+    model = nn.Sequential(OrderedDict(pixels=pixels, model=student)).eval()
     side = cfg.DATA.IMAGE_SIZE
     program = torch.onnx.export(
         model,
@@ -107,18 +125,15 @@ def _onnx_graph(model: nn.Module, cfg: CfgNode) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Export as the arguments say; return the file's path."""
-    parser = config_arguments("Export the student of a configuration.")
-    parser.add_argument("--weights", metavar="W", required=True, help="checkpoint of the student")
-    parser.add_argument("--output", metavar="OUT", required=True, help=" | ".join(FORMATS))
-    parser.add_argument(
-        "--with-normalization",
-        action="store_true",
-        help=f"{ONNX}: the graph takes pixels in [0, 1] instead of normalised ones",
-    )
-    given = parser.parse_intermixed_args(arguments)
-    cfg = load_config(given.config_file, given.overrides)
+    words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
+    given = export_parser().parse_intermixed_args(words)
+    cfg = load_config(given.config_file, [*pairs, *given.overrides])
     path = export_student(
-        cfg, given.weights, given.output, with_normalization=given.with_normalization
+        cfg,
+        given.weights,
+        given.output,
+        with_normalization=given.with_normalization,
+        recalibrated=given.recalibrate_bn,
     )
     print(f"{path}: {cfg.STUDENT.NAME}, {path.stat().st_size / 1e6:.2f} MB")
     return path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from fvcore.common.config import CfgNode
 
+from classification.batch_norm import set_momentum
 from classification.config import (
     changed_keys,
     config_from_text,
@@ -331,9 +332,12 @@ def _load_state(cfg: CfgNode, path: Path) -> dict:
     except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
         raise refusal(path, f"its configuration cannot be read ({error})") from error
     if changed := changed_keys(of_saved, cfg):
+        way_out = "continue it with its config.yaml, or choose another OUTPUT_DIR"
+        if "SOLVER.EPOCHS" in changed and cfg.SOLVER.EPOCHS > of_saved.SOLVER.EPOCHS:
+            way_out += _prolonged(of_saved, cfg)
         raise ConfigError(
             f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
-            f"{', '.join(changed)}; continue it with its config.yaml, or choose another OUTPUT_DIR"
+            f"{', '.join(changed)}; {way_out}"
         )
     if saved["epoch"] > cfg.SOLVER.EPOCHS:
         raise ConfigError(
@@ -341,6 +345,18 @@ def _load_state(cfg: CfgNode, path: Path) -> dict:
             f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
         )
     return saved
+
+
+def _prolonged(old: CfgNode, new: CfgNode) -> str:
+    """How a student is trained on whose schedule has come to its end."""
+    last = Path(new.OUTPUT_DIR) / "model_last.pth"
+    solver = old.SOLVER
+    return (
+        f". Its rates depend on SOLVER.EPOCHS; to train on from its last weights give, without "
+        f"--resume, STUDENT.WEIGHTS {last} OUTPUT_DIR {new.OUTPUT_DIR}-further SOLVER.EPOCHS "
+        f"{new.SOLVER.EPOCHS - solver.EPOCHS} SOLVER.BASE_LR {solver.BASE_LR / 10:g} "
+        "SOLVER.WARMUP_EPOCHS 0 DISTILL.WARMUP 0"
+    )
 
 
 def _result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
@@ -383,6 +399,8 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
         student = load_classifier(name, weights, classes, role="student", **settings)
     else:
         student = named_model(name, classes, role="student", **settings)
+    if cfg.STUDENT.BN_MOMENTUM:
+        set_momentum(student, cfg.STUDENT.BN_MOMENTUM)
     student = with_stages(student, cfg.DATA.IMAGE_SIZE)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     return student.to(memory_format=layout)

@@ -64,7 +64,8 @@ DETERMINING = (
 DETERMINING_SECTIONS = ("STUDENT.", "SOLVER.")
 # Those of them that came later: where they say nothing, a teacher is known by what it was.
 SINCE = (
-    "STUDENT.KWARGS", "STUDENT.LOGITS", "SOLVER.ACCUMULATE", "SOLVER.OPTIMIZER", "SOLVER.BETAS",
+    "STUDENT.KWARGS", "STUDENT.LOGITS", "STUDENT.BN_MOMENTUM",
+    "SOLVER.ACCUMULATE", "SOLVER.OPTIMIZER", "SOLVER.BETAS",
     "SOLVER.EPS", "SOLVER.DECAY_NORMS_AND_BIASES", "SOLVER.CLIP_GRADIENTS", "SOLVER.MIN_LR",
     "SOLVER.ONECYCLE_RISE", "SOLVER.ONECYCLE_DIV", "SOLVER.ONECYCLE_FINAL_DIV", "SOLVER.EMA_DECAY",
     "DATA.RANDAUGMENT", "DATA.ERASING", "DATA.MIXUP", "DATA.CUTMIX",
@@ -265,7 +266,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.defrost()
     run.SOLVER.EPOCHS = cfg.TEACHER.EPOCHS
     run.SOLVER.EMA_DECAY = 0.0  # it teaches with the weights that were trained
-    for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD"):
+    for key in ("NAME", "KWARGS", "LOGITS", "BN_MOMENTUM", "PIXEL_MEAN", "PIXEL_STD"):
         run.STUDENT[key] = cfg.TEACHER[key]
     determining = {
         key: value

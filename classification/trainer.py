@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.average import AveragedStudent
+from classification.batch_norm import lagging
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.augmentation import augmented_batches
 from classification.data.batches import PROCESS_STREAM, stream_seed
@@ -41,7 +42,7 @@ from pcka.engine.random_state import (
     restore_random_state,
     seed_everything,
 )
-from pcka.engine.run_folder import CHECKPOINT, RunFolder
+from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
@@ -109,6 +110,7 @@ class Trainer:
             self.update, self.changed_tensors, kind=lambda: self.kind, obstacle=self.obstacle
         )
         self._saved_epoch = 0
+        self._told_of_chance = False
         self._terms: tuple[str, ...] = ()
 
     def train(self) -> None:
@@ -283,6 +285,8 @@ class Trainer:
             **self._gradients, **figures
         }  # fmt: skip
         self.files.add_metrics(record)
+        if evaluated and not self._told_of_chance:
+            self._tell_of_chance(self.files, record["accuracy"])
         is_best = self.best["best_epoch"] == self.epoch
         # After the first epoch, too, and with the best one: what is there can be gone on from.
         if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
@@ -297,6 +301,12 @@ class Trainer:
         files.save_last(self.distiller.student)
         if self.average is not None:
             files.save_average(self.average.model)
+
+    def _tell_of_chance(self, files: RunFolder, top1: float) -> None:
+        losses = [record["loss_total"] for record in read_metrics(files.metrics)]
+        for doubt in lagging(self.distiller.student, self.evaluation_set, top1, losses):
+            files.logger.warning(doubt)
+            self._told_of_chance = True
 
     def _due(self, every: int) -> bool:
         """Whether what is done every so many epochs, and after the last one, is to be done."""

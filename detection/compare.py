@@ -6,7 +6,6 @@ one seed share the start of what they have in common and the order of the images
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,9 +15,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detection.config import PROJECT, load_config
+from detection.arguments import compare_parser
+from detection.config import PROJECT, detection_config, load_config
 from detection.data.register import name_own_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT
+from pcka.engine.arguments import take_pairs
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.comparison import HOW_TO_READ, Comparison
 from pcka.engine.config import ConfigError
@@ -201,23 +202,13 @@ def _read_result(path: Path) -> Metrics:
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:
     """Compare as the arguments say; print the table."""
-    parser = argparse.ArgumentParser(description="Train several detectors, and compare them.")
-    parser.add_argument("--config-files", nargs="+", type=Path, required=True, metavar="F")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
-    parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
-    parser.add_argument(
-        "--launcher",
-        default=shlex.quote(sys.executable),
-        help="what starts a training, e.g. 'torchrun --nproc-per-node 8'",
-    )
-    # KEY VALUE pairs may follow the lists, which would swallow them: they come after "--".
-    parser.add_argument("overrides", metavar="KEY VALUE", nargs="*")
-    given = parser.parse_args(arguments)
+    words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, detection_config())
+    given = compare_parser().parse_intermixed_args(words)
     comparison = compare(
         given.config_files,
         given.seeds,
         given.output,
-        given.overrides,
+        [*pairs, *given.overrides],
         launcher=shlex.split(given.launcher),
     )
     print(comparison.markdown())

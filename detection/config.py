@@ -32,46 +32,72 @@ def detection_config() -> CfgNode:
     """
     cfg = get_cfg()
     cfg.IMPORTS = []  # modules that register parts of your own
-    cfg.DATASETS.COCO_TRAIN = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
-    cfg.DATASETS.COCO_TEST = CfgNode({"NAME": "", "JSON": "", "IMAGES": ""})
-    for name in ("VOC", "YOLO"):  # ROOT: the folder; of YOLO also its data.yaml
-        cfg.DATASETS[f"{name}_TRAIN"] = CfgNode({"NAME": "", "ROOT": "", "SPLIT": "train"})
-        cfg.DATASETS[f"{name}_TEST"] = CfgNode({"NAME": "", "ROOT": "", "SPLIT": "val"})
-    cfg.DATASETS.DIGITS = CfgNode(
-        {"ROOT": "output/digits_scenes", "SIDE": 512, "TRAIN_IMAGES": 150, "TEST_IMAGES": 40}
+    cfg.DATASETS.COCO_TRAIN = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "JSON": "",  # annotations in COCO's format; they take the place of DATASETS.TRAIN
+            "IMAGES": "",  # folder of its images
+        }
     )
-    # Of the backbone "build_p6p7_resnet_fpn_backbone": what P6 is made from, and whether a ReLU
-    # stands between P6 and P7.
-    cfg.MODEL.FPN.P6P7 = CfgNode({"IN_FEATURE": "res5", "RELU": True})
+    cfg.DATASETS.COCO_TEST = CfgNode(
+        {
+            "NAME": "",  # as above, of the images to evaluate on
+            "JSON": "",  # likewise; they take the place of DATASETS.TEST
+            "IMAGES": "",  # likewise
+        }
+    )
+    for name in ("VOC", "YOLO"):
+        for purpose, split in (("TRAIN", "train"), ("TEST", "val")):
+            cfg.DATASETS[f"{name}_{purpose}"] = CfgNode(
+                {
+                    "NAME": "",  # what the set is to be called; "": there is none
+                    "ROOT": "",  # its folder; of YOLO also its data.yaml
+                    "SPLIT": split,  # the part of it
+                }
+            )
+    cfg.DATASETS.DIGITS = CfgNode(
+        {
+            "ROOT": "output/digits_scenes",  # where the scenes of handwritten digits are drawn
+            "SIDE": 512,  # of a scene, pixels
+            "TRAIN_IMAGES": 150,  # scenes to train on
+            "TEST_IMAGES": 40,  # scenes to evaluate on
+        }
+    )
+    cfg.MODEL.FPN.P6P7 = CfgNode(
+        {
+            "IN_FEATURE": "res5",  # build_p6p7_resnet_fpn_backbone: what P6 is made from
+            "RELU": True,  # of that backbone: a ReLU between P6 and P7
+        }
+    )
     cfg.MODEL.FCOS = CfgNode(
         {
-            "NUM_CLASSES": 80,
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
-            "NUM_CONVS": 4,
-            "NORM": "GN",
-            "PRIOR_PROB": 0.01,
-            "CENTER_SAMPLING_RADIUS": 1.5,
-            "FOCAL_LOSS_ALPHA": 0.25,
-            "FOCAL_LOSS_GAMMA": 2.0,
-            "SCORE_THRESH_TEST": 0.2,
-            "NMS_THRESH_TEST": 0.6,
-            "TOPK_CANDIDATES_TEST": 1000,
+            "NUM_CLASSES": 80,  # of the data, without background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
+            "NUM_CONVS": 4,  # convolutions of each branch of the head
+            "NORM": "GN",  # of these; "": none
+            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
+            "CENTER_SAMPLING_RADIUS": 1.5,  # strides about a box's centre that belong to it
+            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects beside background
+            "FOCAL_LOSS_GAMMA": 2.0,  # how much less the easy places count
+            "SCORE_THRESH_TEST": 0.2,  # least score of a detection
+            "NMS_THRESH_TEST": 0.6,  # overlap beyond which the weaker one of two goes
+            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
         }
     )
     cfg.DISTILL = CfgNode(
         {
             "STUDENT": "",  # meta-architecture of the student; MODEL.* describes it
-            "METHODS": ["PCKA"],
+            "METHODS": ["PCKA"],  # the losses that are summed
             "LEVELS": [],  # "p3" or "p3:p2" (student:teacher); [] means the first four
             "INHERIT": [],  # prefixes of the teacher's weights that the student starts from
             "LOG_PERIOD": 20,  # steps between logged alignments and gradients of the levels
             "TEACHER": {
                 "CONFIG_FILE": "",  # a file, or a name of detectron2's model zoo
-                "OPTS": [],
+                "OPTS": [],  # KEY VALUE pairs that override that file's
                 "WEIGHTS": "",  # a file or URL; "model_zoo": what the zoo trained with that file
                 "RANDOM_WEIGHTS": False,  # allow an untrained teacher (tests, timings)
                 "AUTOCAST": "",  # of the teacher: "bfloat16", "float32"; "": as the student
-                "CHANNELS_LAST": False,
+                "CHANNELS_LAST": False,  # memory format of the teacher
             },
         }
     )

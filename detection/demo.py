@@ -8,10 +8,10 @@ make a comparison of it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from detection.arguments import demo_parser
 from detection.checkpoint import load_weights
 from detection.compare import CONFIG, WEIGHTS, compare, train
 from detection.config import PROJECT, build_student, load_config
@@ -26,12 +26,7 @@ DROPS = (0.7, 0.9)  # of the steps, after which the learning rate falls to a ten
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing; write the comparison and the pictures, and print it."""
-    parser = argparse.ArgumentParser(description="Distil a detector on scenes of digits.")
-    parser.add_argument("--methods", nargs="+", default=["student", "pcka"], help="configurations")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=150, help="of a student; a teacher has twice")
-    parser.add_argument("--output", type=Path, default=Path("output/detection"))
-    given, overrides = parser.parse_known_args(arguments)
+    given, overrides = demo_parser().parse_known_args(arguments)
     output = given.output / f"steps{given.steps}"  # what is trained for longer is another run
     teacher = output / "teacher"
     longer = [*_schedule(TEACHER_FACTOR * given.steps), *overrides]

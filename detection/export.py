@@ -6,13 +6,17 @@ The folder then holds ``model.pth``, the student's weights alone, and its config
 
 from __future__ import annotations
 
-import argparse
+import detection  # noqa: F401  (answers --help, before what takes seconds to import)
+
+# isort: split
+
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import OmegaConf
 
+from detection.arguments import export_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config, student_architecture
 from detection.fcos import lazy_fcos
@@ -101,12 +105,7 @@ def _copy_known(source: CfgNode, target: CfgNode) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Export as the arguments say; return the configuration's path."""
-    parser = argparse.ArgumentParser(description="Export a student for plain detectron2.")
-    parser.add_argument("--config-file", metavar="F", required=True)
-    parser.add_argument("--weights", metavar="W", required=True, help="a checkpoint of the run")
-    parser.add_argument("--output", metavar="DIR", required=True)
-    parser.add_argument("overrides", metavar="KEY VALUE", nargs="*")
-    given = parser.parse_intermixed_args(arguments)
+    given = export_parser().parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
     path = export_student(cfg, given.weights, Path(given.output))
     print(f"{path.parent / WEIGHTS} and {path}: plain detectron2 loads both")

@@ -26,7 +26,7 @@ def run(
 
     Args:
         main: what every process does.
-        arguments: of detectron2's ``default_argument_parser``.
+        arguments: of ``detection.arguments.train_parser``.
         on_gpus: the processes train on GPUs, not on CPUs.
 
     Raises:

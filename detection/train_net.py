@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import detection  # answers --help, before what takes seconds to import
+
+# isort: split
+
 import argparse
 import json
 import math
@@ -13,12 +17,12 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: F401  (registers its paths)
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
-from torch.distributed.elastic.multiprocessing.errors import record
 
 import detection.fcos
 import detection.meta_arch  # noqa: F401  (both register themselves)
+from detection.arguments import train_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config
 from detection.data import register_datasets
@@ -36,7 +40,7 @@ from pcka.engine.run_folder import remove_temporaries, write_text
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train or evaluate as the arguments say; return COCO's metrics by task."""
-    given = default_argument_parser().parse_args(arguments)
+    given = train_parser().parse_intermixed_args(arguments)
     if not given.config_file:
         raise ConfigError("--config-file: expected a YAML file, got none")
     device = usable_device(load_config(given.config_file, given.opts).MODEL.DEVICE)
@@ -109,5 +113,5 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run_command(
-        record(main), interrupted="the same command with --resume goes on after the last checkpoint"
+        main, interrupted="the same command with --resume goes on after the last checkpoint"
     )

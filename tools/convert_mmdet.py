@@ -9,7 +9,6 @@ weight has to fit.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import WeightsError
 from detection.config import load_config
 from pcka.checkpoint import compare_shapes, extract_state_dict
+from pcka.engine.arguments import command_parser
 from pcka.engine.command import run_command
 from pcka.files import atomic_save, load_file
 
@@ -120,7 +120,7 @@ def beyond_weights(cfg: CfgNode) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert as the arguments say."""
-    parser = argparse.ArgumentParser(description="mmdet's weights for a detectron2 teacher.")
+    parser = command_parser("mmdet's weights for a detectron2 teacher.")
     parser.add_argument("--config-file", metavar="F", required=True, help="the teacher's")
     parser.add_argument("--weights", metavar="X", required=True, help="mmdet's checkpoint")
     parser.add_argument("--output", metavar="Y", required=True, help="detectron2's checkpoint")

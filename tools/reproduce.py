@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
-from torch.distributed.elastic.multiprocessing.errors import record
 
+from pcka.engine.arguments import command_parser
 from pcka.engine.command import TrainingFailedError, run_command
 from pcka.engine.config import ConfigError, near_names
 from pcka.engine.progress import console_log
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="The paper's tables as runs.",
-        epilog="Keys of the configuration, for all runs, come last: -- KEY VALUE ...",
+    parser = command_parser(
+        "The paper's tables as runs. KEY VALUE pairs for all runs come last, behind a --.",
+        "python tools/reproduce.py table1 --launch local -- DATA.ROOT path/to/cifar",
     )
     parser.add_argument("table", metavar="TABLE", help="table1, table2, table3 or a YAML file")
     action = parser.add_mutually_exclusive_group()
@@ -177,4 +177,4 @@ def _collect(plan: Plan, task: Task) -> None:
 
 
 if __name__ == "__main__":
-    run_command(record(main), interrupted="the same command goes on where it stopped")
+    run_command(main, interrupted="the same command goes on where it stopped")

@@ -17,13 +17,13 @@ its figures say.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pcka.engine.arguments import command_parser
 from pcka.engine.command import run_command
 from pcka.engine.comparison import Comparison
 from pcka.engine.config import ConfigError
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: a table whose figures are missing, or with ``--check`` one that differs.
     """
-    parser = argparse.ArgumentParser(description="Write the docs' tables from their figures.")
+    parser = command_parser("Write the docs' tables from their figures.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
     parser.add_argument("pages", nargs="*", type=Path, default=[ROOT / page for page in PAGES])
     given = parser.parse_args(arguments)

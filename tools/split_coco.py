@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detection.data.coco_file import read_coco
+from pcka.engine.arguments import command_parser
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
@@ -47,7 +47,7 @@ def _part(content: dict[str, Any], images: set[Any]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write both parts; say how large they are."""
-    parser = argparse.ArgumentParser(description="Hold out images of a file in COCO's format.")
+    parser = command_parser("Hold out images of a file in COCO's format.")
     parser.add_argument("annotations", type=Path)
     parser.add_argument("--every", type=int, default=5, metavar="N", help="each N-th image goes")
     given = parser.parse_args(arguments)

@@ -1,4 +1,7 @@
-"""Image sets with one folder per class: ROOT/train/<class>/* and ROOT/test (or val)/<class>/*."""
+"""Image sets with one folder per class: ROOT/train/<class>/* and ROOT/test (or val)/<class>/*.
+
+Without these folders ROOT/<class>/* is trained on, and DATA.HOLDOUT of it evaluated on.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,16 @@ def folder_source(data: CfgNode, split: str) -> FileSource:
         ConfigError: no such folder, no class folders, a class without images, or a folder that a
             link leads to a second time.
     """
-    folders = [Path(data.ROOT).expanduser() / name for name in FOLDERS[split]]
+    root = Path(data.ROOT).expanduser()
+    folders = [root / name for name in FOLDERS[split]]
     folder = next((path for path in folders if path.is_dir()), None)
+    if folder is None and split == "train" and not has_test_folder(data) and _has_classes(root):
+        folder = root
     if folder is None:
         raise ConfigError(
             f"DATA.ROOT: expected the folder {' or '.join(str(path) for path in folders)} with "
             "one folder of images per class in it, found none"
+            + ("; DATA.HOLDOUT N evaluates on training images" if split == "test" else "")
         )
     _refuse_second_visits(folder)
     try:
@@ -46,6 +53,16 @@ def folder_source(data: CfgNode, split: str) -> FileSource:
     files = FilesOnDisk(folder, np.array(names))
     labels = np.array([label for _, label in found], dtype=np.int64)
     return file_source(files, labels, classes, data.IMAGE_SIZE)
+
+
+def has_test_folder(data: CfgNode) -> bool:
+    """Whether ``DATA.ROOT`` has images to evaluate on, apart from those to train on."""
+    return any((Path(data.ROOT).expanduser() / name).is_dir() for name in FOLDERS["test"])
+
+
+def _has_classes(root: Path) -> bool:
+    """Whether images lie one folder deep, as they do not where a folder of sets is given."""
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in root.glob("*/*"))
 
 
 def _refuse_second_visits(folder: Path) -> None:

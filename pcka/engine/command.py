@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+import torch
 
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError
 from pcka.engine.launch import is_first
 from pcka.files import CheckpointError
+
+DEBUG = "--debug"
 
 
 class TrainingFailedError(RuntimeError):
@@ -21,6 +26,7 @@ TOLD: tuple[type[Exception], ...] = (
     CheckpointError,
     FolderInUseError,
     TrainingFailedError,
+    torch.OutOfMemoryError,
 )
 
 
@@ -28,23 +34,39 @@ def run_command(main: Callable[[], object], *, interrupted: str = "") -> NoRetur
     """Run a command to its exit status: 0, or 1 after an error, or 130 after Ctrl-C, as shells do.
 
     An ``OSError`` of a file and an ``ImportError`` that names what to install are told as well.
+    With ``--debug`` an error keeps its traceback. A process of torchrun's leaves its error where
+    torchrun looks for it.
 
     Args:
         main: the command.
         interrupted: how to continue work that was interrupted.
     """
     try:
-        main()
+        _recorded(main)()
     except KeyboardInterrupt:
         if is_first():
             print("\ninterrupted" + (f": {interrupted}" if interrupted else ""), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not _is_told(error):
+        if not _is_told(error) or DEBUG in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(f'{error}{_advice(error)}'.split())}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _advice(error: Exception) -> str:
+    if not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    return " What may help: a smaller batch or image, or fewer models side by side"
+
+
+def _recorded(main: Callable[[], object]) -> Callable[[], object]:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)
 
 
 def _is_told(error: Exception) -> bool:

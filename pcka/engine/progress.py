@@ -1,4 +1,4 @@
-"""How far a work is, and how fast: a bar on a terminal, elsewhere a line in the log a minute."""
+"""How far a work is, and how fast: a bar on a terminal, elsewhere a line each half minute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pcka.distributed import rank
 T = TypeVar("T")
 logger = logging.getLogger("pcka")
 
-SECONDS = 60.0  # between two lines
+SECONDS = 30.0  # between two lines
 
 
 class Progress(tqdm):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from pcka.losses.base import Context, LogitLoss, Loss, Outputs, StagewiseLoss, Term
 from pcka.losses.numerics import DegenerateLevelWarning, standardized_logits
-from pcka.losses.registry import MODULE_OF, build, defaults, names, public, register
+from pcka.losses.registry import MODULE_OF, build, defaults, described, names, public, register
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ finds the same names
     from pcka.losses.at import AT, at_loss
@@ -68,6 +68,7 @@ __all__ = [
     "Term",
     "build",
     "defaults",
+    "described",
     "names",
     "register",
     "standardized_logits",

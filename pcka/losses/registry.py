@@ -107,6 +107,18 @@ def defaults(name: str) -> dict[str, object]:
     return {keyword: parameter.default for keyword, parameter in parameters.items()}
 
 
+def described(name: str) -> tuple[str, dict[str, str]]:
+    """What the loss registered under ``name`` is, and keyword -> what it is, by its docstrings.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    from pcka.losses.documentation import keywords, summary  # few commands print them
+
+    loss = _find(name)
+    return summary(loss), keywords(loss)
+
+
 def _find(name: str) -> type[Loss]:
     if name in CLASS_OF:
         return cast(type[Loss], public(CLASS_OF[name]))

@@ -28,8 +28,8 @@ def rkd_loss(
     Args:
         student: ``(B, ...)``, flattened to ``(B, D)``, any floating dtype.
         teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
-        distance_weight: ``w_d``.
-        angle_weight: ``w_a``.
+        distance_weight: ``w_d``, factor of the distances' part.
+        angle_weight: ``w_a``, factor of the angles' part.
 
     Returns:
         A scalar: float32, or float64 for float64 input.

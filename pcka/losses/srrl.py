@@ -33,8 +33,8 @@ def srrl_loss(
         student: ``(B, D)``, brought to the teacher's width, any floating dtype.
         teacher: ``(B, D)``, same device; no gradient reaches it.
         classifier: ``(B, D)`` in float32, or in float64 for float64 input -> logits ``(B, P)``.
-        feature_weight: ``w_f``.
-        regression_weight: ``w_r``.
+        feature_weight: ``w_f``, factor of the features' part.
+        regression_weight: ``w_r``, factor of the logits' part.
 
     Returns:
         A scalar: float32, or float64 for float64 input.

@@ -1,18 +1,30 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from classification import compare, evaluate, export, train
-from classification.config import CONFIGS, catalog, config_arguments, load_config, method_files
+from classification.arguments import PARSERS, config_arguments
+from classification.catalog import CONFIGS, catalog, method_files
+from classification.config import default_config, load_config
+from classification.help_keys import all_keys
+from pcka import losses
 from pcka.engine.command import TrainingFailedError, run_command
-from pcka.engine.config import ConfigError
+from pcka.engine.config import ConfigError, flatten
 from pcka.engine.folder_lock import FolderInUseError
+from pcka.engine.help_keys import commented_keys, loss_keys
 from pcka.engine.progress import console_log
 from pcka.engine.run_folder import RunFolder
 from pcka.files import CheckpointError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("script", [train, compare, evaluate, export])
@@ -59,10 +71,9 @@ def test_overrides_may_stand_before_and_after_the_options():
     assert given.overrides == ["SEED", "1", "LOG_EVERY", "2", "DEVICE", "cpu"]
 
 
-def test_a_configuration_file_has_to_be_named(capsys):
-    with pytest.raises(SystemExit):
+def test_a_configuration_file_has_to_be_named():
+    with pytest.raises(ConfigError, match="--config-file"):
         train.main(["--method", "kd"])
-    assert "--config-file" in capsys.readouterr().err
 
 
 def test_train_takes_the_method_of_the_command_line(digits_config, monkeypatch):
@@ -94,6 +105,11 @@ def test_a_line_of_a_run_names_its_folder_on_the_console_alone(tmp_path, monkeyp
             OSError(28, "No space left", "run/x.pth"),
             "error: [Errno 28] No space left: 'run/x.pth'\n",
         ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "error: CUDA out of memory. What may help: a smaller batch or image, or fewer models "
+            "side by side\n",
+        ),
         (ImportError("pip install 'pcka[export]'"), "error: pip install 'pcka[export]'\n"),
     ],
 )
@@ -102,6 +118,12 @@ def test_what_the_user_can_mend_is_told_in_one_line(capsys, error, told):
         run_command(Mock(side_effect=error))
     assert end.value.code == 1
     assert capsys.readouterr().err == told
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
+    with pytest.raises(ConfigError, match="SEED"):
+        run_command(Mock(side_effect=ConfigError("SEED: no")))
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError("a defect"), ImportError("x")])
@@ -116,12 +138,89 @@ def test_a_command_that_went_well_ends_with_0():
     assert end.value.code == 0
 
 
-def test_keys_among_the_methods_are_told_where_they_belong(capsys):
-    with pytest.raises(SystemExit):
-        compare.main(["--config-file", "F", "--methods", "ce", "SOLVER.EPOCHS", "1"])
-    assert "SOLVER.EPOCHS is no method; KEY VALUE pairs come last, behind a --" in (
-        capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--methods", "ce", "kd", "SOLVER.EPOCHS", "1", "SEED", "4", "--seeds", "0", "1"],
+        ["SOLVER.EPOCHS", "1", "--methods", "ce", "kd", "--seeds", "0", "1", "SEED", "4"],
+        ["--seeds", "0", "1", "--methods", "ce", "kd", "--", "SOLVER.EPOCHS", "1", "SEED", "4"],
+    ],
+)
+def test_keys_may_stand_among_the_lists_of_a_comparison(monkeypatch, words):
+    given = {}
+    monkeypatch.setattr(compare, "compare", lambda *values, **_: given.setdefault("it", values))
+    with pytest.raises(AttributeError):  # there is no comparison to print
+        compare.main(["--config-file", "F", *words])
+    _, methods, seeds, _, overrides = given["it"]
+    assert (methods, seeds) == (["ce", "kd"], [0, 1])
+    assert overrides == ["SOLVER.EPOCHS", "1", "SEED", "4"]
+
+
+def test_a_comparison_takes_a_folder_and_two_names_too(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(
+        compare, "pair_settings", lambda given, overrides: ({"DATA.ROOT": given.data}, "")
     )
+    monkeypatch.setattr(compare, "compare", lambda *values, **_: given.setdefault("it", values))
+    with pytest.raises(AttributeError):
+        compare.main(["--data", "images", "--student", "resnet8", "--methods", "ce"])
+    assert given["it"][0] == {"DATA.ROOT": "images"}
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_help_has_what_there_is_and_how_it_is_typed(command):
+    text = PARSERS[command]().format_help()
+    assert "--debug" in text
+    assert "for example:" in text or command == "demo"
+    assert "(default: " in text or command == "export"  # which has none to tell
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_help_waits_for_no_library(command):
+    """What takes seconds to import is not imported."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['classification/{command}.py', '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    sys.exit(end.code or ','.join({'torch', 'matplotlib'} & sys.modules.keys()) or 0)\n"
+        "sys.exit('it went on')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "usage:" in ended.stdout
+
+
+def test_every_key_and_every_keyword_of_a_loss_is_explained():
+    text = all_keys()
+    for key in flatten(default_config()):
+        assert f"  {key} " in text
+    for name in losses.names():
+        for key in loss_keys(name):
+            assert key.text, f"{key.name}: say what it is in the docstring of the loss"
+            assert f"  {key.name} " in text
+
+
+def test_keys_are_explained_by_the_comments_behind_their_defaults():
+    texts = commented_keys(default_config)
+    assert texts["SEED"] == "of the student's start, the image order and the augmentation"
+    assert texts["DATA.IMAGE_SIZE"] == "side of the square images, pixels"
+    for key in flatten(default_config()):
+        assert texts[key], f"{key}: say what it is by a comment behind its default"
+    assert texts.keys() == flatten(default_config()).keys()
+
+
+def test_help_keys_prints_them_and_ends(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help-keys"])
+    assert not end.value.code
+    assert capsys.readouterr().out == all_keys() + "\n"
 
 
 def test_a_comparison_whose_runs_all_failed_is_an_error(monkeypatch, digits_config, capsys):

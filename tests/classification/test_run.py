@@ -136,3 +136,24 @@ def test_too_few_evaluation_images_leave_the_alignment_out_and_are_told(
         assert ("cka_stage1" in record) == followed
     told = [text for text in caplog.messages if "is not followed: it needs 4" in text]
     assert len(told) == (not followed)
+
+
+def test_a_finished_cosine_is_prolonged_as_its_refusal_says(tiny_config, tmp_path):
+    keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "cosine", "SOLVER.EPOCHS": 1}
+    run_experiment(tiny_config("ce", **keys))
+    with pytest.raises(ConfigError, match=r"other values of SOLVER\.EPOCHS; ") as refused:
+        run_experiment(tiny_config("ce", **{**keys, "SOLVER.EPOCHS": 3}), resume=True)
+    words = str(refused.value).partition("without --resume, ")[2].split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert given["SOLVER.EPOCHS"] == "2" and given["SOLVER.BASE_LR"] == "0.005"
+    result = run_experiment(tiny_config("ce", **{**keys, **given}))
+    assert result["epochs"] == 2
+    assert (tmp_path / "run-further" / "result.json").exists()
+
+
+def test_a_shorter_cosine_is_told_of_no_prolonging(tiny_config):
+    keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "cosine", "SOLVER.EPOCHS": 2}
+    run_experiment(tiny_config("ce", **keys))
+    with pytest.raises(ConfigError) as refused:
+        run_experiment(tiny_config("ce", **{**keys, "SOLVER.EPOCHS": 1}), resume=True)
+    assert "train on" not in str(refused.value)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser
 
+from detection import compare
+from detection.arguments import PARSERS, train_parser
 from detection.checkpoint import WeightsError
-from detection.config import PROJECT
+from detection.config import PROJECT, detection_config, section_defaults
 from detection.data.mapper import UnusableImageError
+from detection.help_keys import all_keys
+from pcka import losses
 from pcka.engine.command import TrainingFailedError, run_command
-from pcka.engine.config import ConfigError
+from pcka.engine.config import ConfigError, flatten
 from pcka.engine.folder_lock import FolderInUseError
+from pcka.engine.help_keys import commented_keys, loss_keys
 
 ERRORS = [ConfigError, WeightsError, FolderInUseError, UnusableImageError, TrainingFailedError]
 
@@ -44,6 +53,59 @@ def test_a_command_that_went_well_ends_with_0():
     with pytest.raises(SystemExit) as end:
         run_command(lambda: {"bbox": 1})
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_help_waits_for_no_library(command):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['detection/{command}.py', '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    sys.exit(end.code or ','.join({'torch', 'detectron2'} & sys.modules.keys()) or 0)\n"
+        "sys.exit('it went on')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ("--debug" in ended.stdout and "(default: " in ended.stdout) or command == "export"
+
+
+def test_train_takes_the_options_of_detectron2s_own_scripts():
+    theirs = default_argument_parser().parse_args([])
+    ours = train_parser().parse_args([])
+    assert vars(ours) == {**vars(theirs), "debug": False}
+    given = train_parser().parse_intermixed_args(
+        ["--config-file", "F", "SEED", "1", "--resume", "--num-gpus", "2", "OUTPUT_DIR", "x"]
+    )
+    assert given.opts == ["SEED", "1", "OUTPUT_DIR", "x"]
+    assert (given.resume, given.num_gpus, given.config_file) == (True, 2, "F")
+
+
+def test_every_key_of_this_project_is_explained():
+    texts, known = commented_keys(detection_config), flatten(get_cfg())
+    own = [key for key in flatten(detection_config()) if key not in known]
+    assert sorted(texts) == sorted(own)
+    for key in own:
+        assert texts[key], f"{key}: say what it is by a comment behind its default"
+    text = all_keys()
+    for name in losses.names():
+        for key in loss_keys(name, section_defaults):
+            assert key.text and f"  {key.name} " in text
+
+
+def test_keys_may_stand_among_the_lists_of_a_comparison(monkeypatch):
+    given = {}
+    monkeypatch.setattr(compare, "compare", lambda *values, **_: given.setdefault("it", values))
+    with pytest.raises(AttributeError):  # there is no comparison to print
+        compare.main(["--config-files", "a.yaml", "SOLVER.MAX_ITER", "2", "--seeds", "0"])
+    assert given["it"][0] == [Path("a.yaml")]
+    assert given["it"][1] == [0] and given["it"][3] == ["SOLVER.MAX_ITER", "2"]
 
 
 @pytest.mark.slow

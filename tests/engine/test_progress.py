@@ -25,12 +25,12 @@ def lines(monkeypatch, caplog):
     return run
 
 
-def test_without_a_terminal_a_line_a_minute_tells_how_far_it_is(lines):
-    assert lines(35) == ["epoch 1/3: 20 of 40 images", "epoch 1/3: 40 of 40 images"]
+def test_without_a_terminal_a_line_every_half_minute_tells_how_far_it_is(lines):
+    assert lines(18) == ["epoch 1/3: 20 of 40 images", "epoch 1/3: 40 of 40 images"]
 
 
 def test_what_is_quick_logs_nothing(lines):
-    assert lines(14) == []
+    assert lines(7) == []
 
 
 def test_other_processes_log_nothing(lines, monkeypatch):

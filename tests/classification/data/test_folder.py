@@ -81,6 +81,21 @@ def test_a_class_without_images_is_refused(root):
         load_image_sets(config(root))
 
 
+def test_class_folders_alone_are_trained_on_and_held_out_from(root):
+    train, test = load_image_sets(config(root / "train", **{"DATA.HOLDOUT": 3}))
+    assert (train.classes, train.labels.tolist()) == (("amber", "blue", "red"), [0, 1, 2])
+    assert test.labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"expected the folder .*test .*; DATA\.HOLDOUT N"):
+        load_image_sets(config(root / "train"))
+
+
+def test_a_folder_of_sets_is_no_set(root):
+    (root.parent / "sets").mkdir()
+    root.rename(root.parent / "sets" / "one")
+    with pytest.raises(ValueError, match=r"expected the folder .*sets/train .* found none"):
+        load_image_sets(config(root.parent / "sets", **{"DATA.HOLDOUT": 1}))
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected the folder .*test or .*val .* found none"):
         folder_source(CfgNode({"ROOT": str(tmp_path), "IMAGE_SIZE": 8}), "test")

@@ -1,0 +1,200 @@
+"""The command lines of classification, quick to import: see ``pcka/engine/arguments.py``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from classification.catalog import catalog
+from pcka.engine.arguments import Answer, command_parser
+
+EXPORTED = (".pth", ".safetensors", ".onnx")
+DIGITS = "configs/classification/digits/resnet20_resnet8.yaml"
+
+
+def config_arguments(
+    description: str, *examples: str, required: bool = True
+) -> argparse.ArgumentParser:
+    """Return a parser of ``--config-file F [KEY VALUE ...]``; use ``parse_intermixed_args``.
+
+    ``--list`` prints the configurations and methods that there are, ``--help-keys`` all keys.
+    """
+    parser = command_parser(description, *examples)
+    parser.add_argument("--config-file", metavar="F", required=required, help="YAML configuration")
+    parser.add_argument(
+        "--list", action=Answer, const=catalog, help="print the configurations and methods"
+    )
+    parser.add_argument(
+        "--help-keys", action=Answer, const=_keys, help="print every KEY with its default"
+    )
+    parser.add_argument(
+        "overrides", metavar="KEY VALUE", nargs="*", help="keys that override the file's"
+    )
+    return parser
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The command line of ``train.py``."""
+    parser = config_arguments(
+        "Train a student, by itself or from a teacher. A configuration file describes data and "
+        "models, or --data, --teacher and --student name them, and the rest is proposed.",
+        "python classification/train.py --data flowers --teacher torchvision/resnet34 \\\n"
+        "    --student torchvision/mobilenet_v3_small",
+        f"python classification/train.py --config-file {DIGITS} \\\n"
+        "    --method kd SOLVER.EPOCHS 40",
+        required=False,
+    )
+    _add_pair(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in OUTPUT_DIR, or start it"
+    )
+    parser.add_argument(
+        "--method",
+        default="",
+        metavar="M",
+        help="what to train by: a name that --list prints (default: what the file says, or ce; "
+        "with --data and --teacher kd_fcka)",
+    )
+    parser.add_argument(
+        "--show-taps", action="store_true", help="print the taps of both models, and end"
+    )
+    return parser
+
+
+def _add_pair(parser: argparse.ArgumentParser) -> None:
+    """Add what takes the place of a configuration file."""
+    group = parser.add_argument_group("in the place of --config-file")
+    group.add_argument(
+        "--data", metavar="FOLDER", help="images: train/<class>/* and, if there is, test/<class>/*"
+    )
+    group.add_argument("--student", default="", metavar="NAME", help="model, e.g. timm/resnet18")
+    group.add_argument("--teacher", default="", metavar="NAME", help="model; none: no teacher")
+    group.add_argument(
+        "--weights",
+        default="",
+        metavar="W",
+        help="checkpoint of the teacher (default: it is trained first)",
+    )
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """The command line of ``compare.py``."""
+    parser = config_arguments(
+        "Train several methods with several seeds, and compare them.",
+        f"python classification/compare.py --config-file {DIGITS} \\\n"
+        "    --methods ce kd rcka_short --seeds 0 1 2 --output output/digits SOLVER.EPOCHS 10",
+        required=False,
+    )
+    _add_pair(parser)
+    compared = parser.add_mutually_exclusive_group(required=True)
+    compared.add_argument("--methods", nargs="+", metavar="M", help="names that --list prints")
+    compared.add_argument(
+        "--variants", type=Path, metavar="F", help="YAML file of methods with settings of their own"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="(default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/comparison"),
+        metavar="DIR",
+        help="folder of the runs and the table (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--together",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="students trained side by side (default: %(default)s)",
+    )
+    parser.add_argument("--no-costs", action="store_true", help="do not measure what steps cost")
+    return parser
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The command line of ``evaluate.py``."""
+    parser = config_arguments(
+        "Evaluate a classifier on the evaluation images of a configuration.",
+        "python classification/evaluate.py --config-file output/run/config.yaml \\\n"
+        "    --weights output/run/model_best.pth",
+    )
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="W",
+        help="checkpoint of the model (default: the configuration's)",
+    )
+    parser.add_argument(
+        "--role",
+        choices=("student", "teacher"),
+        default="student",
+        help="whose model it is (default: %(default)s)",
+    )
+    _add_recalibration(parser, "and write the model beside the weights, <name>_recalibrated.pth")
+    return parser
+
+
+def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--recalibrate-bn",
+        nargs="?",
+        type=_positive,
+        const=2048,
+        default=0,
+        metavar="N",
+        help="estimate batch norm's running statistics anew on N training images (default: "
+        f"%(const)s), {purpose}",
+    )
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The command line of ``export.py``."""
+    parser = config_arguments(
+        "Export the student of a configuration.",
+        "python classification/export.py --config-file output/run/config.yaml \\\n"
+        "    --weights output/run/model_best.pth --output student.onnx --with-normalization",
+    )
+    parser.add_argument("--weights", metavar="W", required=True, help="checkpoint of the student")
+    parser.add_argument("--output", metavar="OUT", required=True, help=" | ".join(EXPORTED))
+    parser.add_argument(
+        "--with-normalization",
+        action="store_true",
+        help=".onnx: the graph takes pixels in [0, 1] instead of normalised ones",
+    )
+    _add_recalibration(parser, "before the export")
+    return parser
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    """The command line of ``demo.py``."""
+    parser = command_parser("Compare distillation methods on digits.")
+    parser.add_argument(
+        "output",
+        nargs="?",
+        type=Path,
+        default=Path("output/demo"),
+        help="folder (default: %(default)s)",
+    )
+    return parser
+
+
+PARSERS = {
+    "train": train_parser,
+    "compare": compare_parser,
+    "evaluate": evaluate_parser,
+    "export": export_parser,
+    "demo": demo_parser,
+}
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _keys() -> str:
+    from classification.help_keys import all_keys  # imports torch, as the keys of losses need it
+
+    return all_keys()

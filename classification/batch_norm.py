@@ -1,0 +1,84 @@
+"""Running statistics of batch norm: how fast they follow, when they lag, and how to mend them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from classification.data import ImageSet
+from pcka.engine.config import ConfigError
+
+NEAR_CHANCE = 1.1  # at most so many times the accuracy of always naming the largest class
+FALLEN = 0.95  # of the first epoch's loss
+
+
+def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the batch norms that are evaluated by running statistics, by their paths."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
+
+
+def set_momentum(model: nn.Module, momentum: float) -> None:
+    """Let running statistics follow the batches so fast: the share of a new batch in them."""
+    for norm in running_norms(model).values():
+        norm.momentum = momentum
+
+
+def recalibrate(
+    model: nn.Module, pixels: nn.Module, data: ImageSet, cfg: CfgNode, images: int
+) -> None:
+    """Estimate the running statistics anew: their mean over batches as they are trained on.
+
+    Args:
+        model: (B, 3, S, S) -> logits; changed in place, all but its running statistics kept.
+        pixels: the model's pixel normalisation.
+        data: training images, on the model's device.
+        cfg: says the batches, as for a training.
+        images: at least so many, or all that there are.
+
+    Raises:
+        ConfigError: a model without running statistics.
+    """
+    if not running_norms(model):
+        raise ConfigError(
+            "--recalibrate-bn: the model has no batch norm with running statistics; leave it out"
+        )
+    batches = data.training_batches(cfg, epoch=0)
+    count = -(-images // cfg.SOLVER.BATCH_SIZE)
+    torch.manual_seed(cfg.SEED)  # of dropout, which is as in a training
+    update_bn((pixels(batch.images) for batch in islice(batches, count)), model)
+
+
+def lagging(
+    model: nn.Module, data: ImageSet, top1: float, losses: Sequence[float]
+) -> Iterator[str]:
+    """Yield what to say where an evaluation is at chance although the training learns.
+
+    Args:
+        model: that was evaluated.
+        data: the evaluation images.
+        top1: accuracy, percent.
+        losses: sum of the losses in every epoch so far.
+    """
+    chance = 100 * float(torch.bincount(data.labels).max()) / len(data)
+    norms = running_norms(model)
+    if not norms or len(losses) < 2 or top1 > NEAR_CHANCE * chance:
+        return
+    if not losses[-1] < FALLEN * losses[0]:
+        return
+    path, norm = min(norms.items(), key=lambda item: item[1].momentum or 1.0)
+    yield (
+        f"the evaluation is at chance ({top1:.2f} %) although the loss falls (from {losses[0]:.4g} "
+        f"to {losses[-1]:.4g}): the running statistics of batch norm may lag behind the weights "
+        f"(momentum {norm.momentum} at {path!r}). evaluate.py --recalibrate-bn estimates them "
+        "anew; in a training they follow faster by STUDENT.BN_MOMENTUM 0.1"
+    )

@@ -1,0 +1,318 @@
+"""Settings for two models and a folder of images, where nobody has written a configuration file.
+
+What is proposed depends on the images, the models and the keys that are given, and on nothing else:
+the same command proposes the same settings, and ``--resume`` goes on with them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image
+from torch import Tensor, nn
+
+from classification.batch_norm import running_norms
+from classification.config import load_config
+from classification.data import Source
+from classification.data.folder import FOLDERS, has_test_folder
+from classification.data.image_files import FileSource, cut_centre
+from classification.data.source import make_source
+from classification.model_pixels import (
+    learned_with,
+    likeliest_statistics,
+    measured_statistics,
+    stated_statistics,
+)
+from classification.models import (
+    has_own_weights,
+    load_classifier,
+    named_model,
+    settings_of,
+    without_weights,
+)
+from classification.models.stage_search import check_size
+from classification.teacher import check_teacher
+from pcka.engine.config import pairs_of
+from pcka.engine.environment import choose_device
+
+DEFAULT_METHOD = "kd_fcka"  # what docs/results.md recommends
+BASELINE = "ce"  # without a teacher
+
+SIDES = (32, 48, 64, 96, 128, 160, 192, 224)  # of images, pixels
+LARGER_CENTRE = 256 / 224  # the shorter side beside the centre that is evaluated, in streams
+MOST_WORKERS = 16
+BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # below so many images
+LARGEST_BATCH = 256
+SHARE_HELD_OUT, MOST_HELD_OUT = 0.2, 10_000
+USUAL_MOMENTUM = 0.1  # of batch norm
+LOOKED_AT = 256  # images that sizes and pixel statistics are taken from
+
+
+class Proposal(NamedTuple):
+    """What :func:`propose` found.
+
+    Attributes:
+        settings: dotted key -> value, as a configuration file would hold them.
+        notes: what they are and where they come from, a line each.
+    """
+
+    settings: dict[str, object]
+    notes: list[str]
+
+
+@dataclass
+class _Draft:
+    """A proposal that is being made.
+
+    Attributes:
+        cfg: the defaults, what is given, and what is proposed so far.
+        given: the keys of the command line, which are left as they are.
+    """
+
+    cfg: CfgNode
+    given: AbstractSet[str]
+    settings: dict[str, object]
+    notes: list[str] = field(default_factory=list)
+
+    def suggest(self, key: str, value: Any) -> Any:
+        """Set a key unless it is given; return what holds."""
+        section, _, name = key.rpartition(".")
+        node = self.cfg[section] if section else self.cfg
+        if key not in self.given:
+            self.settings[key] = node[name] = value
+        return node[name]
+
+    @cached_property
+    def models(self) -> dict[str, nn.Module]:
+        """STUDENT and, where there is one, TEACHER -> the model as it is made."""
+        sections = {role: self.cfg[role] for role in ("STUDENT", "TEACHER")}
+        return {
+            role: named_model(section.NAME, 2, role=role.lower(), **without_weights(section))
+            for role, section in sections.items()
+            if section.NAME
+        }
+
+
+def propose(
+    folder: str | Path,
+    student: str,
+    *,
+    teacher: str = "",
+    weights: str = "",
+    method: str = "",
+    overrides: Sequence[str] = (),
+) -> Proposal:
+    """Return settings that suit a folder of images and two models.
+
+    Args:
+        folder: with ``train/<class>/*`` and ``test/<class>/*`` (or ``val``); without the latter
+            some of the training images are held out, without either ``<class>/*`` is divided so.
+        student: name of a model.
+        teacher: likewise; "" for a student by itself.
+        weights: the teacher's checkpoint; "" trains it first, unless it comes with weights.
+        method: names the folder of the run.
+        overrides: ``KEY VALUE`` pairs, which the proposal takes as they are.
+
+    Raises:
+        ConfigError: keys, names or data that a run would refuse, too.
+    """
+    run_name = _file_name(Path(folder).resolve().name, student, method)
+    names: dict[str, object] = {
+        "DATA.NAME": "folder",
+        "DATA.ROOT": str(folder),
+        "STUDENT.NAME": student,
+        "TEACHER.NAME": teacher,
+        "TEACHER.WEIGHTS": weights,
+        "OUTPUT_DIR": f"output/{run_name}",
+        "CHANNELS_LAST": True,
+        "AUTOCAST": "auto",
+    }
+    cfg = load_config(names, overrides)
+    cfg.defrost()
+    draft = _Draft(cfg, {key for key, _ in pairs_of(overrides)}, names)
+    source = make_source(cfg.DATA, "train")
+    if cfg.TEACHER.NAME:
+        draft.suggest("TEACHER.TRAIN", _has_to_learn(cfg.TEACHER, len(source.classes)))
+        check_teacher(cfg)
+    trained, evaluated = _divide(draft, source)
+    _size(draft, source, trained + evaluated)
+    _normalize(draft, source)
+    _schedule(draft, trained)
+    return Proposal(draft.settings, draft.notes)
+
+
+def _has_to_learn(teacher: CfgNode, classes: int) -> bool:
+    """Whether a teacher has no weights for these classes yet."""
+    if teacher.WEIGHTS:
+        return False
+    if not has_own_weights(teacher):
+        return True
+    if not teacher.NAME.startswith("timm/"):  # a folder of transformers says of which classes it is
+        return False
+    model: Any = named_model(teacher.NAME, 2, role="teacher", **without_weights(teacher))
+    return model.pretrained_cfg["num_classes"] != classes
+
+
+def _file_name(*words: str) -> str:
+    return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.") for word in words if word)
+
+
+def _divide(draft: _Draft, source: Source) -> tuple[int, int]:
+    """Say what is trained and what is evaluated on; return the numbers of images."""
+    data, images = draft.cfg.DATA, len(source.labels)
+    text = f"{images:,} images of {len(source.classes)} classes"
+    if data.NAME == "folder" and not has_test_folder(data):
+        share = min(int(images * SHARE_HELD_OUT), MOST_HELD_OUT)
+        held_out = draft.suggest("DATA.HOLDOUT", share)
+        text += f"; there is no folder {' or '.join(FOLDERS['test'])}, so that"
+        text += f" {held_out:,} of them are held out to evaluate on (DATA.HOLDOUT)"
+    draft.notes.append(f"data: {text}")
+    evaluated = data.HOLDOUT or len(make_source(data, "test").labels)
+    return data.TRAIN_IMAGES or images - data.HOLDOUT, evaluated
+
+
+def _size(draft: _Draft, source: Source, images: int) -> None:
+    """Choose the images' side, and whether they stay in memory."""
+    data = draft.cfg.DATA
+    why = ""
+    if (learned := learned_with(draft.cfg.TEACHER).get("DATA.IMAGE_SIZE")) is not None:
+        wanted, why = int(str(learned)), "what the teacher was trained with"
+    elif isinstance(source, FileSource):
+        median = _shorter_side(source)
+        wanted = max((side for side in SIDES if side <= 1.2 * median), default=SIDES[0])
+        why = f"the files' shorter sides have a median of {median:g}"
+    else:
+        wanted = data.IMAGE_SIZE
+    side = _accepted(draft.models, wanted)
+    if draft.suggest("DATA.IMAGE_SIZE", side) == side != wanted:
+        why = "a model takes no other"
+    side = data.IMAGE_SIZE
+    draft.suggest("DATA.CROP_PADDING", side // 8)
+    gigabytes = images * 3 * side**2 / 1e9
+    files = isinstance(source, FileSource)
+    if draft.suggest("DATA.STREAM", files and gigabytes > data.MEMORY_GB):
+        draft.suggest("DATA.RESIZE", round(side * LARGER_CENTRE))
+        draft.suggest("DATA.WORKERS", min(os.cpu_count() or 1, MOST_WORKERS))
+    place = "streamed from their files" if data.STREAM else "in memory"
+    about = f" ({why})" if why and "DATA.IMAGE_SIZE" not in draft.given else ""
+    mirrored = "mirrored at random (DATA.FLIP False: never)" if data.FLIP else "never mirrored"
+    draft.notes.append(f"images: DATA.IMAGE_SIZE {side}{about}, {place}, {mirrored}")
+
+
+def _shorter_side(source: FileSource) -> float:
+    sides = []
+    for position in _spaced(len(source.labels), LOOKED_AT):
+        try:
+            with Image.open(source.files.path(position)) as image:
+                sides.append(min(image.size))
+        except OSError:  # the run names the file when it decodes it
+            continue
+    return float(np.median(sides)) if sides else SIDES[0]
+
+
+def _accepted(models: Mapping[str, nn.Module], wanted: int) -> int:
+    """The side that all models take: the wanted one, or that of models that take one alone."""
+    for side in (wanted, 224, 256, 32):
+        try:
+            for model in models.values():
+                check_size(model, side)
+        except ValueError:
+            continue
+        return side
+    return wanted  # the run says which model refuses it
+
+
+def _normalize(draft: _Draft, source: Source) -> None:
+    """Choose the pixel statistics of both models."""
+    chosen = _spaced(len(source.labels), LOOKED_AT)
+    pixels = _pixels(source, chosen, draft.cfg.DATA.IMAGE_SIZE)
+    measured = measured_statistics(pixels)
+    told = []
+    for role in draft.models:
+        section = draft.cfg[role]
+        if draft.given & {f"{role}.PIXEL_MEAN", f"{role}.PIXEL_STD"}:
+            continue
+        found = measured
+        if section.WEIGHTS or has_own_weights(section):
+            found = stated_statistics(section) or measured
+        if found is measured and section.WEIGHTS:
+            labels = torch.from_numpy(source.labels)[chosen]
+            device = choose_device(draft.cfg.DEVICE)
+            given = {"role": role.lower(), **settings_of(section)}
+            model = load_classifier(section.NAME, section.WEIGHTS, len(source.classes), **given)
+            found = likeliest_statistics(
+                model.to(device), pixels.to(device), labels.to(device), measured
+            )
+        draft.suggest(f"{role}.PIXEL_MEAN", list(found.mean))
+        draft.suggest(f"{role}.PIXEL_STD", list(found.std))
+        told.append(f"{role.lower()}: {found.source}")
+    if told:
+        draft.notes.append(f"pixel statistics: {'; '.join(told)}")
+
+
+def _pixels(source: Source, chosen: list[int], side: int) -> Tensor:
+    """Some of the training images, (M, 3, side, side) uint8."""
+    if not isinstance(source, FileSource):
+        return source.read(np.array(chosen))
+    return torch.stack([cut_centre(source.files.open(one), side, side) for one in chosen])
+
+
+def _spaced(images: int, count: int) -> list[int]:
+    """Positions from all over a set, so that all classes of a sorted set are among them."""
+    return np.linspace(0, images - 1, min(count, images)).astype(int).tolist()
+
+
+def _schedule(draft: _Draft, trained: int) -> None:
+    """Choose batch, learning rate and epochs by the number of images."""
+    solver = draft.cfg.SOLVER
+    batch = draft.suggest("SOLVER.BATCH_SIZE", min(batch_size(trained), max(trained, 1)))
+    rate = draft.suggest("SOLVER.BASE_LR", 0.1 * min(1.0, batch / 128))
+    epochs = draft.suggest("SOLVER.EPOCHS", epochs_for(trained))
+    draft.suggest("SOLVER.SCHEDULE", "cosine")
+    draft.suggest("SOLVER.WARMUP_EPOCHS", round(0.05 * epochs, 2))
+    draft.notes.append(
+        f"training: SOLVER.EPOCHS {epochs} of {trained // batch:,} steps, BATCH_SIZE {batch}, "
+        f"BASE_LR {rate:g}, SCHEDULE {solver.SCHEDULE}"
+    )
+    _quicken(draft, trained // batch)
+    if draft.cfg.TEACHER.NAME and draft.cfg.TEACHER.TRAIN:
+        teacher_epochs = draft.suggest("TEACHER.EPOCHS", epochs)
+        draft.notes.append(
+            f"teacher: has no weights for these classes (--weights F gives them), and is trained "
+            f"first, TEACHER.EPOCHS {teacher_epochs}; it is kept in {draft.cfg.TEACHER.CACHE_DIR} "
+            "for other runs"
+        )
+
+
+def _quicken(draft: _Draft, steps: int) -> None:
+    """Let batch norms follow the batches that would take more than an epoch's steps to do so."""
+    for role, model in draft.models.items():
+        if role == "TEACHER" and not draft.cfg.TEACHER.TRAIN:
+            continue
+        slowest = min((n.momentum or 1.0 for n in running_norms(model).values()), default=1.0)
+        if slowest < USUAL_MOMENTUM and slowest * steps < 1:
+            momentum = draft.suggest(f"{role}.BN_MOMENTUM", USUAL_MOMENTUM)
+            draft.notes.append(
+                f"batch norm: {role}.BN_MOMENTUM {momentum:g}: the model's own, {slowest:g}, would "
+                "follow a batch's statistics in more than an epoch"
+            )
+
+
+def batch_size(images: int) -> int:
+    """Small enough for some dozens of steps an epoch, large enough to relate samples in it."""
+    return next((batch for most, batch in BATCH_SIZES if images < most), LARGEST_BATCH)
+
+
+def epochs_for(images: int) -> int:
+    """``100 * (1000 / images)^(1/8)``, from 30 to 100: fewer passes over more images."""
+    return min(max(round(100 * (1000 / max(images, 1)) ** (1 / 8)), 30), 100)

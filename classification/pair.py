@@ -1,0 +1,60 @@
+"""What a command line says of data and models: a file, or a folder and names."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pcka.engine.config import ConfigError
+from pcka.engine.launch import is_first
+
+logger = logging.getLogger("pcka")
+
+
+def pair_settings(
+    given: argparse.Namespace, overrides: Sequence[str], method: str = ""
+) -> tuple[Path | dict[str, object], str]:
+    """Return what a command line says of data and models, and the method.
+
+    Args:
+        given: ``config_file``, or in its place ``data``, ``student``, ``teacher`` and ``weights``.
+        overrides: its ``KEY VALUE`` pairs.
+        method: name of a method; "" stands for the recommended one where a pair is named here.
+
+    Raises:
+        ConfigError: both, or neither, or what :func:`propose` refuses.
+    """
+    proposed = {"--data": given.data, "--student": given.student}
+    also = {"--teacher": given.teacher, "--weights": given.weights}
+    named = [option for option, value in (proposed | also).items() if value]
+    if given.config_file:
+        if named:
+            raise ConfigError(
+                f"{', '.join(named)}: stand in the place of --config-file; give the one or the "
+                "other, and override a file's values by KEY VALUE pairs, as TEACHER.WEIGHTS F"
+            )
+        return Path(given.config_file), method
+    if missing := [option for option, value in proposed.items() if not value]:
+        raise ConfigError(
+            f"{' and '.join(missing)}: expected --config-file F (--list prints those that there "
+            "are), or --data FOLDER --student NAME --teacher NAME"
+        )
+    if given.weights and not given.teacher:
+        raise ConfigError("--weights: is the checkpoint of the teacher; name it by --teacher")
+    from classification.first_run import BASELINE, DEFAULT_METHOD, propose
+
+    method = method or (DEFAULT_METHOD if given.teacher else BASELINE)
+    proposal = propose(
+        given.data,
+        given.student,
+        teacher=given.teacher,
+        weights=given.weights,
+        method=method,
+        overrides=overrides,
+    )
+    if is_first():
+        for note in (*proposal.notes, f"method: {method} (--method M; --list prints them)"):
+            logger.info(note)
+    return proposal.settings, method

@@ -1,0 +1,145 @@
+"""The command lines of detection, quick to import: see ``pcka/engine/arguments.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from pcka.engine.arguments import Answer, command_parser
+
+DIGITS = "configs/detection/digits"
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The command line of ``train_net.py``, with the options that detectron2's scripts have."""
+    parser = command_parser(
+        "Train a detector, by itself or from a teacher.",
+        f"python detection/train_net.py --config-file {DIGITS}/pcka.yaml \\\n"
+        "    DISTILL.TEACHER.WEIGHTS teacher.pth OUTPUT_DIR output/pcka",
+        "python detection/train_net.py --num-gpus 8 --config-file F SOLVER.BASE_LR 0.02",
+    )
+    parser.add_argument("--config-file", default="", metavar="F", help="YAML configuration")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in OUTPUT_DIR, or start it"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, and train nothing"
+    )
+    _add_number(parser, "--num-gpus", 1, "GPUs of each machine")
+    _add_number(parser, "--num-machines", 1, "machines that train together")
+    _add_number(parser, "--machine-rank", 0, "which of them this is, from 0")
+    parser.add_argument(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{_port()}",
+        metavar="URL",
+        help="where the machines meet (default: %(default)s)",
+    )
+    _add_pairs(parser, "opts")
+    return parser
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """The command line of ``compare.py``."""
+    parser = command_parser(
+        "Train several detectors with several seeds, and compare them.",
+        f"python detection/compare.py --config-files {DIGITS}/student.yaml {DIGITS}/pcka.yaml \\\n"
+        "    --seeds 0 1 2 --output output/digits DISTILL.TEACHER.WEIGHTS teacher.pth",
+    )
+    parser.add_argument(
+        "--config-files",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="F",
+        help="YAML configurations; the others are compared with the first",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="(default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/comparison"),
+        metavar="DIR",
+        help="folder of the runs and the table (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--launcher",
+        default=shlex.quote(sys.executable),
+        help="what starts a training, e.g. 'torchrun --nproc-per-node 8' (default: %(default)s)",
+    )
+    _add_pairs(parser, "overrides")
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The command line of ``export.py``."""
+    parser = command_parser(
+        "Export a student for plain detectron2.",
+        "python detection/export.py --config-file output/pcka/config.yaml \\\n"
+        "    --weights output/pcka/model_final.pth --output exported",
+    )
+    parser.add_argument("--config-file", metavar="F", required=True, help="of the run")
+    parser.add_argument("--weights", metavar="W", required=True, help="a checkpoint of the run")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the model")
+    _add_pairs(parser, "overrides")
+    return parser
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    """The command line of ``demo.py``; what it does not know are ``KEY VALUE`` pairs."""
+    parser = command_parser("Distil a detector on scenes of digits.")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["student", "pcka"],
+        metavar="M",
+        help=f"files of {DIGITS} (default: student pcka)",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="S", help="(default: 0)"
+    )
+    _add_number(parser, "--steps", 150, "of a student; a teacher has twice")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/detection"),
+        metavar="DIR",
+        help="(default: %(default)s)",
+    )
+    return parser
+
+
+PARSERS = {
+    "train_net": train_parser,
+    "compare": compare_parser,
+    "export": export_parser,
+    "demo": demo_parser,
+}
+
+
+def _add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    parser.add_argument(
+        option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+    )
+
+
+def _add_pairs(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--help-keys", action=Answer, const=_keys, help="print this project's KEYs, with defaults"
+    )
+    parser.add_argument(name, metavar="KEY VALUE", nargs="*", help="keys that override the file's")
+
+
+def _port() -> int:
+    """The same for every process of a user, as detectron2 has it."""
+    return 2**15 + 2**14 + os.getuid() % 2**14
+
+
+def _keys() -> str:
+    from detection.help_keys import all_keys  # imports detectron2
+
+    return all_keys()

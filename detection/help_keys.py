@@ -1,0 +1,22 @@
+"""The text of ``--help-keys``."""
+
+from __future__ import annotations
+
+from detection.config import detection_config, section_defaults
+from pcka.engine.config import flatten
+from pcka.engine.help_keys import Key, all_losses, commented_keys, shown
+
+HEADING = """\
+Keys that this project adds to detectron2's, with their defaults: KEY VALUE on the command line, or
+sections of a YAML file. detectron2's own: its documentation, "Yacs Configs".
+"""
+
+
+def all_keys() -> str:
+    """Return every key of this project with its default and its meaning."""
+    values = flatten(detection_config())
+    keys = [
+        Key(name, values[name], text) for name, text in commented_keys(detection_config).items()
+    ]
+    heading = "Losses: what DISTILL.METHODS may name, each with a section of its own."
+    return "\n".join([HEADING, *map(shown, keys), "", heading, "", all_losses(section_defaults)])

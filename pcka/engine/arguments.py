@@ -1,0 +1,75 @@
+"""The parsers of commands: quick to import, so that ``--help`` is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NoReturn
+
+# In capitals throughout, as methods, numbers and files (MODEL.pth) are not.
+DOTTED_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)+")
+ANSWERED = ("-h", "--help", "--list")  # what needs nothing of a command but its parser
+
+MakeParser = Callable[[], argparse.ArgumentParser]
+
+
+def command_parser(description: str, *examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help ends with examples, and that takes ``--debug``."""
+    shown = "\n".join(f"  {line}" for example in examples for line in example.splitlines())
+    parser = argparse.ArgumentParser(
+        description=textwrap.fill(description, 78),
+        epilog=f"for example:\n{shown}" if shown else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+class Answer(argparse.Action):
+    """An option that prints a text and ends, as ``--help`` does; ``const`` makes the text."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, const: Callable[[], str], help: str
+    ) -> None:
+        suppressed = argparse.SUPPRESS  # of what is parsed
+        super().__init__(option_strings, dest, nargs=0, const=const, default=suppressed, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(self.const())
+        parser.exit()
+
+
+def answer_help(parsers: Mapping[str, MakeParser], command: str, words: Sequence[str]) -> None:
+    """Answer ``--help`` before what takes a command seconds to import; else do nothing."""
+    if command in parsers and any(word in ANSWERED for word in words):
+        parsers[command]().parse_args([word for word in words if word in ANSWERED])
+
+
+def take_pairs(words: Sequence[str], keys: Collection[str]) -> tuple[list[str], list[str]]:
+    """Take ``KEY VALUE`` pairs from among the words of a command whose options take lists.
+
+    Without that an option such as ``--seeds 0 1`` would swallow what follows it. What stands
+    behind a ``--`` is left to the parser.
+
+    Args:
+        words: of the command line.
+        keys: those without a dot; directly behind an option such a word is its value.
+
+    Returns:
+        The other words, and the pairs one after the other.
+    """
+    words = list(words)
+    end = words.index("--") if "--" in words else len(words)
+    others, pairs, position = [], [], 0
+    while position < end:
+        word = words[position]
+        behind_option = position > 0 and words[position - 1].startswith("--")
+        if DOTTED_KEY.fullmatch(word) or (word in keys and not behind_option):
+            pairs += words[position : min(position + 2, end)]
+            position += 2
+        else:
+            others.append(word)
+            position += 1
+    return [*others, *words[end:]], pairs

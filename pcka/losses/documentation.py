@@ -1,0 +1,63 @@
+"""What the docstrings of losses say of their keywords, as plain text."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import textwrap
+
+from pcka.losses.base import Loss
+
+REFERENCE = re.compile(r":func:`(?:[\w.]*\.)?(\w+)`")
+
+
+def summary(loss: type[Loss]) -> str:
+    """The method and its paper, as a module of ours begins; the class's first line of others."""
+    of_ours = loss.__module__.startswith("pcka.")
+    text = inspect.getdoc(sys.modules[loss.__module__] if of_ours else loss) or ""
+    return _plain(text.partition("\n\n")[0])
+
+
+def keywords(loss: type[Loss]) -> dict[str, str]:
+    """Keyword -> what it is, of a loss's ``__init__``; "" where nothing is said.
+
+    A keyword that is one of a function (``temperature: of :func:`kd_loss```), and one that the
+    class leaves out, is looked up where the function says what it is.
+    """
+    own = arguments(loss)
+    pointed = REFERENCE.findall(inspect.getdoc(loss) or "")
+    functions = [getattr(sys.modules[loss.__module__], name, None) for name in pointed]
+    elsewhere: dict[str, str] = {}
+    for function in functions:
+        elsewhere = arguments(function) | elsewhere
+    found = {}
+    for name in inspect.signature(loss).parameters:
+        text = own.get(name, "")
+        if not text or text.startswith("of :func:"):
+            text = elsewhere.get(name, "")
+        found[name] = _plain(text)
+    return found
+
+
+def arguments(documented: object) -> dict[str, str]:
+    """Name -> text of the section ``Args`` of a docstring, {} where there is none."""
+    _, _, section = (inspect.getdoc(documented) or "").partition("Args:\n")
+    lines = []
+    for line in section.splitlines():
+        if line and not line.startswith(" "):  # the next section
+            break
+        lines.append(line)
+    texts: dict[str, str] = {}
+    # An entry begins at the section's indent, and its further lines stand deeper.
+    for entry in re.split(r"\n(?=\S)", textwrap.dedent("\n".join(lines)).strip()):
+        names, colon, text = entry.partition(": ")
+        if colon:
+            texts |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return texts
+
+
+def _plain(text: str) -> str:
+    """Without the marks of reStructuredText."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
+    return " ".join(text.replace("``", "").replace("`", "").split()).rstrip(".")
