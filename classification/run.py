@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from fvcore.common.config import CfgNode
 
-from classification.batch_norm import set_momentum
 from classification.config import (
     changed_keys,
     config_from_text,
@@ -22,7 +21,6 @@ from classification.config import (
 )
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.data.batches import mixes
-from classification.data.mixing import mixing_keys, soft_targets
 from classification.models import (
     Classifier,
     load_classifier,
@@ -167,6 +165,8 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
 
     def unfit(loss: losses.Loss) -> str | None:
         if mixes(cfg.DATA) and loss.refuses_soft_targets:
+            from classification.data.mixing import mixing_keys  # few runs mix images
+
             return (
                 f"cannot learn from mixed images ({mixing_keys(cfg.DATA)}): "
                 f"{loss.refuses_soft_targets}; set it to 0, or leave the loss out"
@@ -400,6 +400,8 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
     else:
         student = named_model(name, classes, role="student", **settings)
     if cfg.STUDENT.BN_MOMENTUM:
+        from classification.batch_norm import set_momentum  # few runs change it
+
         set_momentum(student, cfg.STUDENT.BN_MOMENTUM)
     student = with_stages(student, cfg.DATA.IMAGE_SIZE)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
@@ -417,6 +419,8 @@ def _prepare_distiller(
     spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
     pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
     if mixes(cfg.DATA):
+        from classification.data.mixing import soft_targets  # few runs mix images
+
         labels = soft_targets(labels, len(train_set.classes))
     images, for_teacher = (
         pixel_statistics(role).to(pixels.device)(pixels) for role in (cfg.STUDENT, cfg.TEACHER)

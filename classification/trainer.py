@@ -15,8 +15,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.average import AveragedStudent
-from classification.batch_norm import lagging
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.augmentation import augmented_batches
 from classification.data.batches import PROCESS_STREAM, stream_seed
@@ -46,6 +44,10 @@ from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
+
+
+if TYPE_CHECKING:
+    from classification.average import AveragedStudent
 
 
 @dataclass(eq=False)
@@ -103,7 +105,7 @@ class Trainer:
             distiller.distillation_scale = self._scale
         self.optimizer = build_optimizer(cfg, distiller)
         read_rate_from(self._rate, self.optimizer)
-        self.average = AveragedStudent(distiller.student) if cfg.SOLVER.EMA_DECAY else None
+        self.average = _average(distiller.student) if cfg.SOLVER.EMA_DECAY else None
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
         self.obstacle = _obstacle(self)
         self._update = Recorded(
@@ -303,6 +305,8 @@ class Trainer:
             files.save_average(self.average.model)
 
     def _tell_of_chance(self, files: RunFolder, top1: float) -> None:
+        from classification.batch_norm import lagging  # few runs need it
+
         losses = [record["loss_total"] for record in read_metrics(files.metrics)]
         for doubt in lagging(self.distiller.student, self.evaluation_set, top1, losses):
             files.logger.warning(doubt)
@@ -407,6 +411,12 @@ class Trainer:
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
+
+
+def _average(student: nn.Module) -> AveragedStudent:
+    from classification.average import AveragedStudent  # few runs ask for it
+
+    return AveragedStudent(student)
 
 
 def _data_parallel(distiller: Distiller) -> DistributedDataParallel:

@@ -20,7 +20,6 @@ from classification.data.batches import (
     training_share,
 )
 from classification.data.image_set import ImageSet
-from classification.data.mixing import mix, mixtures
 
 ERASED_AREA = (0.02, 0.33)  # share of the image
 ERASED_SHAPE = (0.3, 3.3)  # height / width
@@ -55,6 +54,8 @@ def augmented_batches(
     if cfg.DATA.ERASING:
         batches = _erased(batches, train_set, cfg, epoch, share)
     if mixes(cfg.DATA):
+        from classification.data.mixing import mix, mixtures  # few runs do
+
         classes = len(train_set.classes)
         mixed = zip(batches, mixtures(cfg, epoch, steps))
         batches = (mix(batch, mixture, classes) for batch, mixture in mixed)
