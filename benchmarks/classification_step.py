@@ -28,9 +28,10 @@ from benchmarks import device as on_device
 from benchmarks.harness import Spread, markdown, ratio
 from classification.config import CONFIGS, load_config
 from classification.data import ResidentSet
+from classification.lessons import Lessons
 from classification.models import create_model
 from classification.run import prepare_trainers
-from classification.teacher import ImageSets, Lessons
+from classification.teacher import ImageSets
 from pcka.engine.environment import choose_device, has_bfloat16
 from pcka.losses import fcka_loss, kd_loss, lcka_loss
 from pcka.taps import FeatureTap

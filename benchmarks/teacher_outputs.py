@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.classification_step import TEACHER, configure, random_images
 from benchmarks.harness import Spread, interleave, markdown, ratio
+from classification.lessons import StepInputs
 from classification.run import prepare_trainers
-from classification.teacher import StepInputs
 from classification.trainer import Trainer
 from pcka.engine.environment import choose_device
 

@@ -21,10 +21,11 @@ from fvcore.common.config import CfgNode
 from classification.arguments import compare_parser
 from classification.config import CONFIGS, default_config, load_config, teacher_name
 from classification.data import Batch
+from classification.lessons import Lessons, StepInputs
 from classification.pair import pair_settings
 from classification.run import prepare_trainers
 from classification.sweep import run_side_by_side
-from classification.teacher import ImageSets, Lessons, StepInputs
+from classification.teacher import ImageSets
 from classification.trainer import Trainer
 from pcka.distributed import rank
 from pcka.engine.arguments import take_pairs

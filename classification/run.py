@@ -12,10 +12,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from classification.config import (
-    changed_keys,
-    config_from_text,
     doubts,
-    load_config,
     teacher_name,
     teachers_of,
 )
@@ -29,6 +26,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
+from classification.saved_run import Result, load_state, result_alone
 from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
 from pcka import losses
@@ -44,27 +42,12 @@ from pcka.engine.launch import process_group
 from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
-from pcka.engine.saved_state import check_fits, load_state, refusal, with_adapters
+from pcka.engine.saved_state import check_fits, with_adapters
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
 
-Result = dict[str, object]
-
 TRIED_IMAGES = 16  # that losses and teacher are tried on before a training
-# What ``Trainer.state`` writes; ``adapters`` may be missing, see ``with_adapters``.
-PARTS: dict[str, type | tuple[type, ...]] = {
-    "epoch": int,
-    "best": dict,
-    "seconds": (int, float),
-    "student": dict,
-    "losses": dict,
-    "optimizer": dict,
-    "random": dict,
-    "config": str,
-    "images": list,
-}
-BEST = {"best_accuracy", "best_epoch"}
 
 
 def run_experiment(
@@ -236,11 +219,11 @@ class Run:
             with ExitStack() as opened:
                 files = opened.enter_context(RunFolder(cfg.OUTPUT_DIR, resume=resume))
                 if files.checkpoint.exists():
-                    saved = _load_state(cfg, files.checkpoint)
+                    saved = load_state(cfg, files.checkpoint)
                     finished = saved["epoch"] >= cfg.SOLVER.EPOCHS
                     result = files.read_result() if finished else None
                 elif traces := files.traces():
-                    result = _result_alone(cfg, files, traces)
+                    result = result_alone(cfg, files, traces)
                 if result is None:
                     stack.push(opened.pop_all())  # a finished run is left alone
         saved, result = from_first_process((saved, result))
@@ -320,65 +303,6 @@ class Run:
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
         return from_first_process(self.result)
-
-
-def _load_state(cfg: CfgNode, path: Path) -> dict:
-    """Return the state that a run goes on from; refuse that of another one."""
-    saved = load_state(path, PARTS | {"ema": dict} if cfg.SOLVER.EMA_DECAY else PARTS)
-    if lacking := BEST - saved["best"].keys():
-        raise refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
-    try:
-        of_saved = config_from_text(saved["config"])
-    except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
-        raise refusal(path, f"its configuration cannot be read ({error})") from error
-    if changed := changed_keys(of_saved, cfg):
-        way_out = "continue it with its config.yaml, or choose another OUTPUT_DIR"
-        if "SOLVER.EPOCHS" in changed and cfg.SOLVER.EPOCHS > of_saved.SOLVER.EPOCHS:
-            way_out += _prolonged(of_saved, cfg)
-        raise ConfigError(
-            f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
-            f"{', '.join(changed)}; {way_out}"
-        )
-    if saved["epoch"] > cfg.SOLVER.EPOCHS:
-        raise ConfigError(
-            f"SOLVER.EPOCHS: the run in {cfg.OUTPUT_DIR!r} has {saved['epoch']} epochs already, "
-            f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
-        )
-    return saved
-
-
-def _prolonged(old: CfgNode, new: CfgNode) -> str:
-    """How a student is trained on whose schedule has come to its end."""
-    last = Path(new.OUTPUT_DIR) / "model_last.pth"
-    solver = old.SOLVER
-    return (
-        f". Its rates depend on SOLVER.EPOCHS; to train on from its last weights give, without "
-        f"--resume, STUDENT.WEIGHTS {last} OUTPUT_DIR {new.OUTPUT_DIR}-further SOLVER.EPOCHS "
-        f"{new.SOLVER.EPOCHS - solver.EPOCHS} SOLVER.BASE_LR {solver.BASE_LR / 10:g} "
-        "SOLVER.WARMUP_EPOCHS 0 DISTILL.WARMUP 0"
-    )
-
-
-def _result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
-    """Return what a finished run came to whose checkpoint was removed since, to save room.
-
-    Raises:
-        ConfigError: it was another run, or did not finish: it can neither be taken for this one
-            nor continued, and to train it anew would overwrite it.
-    """
-    result, config = files.read_result(), files.directory / "config.yaml"
-    if (
-        result is not None
-        and result.get("epochs") == cfg.SOLVER.EPOCHS
-        and config.exists()
-        and not changed_keys(load_config(config), cfg)
-    ):
-        return result
-    raise ConfigError(
-        f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
-        f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
-        "choose another OUTPUT_DIR, or remove the folder to train anew"
-    )
 
 
 def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:

@@ -13,8 +13,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from classification.data import Batch
+from classification.lessons import Lessons, StepInputs
 from classification.run import Result, Run, check_run, prepare
-from classification.teacher import ImageSets, Lessons, StepInputs
+from classification.teacher import ImageSets
 from classification.trainer import Trainer
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError, flatten

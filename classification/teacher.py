@@ -1,4 +1,4 @@
-"""The teacher: from a file or a training of its own, and what it says of a training's batches."""
+"""The teacher: from a file, or from a training of its own."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import compress, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from classification.config import default_config, teacher_name, teachers_of
-from classification.data import Batch, ImageSet, pixel_statistics
+from classification.data import ImageSet, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import (
     Classifier,
@@ -29,17 +27,12 @@ from classification.models import (
     settings_of,
 )
 from classification.models.taps import with_stages
-from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
-from pcka.engine.cuda_graph import Recorded
 from pcka.engine.distill import add_sections
-from pcka.engine.environment import autocast
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
 from pcka.engine.run_folder import remove_temporaries
 from pcka.files import atomic_save, load_file
-from pcka.losses import Outputs
-from pcka.taps import Observer
 from pcka.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -50,11 +43,7 @@ logger = logging.getLogger("pcka")
 PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
 WAITING_SECONDS = 2.0  # between two looks at whether another run has trained the teacher
 
-AHEAD = 8  # batches that the teacher sees at once, where it is recorded
-AHEAD_IMAGES = 2048  # at once, at most
-
 ImageSets = tuple[ImageSet, ImageSet]
-T = TypeVar("T")
 
 # What a training by cross-entropy depends on, besides its images.
 DETERMINING = (
@@ -280,158 +269,3 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.OUTPUT_DIR = str(Path(cfg.TEACHER.CACHE_DIR) / name)
     run.freeze()
     return run, Path(cfg.TEACHER.CACHE_DIR) / f"{name}.pth"
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a step trains on.
-
-    Attributes:
-        images: (B, 3, S, S), float32 in [0, 1].
-        labels: (B,) int64, or (B, P) class probabilities of mixed images.
-        indices: (B,) int64, positions in the training set.
-        teacher: the teacher's outputs on the same samples, or None where no loss needs them.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    teacher: Outputs | None
-
-
-class Lessons:
-    """What the teacher says of the batches of a training.
-
-    Where a step can be a CUDA graph, the teacher is one too, and sees some batches ahead at once.
-    It does not run where what it says is kept on disk.
-
-    Args:
-        cfg: AUTOCAST, CHANNELS_LAST, COMPILE, SOLVER.BATCH_SIZE and the teacher's statistics.
-        learners: of each batch of a step, the students that train on it.
-        device: that trains.
-        obstacle: why a step cannot be recorded, "" where nobody wants it; None where it can be.
-        ahead: batches at once, at most.
-        kept: what is kept of the teacher's outputs; None where nothing is.
-        seeds: of each batch of a step, its ``SEED``, for ``kept``.
-    """
-
-    def __init__(
-        self,
-        cfg: CfgNode,
-        learners: Sequence[Sequence[Distiller]],
-        device: torch.device,
-        *,
-        obstacle: str | None,
-        ahead: int = AHEAD,
-        kept: KeptOutputs | None = None,
-        seeds: Sequence[int] = (),
-    ) -> None:
-        self._cfg, self._device = cfg, device
-        self._taught = [any(learner.runs_teacher for learner in group) for group in learners]
-        students = [learner for group in learners for learner in group]
-        self._taps = _shared_taps(students)
-        self._observe = _shared_observer(students, cfg.COMPILE)
-        self._pixels = pixel_statistics(cfg.TEACHER).to(device)
-        self._ask = Recorded(self._answer, obstacle=None if obstacle is None else "")
-        images = cfg.SOLVER.BATCH_SIZE * max(1, sum(self._taught))
-        self._ahead = 1 if self._ask.is_plain else max(1, min(ahead, AHEAD_IMAGES // images))
-        self._kept, self._seeds = kept, seeds
-
-    def over(
-        self, steps: Iterable[Sequence[Batch]], epoch: int | None = None
-    ) -> Iterator[list[StepInputs]]:
-        """Yield the batches of each step with what the teacher says of them.
-
-        Args:
-            steps: of each step, its batches.
-            epoch: that they are of, 0 for the first, where outputs of the teacher are kept.
-        """
-        for group, taught in self._answers(steps, epoch):
-            for step, outputs in zip(group, taught, strict=True):
-                yield [
-                    StepInputs(batch.images, batch.labels, batch.indices, of_teacher)
-                    for batch, of_teacher in zip(step, outputs, strict=True)
-                ]
-
-    def _answers(
-        self, steps: Iterable[Sequence[Batch]], epoch: int | None
-    ) -> Iterator[tuple[list[Sequence[Batch]], Iterable[list[Outputs | None]]]]:
-        """The steps in groups, with the teacher's outputs on the batches of each.
-
-        Of kept outputs, the teacher runs for a group of which something is missing. What it adds is
-        read as well, so that a training that goes on, and a later one, learn by the same bits.
-        """
-        kept = self._kept
-        if self._observe is None or epoch is None or kept is None:
-            for group in _in_groups(steps, self._ahead):
-                yield group, self._teach(group)
-            return
-        from classification.teacher_outputs import StepOutputs, with_positions
-
-        taught = zip(self._seeds, self._taught, strict=True)
-        outputs_of = StepOutputs(
-            [kept.epoch(seed, epoch, self._taps) if asked else None for seed, asked in taught]
-        )
-        for located in _in_groups(with_positions(steps), self._ahead):
-            batches, positions = [step for step, _ in located], [where for _, where in located]
-            if not all(map(outputs_of.knows, positions)):
-                for of_step, outputs in zip(positions, self._teach(batches), strict=True):
-                    outputs_of.keep(of_step, outputs)
-            yield batches, [outputs_of.read(of_step, self._device) for of_step in positions]
-        outputs_of.write()
-
-    def _teach(self, group: list[Sequence[Batch]]) -> Iterable[list[Outputs | None]]:
-        """The outputs on the batches of some steps; None where nobody asks."""
-        if self._observe is None:
-            return [[None] * len(step) for step in group]
-        padded = group + group[-1:] * (self._ahead - len(group))  # a graph is of one shape
-        images = [batch.images for step in padded for batch in compress(step, self._taught)]
-        outputs = self._ask(images[0] if len(images) == 1 else torch.cat(images))
-        parts = _split(outputs, len(images), len(images[0]))
-        return [[next(parts) if taught else None for taught in self._taught] for _ in group]
-
-    def _answer(self, images: Tensor) -> Outputs:
-        """The teacher's outputs on images (B, 3, S, S) in [0, 1]."""
-        assert self._observe is not None  # else nobody asks
-        layout = torch.channels_last if self._cfg.CHANNELS_LAST else torch.contiguous_format
-        with autocast(self._cfg.AUTOCAST, images.device):
-            return self._observe(self._pixels(images).contiguous(memory_format=layout))
-
-
-def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    items = iter(items)
-    while group := list(islice(items, size)):
-        yield group
-
-
-def _shared_taps(students: Sequence[Distiller]) -> dict[str, str]:
-    """Tap name -> path in the teacher, of what all students read of it.
-
-    Raises:
-        ConfigError: students that mean different modules of the teacher by the same tap.
-    """
-    paths: dict[str, str] = {}
-    learners = [student for student in students if student.runs_teacher]
-    for tap, path in (item for learner in learners for item in learner.teacher_paths.items()):
-        if paths.setdefault(tap, path) != path:
-            raise ConfigError(
-                f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
-                f"{path!r} for another beside it; give them different names"
-            )
-    return paths
-
-
-def _shared_observer(students: Sequence[Distiller], compile: bool) -> Observer | None:
-    """The teacher with the taps of all students; None where none of them needs it."""
-    teachers = [student.teacher for student in students if student.runs_teacher]
-    if not teachers or teachers[0] is None:
-        return None
-    return teachers[0].observer(_shared_taps(students), compile=compile)
-
-
-def _split(outputs: Outputs, parts: int, size: int) -> Iterator[Outputs]:
-    """``parts`` pieces of ``size`` samples."""
-    for start in range(0, parts * size, size):
-        piece = slice(start, start + size)
-        logits = None if outputs.logits is None else outputs.logits[piece]
-        yield Outputs(logits, {name: x[piece] for name, x in outputs.features.items()})

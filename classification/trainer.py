@@ -15,10 +15,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from classification.average import AveragedStudent
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.augmentation import augmented_batches
 from classification.data.batches import PROCESS_STREAM, stream_seed
 from classification.evaluation import accuracy, gradient_figures, stage_alignment
+from classification.lessons import Lessons, StepInputs
 from classification.solver import (
     average_decay,
     build_optimizer,
@@ -27,7 +29,6 @@ from classification.solver import (
     optimizer_tensors,
     read_rate_from,
 )
-from classification.teacher import Lessons, StepInputs
 from pcka.distiller import Distiller
 from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
 from pcka.engine.command import TrainingFailedError
@@ -44,10 +45,6 @@ from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
-
-
-if TYPE_CHECKING:
-    from classification.average import AveragedStudent
 
 
 @dataclass(eq=False)
@@ -105,7 +102,7 @@ class Trainer:
             distiller.distillation_scale = self._scale
         self.optimizer = build_optimizer(cfg, distiller)
         read_rate_from(self._rate, self.optimizer)
-        self.average = _average(distiller.student) if cfg.SOLVER.EMA_DECAY else None
+        self.average = AveragedStudent(distiller.student) if cfg.SOLVER.EMA_DECAY else None
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
         self.obstacle = _obstacle(self)
         self._update = Recorded(
@@ -411,12 +408,6 @@ class Trainer:
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
-
-
-def _average(student: nn.Module) -> AveragedStudent:
-    from classification.average import AveragedStudent  # few runs ask for it
-
-    return AveragedStudent(student)
 
 
 def _data_parallel(distiller: Distiller) -> DistributedDataParallel:

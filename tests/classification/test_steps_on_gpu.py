@@ -86,7 +86,7 @@ def test_a_run_from_a_teachers_outputs_on_disk_learns_what_it_learns_from_the_te
     run_experiment(pair_config("kd_fcka", "live", **keys))
     keys["TEACHER.OUTPUTS"] = tmp_path / "outputs"
     run_experiment(pair_config("kd_fcka", "kept", **keys))
-    monkeypatch.setattr("classification.teacher.Lessons._answer", None)
+    monkeypatch.setattr("classification.lessons.Lessons._answer", None)
     run_experiment(pair_config("kd_fcka", "disk", **keys))
     for name in ("kept", "disk"):
         for ours, live in zip(losses(tmp_path / name), losses(tmp_path / "live"), strict=True):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from classification.data import ResidentSet
+from classification.lessons import _shared_observer
 from classification.run import prepare_trainers, run_experiment
 from classification.sweep import SideBySide, Sweep, run_side_by_side
-from classification.teacher import _shared_observer
 from classification.trainer import Trainer
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
@@ -204,7 +204,7 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
         return record
 
     monkeypatch.setattr(ResidentSet, "training_batches", counted)
-    monkeypatch.setattr("classification.teacher._shared_observer", counted_observer)
+    monkeypatch.setattr("classification.lessons._shared_observer", counted_observer)
     run_side_by_side([config(method, method) for method in ("ce", "kd", "fitnet", "rcka")])
     assert made == [0, 1]
     assert taught == [{"stage2", "last"}] * (2 * 4)  # what FitNet and RCKA read, in each step
@@ -213,7 +213,7 @@ def test_batches_are_made_and_the_teacher_runs_once_for_all(config, monkeypatch)
 def test_a_teacher_that_no_student_needs_does_not_run(config, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "classification.teacher._shared_observer", lambda *arguments: seen.append(arguments)
+        "classification.lessons._shared_observer", lambda *arguments: seen.append(arguments)
     )
     run_experiment(config("ce", "ce"))
     monkeypatch.undo()

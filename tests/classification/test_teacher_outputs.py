@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from classification.data import ResidentSet
+from classification.lessons import Lessons
 from classification.models import create_model
 from classification.run import run_experiment
 from classification.sweep import run_side_by_side
-from classification.teacher import Lessons
 from classification.teacher_outputs import EpochOutputs, _manifest
 from classification.trainer import Trainer
 from pcka.engine.config import ConfigError

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from classification.lessons import _shared_observer
 from classification.run import run_experiment
 from classification.sweep import run_side_by_side
-from classification.teacher import _shared_observer
 from classification.trainer import Trainer
 from pcka.analysis.gradients import term_gradients
 from pcka.distiller import Distiller
@@ -61,7 +61,7 @@ def test_teacher_and_student_see_their_own_pixel_statistics(tiny_config, monkeyp
     run_experiment(cfg)  # trains the teacher
     forward = Distiller.forward
     monkeypatch.setattr(Distiller, "forward", of_student)
-    monkeypatch.setattr("classification.teacher._shared_observer", recording_observer)
+    monkeypatch.setattr("classification.lessons._shared_observer", recording_observer)
     run_experiment(cfg_in(cfg, "again"))
     torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
     assert 0.99 < seen["student"].max() <= 1

@@ -1,0 +1,88 @@
+"""What lies in the folder of a run already, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from classification.config import changed_keys, config_from_text, load_config
+from pcka.engine.config import ConfigError
+from pcka.engine.run_folder import RunFolder
+from pcka.engine.saved_state import load_state as load_checked
+from pcka.engine.saved_state import refusal
+
+Result = dict[str, object]
+
+# What ``Trainer.state`` writes; ``adapters`` may be missing, see ``with_adapters``.
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "best": dict,
+    "seconds": (int, float),
+    "student": dict,
+    "losses": dict,
+    "optimizer": dict,
+    "random": dict,
+    "config": str,
+    "images": list,
+}
+BEST = {"best_accuracy", "best_epoch"}
+
+
+def load_state(cfg: CfgNode, path: Path) -> dict:
+    """Return the state that a run goes on from; refuse that of another one."""
+    saved = load_checked(path, PARTS | {"ema": dict} if cfg.SOLVER.EMA_DECAY else PARTS)
+    if lacking := BEST - saved["best"].keys():
+        raise refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
+    try:
+        of_saved = config_from_text(saved["config"])
+    except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
+        raise refusal(path, f"its configuration cannot be read ({error})") from error
+    if changed := changed_keys(of_saved, cfg):
+        way_out = "continue it with its config.yaml, or choose another OUTPUT_DIR"
+        if "SOLVER.EPOCHS" in changed and cfg.SOLVER.EPOCHS > of_saved.SOLVER.EPOCHS:
+            way_out += _prolonged(of_saved, cfg)
+        raise ConfigError(
+            f"OUTPUT_DIR: the run in {cfg.OUTPUT_DIR!r} was started with other values of "
+            f"{', '.join(changed)}; {way_out}"
+        )
+    if saved["epoch"] > cfg.SOLVER.EPOCHS:
+        raise ConfigError(
+            f"SOLVER.EPOCHS: the run in {cfg.OUTPUT_DIR!r} has {saved['epoch']} epochs already, "
+            f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
+        )
+    return saved
+
+
+def _prolonged(old: CfgNode, new: CfgNode) -> str:
+    """How a student is trained on whose schedule has come to its end."""
+    last = Path(new.OUTPUT_DIR) / "model_last.pth"
+    solver = old.SOLVER
+    return (
+        f". Its rates depend on SOLVER.EPOCHS; to train on from its last weights give, without "
+        f"--resume, STUDENT.WEIGHTS {last} OUTPUT_DIR {new.OUTPUT_DIR}-further SOLVER.EPOCHS "
+        f"{new.SOLVER.EPOCHS - solver.EPOCHS} SOLVER.BASE_LR {solver.BASE_LR / 10:g} "
+        "SOLVER.WARMUP_EPOCHS 0 DISTILL.WARMUP 0"
+    )
+
+
+def result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
+    """Return what a finished run came to whose checkpoint was removed since, to save room.
+
+    Raises:
+        ConfigError: it was another run, or did not finish: it can neither be taken for this one
+            nor continued, and to train it anew would overwrite it.
+    """
+    result, config = files.read_result(), files.directory / "config.yaml"
+    if (
+        result is not None
+        and result.get("epochs") == cfg.SOLVER.EPOCHS
+        and config.exists()
+        and not changed_keys(load_config(config), cfg)
+    ):
+        return result
+    raise ConfigError(
+        f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
+        f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
+        "choose another OUTPUT_DIR, or remove the folder to train anew"
+    )
