@@ -24,7 +24,7 @@ from classification.models.taps import Taps, extra_taps, loss_context, model_tap
 from classification.teacher import ImageSets, Teacher, check_teacher, prepare_teacher
 from classification.trainer import Trainer
 from pcka import losses
-from pcka.analysis.layerwise import MIN_SAMPLES
+from pcka.analysis.grams import MIN_SAMPLES
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
 from pcka.engine.command import TrainingFailedError
