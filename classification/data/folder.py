@@ -127,7 +127,7 @@ class FolderSource(Source):
             size = (data.IMAGE_SIZE, resize)
             return StreamingSet(files, labels, self.classes, *size, workers=data.WORKERS)
         side = resize if evaluated else self.image_size
-        images = _read(self.files, self.image_size, side, chosen)
+        images = read_files(self.files, self.image_size, side, chosen)
         return ResidentSet(images, labels, self.classes)
 
 
@@ -160,7 +160,7 @@ def folder_source(data: CfgNode, split: str) -> FolderSource:
     names = [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path, _ in found]
     files = ImageFiles(folder, np.array(names))
     labels = np.array([label for _, label in found], dtype=np.int64)
-    read = partial(_read, files, data.IMAGE_SIZE, data.IMAGE_SIZE)
+    read = partial(read_files, files, data.IMAGE_SIZE, data.IMAGE_SIZE)
     return FolderSource(labels, tuple(classes), read, files, data.IMAGE_SIZE)
 
 
@@ -177,7 +177,18 @@ def _refuse_second_visits(folder: Path) -> None:
             )
 
 
-def _read(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
+def read_files(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
+    """Return the centres of some images, (M, 3, image_size, image_size) uint8.
+
+    Args:
+        files: that hold them.
+        image_size: side of the centres, pixels.
+        resize: what the shorter side is resized to before, pixels.
+        indices: (M,), positions in ``files``.
+
+    Raises:
+        ConfigError: an image that cannot be decoded; its file is named.
+    """
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
 
     def fill(position: int) -> None:

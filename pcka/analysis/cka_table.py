@@ -42,9 +42,7 @@ class CKATable:
             writer.writerow([name, *(f"{value:.6f}" for value in row)])
         atomic_write(lambda file: file.write(text.getvalue().encode()), path)
 
-    def plot(
-        self, path: str | Path, name_a: str = "a", name_b: str = "b", title: str = ""
-    ) -> None:
+    def plot(self, path: str | Path, name_a: str = "a", name_b: str = "b", title: str = "") -> None:
         """Draw the table as a heatmap: the first layers at the bottom left, colours from 0 to 1.
 
         Args:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pcka.modes import evaluation_mode
 
+_LISTED = 8  # layers in a message
 _TRIED_SAMPLES = 5  # few other sizes within a model are 5
 
 
-@torch.no_grad()
 def find_layers(model: nn.Module, images: Tensor) -> list[str]:
     """Paths of the modules that give a feature of each sample, in the order in which they ran.
 
@@ -27,21 +27,72 @@ def find_layers(model: nn.Module, images: Tensor) -> list[str]:
         model: runs once in eval mode on the first images, and is left in the mode it was in.
         images: ``(B, ...)``, two or more.
     """
+    return [name for name, is_new in _features(model, images).items() if is_new]
+
+
+def select_layers(
+    model: nn.Module, wanted: str | Sequence[str] | None, images: Tensor
+) -> list[str]:
+    """Paths as they are asked for, patterns replaced by the modules that match them.
+
+    Args:
+        model: runs as for :func:`find_layers` where there is a pattern.
+        wanted: paths and patterns (``*``, ``?``, ``[...]``), of which also a module that hands on
+            the output of another is one; None: what :func:`find_layers` finds.
+        images: ``(B, ...)``, two or more.
+
+    Raises:
+        ValueError: a pattern that no module matches, or no layer at all.
+    """
+    if wanted is None:
+        wanted = find_layers(model, images)
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    found: list[str] | None = None
+    chosen: list[str] = []
+    for pattern in patterns:
+        if not set(pattern) & set("*?["):
+            chosen.append(pattern)
+            continue
+        if found is None:
+            found = list(_features(model, images))
+        matching = [name for name in found if fnmatchcase(name, pattern)]
+        if not matching:
+            listed = [*found[:_LISTED], "..."] if len(found) > _LISTED else found
+            raise ValueError(
+                f"layers: no layer of {type(model).__name__} matches {pattern!r}; there are "
+                f"{', '.join(listed) or 'none that give a feature of each sample'}"
+            )
+        chosen += matching
+    if not chosen:
+        raise ValueError(
+            f"layers: none are asked for, or {type(model).__name__} has none that give a feature "
+            "of each sample"
+        )
+    return list(dict.fromkeys(chosen))
+
+
+@torch.no_grad()
+def _features(model: nn.Module, images: Tensor) -> dict[str, bool]:
+    """Modules that run once and give a feature of each sample -> whether no other gave it before.
+
+    In the order in which they ran, a module behind those inside it.
+    """
     images = images[:_TRIED_SAMPLES]
     names = {module: name for name, module in model.named_modules() if name}
     calls: Counter[str] = Counter()
-    found: dict[tuple[Any, ...], str] = {}
-    alive = []  # else another tensor could come to lie where one lay
+    is_new: dict[str, bool] = {}
+    given: dict[tuple[Any, ...], Tensor] = {}  # kept, else another could come to lie there
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
-        calls[names[module]] += 1
+        name = names[module]
+        calls[name] += 1
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         if output.dim() > 0 and len(output) == len(images):
-            alive.append(output)
             storage = output.untyped_storage().data_ptr()
             place = storage, output.storage_offset(), output.numel(), output._version
-            found.setdefault(place, names[module])
+            is_new[name] = place not in given
+            given[place] = output
 
     hooks = [module.register_forward_hook(look) for module in names]
     try:
@@ -50,38 +101,4 @@ def find_layers(model: nn.Module, images: Tensor) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name in found.values() if calls[name] == 1]
-
-
-def select_layers(
-    model: nn.Module, wanted: str | Sequence[str] | None, images: Tensor
-) -> list[str]:
-    """Paths as they are asked for, patterns replaced by the layers that match them.
-
-    Args:
-        model: runs as for :func:`find_layers` where there is a pattern.
-        wanted: paths and patterns (``*``, ``?``, ``[...]``); None: all that are found.
-        images: ``(B, ...)``, two or more.
-
-    Raises:
-        ValueError: a pattern that no layer matches, or no layer at all.
-    """
-    patterns = ["*"] if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
-    chosen: list[str] = []
-    found: list[str] | None = None
-    for pattern in patterns:
-        if not set(pattern) & set("*?["):
-            chosen.append(pattern)
-            continue
-        if found is None:
-            found = find_layers(model, images)
-        matching = [name for name in found if fnmatchcase(name, pattern)]
-        if not matching:
-            raise ValueError(
-                f"layers: no layer of {type(model).__name__} matches {pattern!r}; there are "
-                f"{', '.join(found) or 'none that give a feature of each sample'}"
-            )
-        chosen += matching
-    if not chosen:
-        raise ValueError("layers: expected one or more paths or patterns, got none")
-    return list(dict.fromkeys(chosen))
+    return {name: new for name, new in is_new.items() if calls[name] == 1}
