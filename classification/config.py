@@ -321,13 +321,17 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
 
 
-def config_arguments(description: str) -> argparse.ArgumentParser:
+def config_arguments(description: str, *, required: bool = True) -> argparse.ArgumentParser:
     """Return a parser of ``--config-file F [KEY VALUE ...]``; use ``parse_intermixed_args``.
 
     ``--list`` prints the configurations and methods that there are, and ends.
+
+    Args:
+        description: of the command.
+        required: whether there has to be a file.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config-file", metavar="F", required=True, help="YAML configuration")
+    parser.add_argument("--config-file", metavar="F", required=required, help="YAML configuration")
     parser.add_argument("--list", action=_List, help="print the configurations and methods")
     parser.add_argument(
         "overrides", metavar="KEY VALUE", nargs="*", help="keys that override the file's"
