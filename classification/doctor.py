@@ -18,7 +18,7 @@ from classification.config import config_arguments, doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy
 from classification.models import has_own_weights, named_model, without_weights
-from classification.models.taps import extra_taps, model_taps
+from classification.models.taps import extra_taps, model_taps, tap_shapes
 from classification.pixel_checks import check_channels, check_normalisation, is_guessing
 from classification.run import Run, check_run, losses_of, untrained_pair
 from classification.teacher import PREFLIGHT_POINTS, Teacher, prepare_teacher, teacher_run
@@ -152,6 +152,15 @@ class Examination:
         student, teacher = untrained_pair(cfg)
         taps = model_taps(student, teacher or student, cfg.DISTILL.TAPS)
         read = sorted({tap for loss in losses_of(cfg, taps) for tap in loss.taps})
+        looked_at = {*read, *extra_taps(cfg.DISTILL.TAPS)}
+        for side, (role, model) in enumerate((("student", student), ("teacher", teacher))):
+            if model is None:
+                continue
+            try:
+                paths = {name: taps[name][side] for name in looked_at}
+                tap_shapes(model, paths, cfg.DATA.IMAGE_SIZE)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(f"DISTILL.TAPS: {role}: {error}") from error
         pair = f"{cfg.TEACHER.NAME} -> {cfg.STUDENT.NAME}" if teacher else cfg.STUDENT.NAME
         return Verdict(PASS, f"{pair}; taps: {', '.join(read) or 'none'}")
 

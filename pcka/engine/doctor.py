@@ -18,6 +18,7 @@ import torch
 import pcka
 
 PASS, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "-"
+DRIVER = Path("/dev/nvidiactl")  # is there where a GPU and its driver are
 _WIDTH = 100  # of the screen
 
 # What a detectron2 of old cannot import beside current libraries (tools/install_detectron2.py).
@@ -104,7 +105,7 @@ def check_gpu() -> Verdict:
             f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
             + (f"; {count} of them" if count > 1 else ""),
         )
-    if not Path("/dev/nvidiactl").exists():
+    if not DRIVER.exists():
         return Verdict(PASS, "none: runs are on the CPU")
     reason = (
         "is newer than the driver allows (nvidia-smi says what it allows)"
