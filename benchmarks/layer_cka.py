@@ -16,7 +16,7 @@ import io
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from math import nan
@@ -76,9 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         }
         for name in calls
     }
+    _print(given, list(map(len, layers)), figures)
+    return figures
+
+
+def _print(
+    given: argparse.Namespace, layers: Sequence[int], figures: Mapping[str, Mapping[str, float]]
+) -> None:
+    models = " x ".join(f"{name} ({n} layers)" for name, n in zip(given.models, layers))
     print(
-        f"{given.models[0]} ({len(layers[0])} layers) x {given.models[1]} ({len(layers[1])} "
-        f"layers), {given.batches} batches of {given.batch_size}, {given.threads} threads, median "
+        f"{models}, {given.batches} batches of {given.batch_size}, {given.threads} threads, median "
         f"of {given.rounds} ({SLOW}: 1)"
     )
     rows = [
@@ -92,7 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         for name, of in figures.items()
     ]
     print(markdown(["", "CPU seconds", "peak (MiB)", "largest error", "with float64 models"], rows))
-    return figures
 
 
 def cpu_seconds(call: Callable[[], object], times: int) -> float:
