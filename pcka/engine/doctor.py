@@ -189,7 +189,11 @@ def check_disk(folder: str | Path, needed: int) -> Verdict:
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    text = f"{free / 2**30:.1f} GiB free for {folder}, a run writes some {needed / 2**30:.2f} GiB"
+    text = f"{_size(free)} free for {folder}, a run writes some {_size(needed)}"
     if free < needed:
         return Verdict(FAIL, f"{text}; make room, or choose another OUTPUT_DIR")
     return Verdict(PASS if free > 2 * needed else WARN, text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
