@@ -71,8 +71,8 @@ def check_channels(model: nn.Module, section: CfgNode, data: ImageSet) -> Verdic
     """
     own = Input(section.PIXEL_MEAN, section.PIXEL_STD)
     others = {f"statistics: {name}": Input(*pair) for name, pair in USUAL.items()}
-    others["channels: swapped (BGR)"] = own._replace(swapped=True)
-    others["channels: swapped (BGR), statistics too"] = Input(own.mean[::-1], own.std[::-1], True)
+    others["channels: BGR"] = own._replace(swapped=True)
+    others["channels: BGR, statistics reversed too"] = Input(own.mean[::-1], own.std[::-1], True)
     right = {name: _right(model, given, data) for name, given in (("", own), *others.items())}
     best = max(others, key=lambda name: right[name].sum().item())
     reached, ours = (100 * right[name].double().mean().item() for name in (best, ""))
@@ -82,10 +82,13 @@ def check_channels(model: nn.Module, section: CfgNode, data: ImageSet) -> Verdic
     kind, _, name = best.partition(": ")
     text = f"{kind}: {reached:.2f} % with {name}, {ours:.2f} % as configured; "
     if others[best].swapped:
+        # The weights reversed, the statistics meet the channels in RGB order.
+        stay = others[best].mean == own.mean[::-1] and others[best].std == own.std[::-1]
+        also = "" if stay else ", reverse TEACHER.PIXEL_MEAN and PIXEL_STD"
         return Verdict(
             FAIL,
             f"{text}the model was trained on BGR: reverse the input channels of its first "
-            "layer's weights, or wrap it in a model of your own (package.module:factory)",
+            f"layer's weights{also}, or wrap it in a model of your own (package.module:factory)",
         )
     mean, std = (_numbers(values) for values in (others[best].mean, others[best].std))
     return Verdict(FAIL, f"{text}set TEACHER.PIXEL_MEAN {mean} and TEACHER.PIXEL_STD {std}")
