@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,10 @@ def stage_alignment(
         taps: stage name -> (module path in the student, module path in the teacher).
         data: on the models' device.
     """
-    spaced = torch.linspace(0, len(data) - 1, min(CKA_IMAGES, len(data))).long()
-    # Neighbours in a sorted set share a class: deal the images out, so that batches are mixed.
-    batches = -(-len(spaced) // CKA_BATCH_SIZE)
-    chosen = torch.cat([spaced[start::batches] for start in range(batches)]).to(data.device)
     return layerwise_cka(
         _from_raw_pixels(*student),
         _from_raw_pixels(*teacher),
-        (images for images, *_ in data.subset(chosen).evaluation_batches(CKA_BATCH_SIZE)),
+        mixed_batches(data, CKA_IMAGES, CKA_BATCH_SIZE),
         {name: (f"model.{s}", f"model.{t}") for name, (s, t) in taps.items()},
     )
 
@@ -89,6 +85,22 @@ def gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, 
         for what, value in measured._asdict().items()
         if what == "share" or task in terms
     }
+
+
+def mixed_batches(data: ImageSet, images: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield some images of a set, evenly spaced, in batches (B, 3, S, S) of mixed classes.
+
+    Args:
+        data: may be sorted by class.
+        images: how many, or all where there are fewer.
+        batch_size: of all batches but the last ones, which may be a little smaller.
+    """
+    spaced = torch.linspace(0, len(data) - 1, min(images, len(data))).long()
+    # Neighbours in a sorted set share a class: deal the images out, so that batches are mixed.
+    batches = -(-len(spaced) // batch_size)
+    chosen = torch.cat([spaced[start::batches] for start in range(batches)]).to(data.device)
+    for pixels, *_ in data.subset(chosen).evaluation_batches(batch_size):
+        yield pixels
 
 
 def _from_raw_pixels(pixels: nn.Module, model: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from classification.saved_run import Result, load_state, result_alone
 from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
 from pcka import losses
-from pcka.analysis.layerwise import MIN_SAMPLES
+from pcka.analysis.grams import MIN_SAMPLES
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
 from pcka.engine.command import TrainingFailedError

@@ -90,14 +90,22 @@ class FeatureTap:
         paths: tap name -> module path, as in ``model.named_modules()``, for the module's output;
             with ``:KEY`` behind it for a part of that, with ``:input`` for the module's first
             positional argument, with ``:map`` last for a map.
+        keep: makes what is kept of a feature, as soon as it is there; None: the feature itself.
 
     Raises:
         ValueError: a path that the model does not have; the message lists near matches.
     """
 
-    def __init__(self, model: nn.Module, paths: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Mapping[str, str],
+        *,
+        keep: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._readings = {name: _Reading.of(path, model) for name, path in paths.items()}
         _check_paths(model, self._readings)
+        self._kept_of = keep
         self._features: dict[str, tuple[Tensor, int]] = {}
         self._handles = [
             _hook(model, reading, partial(self._keep, name, reading))
@@ -112,6 +120,8 @@ class FeatureTap:
                 f"tap {name!r}: {reading.module} ran twice since the last pop(); call pop() after "
                 "each forward pass, and tap a module that runs once in it"
             )
+        if self._kept_of is not None:
+            feature = self._kept_of(feature)
         self._features[name] = feature, _version(feature)
 
     def pop(self) -> dict[str, Tensor]:

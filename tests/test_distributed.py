@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcka import losses
+from pcka.analysis import cka_matrix
 from pcka.distiller import Distiller
 from pcka.distributed import (
     average_buffers,
@@ -203,13 +204,30 @@ def communicate() -> dict[str, object]:
     }
 
 
+def small_net(width: int) -> nn.Sequential:
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3)).double()
+
+
+CKA_BATCHES = [normal(8 + i, samples, 5) for i, samples in enumerate((6, 5, 8))]
+
+
+def alignments() -> dict[str, Tensor]:
+    """CKA of all layers where both processes have batches, and where the first one has all."""
+    shared, alone = (CKA_BATCHES[:1], CKA_BATCHES) if rank() == 0 else (CKA_BATCHES[1:], [])
+    return {
+        name: cka_matrix(small_net(4), small_net(6), batches).values
+        for name, batches in (("shared", shared), ("alone", alone))
+    }
+
+
 def run(folder: Path, own_rank: int) -> None:
     """Be one of the processes; write what came out."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=own_rank, world_size=WORLD
     )
     trained = {case: train(*arguments) for case, arguments in CASES.items()}
-    several = {"communication": communicate(), "apart": apart()}
+    several = {"communication": communicate(), "apart": apart(), "cka": alignments()}
     torch.save({**trained, **several}, folder / f"{own_rank}.pth")
     distributed.destroy_process_group()
 
@@ -245,6 +263,12 @@ def communication(processes) -> list[dict]:
 
 def assert_close(actual: object, expected: object) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_cka_of_all_layers_is_of_the_batches_of_all_processes(processes):
+    whole = cka_matrix(small_net(4), small_net(6), CKA_BATCHES).values
+    for process in processes:
+        assert_close(process["cka"], {"shared": whole, "alone": whole})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The Python of the README and of the page on the library runs as it stands there."""
+"""The Python of the README and of the pages on library and analysis runs as it stands there."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ def test_the_examples_run():
     moved = [not torch.equal(a, b) for a, b in zip(before, names["student"].parameters())]
     assert all(moved)
     exec(functions, names)
+
+
+def test_the_example_of_the_analysis_runs(tmp_path, monkeypatch):
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "model_a": create_model("resnet8", 10),
+        "model_b": create_model("resnet14", 10),
+        "loader": [(torch.randn(8, 3, 16, 16), torch.arange(8))] * 2,
+    }
+    exec(example, names)
+    assert names["table"].values.shape == (3, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"cka.png", "cka.csv"}

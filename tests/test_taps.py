@@ -81,6 +81,14 @@ def test_features_keep_their_graph_and_no_grad_is_respected(net):
         assert tap.pop()["first"].is_inference()
 
 
+def test_what_is_kept_of_a_feature_is_made_before_anything_changes_it():
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True))
+    x = torch.randn(4, 3)
+    with FeatureTap(net, {"linear": "0"}, keep=lambda feature: feature.sum(1)) as tap:
+        net(x)
+        torch.testing.assert_close(tap.pop()["linear"], net[0](x).sum(1))
+
+
 def test_memory_format_is_kept(net):
     net = net.to(memory_format=torch.channels_last)
     with FeatureTap(net, {"first": "conv1"}) as tap:

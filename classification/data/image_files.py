@@ -161,7 +161,7 @@ class FileSource(Source):
             size = (data.IMAGE_SIZE, resize)
             return StreamingSet(files, labels, self.classes, *size, workers=data.WORKERS)
         side = resize if evaluated else self.image_size
-        images = _read(self.files, self.image_size, side, chosen)
+        images = read_files(self.files, self.image_size, side, chosen)
         return ResidentSet(images, labels, self.classes)
 
 
@@ -177,11 +177,22 @@ def file_source(
         image_size: side of the images that ``read`` gives, pixels: the shorter side is resized to
             it and the centre cut out.
     """
-    read = partial(_read, files, image_size, image_size)
+    read = partial(read_files, files, image_size, image_size)
     return FileSource(labels, tuple(classes), read, files, image_size)
 
 
-def _read(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
+def read_files(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
+    """Return the centres of some images, (M, 3, image_size, image_size) uint8.
+
+    Args:
+        files: that hold them.
+        image_size: side of the centres, pixels.
+        resize: what the shorter side is resized to before, pixels.
+        indices: (M,), positions in ``files``.
+
+    Raises:
+        ConfigError: an image that cannot be decoded; its file is named.
+    """
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
 
     def fill(position: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from classification.models.registry import Classifier, create_model, model_names, register
 from classification.models.weights import (
+    classes_in,
     has_own_weights,
     load_classifier,
     named_model,
@@ -16,6 +17,7 @@ from classification.models.weights import (
 
 __all__ = [
     "Classifier",
+    "classes_in",
     "create_model",
     "has_own_weights",
     "load_classifier",

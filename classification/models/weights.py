@@ -117,6 +117,26 @@ def load_classifier(
     return model
 
 
+def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) -> int:
+    """How many classes the classifier in a checkpoint tells apart.
+
+    Args:
+        section: STUDENT or TEACHER: the model that the checkpoint is of.
+        weights: checkpoint.
+        role: "student" or "teacher": which of the two where the file holds both.
+
+    Raises:
+        ConfigError: an unknown model, or a checkpoint that cannot be read.
+    """
+    model = named_model(section["NAME"], 2, role=role, **without_weights(section))
+    try:
+        report = load_weights(model, weights, role=role, allow_partial=True)
+    except CheckpointError as error:
+        raise ConfigError(f"{role.upper()}.WEIGHTS: {error}") from error
+    last = f"{model.classifier_name}.weight"
+    return next((e.in_file[0] for e in report.mismatched if e.name == last and e.in_file), 2)
+
+
 def _unread(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Keywords with which the weights of a model's library, or its folder, are not read."""
     may_be_read = "pretrained" in kwargs or name.startswith("hf/")

@@ -2,80 +2,160 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pcka.analysis.cka_table import CKATable
+from pcka.analysis.grams import MIN_SAMPLES, u_centered_gram
+from pcka.analysis.layers import select_layers
+from pcka.distributed import from_first_process, sum_over_processes
 from pcka.modes import evaluation_mode
-from pcka.ops.reference import accumulation_dtype, unbiased_hsic, without_autocast
 from pcka.taps import FeatureTap
 
-MIN_SAMPLES = 4  # unbiased HSIC is not defined below
+Grams = Mapping[str, Tensor]
 
 
-class LayerwiseCKA:
-    r"""Minibatch CKA of pairs of layers: the ratio of the sums, not the mean of the ratios.
+class MinibatchCKA:
+    r"""CKA of all layers of one model with all layers of another: the ratio of sums over batches.
 
-    ``sum_b HSIC_u(K_b, L_b) / sqrt(sum_b HSIC_u(K_b, K_b) * sum_b HSIC_u(L_b, L_b))`` over
-    batches ``b``, with ``HSIC_u`` the unbiased estimate (Song et al. 2012, eq. 5) of the Gram
+    ``sum_b HSIC_1(K_b, L_b) / sqrt(sum_b HSIC_1(K_b, K_b) * sum_b HSIC_1(L_b, L_b))`` over
+    batches ``b``, with ``HSIC_1`` the unbiased estimate (Song et al. 2012, eq. 5) of the Gram
     matrices of a batch (Nguyen, Raghu and Kornblith 2021, eq. 4). The sums are unbiased whatever
     the batch size, so the result does not rise with small batches of wide features, as plain CKA
     does. It may come out slightly negative for unrelated layers.
+
+    ``HSIC_1(K, L) = <K~, L~>_F / (N (N - 3))`` of U-centered Grams (Szekely and Rizzo 2014), so all
+    pairs of layers are one product, ``(L_a, N*N) @ (N*N, L_b)``.
+
+    Args:
+        layers_a: names of the rows.
+        layers_b: names of the columns.
+
+    Raises:
+        ValueError: no layers.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, layers_a: Iterable[str], layers_b: Iterable[str]) -> None:
+        self._layers = tuple(layers_a), tuple(layers_b)
+        if not all(self._layers):
+            raise ValueError("layers: expected one or more of each model, got none")
+        rows, columns = map(len, self._layers)
+        # Between the layers, of each with itself, and how many batches: in one tensor, so that
+        # processes add up all of it at once.
+        self._sizes = rows * columns, rows, columns, 1
+        self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
 
-    def update(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+    def update(self, a: Grams, b: Grams) -> None:
         """Add one batch; a batch of fewer than 4 samples says nothing and is passed over.
 
         Args:
-            student: layer name -> features ``(B, ...)``, flattened to one row per sample.
-            teacher: the same names and samples; the widths may differ.
+            a: layer -> ``(N, N)`` by :func:`u_centered_gram`.
+            b: likewise, of the same samples.
 
         Raises:
-            ValueError: layers that differ by name, or features of different samples.
+            ValueError: a layer whose features are not of these samples.
         """
-        if student.keys() != teacher.keys():
-            raise ValueError(
-                "student and teacher must hold features of the same layers; got student "
-                f"{sorted(student)} and teacher {sorted(teacher)}"
-            )
-        for name, feature in student.items():
-            if len(feature) != len(teacher[name]):
+        stacked = [
+            [(name, grams[name]) for name in layers] for grams, layers in zip((a, b), self._layers)
+        ]
+        samples = len(next(iter(chain(*stacked)))[1])
+        for name, gram in chain(*stacked):
+            if len(gram) != samples:
                 raise ValueError(
-                    f"{name}: student and teacher must hold the same samples; got student "
-                    f"{tuple(feature.shape)} and teacher {tuple(teacher[name].shape)}"
+                    f"layer {name!r}: expected features (B, ...) of the same {samples} samples as "
+                    f"the other layers, got {len(gram)} rows; leave this layer out"
                 )
-            if len(feature) >= MIN_SAMPLES:
-                k, l = _gram(feature), _gram(teacher[name])
-                batch = torch.cat([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
-                self._sums[name] = self._sums[name] + batch if name in self._sums else batch
+        if samples < MIN_SAMPLES:
+            return
+        k, l = (torch.stack([gram for _, gram in side]).flatten(1) for side in stacked)
+        one = k.new_full((1,), samples * (samples - 3))
+        parts = (k @ l.T).flatten(), k.square().sum(1), l.square().sum(1), one
+        self._sums = self._sums.to(k.device) + torch.cat(parts) / one
 
-    def compute(self) -> dict[str, float]:
-        """Layer name -> CKA of all batches so far; 0 where a layer is constant.
+    def sum_over_processes(self) -> None:
+        """Add up what all processes saw; every one of them calls this."""
+        sum_over_processes(self._sums)
 
-        NaN where a feature was NaN or infinite.
+    def compute(self) -> CKATable:
+        """CKA of all batches so far: 0 where a layer is constant, NaN where one is not finite.
 
         Raises:
             ValueError: no batch of at least 4 samples came.
         """
-        if not self._sums:
-            raise ValueError(f"no batch of at least {MIN_SAMPLES} samples was given to update()")
-        return {name: _ratio(*sums.tolist()) for name, sums in self._sums.items()}
+        cross, of_a, of_b, batches = self._sums.cpu().split(self._sizes)
+        if not batches:
+            raise ValueError(f"no batch of at least {MIN_SAMPLES} samples was given")
+        # The estimate of a similarity with itself may be negative: nothing to be alike with.
+        scale = of_a.clamp(min=0).sqrt()[:, None] * of_b.clamp(min=0).sqrt()
+        cross = cross.view_as(scale)
+        values = torch.where(scale == 0, cross * 0, cross / scale)
+        return CKATable(values, *self._layers)
 
 
+@torch.no_grad()
+def cka_matrix(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Iterable[Any],
+    layers_a: str | Sequence[str] | None = None,
+    layers_b: str | Sequence[str] | None = None,
+) -> CKATable:
+    """Minibatch CKA of all layers of a model with all layers of another; see :class:`MinibatchCKA`.
+
+    One pass over the data: a layer's Gram is made as the layer runs, and its features are not kept.
+    Both models run in eval mode without gradients and are left in the mode they were in. A model
+    may be compared with itself. Of several processes each gives its own part of the data, the first
+    one a batch or more, and all get the table of the whole.
+
+    Args:
+        model_a: images ``(B, C, H, W)``, or another tensor with samples first -> anything.
+        model_b: likewise, on the same device.
+        batches: what the models take, or tuples and lists that begin with it, as loaders give.
+        layers_a: the rows: module paths as :class:`pcka.FeatureTap` takes them, or patterns such as
+            ``"layer*.conv1"``; None: every layer that :func:`pcka.analysis.find_layers` finds.
+        layers_b: the columns, likewise.
+
+    Raises:
+        ValueError: a path that a model lacks, a pattern without a layer, a layer that gives no row
+            for each sample, or no batch of at least 4 samples.
+    """
+    models = {"a": model_a, "b": model_b}
+    device = next(chain(model_a.parameters(), model_b.parameters()), torch.empty(0)).device
+    inputs = (_input_of(batch).to(device) for batch in batches)
+    with evaluation_mode(*models.values()):
+        first = next((images for images in inputs if len(images) >= MIN_SAMPLES), None)
+        chosen = None
+        if first is not None:
+            wanted = layers_a, layers_b
+            chosen = [select_layers(*of, first) for of in zip(models.values(), wanted)]
+        # One list for all processes, of which some may have no batch.
+        chosen = from_first_process(chosen)
+        if chosen is None:
+            raise ValueError(f"batches: expected one of at least {MIN_SAMPLES} samples, got none")
+        result = MinibatchCKA(*chosen)
+        with _gram_taps(model_a, model_b, *chosen) as grams:
+            for images in () if first is None else chain([first], inputs):
+                result.update(*grams(images))
+    result.sum_over_processes()
+    return result.compute()
+
+
+@torch.no_grad()
 def layerwise_cka(
     student: nn.Module,
     teacher: nn.Module,
     batches: Iterable[Tensor],
     taps: Mapping[str, tuple[str, str]],
 ) -> dict[str, float]:
-    """Minibatch CKA of tapped layers of two models over a data set; see :class:`LayerwiseCKA`.
+    """Minibatch CKA of tapped layers of two models over a data set; see :class:`MinibatchCKA`.
 
-    Both models run in eval mode without gradients and are left in the mode they were in.
+    Both models run in eval mode without gradients and are left in the mode they were in. Processes
+    do not wait for one another: each gets the figures of its own batches.
 
     Args:
         student: images -> anything.
@@ -89,36 +169,43 @@ def layerwise_cka(
     Raises:
         ValueError: a path that a model lacks, or no batch of at least 4 samples.
     """
-    result = LayerwiseCKA()
-    student_paths = {name: paths[0] for name, paths in taps.items()}
-    teacher_paths = {name: paths[1] for name, paths in taps.items()}
-    with (
-        torch.no_grad(),
-        evaluation_mode(student, teacher),
-        FeatureTap(student, student_paths) as student_tap,
-        FeatureTap(teacher, teacher_paths) as teacher_tap,
-    ):
+    layers = [[pair[side] for pair in taps.values()] for side in (0, 1)]
+    result = MinibatchCKA(*layers)
+    with evaluation_mode(student, teacher), _gram_taps(student, teacher, *layers) as grams:
         for images in batches:
-            student(images)
-            teacher(images)
-            result.update(student_tap.pop(), teacher_tap.pop())
-    return result.compute()
+            result.update(*grams(images))
+    return dict(zip(taps, result.compute().values.diagonal().tolist()))
 
 
-def _gram(feature: Tensor) -> Tensor:
-    """``(B, ...)`` -> ``(1, B, B)`` in float64.
+@contextmanager
+def _gram_taps(
+    model_a: nn.Module, model_b: nn.Module, layers_a: Iterable[str], layers_b: Iterable[str]
+) -> Iterator[Callable[[Tensor], tuple[Grams, Grams]]]:
+    """Give what runs both models on images and returns the Grams of both by layer."""
+    paths: dict[nn.Module, dict[str, str]] = {}
+    for model, layers in ((model_a, layers_a), (model_b, layers_b)):
+        paths.setdefault(model, {}).update(dict(zip(layers, layers)))
+    with ExitStack() as stack:
+        taps = {
+            model: stack.enter_context(FeatureTap(model, of_model, keep=u_centered_gram))
+            for model, of_model in paths.items()
+        }
 
-    Unbiased HSIC does not depend on the features' mean; without it the Gram loses no digits to
-    the large mean that features have after a ReLU.
-    """
-    rows = feature.detach().flatten(1)
-    rows = rows.to(accumulation_dtype(rows.dtype))
-    rows = rows - rows.mean(0)
-    with without_autocast(rows.device):
-        return (rows @ rows.T).double()[None]
+        def run(images: Tensor) -> tuple[Grams, Grams]:
+            kept = {}
+            for model, tap in taps.items():  # a model on both sides runs once
+                model(images)
+                kept[model] = tap.pop()
+            return kept[model_a], kept[model_b]
+
+        yield run
 
 
-def _ratio(kl: float, kk: float, ll: float) -> float:
-    if not all(map(math.isfinite, (kl, kk, ll))):
-        return math.nan
-    return kl / (kk * ll) ** 0.5 if kk > 0 and ll > 0 else 0.0
+def _input_of(batch: Any) -> Tensor:
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            "batches: expected tensors, or tuples and lists that begin with one; got "
+            f"{type(batch).__name__}"
+        )
+    return first

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pcka
-from benchmarks import accuracy, ceilings, device, memory, operators, operators_gpu
+from benchmarks import accuracy, ceilings, device, layer_cka, memory, operators, operators_gpu
 from benchmarks.baselines import Products
 from benchmarks.cases import CASES, GPU_CASES, MapCase, MatrixCase, select
 from benchmarks.harness import Spread, compare, interleave, markdown, ratio
@@ -244,3 +244,10 @@ def read(folder, name):
     known = {"torch", "build_info", "git", "command_line", "seed", "threads", "processor"}
     assert known <= content["environment"].keys()
     return content["records"]
+
+
+def test_cka_of_all_layers_is_compared_with_itself_in_float64(capsys):
+    words = "--models resnet8 resnet8 --batches 2 --batch-size 8 --rounds 1 --threads 1"
+    figures = layer_cka.main(words.split())["pcka"]
+    assert figures["error"] < 1e-5 and figures["error_in_float64"] == 0
+    assert "resnet8 (10 layers) x resnet8 (10 layers), 2 batches of 8" in capsys.readouterr().out

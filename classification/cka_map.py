@@ -1,0 +1,191 @@
+"""CKA of all layers of two classifiers: ``pcka cka --a MODEL --b MODEL --data FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from classification.config import IMAGENET_MEAN, IMAGENET_STD, default_config, load_config
+from classification.data import ImageSet, ResidentSet, load_evaluation_set, pixel_statistics
+from classification.data.image_files import FilesOnDisk, read_files
+from classification.evaluation import mixed_batches
+from classification.models import (
+    classes_in,
+    has_own_weights,
+    load_classifier,
+    named_model,
+    settings_of,
+)
+from pcka.analysis import CKATable, cka_matrix
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.environment import choose_device
+from pcka.engine.progress import console_log
+
+logger = logging.getLogger("pcka")
+
+IMAGENET_CLASSES = 1000
+RUN_CONFIG, RUN_WEIGHTS = "config.yaml", "model_last.pth"
+
+
+def main(arguments: Sequence[str] | None = None) -> CKATable:
+    """Compare as the arguments say; write the heatmap and the values, and return them."""
+    given = _parser().parse_args(arguments)
+    with console_log():
+        table, count = _measure(given)
+    of_a = _title(given.a, given.weights_a)
+    of_b = _title(given.b, given.weights_b) if given.b else of_a
+    files = [Path(f"{given.output}{suffix}") for suffix in (".png", ".csv")]
+    table.plot(files[0], of_a, of_b, title=f"{count} images")
+    table.write_csv(files[1])
+    rows, columns = table.values.shape
+    print(f"CKA of {rows} x {columns} layers on {count} images: {files[0]}, {files[1]}")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pcka cka",
+        description="CKA of all layers of two classifiers on the same images, as a heatmap (PNG) "
+        "and a table (CSV).",
+    )
+    model = (
+        "zoo's name, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
+    )
+    parser.add_argument("--a", required=True, metavar="MODEL", help=f"rows: {model}")
+    parser.add_argument("--b", default="", metavar="MODEL", help="columns; left out: a itself")
+    for side in "ab":
+        parser.add_argument(f"--weights-{side}", default="", metavar="W", help="its checkpoint")
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="FOLDER",
+        help="images at any depth, or digits (built in); left out: those that the run of a is "
+        "evaluated on",
+    )
+    parser.add_argument("--layers", nargs="+", metavar="L", help="paths or patterns, of both")
+    for side in "ab":
+        parser.add_argument(f"--layers-{side}", nargs="+", metavar="L", help=f"of {side} alone")
+    parser.add_argument("--images", type=int, default=512, help="how many, evenly spaced (512)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, help="pixels; left out: the run's, or 32")
+    parser.add_argument("--classes", type=int, help="of models without weights (1000; digits: 10)")
+    parser.add_argument("--pretrained", action="store_true", help="weights of the model's library")
+    for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        about = "of models that are no runs; left out: ImageNet's"
+        parser.add_argument(f"--pixel-{key}", type=float, nargs=3, default=default, help=about)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--output", default="output/cka", metavar="PATH", help="of the files, without suffix"
+    )
+    return parser
+
+
+def _measure(given: argparse.Namespace) -> tuple[CKATable, int]:
+    """The table, and of how many images it is."""
+    device = choose_device(given.device)
+    data = _images(given).to(device)
+    a = _model(given, given.a, given.weights_a, "a").to(device)
+    b = _model(given, given.b, given.weights_b, "b").to(device) if given.b else a
+    layers = given.layers_a or given.layers, given.layers_b or given.layers
+    batches = mixed_batches(data, given.images, given.batch_size)
+    try:
+        table = cka_matrix(a, b, batches, *layers)
+    except ValueError as error:  # of the layers
+        raise ConfigError(str(error)) from error
+    return table, min(given.images, len(data))
+
+
+def _run_of(word: str) -> CfgNode | None:
+    """The configuration of the run in a folder; None where ``word`` is no such folder."""
+    file = Path(word, RUN_CONFIG)
+    return load_config(file) if file.is_file() else None
+
+
+def _images(given: argparse.Namespace) -> ImageSet:
+    """The images to compare on.
+
+    Raises:
+        ConfigError: none are named, or there are fewer than HSIC needs.
+    """
+    run, name = _run_of(given.a), given.data
+    if name and name != "digits":
+        side = given.image_size or (run or default_config()).DATA.IMAGE_SIZE
+        return _of_folder(Path(name).expanduser(), given.images, side)
+    if not name and run is None:
+        raise ConfigError(
+            "--data: expected a folder of images, or digits; it may be left out where --a is the "
+            "folder of a run"
+        )
+    cfg = default_config() if run is None else run.clone()
+    cfg.defrost()
+    if name:
+        cfg.DATA = default_config().DATA
+        cfg.DATA.NAME = name
+    cfg.DATA.IMAGE_SIZE = given.image_size or cfg.DATA.IMAGE_SIZE
+    return load_evaluation_set(cfg)
+
+
+def _of_folder(folder: Path, images: int, side: int) -> ImageSet:
+    """Some image files in a folder, evenly spaced by their paths."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not found:
+        raise ConfigError(f"--data: no images in {str(folder)!r}; give a folder of image files")
+    files = FilesOnDisk(folder, np.array([os.fsencode(path.relative_to(folder)) for path in found]))
+    chosen = np.linspace(0, len(found) - 1, min(images, len(found))).astype(np.int64)
+    pixels = read_files(files, side, side, chosen)
+    return ResidentSet(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("any",))
+
+
+def _model(given: argparse.Namespace, word: str, weights: str, side: str) -> nn.Module:
+    """A model that takes pixels in [0, 1], by its name or the folder of its run."""
+    run = _run_of(word)
+    if run is not None:
+        section, weights = run.STUDENT, weights or str(Path(word, RUN_WEIGHTS))
+    else:
+        section = default_config().STUDENT
+        section.NAME = word
+        section.PIXEL_MEAN, section.PIXEL_STD = given.pixel_mean, given.pixel_std
+        if given.pretrained and not weights:
+            section.KWARGS = CfgNode({"pretrained": True})
+    settings = {"role": "student", **settings_of(section)}
+    with _naming(side):
+        if weights:
+            classes = classes_in(section, weights, role="student")
+            model = load_classifier(section.NAME, weights, classes, **settings)
+        else:
+            classes = given.classes or (10 if given.data == "digits" else IMAGENET_CLASSES)
+            model = named_model(section.NAME, classes, **settings)
+            if not has_own_weights(section):
+                logger.warning("%s: %s has random weights (--weights-%s)", side, word, side)
+    pixels = pixel_statistics(section).to(choose_device(given.device))
+    model.register_forward_pre_hook(lambda _, images: (pixels(*images),))
+    return model
+
+
+@contextmanager
+def _naming(side: str) -> Iterator[None]:
+    """Name the options of this command, where the keys of a configuration are refused."""
+    try:
+        yield
+    except ConfigError as error:
+        reason = str(error).replace("STUDENT.NAME", f"--{side}")
+        raise ConfigError(reason.replace("STUDENT.WEIGHTS", f"--weights-{side}")) from error
+
+
+def _title(word: str, weights: str) -> str:
+    return f"{word} ({Path(weights).name})" if weights else word
+
+
+if __name__ == "__main__":
+    run_command(main)

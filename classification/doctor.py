@@ -1,0 +1,359 @@
+"""Will this machine, and this configuration, train? ``pcka doctor [--config-file F]``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from classification.arguments import config_arguments
+from classification.config import doubts, load_config
+from classification.data import ImageSet, load_image_sets, pixel_statistics
+from classification.evaluation import accuracy
+from classification.models import has_own_weights, named_model, without_weights
+from classification.models.taps import extra_taps, model_taps, tap_shapes
+from classification.pixel_checks import check_channels, check_normalisation, is_guessing
+from classification.run import Run, check_run, losses_of, untrained_pair
+from classification.teacher import PREFLIGHT_POINTS, Teacher, prepare_teacher, teacher_run
+from classification.trainer import Trainer
+from pcka.analysis.memory import peak_growth
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError
+from pcka.engine.doctor import (
+    FAIL,
+    PASS,
+    SKIP,
+    WARN,
+    Check,
+    Finding,
+    Verdict,
+    check_disk,
+    examine,
+    machine_checks,
+    screen,
+)
+from pcka.engine.environment import choose_device
+from pcka.engine.preflight import is_constant
+from pcka.engine.run_folder import CHECKPOINT
+
+SAMPLE = 512  # evaluation images that the teacher is tried on
+DECODED = 32  # images that are looked at
+TIMED_STEPS = 5  # after one that warms up
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Finding]:
+    """Look as the arguments say; print a line a finding, and return them.
+
+    Raises:
+        SystemExit: with 1, where a check failed.
+    """
+    parser = config_arguments("Will this machine, and this configuration, train?", required=False)
+    parser.prog = "pcka doctor"
+    parser.add_argument("--method", default="", metavar="M", help="what is to be trained by")
+    given = parser.parse_intermixed_args(arguments)
+    checks = machine_checks()
+    if given.config_file:
+        checks += Examination(given.config_file, given.overrides, given.method).checks()
+    findings = examine(checks)
+    print(screen(findings))
+    failed = sum(finding.status == FAIL for finding in findings)
+    warned = sum(finding.status == WARN for finding in findings)
+    print(f"\n{failed} of {len(findings)} checks failed, {warned} warn")
+    if failed:
+        raise SystemExit(1)
+    return findings
+
+
+class Examination:
+    """Checks of a configuration; each one needs what those before it found.
+
+    Args:
+        config_file: as :func:`classification.config.load_config` takes it.
+        overrides: likewise.
+        method: likewise.
+    """
+
+    def __init__(self, config_file: str | Path, overrides: Sequence[str], method: str) -> None:
+        self._given = config_file, overrides, method
+        self._cfg: CfgNode | None = None
+        self._sets: tuple[ImageSet, ImageSet] | None = None
+        self._sample: ImageSet | None = None
+        self._teacher: Teacher | None = None
+        self._is_stand_in = False
+        self._trainer: Trainer | None = None
+
+    def checks(self) -> list[tuple[str, Check]]:
+        """In the order in which they are to be made."""
+        return [
+            ("configuration", self.check_configuration),
+            ("models and taps", self._needing("configuration", self.check_models)),
+            ("data", self._needing("configuration", self.check_data)),
+            ("student's pixels", self._needing("data", self.check_student_pixels)),
+            ("teacher", self._needing("data", self.check_teacher)),
+            ("teacher's pixels", self._needing("data", self.check_teacher_pixels)),
+            ("a step", self._needing("data", self.check_step)),
+            ("cost", self._needing("step", self.check_cost)),
+            ("disk", self._needing("step", self.check_room)),
+        ]
+
+    def _needing(self, what: str, check: Check) -> Check:
+        """The check, where what it needs was found."""
+
+        def guarded() -> Verdict:
+            there = {"configuration": self._cfg, "data": self._sample, "step": self._trainer}
+            if there[what] is None:
+                return Verdict(SKIP, f"not looked at: needs the {what}")
+            return check()
+
+        return guarded
+
+    @property
+    def cfg(self) -> CfgNode:
+        """The configuration that was read."""
+        assert self._cfg is not None
+        return self._cfg
+
+    @property
+    def sets(self) -> tuple[ImageSet, ImageSet]:
+        """Training images, and the sample of those to evaluate on."""
+        assert self._sets is not None and self._sample is not None
+        return self._sets[0], self._sample
+
+    @property
+    def trainer(self) -> Trainer:
+        """What made the step."""
+        assert self._trainer is not None
+        return self._trainer
+
+    def check_configuration(self) -> Verdict:
+        """Keys and values, the device, and an output folder without a run."""
+        cfg = load_config(*self._given)
+        choose_device(cfg.DEVICE)
+        self._cfg = cfg
+        if Path(cfg.OUTPUT_DIR, CHECKPOINT).exists():
+            return Verdict(
+                WARN,
+                f"OUTPUT_DIR: {cfg.OUTPUT_DIR!r} holds a run; --resume goes on with it, or choose "
+                "another folder",
+            )
+        return Verdict(PASS, f"{', '.join(cfg.DISTILL.METHODS)} into {cfg.OUTPUT_DIR}")
+
+    def check_models(self) -> Verdict:
+        """Both models can be made, weights are there, and losses find their taps."""
+        cfg = self.cfg
+        check_run(cfg)
+        student, teacher = untrained_pair(cfg)
+        taps = model_taps(student, teacher or student, cfg.DISTILL.TAPS)
+        read = sorted({tap for loss in losses_of(cfg, taps) for tap in loss.taps})
+        looked_at = {*read, *extra_taps(cfg.DISTILL.TAPS)}
+        for side, (role, model) in enumerate((("student", student), ("teacher", teacher))):
+            if model is None:
+                continue
+            try:
+                paths = {name: taps[name][side] for name in looked_at}
+                tap_shapes(model, paths, cfg.DATA.IMAGE_SIZE)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(f"DISTILL.TAPS: {role}: {error}") from error
+        pair = f"{cfg.TEACHER.NAME} -> {cfg.STUDENT.NAME}" if teacher else cfg.STUDENT.NAME
+        return Verdict(PASS, f"{pair}; taps: {', '.join(read) or 'none'}")
+
+    def check_data(self) -> Verdict:
+        """Both sets are there, their images can be decoded and differ."""
+        train, test = load_image_sets(self.cfg)
+        device = choose_device(self.cfg.DEVICE)
+        self._sets = train.to(device), test.to(device)
+        images = _spaced(self._sets[0], DECODED)
+        decoded, *_ = next(iter(images.evaluation_batches(DECODED)))
+        self._sample = _spaced(self._sets[1], SAMPLE)
+        count = f"{len(train)} images to train on, {len(test)} to evaluate on"
+        text = f"{count}, of {len(test.classes)} classes"
+        if len(images) > 1 and is_constant(decoded):
+            return Verdict(
+                FAIL, f"{text}; {len(images)} of them all look the same: check DATA.ROOT"
+            )
+        return Verdict(PASS, text)
+
+    def check_student_pixels(self) -> Verdict:
+        """Its statistics bring the pixels near mean 0 and deviation 1."""
+        images, *_ = next(iter(_spaced(self.sets[1], DECODED).evaluation_batches(DECODED)))
+        return check_normalisation("STUDENT", self.cfg.STUDENT, images)
+
+    def check_teacher(self) -> Verdict:
+        """It is complete, and as accurate as is stated, or better than guessing."""
+        cfg = self.cfg
+        if not cfg.TEACHER.NAME:
+            return Verdict(PASS, "none: the student learns without one")
+        with tempfile.TemporaryDirectory() as folder:
+            lenient = self._with_weights(cfg.clone(), Path(folder))
+            read = {path for _, path in extra_taps(cfg.DISTILL.TAPS).values()}
+            self._teacher = prepare_teacher(lenient, self.sets, _never, read)
+        assert self._teacher is not None
+        sample, top1, stated = self.sets[1], self._teacher.accuracy, cfg.TEACHER.ACCURACY
+        if self._is_stand_in:
+            return Verdict(WARN, f"is trained first, {cfg.TEACHER.EPOCHS} epochs; not known yet")
+        text = f"{cfg.TEACHER.NAME} reaches {top1:.2f} % on {len(sample)} evaluation images"
+        whole = self._sets is not None and len(self._sets[1]) == len(sample)
+        noise = 0.0 if whole else 200 * (stated / 100 * (1 - stated / 100) / len(sample)) ** 0.5
+        if top1 < stated - PREFLIGHT_POINTS - noise:
+            return Verdict(
+                FAIL,
+                f"{text}, TEACHER.ACCURACY states {stated:.2f} %; check TEACHER.WEIGHTS, "
+                "TEACHER.PIXEL_MEAN and PIXEL_STD, and the order of the classes",
+            )
+        if is_guessing(top1, len(sample.classes), len(sample)):
+            return Verdict(
+                FAIL,
+                f"{text}, as guessing does: it is untrained, or of other classes; check "
+                "TEACHER.WEIGHTS, or set TEACHER.TRAIN True",
+            )
+        return Verdict(PASS, text + (f", {stated:.2f} % are stated" if stated else ""))
+
+    def check_teacher_pixels(self) -> Verdict:
+        """No other order of the channels, and no other usual statistics, make it better."""
+        if self._teacher is None or self._is_stand_in:
+            reason = (
+                "there is none with weights" if self.cfg.TEACHER.NAME else "there is no teacher"
+            )
+            return Verdict(SKIP, f"not looked at: {reason}")
+        return check_channels(self._teacher.model, self.cfg.TEACHER, self.sets[1])
+
+    def check_step(self) -> Verdict:
+        """One step: its terms and gradients are finite."""
+        cfg, device = self.cfg, self.sets[0].device
+        if cfg.TEACHER.NAME and self._teacher is None:
+            return Verdict(SKIP, "not looked at: needs the teacher")
+        try:
+            trainer = Run(cfg).prepare(self.sets, self._teacher, device)
+            trainer.start_epoch()
+            (inputs,) = trainer.inputs([next(iter(trainer.batches()))])
+            trainer.step(inputs, trainer.steps_per_epoch - 1)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"SOLVER.BATCH_SIZE: {cfg.SOLVER.BATCH_SIZE} images do not fit the GPU; take "
+                "fewer, or set AUTOCAST auto"
+            ) from error
+        losses = trainer.read_losses()
+        named = trainer.distiller.named_parameters()
+        wrong = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        if wrong:
+            return Verdict(
+                FAIL, f"the gradient of {wrong[0]} is not finite; lower the losses' weights"
+            )
+        self._trainer = trainer
+        text = ", ".join(
+            f"{name.removeprefix('loss_')} {value:.4g}" for name, value in losses.items()
+        )
+        if found := list(doubts(cfg, cfg.SOLVER.EPOCHS * trainer.steps_per_epoch)):
+            return Verdict(WARN, f"{text}; " + "; ".join(found))
+        return Verdict(PASS, f"{text}; gradients finite")
+
+    def check_cost(self) -> Verdict:
+        """Time and memory of a step, and the time of the whole run."""
+        cfg, trainer, device = self.cfg, self.trainer, self.sets[0].device
+        batches = _endless(trainer)
+
+        def step() -> None:
+            (inputs,) = trainer.inputs([next(batches)])
+            trainer.step(inputs, 0)
+            trainer.read_losses()  # waits for the device
+
+        step()
+        seconds = statistics.median(_seconds(step) for _ in range(TIMED_STEPS))
+        pixels = pixel_statistics(cfg.STUDENT).to(device)
+        sample = self.sets[1]
+        evaluating = _seconds(lambda: accuracy(trainer.distiller.student, pixels, sample))
+        assert self._sets is not None
+        evaluating *= len(self._sets[1]) / len(sample)
+        epoch = seconds * trainer.steps_per_epoch + evaluating / cfg.EVAL_EVERY
+        peak = peak_growth(step, device)
+        text = (
+            f"{1e3 * seconds:.0f} ms and {peak / 2**20:.0f} MiB a step; {_duration(epoch)} an "
+            f"epoch, {_duration(epoch * cfg.SOLVER.EPOCHS)} the run"
+        )
+        if self._is_stand_in:
+            text += ", beside the teacher's training"
+        if peak > 0.9 * (total := _memory(device)):
+            return Verdict(
+                WARN, f"{text}; of {total / 2**20:.0f} MiB in all: lower SOLVER.BATCH_SIZE"
+            )
+        return Verdict(PASS, text)
+
+    def check_room(self) -> Verdict:
+        """Free disk for the run's checkpoints, of which one more is there while it is written."""
+        student = _bytes(self.trainer.distiller.student.state_dict())
+        return check_disk(self.cfg.OUTPUT_DIR, 2 * student + 2 * _bytes(self.trainer.state()))
+
+    def _with_weights(self, cfg: CfgNode, folder: Path) -> CfgNode:
+        """The configuration of a teacher that is there: nothing is trained for a look.
+
+        One that is to be trained stands in as it is made.
+        """
+        cfg.defrost()
+        cfg.TEACHER.ACCURACY = 0.0
+        if cfg.TEACHER.WEIGHTS or (has_own_weights(cfg.TEACHER) and not cfg.TEACHER.TRAIN):
+            return cfg
+        _, weights = teacher_run(self.cfg, self.sets[0])
+        if not weights.exists():
+            self._is_stand_in = True
+            weights = folder / "stand_in.pth"
+            settings = {"role": "teacher", **without_weights(cfg.TEACHER)}
+            model = named_model(cfg.TEACHER.NAME, len(self.sets[0].classes), **settings)
+            torch.save(model.state_dict(), weights)
+        cfg.TEACHER.WEIGHTS = str(weights)
+        return cfg
+
+
+def _never(cfg: CfgNode, _: object) -> Path:
+    raise AssertionError(f"{cfg.STUDENT.NAME} has its weights")
+
+
+def _spaced(data: ImageSet, images: int) -> ImageSet:
+    """Some images, evenly spaced in the set."""
+    chosen = torch.linspace(0, len(data) - 1, min(images, len(data))).long()
+    return data.subset(chosen.to(data.device))
+
+
+def _endless(trainer: Trainer) -> Any:
+    while True:
+        yield from trainer.batches()
+
+
+def _seconds(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the device, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _bytes(value: object) -> int:
+    """Of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,88 @@
+"""CKA of layers with layers, as a table and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pcka.extras import optional_package
+from pcka.files import atomic_write
+
+_MOST_LABELS = 40  # of an axis; more could not be read
+_MOST_FIGURES = 12  # layers of an axis whose values are written into the cells
+_INCHES = 0.24  # of a labelled row
+
+
+@dataclass(frozen=True)
+class CKATable:
+    """CKA of all layers of one model with all layers of another.
+
+    Attributes:
+        values: ``(layers of a, layers of b)``, float64.
+        layers_a: names of the rows.
+        layers_b: names of the columns.
+    """
+
+    values: Tensor
+    layers_a: tuple[str, ...]
+    layers_b: tuple[str, ...]
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write the values under the names of b's layers, each row after the name of a's layer."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["layer", *self.layers_b])
+        for name, row in zip(self.layers_a, self.values.tolist()):
+            writer.writerow([name, *(f"{value:.6f}" for value in row)])
+        atomic_write(lambda file: file.write(text.getvalue().encode()), path)
+
+    def plot(self, path: str | Path, name_a: str = "a", name_b: str = "b", title: str = "") -> None:
+        """Draw the table as a heatmap: the first layers at the bottom left, colours from 0 to 1.
+
+        Args:
+            path: picture to write; its suffix picks the format.
+            name_a: of the model of the rows.
+            name_b: of the model of the columns.
+            title: above the picture.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        figures = optional_package("matplotlib.figure", "train")
+        rows, columns = self.values.shape
+        sides = [max(2.5, _INCHES * min(count, _MOST_LABELS)) for count in (columns, rows)]
+        longest = [max(map(len, names)) for names in (self.layers_a, self.layers_b)]
+        # Room for the names, which stand upright below, and for the scale.
+        size = sides[0] + 0.07 * longest[0] + 1.6, sides[1] + 0.07 * longest[1] + 0.9
+        figure = figures.Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(
+            self.values.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="magma"
+        )
+        _label(axes.set_xticks, self.layers_b, rotation=90)
+        _label(axes.set_yticks, self.layers_a)
+        axes.set(xlabel=name_b, ylabel=name_a, title=title)
+        if max(rows, columns) <= _MOST_FIGURES:
+            self._write_figures(axes)
+        figure.colorbar(image, ax=axes, label="CKA")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+    def _write_figures(self, axes: Any) -> None:
+        for row, values in enumerate(self.values.tolist()):
+            for column, value in enumerate(values):
+                colour = "black" if value > 0.6 else "white"
+                style = {"ha": "center", "va": "center", "color": colour, "fontsize": "x-small"}
+                axes.text(column, row, f"{value:.2f}", **style)
+
+
+def _label(set_ticks: Callable[..., object], names: Sequence[str], **style: Any) -> None:
+    """Name every layer, or every second, third, ... where they are too many."""
+    shown = range(0, len(names), -(-len(names) // _MOST_LABELS))
+    set_ticks(shown, [names[index] for index in shown], fontsize="x-small", **style)

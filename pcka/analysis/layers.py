@@ -1,0 +1,104 @@
+"""Which layers a model has, by what runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcka.modes import evaluation_mode
+
+_LISTED = 8  # layers in a message
+_TRIED_SAMPLES = 5  # few other sizes within a model are 5
+
+
+def find_layers(model: nn.Module, images: Tensor) -> list[str]:
+    """Paths of the modules that give a feature of each sample, in the order in which they ran.
+
+    Left out is what runs more than once in a forward pass, what gives no floating tensor
+    ``(B, ...)``, and what hands on the output of a module before it (``nn.Identity``, dropout and
+    flattening, or an ``nn.Sequential``, whose last module is named instead).
+
+    Args:
+        model: runs once in eval mode on the first images, and is left in the mode it was in.
+        images: ``(B, ...)``, two or more.
+    """
+    return [name for name, is_new in _features(model, images).items() if is_new]
+
+
+def select_layers(
+    model: nn.Module, wanted: str | Sequence[str] | None, images: Tensor
+) -> list[str]:
+    """Paths as they are asked for, patterns replaced by the modules that match them.
+
+    Args:
+        model: runs as for :func:`find_layers` where there is a pattern.
+        wanted: paths and patterns (``*``, ``?``, ``[...]``), of which also a module that hands on
+            the output of another is one; None: what :func:`find_layers` finds.
+        images: ``(B, ...)``, two or more.
+
+    Raises:
+        ValueError: a pattern that no module matches, or no layer at all.
+    """
+    if wanted is None:
+        wanted = find_layers(model, images)
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    found: list[str] | None = None
+    chosen: list[str] = []
+    for pattern in patterns:
+        if not set(pattern) & set("*?["):
+            chosen.append(pattern)
+            continue
+        if found is None:
+            found = list(_features(model, images))
+        matching = [name for name in found if fnmatchcase(name, pattern)]
+        if not matching:
+            listed = [*found[:_LISTED], "..."] if len(found) > _LISTED else found
+            raise ValueError(
+                f"layers: no layer of {type(model).__name__} matches {pattern!r}; there are "
+                f"{', '.join(listed) or 'none that give a feature of each sample'}"
+            )
+        chosen += matching
+    if not chosen:
+        raise ValueError(
+            f"layers: none are asked for, or {type(model).__name__} has none that give a feature "
+            "of each sample"
+        )
+    return list(dict.fromkeys(chosen))
+
+
+@torch.no_grad()
+def _features(model: nn.Module, images: Tensor) -> dict[str, bool]:
+    """Modules that run once and give a feature of each sample -> whether no other gave it before.
+
+    In the order in which they ran, a module behind those inside it.
+    """
+    images = images[:_TRIED_SAMPLES]
+    names = {module: name for name, module in model.named_modules() if name}
+    calls: Counter[str] = Counter()
+    is_new: dict[str, bool] = {}
+    given: dict[tuple[Any, ...], Tensor] = {}  # kept, else another could come to lie there
+
+    def look(module: nn.Module, _: Any, output: Any) -> None:
+        name = names[module]
+        calls[name] += 1
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        if output.dim() > 0 and len(output) == len(images):
+            storage = output.untyped_storage().data_ptr()
+            place = storage, output.storage_offset(), output.numel(), output._version
+            is_new[name] = place not in given
+            given[place] = output
+
+    hooks = [module.register_forward_hook(look) for module in names]
+    try:
+        with evaluation_mode(model):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: new for name, new in is_new.items() if calls[name] == 1}

@@ -1,0 +1,199 @@
+"""What is wrong before a training is: verdicts, and those on the machine that hold for any run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import pcka
+
+PASS, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "-"
+DRIVER = Path("/dev/nvidiactl")  # is there where a GPU and its driver are
+_WIDTH = 100  # of the screen
+
+# What a detectron2 of old cannot import beside current libraries (tools/install_detectron2.py).
+_DETECTRON2_PROBE = (
+    "import detectron2.model_zoo, detectron2.data.transforms, detectron2.evaluation, "
+    "detectron2.modeling"
+)
+_REBUILD = "python setup.py build_ext --inplace"
+
+
+class Verdict(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        status: one of PASS, WARN, FAIL, SKIP.
+        text: what was found and, unless it passes, the way out.
+    """
+
+    status: str
+    text: str
+
+
+class Finding(NamedTuple):
+    """A line on the screen."""
+
+    what: str
+    status: str
+    text: str
+
+
+Check = Callable[[], Verdict]
+
+
+def examine(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
+    """Make the checks one after the other; what a check raises is its verdict."""
+    findings = []
+    for what, check in checks:
+        try:
+            verdict = check()
+        except Exception as error:  # whatever it is, a training would end with it
+            name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            verdict = Verdict(FAIL, name + " ".join(str(error).split()))
+        findings.append(Finding(what, *verdict))
+    return findings
+
+
+def screen(findings: Iterable[Finding]) -> str:
+    """The findings, a line or a few each."""
+    findings = list(findings)
+    indent = max(len(finding.what) for finding in findings) + 8
+    lines = []
+    for what, status, text in findings:
+        start = f"{status:5s} {what}".ljust(indent)
+        wrapped = textwrap.wrap(text, _WIDTH - indent, break_long_words=False) or [""]
+        lines += [start + wrapped[0], *(" " * indent + line for line in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def machine_checks() -> list[tuple[str, Check]]:
+    """Of what is installed, and of the devices."""
+    return [
+        ("torch", check_torch),
+        ("GPU", check_gpu),
+        ("compiler", check_compiler),
+        ("operators", check_operators),
+        ("detectron2", check_detectron2),
+    ]
+
+
+def check_torch() -> Verdict:
+    """Versions."""
+    cuda = torch.version.cuda
+    built = f"for CUDA {cuda}" if cuda else "for the CPU"
+    return Verdict(PASS, f"{torch.__version__}, built {built}; Python {platform.python_version()}")
+
+
+def check_gpu() -> Verdict:
+    """Whether there is one, and torch can use it."""
+    if torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        count = torch.cuda.device_count()
+        return Verdict(
+            PASS,
+            f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
+            + (f"; {count} of them" if count > 1 else ""),
+        )
+    if not DRIVER.exists():
+        return Verdict(PASS, "none: runs are on the CPU")
+    reason = (
+        "is newer than the driver allows (nvidia-smi says what it allows)"
+        if torch.version.cuda
+        else "is built for the CPU alone"
+    )
+    return Verdict(WARN, f"there is one, but this torch {reason}; install a torch that fits it")
+
+
+def check_compiler() -> Verdict:
+    """What the operators are compiled by, or would be."""
+    there = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    nvcc = shutil.which("nvcc")
+    compiled = pcka.build_info()["compiler"]
+    if not there:
+        text = "none found; it is needed to compile the operators: install g++"
+        return Verdict(PASS if compiled else WARN, text)
+    if torch.cuda.is_available() and not nvcc and not pcka.build_info()["cuda_loaded"]:
+        return Verdict(WARN, f"{there[0]}, no nvcc: install the CUDA toolkit, then {_REBUILD}")
+    return Verdict(PASS, f"{there[0]}, {'nvcc' if nvcc else 'no nvcc'}")
+
+
+def check_operators() -> Verdict:
+    """Whether the compiled operators are loaded, and hold code for this GPU."""
+    info = pcka.build_info()
+    reasons = info["fallback"]
+    assert isinstance(reasons, dict)
+    if not info["extension"]:
+        return Verdict(WARN, f"PyTorch serves in their place: {reasons.get('cpu')}; {_REBUILD}")
+    archs = info["cuda_archs"]
+    assert isinstance(archs, list)
+    if not torch.cuda.is_available():
+        return Verdict(PASS, f"compiled by {info['compiler']}, loaded for the CPU")
+    if not info["cuda_loaded"]:
+        return Verdict(
+            WARN, f"PyTorch serves in their place on the GPU: {reasons.get('cuda')}; {_REBUILD}"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if not any(runs_on(arch, major, minor) for arch in archs):
+        return Verdict(
+            FAIL,
+            f"compiled for {', '.join(archs)}, the GPU is sm_{major}{minor}; "
+            f"TORCH_CUDA_ARCH_LIST={major}.{minor} {_REBUILD}",
+        )
+    return Verdict(PASS, f"compiled for {', '.join(archs)}, loaded")
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for ``arch`` (``sm_80``, ``sm_90a``) runs on a GPU of this capability."""
+    number = "".join(letter for letter in arch if letter.isdigit())
+    if not arch.startswith("sm_"):
+        return False
+    if arch[-1].isalpha():  # of that very architecture
+        return number == f"{major}{minor}"
+    return int(number[:-1]) == major and int(number[-1]) <= minor
+
+
+def check_detectron2() -> Verdict:
+    """Whether it is there for detection/, and can be imported beside the other packages."""
+    if importlib.util.find_spec("detectron2") is None:
+        return Verdict(PASS, "not installed; detectors need it: python tools/install_detectron2.py")
+    call = [sys.executable, "-c", _DETECTRON2_PROBE]
+    ended = subprocess.run(call, capture_output=True, text=True)
+    if ended.returncode != 0:
+        last = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        return Verdict(
+            FAIL,
+            f"cannot be imported: {last}; pip uninstall detectron2, then "
+            "python tools/install_detectron2.py, which repairs it",
+        )
+    return Verdict(PASS, f"{importlib.metadata.version('detectron2')}, imports")
+
+
+def check_disk(folder: str | Path, needed: int) -> Verdict:
+    """Whether there is room for what a run writes.
+
+    Args:
+        folder: that it is written into; it need not be there yet.
+        needed: bytes.
+    """
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{_size(free)} free for {folder}, a run writes some {_size(needed)}"
+    if free < needed:
+        return Verdict(FAIL, f"{text}; make room, or choose another OUTPUT_DIR")
+    return Verdict(PASS if free > 2 * needed else WARN, text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,244 @@
+"""The doctor on a set-up that is well, and on those with one thing wrong each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from classification import doctor
+from classification.doctor import Examination
+from classification.models import create_model
+from classification.pixel_checks import is_guessing
+from pcka import cli
+from pcka.engine.doctor import FAIL, PASS, SKIP, WARN, examine
+
+COLOURS = ("blue", "dark", "green", "red")  # the classes, in the order of their labels
+CHANNELS = {"red": 0, "green": 1, "blue": 2}
+PER_CLASS = {"train": 4, "test": 20}
+
+# A teacher whose answers depend on the channels' order and on where 0 lies.
+MODEL = """
+from torch import nn
+
+
+class Painted(nn.Module):
+    stage_names = ("stem", "body")
+    classifier_name = "head"
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 3, 1, bias=False), nn.AvgPool2d(4)
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        return self.head(self.body(self.stem(images)).mean((2, 3)))
+"""
+
+CONFIG = """
+OUTPUT_DIR: {folder}/run
+DEVICE: cpu
+DATA: {{NAME: folder, ROOT: {folder}/images, IMAGE_SIZE: 8, CROP_PADDING: 1}}
+STUDENT: {{NAME: resnet8, PIXEL_MEAN: [0.3, 0.3, 0.3], PIXEL_STD: [0.3, 0.3, 0.3]}}
+TEACHER:
+  NAME: painted_for_doctor:Painted
+  WEIGHTS: {folder}/teacher.pth
+  PIXEL_MEAN: [0.5, 0.5, 0.5]
+  PIXEL_STD: [0.5, 0.5, 0.5]
+SOLVER: {{EPOCHS: 2, BATCH_SIZE: 8, MILESTONES: [1]}}
+DISTILL: {{METHODS: [CE, KD]}}
+"""
+
+
+def teacher_weights(*, swapped: bool = False) -> dict[str, torch.Tensor]:
+    """Of a teacher that is always right: a colour's logit is its channel, that of dark is 0."""
+    head = torch.zeros(len(COLOURS), 3)
+    for label, colour in enumerate(COLOURS):
+        if colour in CHANNELS:
+            head[label, CHANNELS[colour]] = 4.0
+    stem = torch.eye(3).flip(0) if swapped else torch.eye(3)
+    bias = torch.zeros(len(COLOURS))
+    return {"stem.weight": stem[:, :, None, None], "head.weight": head, "head.bias": bias}
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    """A folder with images, a teacher and ``config.yaml``; all is well."""
+    generator = np.random.RandomState(0)
+    for split, count in PER_CLASS.items():
+        for colour in COLOURS:
+            folder = tmp_path / "images" / split / colour
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.randint(10, 60, (8, 8, 3))
+                if colour in CHANNELS:
+                    pixels[..., CHANNELS[colour]] += 170
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "painted_for_doctor.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    torch.save(teacher_weights(), tmp_path / "teacher.pth")
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    return tmp_path
+
+
+def findings_of(folder: Path, *overrides: object) -> dict[str, tuple[str, str]]:
+    examination = Examination(folder / "config.yaml", [str(word) for word in overrides], "")
+    return {what: (status, text) for what, status, text in examine(examination.checks())}
+
+
+def test_a_set_up_that_is_well_passes_every_check_and_leaves_nothing_behind(setup):
+    before = sorted(setup.rglob("*"))
+    found = findings_of(setup, "TEACHER.ACCURACY", 100)
+    assert {what: status for what, (status, _) in found.items()} == dict.fromkeys(found, PASS)
+    assert [path for path in sorted(setup.rglob("*")) if "__pycache__" not in str(path)] == before
+    texts = {what: text for what, (_, text) in found.items()}
+    assert "16 images to train on, 80 to evaluate on, of 4 classes" in texts["data"]
+    assert "reaches 100.00 % on 80 evaluation images, 100.00 % are stated" in texts["teacher"]
+    assert texts["a step"].startswith("ce ") and ", kd " in texts["a step"]
+    assert "a step" in texts["cost"] and "the run" in texts["cost"]
+
+
+def bgr(folder: Path) -> None:
+    torch.save(teacher_weights(swapped=True), folder / "teacher.pth")
+
+
+def untrained(folder: Path) -> None:
+    weights = teacher_weights()
+    weights["head.weight"] = weights["head.weight"].roll(1, 0)
+    torch.save(weights, folder / "teacher.pth")
+
+
+def another_model(folder: Path) -> None:
+    torch.save(create_model("resnet8", 4).state_dict(), folder / "teacher.pth")
+
+
+def damaged_image(folder: Path) -> None:
+    (folder / "images" / "train" / "red" / "1.png").write_bytes(b"no image")
+
+
+def same_images(folder: Path) -> None:
+    for path in (folder / "images" / "train").rglob("*.png"):
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(path)
+
+
+def broken_student(folder: Path) -> None:
+    weights = create_model("resnet8", 4).state_dict()
+    weights["fc.bias"][0] = torch.nan
+    torch.save(weights, folder / "student.pth")
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("break_it", "overrides", "what", "status", "message"),
+    [
+        (nothing, ("SOLVER.EPOCH", 3), "configuration", FAIL, r"SOLVER\.EPOCH\b.*SOLVER.EPOCHS"),
+        (nothing, ("STUDENT.NAME", "resnet9"), "models and taps", FAIL, "STUDENT.NAME: .*resnet8"),
+        (
+            nothing,
+            ("DISTILL.TAPS", "[[x, layer9, stem]]", "DISTILL.METHODS", "[CE, FCKA]"),
+            *("models and taps", FAIL, "DISTILL.TAPS: student: .*no module 'layer9'"),
+        ),
+        (nothing, ("TEACHER.WEIGHTS", "no.pth"), "models and taps", FAIL, "there is no file"),
+        (nothing, ("DATA.ROOT", "nowhere"), "data", FAIL, "DATA.ROOT: expected the folder nowhere"),
+        (damaged_image, (), "data", FAIL, r"cannot decode the image .*red/1\.png"),
+        (same_images, (), "data", FAIL, "all look the same: check DATA.ROOT"),
+        (
+            nothing,
+            ("STUDENT.PIXEL_STD", "[0.001, 0.001, 0.001]"),
+            *("student's pixels", WARN, r"deviation .*these images have \[0\.\d+, "),
+        ),
+        (another_model, (), "teacher", FAIL, r"TEACHER\.WEIGHTS: .*does not fit Painted"),
+        (bgr, ("TEACHER.ACCURACY", 95), "teacher", FAIL, r"50\.00 %.* states 95\.00 %"),
+        (untrained, (), "teacher", FAIL, "as guessing does: it is untrained"),
+        (bgr, (), "teacher's pixels", FAIL, r"channels: 100\.00 %.*50\.00 % as .*trained on BGR"),
+        (
+            nothing,
+            ("TEACHER.PIXEL_MEAN", "[0, 0, 0]", "TEACHER.PIXEL_STD", "[1, 1, 1]"),
+            *("teacher's pixels", FAIL, r"statistics: 100\.00 % with .*75\.00 %.*PIXEL_MEAN \[0\."),
+        ),
+        (nothing, ("SOLVER.BATCH_SIZE", 64), "a step", FAIL, "SOLVER.BATCH_SIZE: 64 is more than"),
+        (broken_student, ("STUDENT.WEIGHTS", "{}/student.pth"), "a step", FAIL, "finite"),
+        (nothing, ("SOLVER.MILESTONES", "[9]"), "a step", WARN, "rate does not fall at 9"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(setup, break_it, overrides, what, status, message):
+    break_it(setup)
+    found = findings_of(setup, *(str(word).replace("{}", str(setup)) for word in overrides))
+    assert found[what][0] == status, found
+    assert re.search(message, found[what][1]), found[what]
+    # Whatever comes before it is well.
+    for other, (other_status, _) in found.items():
+        if other == what:
+            break
+        assert other_status == PASS, found
+
+
+def test_a_disk_too_small_is_named(setup, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 30, 1 << 30, 1000))
+    status, text = findings_of(setup)["disk"]
+    assert status == FAIL and "make room, or choose another OUTPUT_DIR" in text
+
+
+def test_a_folder_that_holds_a_run_is_named(setup):
+    (setup / "run").mkdir()
+    (setup / "run" / "checkpoint.pth").touch()
+    status, text = findings_of(setup)["configuration"]
+    assert status == WARN and "holds a run; --resume goes on with it" in text
+
+
+def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup):
+    cache = setup / "teachers"
+    found = findings_of(
+        setup, "TEACHER.WEIGHTS", "", "TEACHER.TRAIN", True, "TEACHER.CACHE_DIR", cache
+    )
+    assert found["teacher"] == (WARN, "is trained first, 240 epochs; not known yet")
+    assert found["teacher's pixels"][0] == SKIP and found["a step"][0] == PASS
+    assert not cache.exists()
+
+
+def test_what_needs_something_that_failed_is_not_looked_at(setup):
+    found = findings_of(setup, "DATA.ROOT", "nowhere")
+    assert found["a step"] == (SKIP, "not looked at: needs the data")
+    assert found["disk"] == (SKIP, "not looked at: needs the step")
+
+
+def test_a_student_without_teacher(setup):
+    found = findings_of(setup, "TEACHER.NAME", "", "DISTILL.METHODS", "[CE]")
+    assert {status for status, _ in found.values()} == {PASS, SKIP}
+    assert found["teacher's pixels"] == (SKIP, "not looked at: there is no teacher")
+
+
+@pytest.mark.parametrize(("root", "status"), [("images", None), ("nowhere", 1)])
+def test_the_command_prints_a_screen_and_ends_with_its_status(
+    setup, monkeypatch, capsys, root, status
+):
+    monkeypatch.setattr(doctor, "machine_checks", list)
+    words = ["doctor", "--config-file", setup / "config.yaml", "DATA.ROOT", setup / root]
+    try:
+        cli.main([str(word) for word in words])
+        ended = None
+    except SystemExit as end:
+        ended = end.code
+    assert ended == status
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert lines[-1].endswith(f"{int(status or 0)} of 9 checks failed, 0 warn")
+
+
+@pytest.mark.parametrize(
+    ("top1", "classes", "images", "expected"),
+    [(1.0, 100, 1000, True), (9.0, 100, 1000, False), (50.0, 2, 100, True), (80.0, 2, 100, False)],
+)
+def test_what_counts_as_guessing(top1, classes, images, expected):
+    assert is_guessing(top1, classes, images) == expected
