@@ -150,6 +150,8 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     """
 
     def unfit(loss: losses.Loss) -> str | None:
+        if loss.of_detectors:
+            return "compares detectors, by their heads or the boxes of objects"
         if not loss.needs_teacher or cfg.TEACHER.NAME:
             return None
         return (
