@@ -306,12 +306,19 @@ def test_a_training_imports_at_most_60_modules_of_ours(tmp_path, arguments):
     assert len(modules) <= 60, modules
 
 
-def test_two_processes_train_resume_and_evaluate(tmp_path, arguments):
+@pytest.mark.parametrize("methods", ["['PCKA']", "['CROSSKD', 'DENSEKD', 'FGD', 'MGD']"])
+def test_two_processes_train_resume_and_evaluate(tmp_path, arguments, methods):
+    # A group norm of 32 channels takes no map of one position, as P7 of one such image is.
+    teacher = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RETINANET.NORM", ""]
+    chosen = ("DISTILL.METHODS", methods, "DISTILL.CROSSKD.DEPTH", "1")
+    chosen += ("DISTILL.TEACHER.OPTS", str([*teacher, "MODEL.FPN.OUT_CHANNELS", 64]))
+
     def torchrun(steps, *flags):
         command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
         script = str(PROJECT / "detection" / "train_net.py")
         # The processes' images are of unlike sizes, and so are their maps.
-        words = arguments(tmp_path, steps, "INPUT.MIN_SIZE_TRAIN", "[64, 128]", flags=flags)
+        sizes = ("INPUT.MIN_SIZE_TRAIN", "[64, 128]")
+        words = arguments(tmp_path, steps, *sizes, *chosen, flags=flags)
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *command, script, *words],
             capture_output=True, text=True, cwd=PROJECT,
