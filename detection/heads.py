@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,11 @@ class DenseParts:
             for handle in handles:
                 handle.remove()
 
-    def run(self, maps: Mapping[str, Tensor]) -> DenseHead:
+    def teach(self, maps: Mapping[str, Tensor], _: object) -> DenseHead:
+        """What the head gives for the maps of a backbone, and its layers behind the inner maps."""
+        return replace(self.run(maps), rest=self.rest if self.split else None)
+
+    def run(self, maps: Mapping[str, Tensor], _: object = None) -> DenseHead:
         """What the head gives for the maps of a backbone."""
         with self.watched() as watch:
             self.detector.head([maps[level] for level in self.detector.head_in_features])
@@ -107,8 +112,8 @@ class DenseWatch:
         """A hook of a layer within the head, which sees one level after the other."""
         self._inner[branch].append(output)
 
-    def given(self) -> DenseHead:
-        """For the losses; ``rest`` is left to the caller."""
+    def given(self, _: object = None) -> DenseHead:
+        """For the losses."""
         own = self._parts.decoded(*self._output[:2]) if self._output else None
         return DenseHead(own, self._inner)
 

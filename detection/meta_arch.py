@@ -18,11 +18,13 @@ from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
 from detection.heads import DenseParts
 from detection.levels import build_losses, match_levels, needs_head
+from detection.regions import RegionParts
 from detection.teacher import HEAD, TeacherBackbone, TeacherDetector, build_teacher
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 from pcka.engine.preflight import naming
 from pcka.losses import Loss, Outputs
+from pcka.losses.heads import RegionHead
 from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
 from pcka.ops import cka
@@ -128,7 +130,8 @@ class DistilledDetector(nn.Module):
             canvas = tap.pop()["canvas"].shape[-2:]
         teacher = self.distiller.observe_teacher(images, canvas)
         if watch is not None:
-            student, teacher = replace(student, head=watch.given()), _with_head(teacher)
+            teacher = _with_head(teacher)
+            student = replace(student, head=watch.given(cast(Any, teacher.head)))
         target = _boxes(batched_inputs, canvas, self.device) if self._needs_boxes else None
         if self.log_period > 0 and get_event_storage().iter % self.log_period == 0:
             student = _log_levels(student, teacher)
@@ -143,14 +146,15 @@ class DistilledDetector(nn.Module):
     def _prepare(self) -> None:
         """Size the adapters by a dry run of both backbones, and of the heads that losses read."""
         backbone, canvas = self.student.get_submodule("backbone"), (DRY_RUN_SIDE, DRY_RUN_SIDE)
+        teacher = self.distiller.observe_teacher([torch.zeros(3, *canvas)] * 2, canvas)
         with evaluation_mode(self.student):
             device = next(backbone.parameters()).device
-            features = backbone(torch.zeros(2, 3, *canvas, device=device))
-            head = None if self._head is None else self._head.run(features)
-        teacher = self.distiller.observe_teacher([torch.zeros(3, *canvas)] * 2, canvas)
-        if head is not None:
-            teacher = _with_head(teacher)
-        self.distiller.prepare_for(Outputs(features=features, head=head), teacher)
+            student = Outputs(features=backbone(torch.zeros(2, 3, *canvas, device=device)))
+            if self._head is not None:
+                teacher = _with_head(teacher)
+                head = self._head.run(student.features, cast(Any, teacher.head))
+                student = replace(student, head=head)
+        self.distiller.prepare_for(student, teacher)
 
 
 def check_exportable(cfg: CfgNode) -> None:
@@ -170,7 +174,7 @@ def check_exportable(cfg: CfgNode) -> None:
 
 def _read_heads(
     student: nn.Module, teacher: FrozenTeacher | None, losses: Sequence[Loss]
-) -> DenseParts | None:
+) -> DenseParts | RegionParts | None:
     """Let the teacher give what the losses read of its head; return what gives the student's.
 
     None where no loss reads heads.
@@ -178,18 +182,34 @@ def _read_heads(
     reading = [loss for loss in losses if loss.needs_head is not None]
     if not reading or teacher is None:
         return None
-    depths = {loss.head_depth for loss in reading}
     names = ", ".join(type(loss).__name__ for loss in reading)
-    if len(depths - {0}) > 1:
-        raise ConfigError(f"DISTILL.METHODS: {names} read heads at several depths; give them one")
+    depths = {loss.head_depth for loss in reading}
+    if len({loss.needs_head for loss in reading}) > 1 or len(depths - {0}) > 1:
+        raise ConfigError(f"DISTILL.METHODS: {names} read heads of two kinds or at two depths")
     whose = "student"
     try:
-        own = DenseParts(student, max(depths), predictions=0 in depths)
-        whose = "teacher"
-        cast(TeacherDetector, teacher.model).read(max(depths))
+        own = _parts(student, reading, predictions=0 in depths)
+        whose, model = "teacher", cast(TeacherDetector, teacher.model)
+        model.parts = other = _parts(model.detector, reading)
     except ValueError as error:
         raise ConfigError(f"DISTILL.METHODS: {names}: the {whose}: {error}") from error
+    encodings = [parts.encoding for parts in (own, other) if isinstance(parts, RegionParts)]
+    if len(set(encodings)) > 1:
+        raise ConfigError(
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {} of the student and {} of the teacher: {} "
+            "compares what they multiply; take the teacher's".format(*encodings, names)
+        )
     return own
+
+
+def _parts(
+    detector: nn.Module, reading: Sequence[Loss], *, predictions: bool = True
+) -> DenseParts | RegionParts:
+    """What gives the losses what they read of a head."""
+    if reading[0].needs_head is RegionHead:
+        return RegionParts(detector, max(cast(Any, loss).proposals for loss in reading))
+    depth = max(loss.head_depth for loss in reading)
+    return DenseParts(detector, depth, predictions=predictions)
 
 
 def _with_head(teacher: Outputs | None) -> Outputs:

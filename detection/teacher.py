@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,9 +21,10 @@ import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
 from detection.config import build, build_student, registered, teacher_config
 from detection.heads import DenseParts
+from detection.regions import RegionParts
 from detection.teacher_checks import check_statistics, check_trained
 from pcka.engine.config import ConfigError
-from pcka.losses.heads import Dense, Inner
+from pcka.losses.heads import Dense, DenseHead, Inner
 from pcka.teacher import FrozenTeacher
 
 HEAD = "head"  # what the head gives, beside the maps of the levels
@@ -103,11 +105,14 @@ class TeacherBackbone(nn.Module):
 class TeacherDetector(TeacherBackbone):
     """A :class:`TeacherBackbone` with the whole detector behind it.
 
-    Its head runs on the maps of the canvas, and only where ``read`` says what of it to give.
+    Its head runs on the maps of the canvas, and only where ``parts`` says what of it to give.
 
     Args:
         detector: detectron2 detector with a ``backbone``.
         pixel_mean, pixel_std, keywords: of :class:`TeacherBackbone`.
+
+    Attributes:
+        parts: of the detector; None until a loss is to read its head.
     """
 
     def __init__(
@@ -119,25 +124,19 @@ class TeacherDetector(TeacherBackbone):
     ) -> None:
         super().__init__(cast(Backbone, detector.backbone), pixel_mean, pixel_std, **keywords)
         self.detector = detector
-        self._parts: DenseParts | None = None
-
-    def read(self, depth: int = 0) -> None:
-        """Give what the head gives, too, from now on.
-
-        Args:
-            depth: of :class:`detection.heads.DenseParts`.
-
-        Raises:
-            ValueError: a head that cannot be read so.
-        """
-        self._parts = DenseParts(self.detector, depth)
+        self.parts: DenseParts | RegionParts | None = None
 
     def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Any]:
         """As :meth:`TeacherBackbone.forward`, and under ``"head"`` what the head gives."""
         maps: dict[str, Any] = super().forward(images, canvas)
-        if self._parts is not None:
+        if self.parts is not None:
             with self._precision(self.pixel_mean.device.type):
-                maps[HEAD] = replace(self._parts.run(maps), rest=self._rest)
+                head = self.parts.teach(
+                    maps, [(image.shape[-2], image.shape[-1]) for image in images]
+                )
+            if isinstance(head, DenseHead) and head.rest is not None:
+                head = replace(head, rest=partial(self._precisely, head.rest))
+            maps[HEAD] = head
         return maps
 
     def detect(self, image: Tensor, height: int, width: int) -> Instances:
@@ -151,10 +150,9 @@ class TeacherDetector(TeacherBackbone):
         (found,) = self.detector([{"image": own, "height": height, "width": width}])
         return cast(Instances, found["instances"])
 
-    def _rest(self, inner: Inner) -> Dense:
-        assert self._parts is not None
+    def _precisely(self, rest: Callable[[Inner], Dense], inner: Inner) -> Dense:
         with self._precision(self.pixel_mean.device.type):
-            return self._parts.rest(inner)
+            return rest(inner)
 
 
 def build_teacher(cfg: CfgNode, *, with_head: bool = False) -> FrozenTeacher:

@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.rcka import RCKA, rcka_loss
     from pcka.losses.reviewkd import ReviewKD, hcl_loss
     from pcka.losses.rkd import RKD, rkd_loss
+    from pcka.losses.roikd import RoIKD, roi_boxes_loss
     from pcka.losses.sp import SP, sp_loss
     from pcka.losses.srrl import SRRL, srrl_loss
     from pcka.losses.vid import VID, vid_loss

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -51,9 +52,11 @@ class RegionHead:
 
     Args:
         logits: ``(R, K + 1)``, the background last, before the softmax.
-        deltas: ``(R, K, 4)``, or ``(R, 1, 4)`` for one box whatever the class: the shifts of the
-            edges or of centre and size, as the models encode them.
+        deltas: ``(R, K, 4)``, or ``(R, 1, 4)`` for one box whatever the class: the shifts of
+            centre and size, as both models encode them.
+        proposals: boxes of each image, as the detector holds them.
     """
 
     logits: Tensor
     deltas: Tensor
+    proposals: Sequence[Any] = ()

@@ -43,6 +43,7 @@ PUBLIC = {
     "rcka": "RCKA rcka_loss",
     "reviewkd": "ReviewKD hcl_loss",
     "rkd": "RKD rkd_loss",
+    "roikd": "RoIKD roi_boxes_loss",
     "sp": "SP sp_loss",
     "srrl": "SRRL srrl_loss",
     "vid": "VID vid_loss",

@@ -18,7 +18,7 @@ from pcka.engine.config import ConfigError
 
 NARROW = ("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32)
 WIDE = ("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 64)
-METHODS = ("CROSSKD", "DENSEKD", "FGD")
+METHODS = ("CROSSKD", "DENSEKD", "FGD", "ROIKD")
 RCNN = (
     "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
     "MODEL.ANCHOR_GENERATOR.SIZES", [[20], [40], [80], [160]],
@@ -40,6 +40,14 @@ def methods(*names):
 
 def teacher_of(*options):
     return ("DISTILL.TEACHER.OPTS", str(list(options)))
+
+
+def regions(method):
+    """Overrides that make both a Faster R-CNN, where the method needs regions."""
+    if method != "ROIKD":
+        return teacher_of(*WIDE)
+    rcnn = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *RCNN)
+    return ("DISTILL.STUDENT", "GeneralizedRCNN", *map(str, RCNN), *teacher_of(*WIDE, *rcnn))
 
 
 @pytest.fixture
@@ -129,7 +137,7 @@ def test_a_teacher_with_a_head_is_in_neither_state_nor_parameters(build):
 
 
 @pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[:3])
 def test_gradient_reaches_the_student_and_the_adapters_alone(
     build, batch, storage, pair, architecture, method
 ):
@@ -150,9 +158,46 @@ def test_gradient_reaches_the_student_and_the_adapters_alone(
     assert all(p.grad is None for p in model.teacher.parameters())
 
 
+def test_regions_send_a_gradient_to_the_student_alone(build, batch, storage):
+    model = build(*regions("ROIKD"), *methods("ROIKD")).train()
+    _stir(model.teacher.model)
+    terms = {name: t for name, t in model(batch).items() if "roikd" in name}
+    assert all(t.isfinite() and t > 0 for t in terms.values())
+    sum(terms.values()).backward()
+    heads = model.student.roi_heads
+    layers = heads.box_head.fc1, heads.box_predictor.cls_score, heads.box_predictor.bbox_pred
+    assert all(layer.weight.grad.norm() > 0 for layer in layers)
+    assert model.student.backbone.fpn_lateral3.weight.grad.norm() > 0
+    assert model.student.proposal_generator.rpn_head.conv.weight.grad is None
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
+def test_both_box_heads_judge_the_teachers_proposals(build, batch, storage):
+    model = build(*regions("ROIKD"), *methods("ROIKD"), "DISTILL.ROIKD.PROPOSALS", "7").train()
+    seen = []
+    loss = model.distiller.losses[0]
+    terms = loss.terms
+    loss.terms = lambda s, t, target: seen.append((s.head, t.head)) or terms(s, t, target)
+    model(batch)
+    ((own, other),) = seen
+    assert own.proposals is other.proposals
+    assert [len(boxes) for boxes in other.proposals] == [7, 7]
+    assert own.logits.shape == other.logits.shape == (14, 11)
+    assert own.deltas.shape == other.deltas.shape == (14, 10, 4)
+    teacher = model.teacher.model
+    images = [entry["image"] for entry in batch]
+    maps = teacher(images, (128, 128))
+    heads = teacher.detector.roi_heads
+    pooled = heads.box_pooler([maps[level] for level in heads.box_in_features], other.proposals)
+    with torch.no_grad():
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+    assert torch.equal(logits, other.logits)
+    assert torch.equal(deltas, other.deltas.flatten(1))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_falls_on_one_batch(build, batch, storage, method):
-    model = build(*teacher_of(*WIDE), *methods(method)).train()
+    model = build(*regions(method), *methods(method)).train()
     _stir(model.teacher.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     history = []
@@ -168,14 +213,15 @@ def test_each_method_falls_on_one_batch(build, batch, storage, method):
 
 def _stir(teacher):
     """Let the untrained teacher's scores differ, as those of a trained one do."""
-    if isinstance(teacher, TeacherDetector):
-        torch.manual_seed(0)
-        nn.init.normal_(teacher.detector.head.cls_score.weight, std=0.3)
+    for name, layer in teacher.named_modules():
+        if name.endswith("cls_score"):
+            torch.manual_seed(0)
+            nn.init.normal_(layer.weight, std=0.3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_survives_autocast_to_bfloat16(build, batch, storage, method):
-    model = build(*teacher_of(*WIDE), *methods(method)).train()
+    model = build(*regions(method), *methods(method)).train()
     _stir(model.teacher.model)
     exact = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,6 +238,19 @@ def test_methods_of_heads_and_of_maps_add_up(build, batch, storage):
     terms = build(*methods("PCKA", "CROSSKD", "DENSEKD", "FGD", "MGD")).train()(batch)
     kinds = {name.split("_")[1] for name in terms}
     assert kinds == {"cls", "box", "pcka", "crosskd", "densekd", "fgd", "mgd"}
+
+
+def test_pcka_of_the_objects_falls_on_one_batch(build, batch, storage):
+    model = build(*methods("PCKA"), "DISTILL.PCKA.BACKGROUND", "0.5").train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    history = []
+    for _ in range(12):
+        loss = sum(term for name, term in model(batch).items() if "pcka" in name)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.8 * history[0]
 
 
 def test_boxes_reach_the_losses_as_parts_of_the_canvas(build, batch, storage):
@@ -226,6 +285,28 @@ def test_boxes_reach_the_losses_as_parts_of_the_canvas(build, batch, storage):
             (*methods("DENSEKD"), *teacher_of("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *RCNN)),
             "DenseKD: the teacher: GeneralizedRCNN has no dense head",
         ),
+        (
+            methods("ROIKD"),
+            "RoIKD: the student: RetinaNet has no single box head .*StandardROIHeads",
+        ),
+        (
+            (*regions("ROIKD"), *methods("ROIKD"), *teacher_of(*WIDE)),
+            "RoIKD: the teacher: RetinaNet has no single box head",
+        ),
+        (
+            (*regions("ROIKD"), *methods("ROIKD"), "MODEL.ROI_HEADS.NUM_CLASSES", "7"),
+            "DISTILL: student and teacher must be logits of one shape",
+        ),
+        (
+            (
+                *regions("ROIKD"),
+                *methods("ROIKD"),
+                "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
+                "[1,1,1,1]",
+            ),
+            r"BBOX_REG_WEIGHTS: \(1.*\) of the student and \(10.*take the teacher's",
+        ),
+        (methods("ROIKD", "DENSEKD"), "RoIKD, DenseKD read heads of two kinds"),
         (
             (*methods("DENSEKD"), *teacher_of("MODEL.META_ARCHITECTURE", "Nope")),
             "MODEL.META_ARCHITECTURE: detectron2 has no 'Nope'",

@@ -11,7 +11,7 @@ from torch import nn
 
 from pcka import losses
 from pcka.losses import Context, Outputs
-from pcka.losses.heads import Dense, DenseHead
+from pcka.losses.heads import Dense, DenseHead, RegionHead
 
 SAMPLES, CLASSES, TRAINING_SET = 8, 5, 40
 STAGES = ("stage1", "stage2", "stage3")
@@ -35,14 +35,21 @@ def seed():
     torch.manual_seed(0)
 
 
-def _outputs(draw, seed, dtype=torch.float64, scale=1.0):
+def _outputs(draw, name, seed, dtype=torch.float64, scale=1.0):
     features = {
-        name: draw(seed + i, *shape, scale=scale).to(dtype)
-        for i, (name, shape) in enumerate(SHAPES.items())
+        tap: draw(seed + i, *shape, scale=scale).to(dtype)
+        for i, (tap, shape) in enumerate(SHAPES.items())
     }
     logits = draw(seed + 19, SAMPLES, CLASSES, scale=scale).to(dtype)
-    head = _dense_head(draw, seed + 20, dtype, scale)
+    of_regions = losses.find(name).needs_head is RegionHead
+    head = (_region_head if of_regions else _dense_head)(draw, seed + 20, dtype, scale)
     return Outputs(logits, features, indices=torch.arange(SAMPLES), head=head)
+
+
+def _region_head(draw, seed, dtype, scale):
+    logits = draw(seed, 2 * SAMPLES, CLASSES + 1, scale=scale)
+    deltas = draw(seed + 1, 2 * SAMPLES, CLASSES, 4, scale=scale)
+    return RegionHead(logits.to(dtype), deltas.to(dtype))
 
 
 def _dense_head(draw, seed, dtype, scale):
@@ -80,8 +87,8 @@ def _target(name):
     return BOXES if losses.find(name).needs_boxes else TARGET
 
 
-def _pair(draw, *args):
-    return _outputs(draw, 0, *args), _outputs(draw, 40, *args)
+def _pair(draw, name, *args):
+    return _outputs(draw, name, 0, *args), _outputs(draw, name, 40, *args)
 
 
 def _unprepared(name):
@@ -112,13 +119,15 @@ def _leaves(outputs):
 
 
 def _of_head(outputs):
+    if isinstance(outputs.head, RegionHead):
+        return [outputs.head.logits, outputs.head.deltas]
     own, inner = outputs.head.predictions, outputs.head.inner
     return [own.logits, own.boxes, own.distributions, *inner["cls"], *inner["box"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_what_the_loss_reads_of_the_student_alone(draw, name):
-    student, teacher = _pair(draw)
+    student, teacher = _pair(draw, name)
     loss = _build(name, student, teacher)
     for leaf in _leaves(student):
         leaf.requires_grad_()
@@ -139,7 +148,7 @@ def test_gradient_reaches_what_the_loss_reads_of_the_student_alone(draw, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_falls_on_one_batch(draw, name):
-    student, teacher = _pair(draw)
+    student, teacher = _pair(draw, name)
     loss = _build(name, student, teacher)
     leaves = [leaf.requires_grad_() for leaf in _leaves(student)]
     groups = [{"params": leaves, "lr": 0.02}]
@@ -160,7 +169,7 @@ def test_loss_falls_on_one_batch(draw, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_half_precision_outputs_stay_finite_and_exact(draw, name, dtype):
-    student, teacher = _pair(draw, dtype, 30)
+    student, teacher = _pair(draw, name, dtype, 30)
     loss = _build(name, student, teacher)
     in_double = copy.deepcopy(loss).double()
     terms = _seeded(loss, student, teacher)
@@ -175,7 +184,7 @@ def test_large_half_precision_outputs_stay_finite_and_exact(draw, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_leaves_losses_in_float32(draw, name, dtype):
     """Adapters and layers of heads may round to bfloat16 as the models do, losses may not."""
-    student, teacher = _pair(draw, dtype)
+    student, teacher = _pair(draw, name, dtype)
     loss = _build(name, student, teacher)
     for leaf in _leaves(student):
         leaf.requires_grad_()
@@ -194,7 +203,7 @@ def test_autocast_leaves_losses_in_float32(draw, name, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_is_saved_and_resumed(draw, name):
-    student, teacher = _pair(draw)
+    student, teacher = _pair(draw, name)
     loss = _build(name, student, teacher)
     loss(student, teacher, _target(name))  # changes what has a memory
     torch.manual_seed(1)
@@ -207,7 +216,7 @@ def test_state_is_saved_and_resumed(draw, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_that_was_not_prepared_says_so_or_needs_no_preparation(draw, name):
-    student, teacher = _pair(draw)
+    student, teacher = _pair(draw, name)
     loss = _unprepared(name)
     if name in PREPARED:
         with pytest.raises((RuntimeError, ValueError), match=r"Distiller\.prepare"):
@@ -235,7 +244,7 @@ def test_one_weight_serves_all_stages(draw, name):
     keyword = "weights" if "weights" in defaults else "feature_weights"
     patches = {"patch_sizes": 4} if "patch_sizes" in defaults else {}
     stages = ["stage1", "stage2"]
-    student, teacher = _pair(draw)
+    student, teacher = _pair(draw, name)
     terms = []
     for weights in (0.5, [0.5, 0.5]):
         torch.manual_seed(0)
@@ -264,8 +273,14 @@ def _seeded(loss, student, teacher):
 
 def _cast(outputs, dtype):
     features = {name: feature.to(dtype) for name, feature in outputs.features.items()}
-    own = outputs.head.predictions
-    predictions = Dense(*(x.to(dtype) for x in (own.logits, own.boxes, own.distributions)))
-    inner = {branch: [x.to(dtype) for x in maps] for branch, maps in outputs.head.inner.items()}
-    head = replace(outputs.head, predictions=predictions, inner=inner)
+    head = _cast_head(outputs.head, dtype)
     return Outputs(outputs.logits.to(dtype), features, outputs.indices, head=head)
+
+
+def _cast_head(head, dtype):
+    if isinstance(head, RegionHead):
+        return RegionHead(head.logits.to(dtype), head.deltas.to(dtype))
+    own = head.predictions
+    predictions = Dense(*(x.to(dtype) for x in (own.logits, own.boxes, own.distributions)))
+    inner = {branch: [x.to(dtype) for x in maps] for branch, maps in head.inner.items()}
+    return replace(head, predictions=predictions, inner=inner)

@@ -21,6 +21,7 @@ OF_POSITIONS = {
     "dense_boxes_loss": (6, 8, 4),
     "dense_scores_loss": (6, 8, 5),
     "ld_loss": (6, 8, 4, 3),
+    "roi_boxes_loss": (6, 3, 4),
 }
 SETTINGS = {"patched_loss": {"patch_size": 2}, "pcka_loss": {"patch_size": 2}}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +42,7 @@ def call(name: str, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     extra = {
         "dense_boxes_loss": [scores],
         "ld_loss": [scores],
+        "roi_boxes_loss": [scores[:, 0, :4]],
         "fgd_loss": [torch.tensor([[0, 0.1, 0.1, 0.5, 0.5], [3, 0.2, 0.4, 0.9, 0.9]])],
         "dkd_loss": [torch.arange(6) % 5],
         "nkd_loss": [torch.arange(6) % 5],
