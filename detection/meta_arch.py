@@ -226,6 +226,11 @@ def _boxes(
     size = torch.tensor([width, height, width, height], device=device)
     rows = []
     for image, entry in enumerate(batched_inputs):
+        if "instances" not in entry:
+            raise ConfigError(
+                "DISTILL.METHODS: FGD, or PCKA with a BACKGROUND below 1, needs the boxes of the "
+                f"objects, and {entry.get('file_name')!r} comes without; take another method"
+            )
         boxes = entry["instances"].gt_boxes.tensor.to(device, torch.float32) / size
         rows.append(F.pad(boxes, (1, 0), value=image))
     return torch.cat(rows)

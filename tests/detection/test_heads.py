@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from detection import train_net
-from detection.config import build_student, teacher_config
+from detection.config import PROJECT, build_student, teacher_config
 from detection.data import register_datasets
 from detection.data.targets import training_set
+from detection.figures import read_metrics
 from detection.heads import DenseParts
 from detection.teacher import TeacherBackbone, TeacherDetector, build_teacher
 from detection.teacher_checks import check_detections
@@ -265,6 +269,21 @@ def test_boxes_reach_the_losses_as_parts_of_the_canvas(build, batch, storage):
     torch.testing.assert_close(seen[0], expected)
 
 
+def test_a_batch_without_objects_to_learn_from_is_refused(build, batch, storage, monkeypatch):
+    """As that of a student of classes of pixels."""
+    model = build(*methods("FGD")).train()
+    monkeypatch.setattr(
+        model.student, "forward", lambda x: model.student.backbone(_canvas(x)) and {}
+    )
+    bare = [{"image": x["image"], "file_name": "a.png"} for x in batch]
+    with pytest.raises(ConfigError, match=r"needs the boxes of the objects, and 'a\.png' comes wi"):
+        model(bare)
+
+
+def _canvas(batched_inputs):
+    return torch.zeros(len(batched_inputs), 3, 128, 128)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -412,3 +431,31 @@ def test_a_run_tries_the_teacher_before_its_first_step(tmp_path, arguments, taug
     for keys in (("DISTILL.TEACHER.HEAD", "True"), methods("CROSSKD")):
         with pytest.raises(ConfigError, match="the teacher finds none of"):
             train_net.main(arguments(tmp_path / "run", 1, *taught(silence), *keys))
+
+
+def _weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+@pytest.mark.slow
+def test_a_run_on_regions_goes_on_bit_for_bit(tmp_path, arguments):
+    keys = (*regions("ROIKD"), *methods("ROIKD"))
+    train_net.main(arguments(tmp_path / "whole", 4, *keys))
+    train_net.main(arguments(tmp_path / "cut", 2, *keys))
+    train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
+    whole, cut = (_weights(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_regions(tmp_path, arguments):
+    keys = (*regions("ROIKD"), *methods("ROIKD"), "INPUT.MIN_SIZE_TRAIN", "[64, 128]")
+    script = str(PROJECT / "detection" / "train_net.py")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29534"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *launch, script, *arguments(tmp_path, 3, *keys)],
+        capture_output=True, text=True, cwd=PROJECT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert {"loss_roikd_cls", "loss_roikd_box"} <= read_metrics(tmp_path / "metrics.json").keys()

@@ -173,6 +173,7 @@ def test_a_run_goes_on_by_its_own_settings_alone(left, arguments, key, value, na
 def test_a_run_may_go_on_longer_and_with_files_elsewhere(left, arguments, caplog, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "moved")
     moved = ("DATASETS.DIGITS.ROOT", str(tmp_path / "moved"), "TEST.EVAL_PERIOD", "2")
+    moved += ("DISTILL.TEACHER.HEAD", "True")  # tries the teacher, and changes no step
     train_net.main(arguments(left, 3, *moved, flags=["--resume"]))
     assert _checkpoint(left)["iteration"] == 2
     assert "files of other places: DATASETS.DIGITS.ROOT" in caplog.text
