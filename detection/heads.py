@@ -1,129 +1,59 @@
-"""The heads of detectors in parts, as the losses that compare predictions read them."""
+"""Which parts of both models' heads the losses of a run read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
-import torch
-from detectron2.modeling.meta_arch import RetinaNet
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.structures import Boxes
-from torch import Tensor, nn
+from torch import nn
 
-from pcka.losses.heads import Dense, DenseHead, Inner
-
-BRANCHES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
-Maps = Sequence[Tensor]
+from detection.dense import DenseParts
+from detection.regions import RegionParts
+from detection.teacher import TeacherDetector
+from pcka.engine.config import ConfigError
+from pcka.losses import Loss
+from pcka.losses.heads import RegionHead
 
 
-class DenseParts:
-    """The head of a RetinaNet or an FCOS: its predictions, its inner maps, and the layers behind.
+def read_heads(
+    student: nn.Module, teacher: TeacherDetector, losses: Sequence[Loss]
+) -> DenseParts | RegionParts:
+    """Let the teacher give what the losses read of its head; return what gives the student's.
 
     Args:
-        detector: stays as it is, and is no part of this object's state.
-        depth: convolutions of a branch before the inner maps; 0: there are none.
-        predictions: whether the head's own predictions are wanted.
+        student: a detectron2 detector.
+        teacher: its ``parts`` are set.
+        losses: one of them or more read heads.
 
     Raises:
-        ValueError: another detector, or a head with fewer convolutions.
+        ConfigError: heads that the losses cannot read, or that say things of two meanings.
     """
-
-    def __init__(self, detector: nn.Module, depth: int = 0, *, predictions: bool = True) -> None:
-        if not isinstance(detector, RetinaNet | FCOS):
-            raise ValueError(
-                f"{type(detector).__name__} has no dense head; take a RetinaNet or an FCOS"
-            )
-        self.detector: Any = detector
-        self.predictions = predictions
-        self.split = {
-            branch: _layers_of(getattr(self.detector.head, subnet), depth)
-            for branch, (subnet, _) in BRANCHES.items()
-            if depth
-        }
-
-    @contextmanager
-    def watched(self) -> Iterator[DenseWatch]:
-        """Keep what the head gives while the block runs the detector, or its head, once."""
-        watch, head = DenseWatch(self), self.detector.head
-        handles = [head.register_forward_hook(watch.keep_output)] if self.predictions else []
-        for branch, layers in self.split.items():
-            last = getattr(head, BRANCHES[branch][0])[layers - 1]
-            handles.append(last.register_forward_hook(partial(watch.keep_inner, branch)))
-        try:
-            yield watch
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def teach(self, maps: Mapping[str, Tensor], _: object) -> DenseHead:
-        """What the head gives for the maps of a backbone, and its layers behind the inner maps."""
-        return replace(self.run(maps), rest=self.rest if self.split else None)
-
-    def run(self, maps: Mapping[str, Tensor], _: object = None) -> DenseHead:
-        """What the head gives for the maps of a backbone."""
-        with self.watched() as watch:
-            self.detector.head([maps[level] for level in self.detector.head_in_features])
-        return watch.given()
-
-    def rest(self, inner: Inner) -> Dense:
-        """What the layers behind the inner maps predict from maps like those.
-
-        Each layer gets all levels in their order, which its batch norms for single levels count on.
-        """
-        found = []
-        for branch, (subnet, last) in BRANCHES.items():
-            layers = getattr(self.detector.head, subnet)[self.split[branch] :]
-            found.append([getattr(self.detector.head, last)(layers(x)) for x in inner[branch]])
-        return self.decoded(*found)
-
-    def decoded(self, logits: Maps, shifts: Maps) -> Dense:
-        """Logits and boxes of all levels.
-
-        Args:
-            logits: ``(B, A * K, H, W)`` of each level.
-            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors.
-        """
-        model = self.detector
-        anchors = Boxes.cat(model.anchor_generator(logits)).tensor
-        rows = torch.cat([permute_to_N_HWA_K(x, 4) for x in shifts], 1).float()
-        boxes = [model.box2box_transform.apply_deltas(image, anchors) for image in rows]
-        classes = [permute_to_N_HWA_K(x, model.num_classes) for x in logits]
-        return Dense(torch.cat(classes, 1), torch.stack(boxes))
-
-
-class DenseWatch:
-    """What a dense head gave in one run."""
-
-    def __init__(self, parts: DenseParts) -> None:
-        self._parts = parts
-        self._output: tuple[Maps, ...] = ()
-        self._inner: dict[str, list[Tensor]] = {branch: [] for branch in parts.split}
-
-    def keep_output(self, _: nn.Module, inputs: object, output: tuple[Maps, ...]) -> None:
-        """A hook of the head."""
-        self._output = output
-
-    def keep_inner(self, branch: str, _: nn.Module, inputs: object, output: Tensor) -> None:
-        """A hook of a layer within the head, which sees one level after the other."""
-        self._inner[branch].append(output)
-
-    def given(self, _: object = None) -> DenseHead:
-        """For the losses."""
-        own = self._parts.decoded(*self._output[:2]) if self._output else None
-        return DenseHead(own, self._inner)
-
-
-def _layers_of(subnet: nn.Sequential, depth: int) -> int:
-    """How many layers of a branch its first ``depth`` convolutions are, with norm and ReLU."""
-    ends = [index + 1 for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
-    if depth > len(ends):
-        raise ValueError(
-            f"a branch of its head has {len(ends)} convolution(s) before the last one, so DEPTH "
-            f"{depth} leads beyond them; the largest is {len(ends)}"
+    reading = [loss for loss in losses if loss.needs_head is not None]
+    names = ", ".join(type(loss).__name__ for loss in reading)
+    depths = {loss.head_depth for loss in reading}
+    if len({loss.needs_head for loss in reading}) > 1 or len(depths - {0}) > 1:
+        raise ConfigError(f"DISTILL.METHODS: {names} read heads of two kinds or at two depths")
+    whose = "student"
+    try:
+        own = _parts(student, reading, predictions=0 in depths)
+        whose = "teacher"
+        teacher.parts = other = _parts(teacher.detector, reading)
+    except ValueError as error:
+        raise ConfigError(f"DISTILL.METHODS: {names}: the {whose}: {error}") from error
+    encodings = [parts.encoding for parts in (own, other) if isinstance(parts, RegionParts)]
+    if len(set(encodings)) > 1:
+        raise ConfigError(
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {} of the student and {} of the teacher: {} "
+            "compares what they multiply; take the teacher's".format(*encodings, names)
         )
-    return ends[depth - 1]
+    return own
+
+
+def _parts(
+    detector: nn.Module, reading: Sequence[Loss], *, predictions: bool = True
+) -> DenseParts | RegionParts:
+    """What gives the losses what they read of a head."""
+    if reading[0].needs_head is RegionHead:
+        return RegionParts(detector, max(cast(Any, loss).proposals for loss in reading))
+    depth = max(loss.head_depth for loss in reading)
+    return DenseParts(detector, depth, predictions=predictions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
-from detection.heads import DenseParts
 from detection.levels import build_losses, match_levels, needs_head
-from detection.regions import RegionParts
 from detection.teacher import HEAD, TeacherBackbone, TeacherDetector, build_teacher
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 from pcka.engine.preflight import naming
 from pcka.losses import Loss, Outputs
-from pcka.losses.heads import RegionHead
 from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
 from pcka.ops import cka
 from pcka.taps import FeatureTap
 from pcka.teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from detection.dense import DenseParts
+    from detection.regions import RegionParts
 
 DRY_RUN_SIDE = 256
 
@@ -70,7 +71,11 @@ class DistilledDetector(nn.Module):
         self.distiller = Distiller(student, teacher, losses, taps, gather=False)
         self.log_period = log_period
         self._needs_boxes = any(loss.needs_boxes for loss in losses)
-        self._head = _read_heads(student, teacher, losses)
+        self._head: DenseParts | RegionParts | None = None
+        if teacher is not None and any(loss.needs_head is not None for loss in losses):
+            from detection.heads import read_heads  # most runs need none of its modules
+
+            self._head = read_heads(student, cast(TeacherDetector, teacher.model), losses)
         if teacher is not None:
             with naming("DISTILL"):
                 self._prepare()
@@ -170,46 +175,6 @@ def check_exportable(cfg: CfgNode) -> None:
             f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
             f"{architecture} one of its own, e.g. 'build_retinanet_resnet_fpn_backbone'"
         )
-
-
-def _read_heads(
-    student: nn.Module, teacher: FrozenTeacher | None, losses: Sequence[Loss]
-) -> DenseParts | RegionParts | None:
-    """Let the teacher give what the losses read of its head; return what gives the student's.
-
-    None where no loss reads heads.
-    """
-    reading = [loss for loss in losses if loss.needs_head is not None]
-    if not reading or teacher is None:
-        return None
-    names = ", ".join(type(loss).__name__ for loss in reading)
-    depths = {loss.head_depth for loss in reading}
-    if len({loss.needs_head for loss in reading}) > 1 or len(depths - {0}) > 1:
-        raise ConfigError(f"DISTILL.METHODS: {names} read heads of two kinds or at two depths")
-    whose = "student"
-    try:
-        own = _parts(student, reading, predictions=0 in depths)
-        whose, model = "teacher", cast(TeacherDetector, teacher.model)
-        model.parts = other = _parts(model.detector, reading)
-    except ValueError as error:
-        raise ConfigError(f"DISTILL.METHODS: {names}: the {whose}: {error}") from error
-    encodings = [parts.encoding for parts in (own, other) if isinstance(parts, RegionParts)]
-    if len(set(encodings)) > 1:
-        raise ConfigError(
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {} of the student and {} of the teacher: {} "
-            "compares what they multiply; take the teacher's".format(*encodings, names)
-        )
-    return own
-
-
-def _parts(
-    detector: nn.Module, reading: Sequence[Loss], *, predictions: bool = True
-) -> DenseParts | RegionParts:
-    """What gives the losses what they read of a head."""
-    if reading[0].needs_head is RegionHead:
-        return RegionParts(detector, max(cast(Any, loss).proposals for loss in reading))
-    depth = max(loss.head_depth for loss in reading)
-    return DenseParts(detector, depth, predictions=predictions)
 
 
 def _with_head(teacher: Outputs | None) -> Outputs:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -20,12 +20,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
 from detection.config import build, build_student, registered, teacher_config
-from detection.heads import DenseParts
-from detection.regions import RegionParts
 from detection.teacher_checks import check_statistics, check_trained
 from pcka.engine.config import ConfigError
 from pcka.losses.heads import Dense, DenseHead, Inner
 from pcka.teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from detection.dense import DenseParts
+    from detection.regions import RegionParts
 
 HEAD = "head"  # what the head gives, beside the maps of the levels
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pcka.losses.base import Outputs, StagewiseLoss, Term
 from pcka.losses.checks import as_list, as_maps, for_each
-from pcka.losses.foreground import foreground_scale
 from pcka.losses.numerics import leave_out_constant
 from pcka.ops import patch_cka
 from pcka.ops.functional import GROUPINGS, RELATIONS, as_patch_size, check_choice
@@ -156,6 +155,8 @@ class PCKA(StagewiseLoss):
 
     def _shown(self, maps: Tensor, boxes: Tensor) -> Tensor:
         """``(B, 1, H, W)``: 1 in the objects, ``background`` elsewhere."""
+        from pcka.losses.foreground import foreground_scale  # the method itself needs no boxes
+
         batch, _, height, width = maps.shape
         inside = foreground_scale(boxes, batch, (height, width))[:, None] > 0
         return inside.to(maps.dtype).clamp_min(self.background)

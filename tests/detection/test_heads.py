@@ -14,8 +14,8 @@ from detection import train_net
 from detection.config import PROJECT, build_student, teacher_config
 from detection.data import register_datasets
 from detection.data.targets import training_set
+from detection.dense import DenseParts
 from detection.figures import read_metrics
-from detection.heads import DenseParts
 from detection.teacher import TeacherBackbone, TeacherDetector, build_teacher
 from detection.teacher_checks import check_detections
 from pcka.engine.config import ConfigError
