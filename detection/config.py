@@ -95,6 +95,7 @@ def detection_config() -> CfgNode:
                 "CONFIG_FILE": "",  # a file, or a name of detectron2's model zoo
                 "OPTS": [],  # KEY VALUE pairs that override that file's
                 "WEIGHTS": "",  # a file or URL; "model_zoo": what the zoo trained with that file
+                "HEAD": False,  # build its head, which methods may need, and try it beforehand
                 "RANDOM_WEIGHTS": False,  # allow an untrained teacher (tests, timings)
                 "AUTOCAST": "",  # of the teacher: "bfloat16", "float32"; "": as the student
                 "CHANNELS_LAST": False,  # memory format of the teacher
@@ -223,13 +224,13 @@ def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
     return registry.get(name)
 
 
-def build_student(cfg: CfgNode) -> nn.Module:
-    """Return the student that ``MODEL`` describes, a plain detectron2 detector.
+def build_student(cfg: CfgNode, key: str = "MODEL") -> nn.Module:
+    """Return the plain detectron2 detector that ``MODEL`` describes, the one within a wrapped one.
 
     Raises:
         ConfigError: as :func:`student_architecture` and :func:`build`.
     """
-    return build(META_ARCH_REGISTRY.get(student_architecture(cfg)), cfg, "MODEL")
+    return build(META_ARCH_REGISTRY.get(student_architecture(cfg)), cfg, key)
 
 
 def build(create: Callable[[CfgNode], nn.Module], cfg: CfgNode, key: str) -> nn.Module:

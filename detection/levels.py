@@ -86,8 +86,18 @@ def build_losses(
     return built
 
 
+def needs_head(methods: Sequence[str]) -> bool:
+    """Whether a loss reads the teacher's head.
+
+    Raises:
+        ConfigError: a name that no loss has.
+    """
+    distill.check_methods(methods)
+    return any(losses.find(name).needs_head is not None for name in methods)
+
+
 def _unfit(loss: losses.Loss) -> str | None:
-    """Why a loss is none of named feature maps, which is all that detectors have in common."""
+    """Why a loss is none of feature maps or of heads, which is what detectors have."""
     needs = {
         "logits": loss.needs_logits,
         "a target": loss.needs_target,
@@ -96,9 +106,9 @@ def _unfit(loss: losses.Loss) -> str | None:
     }
     lacking = [name for name, needed in needs.items() if needed]
     if lacking:
-        return f"needs {lacking[0]}, and detectors have losses of feature maps alone"
-    if not (loss.needs_teacher and loss.taps):
-        return "compares no feature maps, which is all that a detector's losses can do"
+        return f"needs {lacking[0]}, and detectors have losses of feature maps and of heads alone"
+    if not (loss.needs_teacher and (loss.taps or loss.needs_head)):
+        return "compares neither feature maps nor heads, which is all that a detector's losses can"
     return None
 
 

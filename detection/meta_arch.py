@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
@@ -14,16 +16,21 @@ from torch import Tensor, nn
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
-from detection.levels import build_losses, match_levels
-from detection.teacher import TeacherBackbone, build_teacher
+from detection.levels import build_losses, match_levels, needs_head
+from detection.teacher import HEAD, TeacherBackbone, TeacherDetector, build_teacher
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
+from pcka.engine.preflight import naming
 from pcka.losses import Loss, Outputs
 from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
 from pcka.ops import cka
 from pcka.taps import FeatureTap
 from pcka.teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from detection.dense import DenseParts
+    from detection.regions import RegionParts
 
 DRY_RUN_SIDE = 256
 
@@ -34,15 +41,19 @@ class DistilledDetector(nn.Module):
 
     In training a batch gives the student's loss terms and those of a :class:`pcka.Distiller`, each
     under its own name. In inference it is exactly the student. In several processes each compares
-    the maps of its own batch: those of the others have other sizes.
+    the maps of its own batch: those of the others have other sizes. The losses' target is the boxes
+    of the objects, where one needs them.
 
     Args:
         student: any detectron2 detector with a ``backbone`` that returns named maps.
-        teacher: of :func:`detection.teacher.build_teacher`; None for a student that trains by
-            itself.
+        teacher: of :func:`detection.teacher.build_teacher`, with its head where a loss needs it;
+            None for a student that trains by itself.
         losses: of :mod:`pcka.losses`, on taps named like the student's levels.
         levels: student level -> teacher level.
         log_period: steps between logged alignments and gradient norms of the levels; 0 for never.
+
+    Raises:
+        ConfigError: heads that a loss cannot read, or not compare.
     """
 
     @configurable
@@ -59,8 +70,15 @@ class DistilledDetector(nn.Module):
         taps = {own: (f"backbone:{own}", f":{other}") for own, other in levels.items()}
         self.distiller = Distiller(student, teacher, losses, taps, gather=False)
         self.log_period = log_period
+        self._needs_boxes = any(loss.needs_boxes for loss in losses)
+        self._head: DenseParts | RegionParts | None = None
+        if teacher is not None and any(loss.needs_head is not None for loss in losses):
+            from detection.heads import read_heads  # most runs need none of its modules
+
+            self._head = read_heads(student, cast(TeacherDetector, teacher.model), losses)
         if teacher is not None:
-            self._prepare()
+            with naming("DISTILL"):
+                self._prepare()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -69,7 +87,8 @@ class DistilledDetector(nn.Module):
         student: Any = build_student(cfg)
         if not cfg.DISTILL.METHODS:
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
-        teacher = build_teacher(cfg)
+        with_head = cfg.DISTILL.TEACHER.HEAD or needs_head(cfg.DISTILL.METHODS)
+        teacher = build_teacher(cfg, with_head=with_head)
         shapes = student.backbone.output_shape()
         teacher_shapes = cast(TeacherBackbone, teacher.model).output_shape()
         levels = match_levels(cfg.DISTILL.LEVELS, shapes, teacher_shapes)
@@ -88,7 +107,7 @@ class DistilledDetector(nn.Module):
 
     @property
     def teacher(self) -> FrozenTeacher | None:
-        """The frozen backbone of the teacher, which is no part of the module."""
+        """The frozen teacher, which is no part of the module."""
         return self.distiller.teacher
 
     @property
@@ -110,14 +129,19 @@ class DistilledDetector(nn.Module):
         # Both models bring the images to the device: moved here, they travel once.
         images = [entry["image"].to(self.device) for entry in batched_inputs]
         batched_inputs = [{**entry, "image": i} for entry, i in zip(batched_inputs, images)]
-        with FeatureTap(self.student, {"canvas": "backbone:input"}) as tap:
+        watched = nullcontext() if self._head is None else self._head.watched()
+        with FeatureTap(self.student, {"canvas": "backbone:input"}) as tap, watched as watch:
             student = self.distiller.observe_student(batched_inputs)
             canvas = tap.pop()["canvas"].shape[-2:]
         teacher = self.distiller.observe_teacher(images, canvas)
+        if watch is not None:
+            teacher = _with_head(teacher)
+            student = replace(student, head=watch.given(cast(Any, teacher.head)))
+        target = _boxes(batched_inputs, canvas, self.device) if self._needs_boxes else None
         if self.log_period > 0 and get_event_storage().iter % self.log_period == 0:
             student = _log_levels(student, teacher)
         terms: dict[str, Tensor] = dict(student.raw)
-        for name, term in self.distiller.terms(student, teacher, None).items():
+        for name, term in self.distiller.terms(student, teacher, target).items():
             if name in terms:
                 raise ConfigError(f"DISTILL.METHODS: a loss gives {name}, as the student does")
             terms[name] = term.weighted
@@ -125,13 +149,17 @@ class DistilledDetector(nn.Module):
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        """Size the adapters by a dry run of both backbones."""
+        """Size the adapters by a dry run of both backbones, and of the heads that losses read."""
         backbone, canvas = self.student.get_submodule("backbone"), (DRY_RUN_SIDE, DRY_RUN_SIDE)
-        with evaluation_mode(backbone):
-            device = next(backbone.parameters()).device
-            features = backbone(torch.zeros(2, 3, *canvas, device=device))
         teacher = self.distiller.observe_teacher([torch.zeros(3, *canvas)] * 2, canvas)
-        self.distiller.prepare_for(Outputs(features=features), teacher)
+        with evaluation_mode(self.student):
+            device = next(backbone.parameters()).device
+            student = Outputs(features=backbone(torch.zeros(2, 3, *canvas, device=device)))
+            if self._head is not None:
+                teacher = _with_head(teacher)
+                head = self._head.run(student.features, cast(Any, teacher.head))
+                student = replace(student, head=head)
+        self.distiller.prepare_for(student, teacher)
 
 
 def check_exportable(cfg: CfgNode) -> None:
@@ -147,6 +175,30 @@ def check_exportable(cfg: CfgNode) -> None:
             f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
             f"{architecture} one of its own, e.g. 'build_retinanet_resnet_fpn_backbone'"
         )
+
+
+def _with_head(teacher: Outputs | None) -> Outputs:
+    """The teacher's outputs with what its head gave."""
+    assert teacher is not None  # a loss reads its head
+    return replace(teacher, head=teacher.raw[HEAD])
+
+
+def _boxes(
+    batched_inputs: list[dict[str, Any]], canvas: Sequence[int], device: torch.device
+) -> Tensor:
+    """The objects of a batch, ``(M, 5)``: image, and x0, y0, x1, y1 as parts of the canvas."""
+    height, width = canvas
+    size = torch.tensor([width, height, width, height], device=device)
+    rows = []
+    for image, entry in enumerate(batched_inputs):
+        if "instances" not in entry:
+            raise ConfigError(
+                "DISTILL.METHODS: FGD, or PCKA with a BACKGROUND below 1, needs the boxes of the "
+                f"objects, and {entry.get('file_name')!r} comes without; take another method"
+            )
+        boxes = entry["instances"].gt_boxes.tensor.to(device, torch.float32) / size
+        rows.append(F.pad(boxes, (1, 0), value=image))
+    return torch.cat(rows)
 
 
 def _log_levels(student: Outputs, teacher: Outputs | None) -> Outputs:

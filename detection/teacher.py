@@ -1,26 +1,35 @@
-"""The teacher of a detector: its backbone and neck, and nothing behind them."""
+"""The teacher of a detector: its backbone and neck, and its head where a loss reads that."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
+from detectron2.structures import Instances
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
-from detection.config import build, registered, teacher_config
+from detection.config import build, build_student, registered, teacher_config
 from detection.teacher_checks import check_statistics, check_trained
 from pcka.engine.config import ConfigError
+from pcka.losses.heads import Dense, DenseHead, Inner
 from pcka.teacher import FrozenTeacher
 
+if TYPE_CHECKING:
+    from detection.dense import DenseParts
+    from detection.regions import RegionParts
+
+HEAD = "head"  # what the head gives, beside the maps of the levels
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -95,29 +104,87 @@ class TeacherBackbone(nn.Module):
         return torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32)
 
 
-def build_teacher(cfg: CfgNode) -> FrozenTeacher:
-    """Return the :class:`TeacherBackbone` of ``DISTILL.TEACHER`` with its weights, frozen.
+class TeacherDetector(TeacherBackbone):
+    """A :class:`TeacherBackbone` with the whole detector behind it.
+
+    Its head runs on the maps of the canvas, and only where ``parts`` says what of it to give.
+
+    Args:
+        detector: detectron2 detector with a ``backbone``.
+        pixel_mean, pixel_std, keywords: of :class:`TeacherBackbone`.
+
+    Attributes:
+        parts: of the detector; None until a loss is to read its head.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        **keywords: Any,
+    ) -> None:
+        super().__init__(cast(Backbone, detector.backbone), pixel_mean, pixel_std, **keywords)
+        self.detector = detector
+        self.parts: DenseParts | RegionParts | None = None
+
+    def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Any]:
+        """As :meth:`TeacherBackbone.forward`, and under ``"head"`` what the head gives."""
+        maps: dict[str, Any] = super().forward(images, canvas)
+        if self.parts is not None:
+            with self._precision(self.pixel_mean.device.type):
+                head = self.parts.teach(
+                    maps, [(image.shape[-2], image.shape[-1]) for image in images]
+                )
+            if isinstance(head, DenseHead) and head.rest is not None:
+                head = replace(head, rest=partial(self._precisely, head.rest))
+            maps[HEAD] = head
+        return maps
+
+    def detect(self, image: Tensor, height: int, width: int) -> Instances:
+        """What the teacher detects in one image, as it does by itself.
+
+        Args:
+            image: ``(3, H, W)``, as the student's data loader gives it.
+            height, width: of the image that the boxes are for.
+        """
+        own = image.flip(0) if self.swap_channels else image
+        (found,) = self.detector([{"image": own, "height": height, "width": width}])
+        return cast(Instances, found["instances"])
+
+    def _precisely(self, rest: Callable[[Inner], Dense], inner: Inner) -> Dense:
+        with self._precision(self.pixel_mean.device.type):
+            return rest(inner)
+
+
+def build_teacher(cfg: CfgNode, *, with_head: bool = False) -> FrozenTeacher:
+    """Return the teacher of ``DISTILL.TEACHER`` with its weights, frozen.
+
+    It is a :class:`TeacherBackbone`; with ``with_head`` a :class:`TeacherDetector`.
 
     Raises:
-        ValueError: a configuration that cannot be read, or weights that do not fill the backbone.
+        ValueError: a configuration that cannot be read, or weights that do not fill it.
     """
-    own = teacher_config(cfg)
+    own, wanted = teacher_config(cfg), cfg.DISTILL.TEACHER
     check_statistics(own.MODEL.PIXEL_MEAN, own.MODEL.PIXEL_STD)
-    holder = nn.Module()
     registered(BACKBONE_REGISTRY, own.MODEL.BACKBONE.NAME, "the teacher's MODEL.BACKBONE.NAME")
-    backbone = cast(Backbone, build(build_backbone, own, "the teacher's MODEL"))
-    holder.backbone = backbone  # under the name that it has in a detector's file
+    if with_head:
+        holder = build_student(own, "the teacher's MODEL")
+    else:
+        holder = nn.Module()  # its backbone has the name that it has in a detector's file
+        holder.backbone = build(build_backbone, own, "the teacher's MODEL")
+    backbone = cast(Backbone, holder.backbone)
     if own.MODEL.WEIGHTS:
         try:
             load_weights(holder, own.MODEL.WEIGHTS)
-            if not cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+            if not wanted.RANDOM_WEIGHTS:
                 check_trained(backbone, own.MODEL.WEIGHTS)
         except ValueError as error:
             raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
-    wanted = cfg.DISTILL.TEACHER
+    kind: Any = TeacherDetector if with_head else TeacherBackbone
     return FrozenTeacher(
-        TeacherBackbone(
-            backbone,
+        kind(
+            holder if with_head else backbone,
             own.MODEL.PIXEL_MEAN,
             own.MODEL.PIXEL_STD,
             swap_channels=_unlike_channels(cfg.INPUT.FORMAT, own.INPUT.FORMAT),

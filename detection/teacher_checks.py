@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
-from torch import nn
+from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from torch import Tensor, nn
 
 from detection.data.mapper import NamingMapper
 from detection.data.targets import Entries
@@ -15,6 +19,10 @@ from pcka.engine.config import ConfigError
 from pcka.engine.preflight import LARGEST, feature_fault
 from pcka.teacher import FrozenTeacher
 
+logger = logging.getLogger("detectron2.pcka")
+
+TRIED_IMAGES = 16
+SAME_OBJECT = 0.5  # intersection over union
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
 
 
@@ -62,6 +70,8 @@ def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> No
         image = NamingMapper(cfg, False)(dataset[0])["image"]
     maps = teacher([image, 255 - image], tuple(image.shape[-2:]))
     for level, feature in maps.items():
+        if not isinstance(feature, Tensor):  # what a head gave
+            continue
         if fault := feature_fault(feature.float(), LARGEST):
             wanted = cfg.DISTILL.TEACHER
             raise ConfigError(
@@ -69,3 +79,49 @@ def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> No
                 f"maps of {level} {fault}; is the file whole, and described by "
                 f"{wanted.CONFIG_FILE!r} and its pixel statistics?"
             )
+
+
+@torch.no_grad()
+def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
+    """Let a teacher with a head detect in a few images, and refuse one that finds no object.
+
+    Args:
+        teacher: around a :class:`detection.teacher.TeacherDetector`, where it will run.
+        cfg: of the run; its images are read as for an evaluation.
+        dataset: of the run; up to ``TRIED_IMAGES`` with objects are taken from all over it.
+
+    Raises:
+        ConfigError: of none of their objects a box of the right class and half its overlap.
+    """
+    detect = cast(Any, teacher.model).detect
+    shown = [entry for entry in dataset if _objects(entry)]
+    shown = shown[:: max(1, len(shown) // TRIED_IMAGES)][:TRIED_IMAGES]
+    found = asked = 0
+    with lent_random_states():
+        read = NamingMapper(cfg, False)
+        for entry in shown:
+            given = read(entry)
+            seen = detect(given["image"], given["height"], given["width"])
+            found += _found(seen.to("cpu"), _objects(entry))
+            asked += len(_objects(entry))
+    logger.info("The teacher finds %d of %d objects in %d images", found, asked, len(shown))
+    if asked and not found:
+        wanted = cfg.DISTILL.TEACHER
+        raise ConfigError(
+            f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS}: the teacher finds none of {asked} objects "
+            f"in {len(shown)} images of DATASETS.TRAIN; were its classes, its anchors or its pixel "
+            "statistics other ones?"
+        )
+
+
+def _objects(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in entry.get("annotations", []) if not one.get("iscrowd", 0)]
+
+
+def _found(seen: Any, objects: list[dict[str, Any]]) -> int:
+    """How many objects have a detection of their class on them."""
+    boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
+    overlap = pairwise_iou(Boxes(torch.tensor(boxes, dtype=torch.float32)), seen.pred_boxes)
+    classes = torch.tensor([one["category_id"] for one in objects])
+    hits = (overlap >= SAME_OBJECT) & (classes[:, None] == seen.pred_classes)
+    return int(hits.any(1).sum())

@@ -20,17 +20,19 @@ from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
 from detection.config import DISTILLED, build_student, teacher_config
 from detection.data.loader import training_loader
-from detection.data.targets import check_test_sets, training_set
+from detection.data.targets import Entries, check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
 from detection.figures import MetricsState, RestoreMetrics, plot_run
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
-from detection.teacher_checks import check_features
+from detection.teacher import TeacherDetector
+from detection.teacher_checks import check_detections, check_features
 from pcka.distributed import OWN_BUFFERS, average_buffers
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.files import CheckpointError
+from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -84,7 +86,7 @@ class DetectionTrainer(SimpleTrainer):
         if not resumed and cfg.DISTILL.INHERIT:
             inherit_weights(student, teacher_config(cfg).MODEL.WEIGHTS, cfg.DISTILL.INHERIT)
         if not resumed and isinstance(model, DistilledDetector) and model.teacher is not None:
-            check_features(model.teacher, cfg, dataset)
+            _check_teacher(model.teacher, cfg, dataset)
         start = found["iteration"] + 1 if resumed else 0
         if cfg.SOLVER.AMP.ENABLED:
             train_in_bfloat16(model)
@@ -175,6 +177,13 @@ class DetectionTrainer(SimpleTrainer):
         with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
         return without_nan(self.results)  # JSON, which the figures are written as, has no NaN
+
+
+def _check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
+    check_features(teacher, cfg, dataset)
+    has_head = isinstance(teacher.model, TeacherDetector)
+    if has_head and not cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+        check_detections(teacher, cfg, dataset)
 
 
 class _AverageBuffers(HookBase):

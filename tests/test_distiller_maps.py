@@ -26,7 +26,11 @@ ANSWERS: dict[str, Callable[[Tensor], object]] = {
     "object": lambda x: SimpleNamespace(loss=None, logits=x),
 }
 SETTINGS = {"PCKA": {"patch_sizes": 2}, "PATCHED": {"patch_sizes": 2}, "CRD": {"negatives": 8}}
-OF_FEATURES = [name for name in losses.names() if {"stages", "stage"} & {*losses.defaults(name)}]
+OF_FEATURES = [
+    name
+    for name in losses.names()
+    if {"stages", "stage"} & {*losses.defaults(name)} and not losses.build(name).of_detectors
+]
 # Losses that compare maps of one shape, and how they do it.
 OF_ONE_SHAPE = {
     "CWD": losses.cwd_loss,
@@ -91,7 +95,8 @@ def test_every_loss_of_features_takes_two_widths_and_sizes_from_any_model(name):
 
 
 def test_these_are_the_losses_that_compare_maps_of_one_shape():
-    matching = {name for name in losses.names() if losses.build(name).same_shape}
+    built = {name: losses.build(name) for name in losses.names()}
+    matching = {n for n, loss in built.items() if loss.same_shape and not loss.of_detectors}
     matching |= {"FITNET"} if losses.FitNet(regressor=False).same_shape else set()
     assert matching == OF_ONE_SHAPE.keys()
 

@@ -52,6 +52,7 @@ FORMS = {
 CASES = {
     "-".join([name, *(str(value) for value in keywords.values())]): (name, keywords)
     for name in losses.names()
+    if not losses.build(name).of_detectors
     for keywords in FORMS.get(name, [{}])
 }
 

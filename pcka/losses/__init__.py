@@ -5,8 +5,9 @@ What holds for all of them:
 
 - **Dtypes.** Both models' tensors may be of any floating dtype, also of two; sums are formed in
   float32, or in float64 where either model gives float64, and so is the result, under autocast too.
-- **Gradients.** No gradient reaches what the teacher gave. (:func:`cc_neighbours_loss` compares two
-  trained embeddings and sends it to both; the module :class:`CC` embeds detached features.)
+- **Gradients.** No gradient reaches what the teacher gave. (:func:`cc_neighbours_loss` and
+  :func:`fgd_relation_loss` compare what two trained modules gave and send it to both; the modules
+  :class:`CC` and :class:`FGD` give these detached features.)
 - **Keywords.** Functions take tensors by position and settings by keyword; modules take settings
   alone, by keyword, each with a default.
 - **Lists.** Where a list is meant, text is refused; a setting of each stage may be a single value,
@@ -23,23 +24,36 @@ from typing import TYPE_CHECKING
 
 from pcka.losses.base import Context, LogitLoss, Loss, Outputs, StagewiseLoss, Term
 from pcka.losses.numerics import DegenerateLevelWarning, standardized_logits
-from pcka.losses.registry import MODULE_OF, build, defaults, described, names, public, register
+from pcka.losses.registry import (
+    MODULE_OF,
+    build,
+    defaults,
+    described,
+    find,
+    names,
+    public,
+    register,
+)
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ finds the same names
     from pcka.losses.at import AT, at_loss
     from pcka.losses.cc import CC, cc_loss, cc_neighbours_loss
     from pcka.losses.crd import CRD, crd_loss
     from pcka.losses.cross_entropy import CE
+    from pcka.losses.crosskd import CrossKD
     from pcka.losses.cwd import CWD, cwd_loss
+    from pcka.losses.densekd import DenseKD, dense_boxes_loss, dense_scores_loss
     from pcka.losses.dist import DIST, dist_loss
     from pcka.losses.dkd import DKD, dkd_loss
     from pcka.losses.fcka import FCKA, fcka_loss
+    from pcka.losses.fgd import FGD, fgd_loss, fgd_relation_loss
     from pcka.losses.fitnet import FitNet, fitnet_loss
     from pcka.losses.ickd import ICKD, ickd_loss
     from pcka.losses.ikl import IKL, ikl_loss
     from pcka.losses.kd import KD, kd_loss
     from pcka.losses.kdsvd import KDSVD, kdsvd_loss
     from pcka.losses.lcka import LCKA, lcka_loss
+    from pcka.losses.ld import LD, ld_loss
     from pcka.losses.mgd import MGD, mgd_loss
     from pcka.losses.nkd import NKD, nkd_loss
     from pcka.losses.nst import NST, nst_loss
@@ -51,6 +65,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.rcka import RCKA, rcka_loss
     from pcka.losses.reviewkd import ReviewKD, hcl_loss
     from pcka.losses.rkd import RKD, rkd_loss
+    from pcka.losses.roikd import RoIKD, roi_boxes_loss
     from pcka.losses.sp import SP, sp_loss
     from pcka.losses.srrl import SRRL, srrl_loss
     from pcka.losses.vid import VID, vid_loss
@@ -69,6 +84,7 @@ __all__ = [
     "build",
     "defaults",
     "described",
+    "find",
     "names",
     "register",
     "standardized_logits",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, final
 from torch import Tensor, nn
 
 from pcka.losses.checks import as_stages, as_weights, check_temperature, check_weights
+from pcka.losses.heads import DenseHead, RegionHead
 from pcka.losses.numerics import standardized_logits
 
 T = TypeVar("T")
@@ -24,12 +25,14 @@ class Outputs:
         indices: position of each sample in the training set, ``(B,)`` int64, or None where no loss
             needs it.
         raw: what the model returned; None where the batch is that of several processes.
+        head: what the head of a detector gave, or None where no loss needs it.
     """
 
     logits: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     indices: Tensor | None = None
     raw: Any = None
+    head: DenseHead | RegionHead | None = None
 
     def feature(self, name: str) -> Tensor:
         """The feature tapped under ``name``.
@@ -100,6 +103,11 @@ class Loss(nn.Module):
         needs_logits: it needs the logits of each model that it reads.
         needs_indices: it needs ``student.indices``.
         needs_context: ``prepare`` needs a part of its ``context``.
+        needs_boxes: its target is the boxes of the objects, ``(M, 5)``: the number of the image,
+            and x0, y0, x1, y1 as parts of the width and height that the maps cover.
+        needs_head: the type of ``Outputs.head`` that it needs of both models; None: it needs none.
+        head_depth: it reads the maps within a dense head that this many convolutions have given;
+            0: it reads none.
         capturable: it can be recorded in a CUDA graph and replayed: it waits for no value of a
             tensor, and keeps no state but in its buffers, which it changes in place.
         relational: it is no mean over samples: it relates the samples of a batch to one another,
@@ -117,6 +125,9 @@ class Loss(nn.Module):
     needs_logits: bool = False
     needs_indices: bool = False
     needs_context: bool = False
+    needs_boxes: bool = False
+    needs_head: type | None = None
+    head_depth: int = 0
     capturable: bool = True
     relational: bool = False
     same_shape: bool = False
@@ -129,6 +140,11 @@ class Loss(nn.Module):
             )
         if "log_name" not in cls.__dict__:
             cls.log_name = cls.__name__.lower()
+
+    @property
+    def of_detectors(self) -> bool:
+        """Whether it reads what only detectors and their data have."""
+        return self.needs_boxes or self.needs_head is not None
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT

@@ -90,9 +90,13 @@ class PCKA(StagewiseLoss):
             ``P`` serves all.
         relations: which of ``"rows"`` and ``"columns"`` to align, one term each.
         group_by, center: of :func:`pcka_loss`.
+        background: factor of both maps outside the objects' boxes, from 0 to 1; below 1 the loss
+            needs the boxes, and patches count by what of an object is in them. 1 is the method;
+            less is ours, with the foreground of :class:`pcka.losses.FGD`.
 
     Raises:
-        ValueError: no relation, an unknown one or grouping, or what is no patch size.
+        ValueError: no relation, an unknown one or grouping, what is no patch size, or no factor
+            from 0 to 1.
     """
 
     relational = True
@@ -107,8 +111,13 @@ class PCKA(StagewiseLoss):
         group_by: str = "channel",
         relations: Sequence[str] = ("rows",),
         center: bool = True,
+        background: float = 1.0,
     ) -> None:
         super().__init__(stages, weights)
+        if not 0 <= background <= 1:
+            raise ValueError(f"background must be a factor from 0 to 1, got {background}")
+        self.background = background
+        self.needs_boxes = background < 1
         self.patch_sizes = as_patches(stages, patch_sizes)
         check_choice("group_by", group_by, GROUPINGS)
         self.relations = as_list("relations", relations)
@@ -127,6 +136,9 @@ class PCKA(StagewiseLoss):
         for (stage, weight, own, other), patch in zip(
             self.pairs(student, teacher), self.patch_sizes, strict=True
         ):
+            if self.needs_boxes:
+                shown = self._shown(own, self.need(target, "target"))
+                own, other = own * shown, other * shown
             for relation in self.relations:
                 name = f"loss_{self.log_name}_{stage}_{relation}"
                 loss = pcka_loss(
@@ -140,3 +152,11 @@ class PCKA(StagewiseLoss):
                 )
                 terms[name] = Term(weight, loss)
         return terms
+
+    def _shown(self, maps: Tensor, boxes: Tensor) -> Tensor:
+        """``(B, 1, H, W)``: 1 in the objects, ``background`` elsewhere."""
+        from pcka.losses.foreground import foreground_scale  # the method itself needs no boxes
+
+        batch, _, height, width = maps.shape
+        inside = foreground_scale(boxes, batch, (height, width))[:, None] > 0
+        return inside.to(maps.dtype).clamp_min(self.background)

@@ -18,16 +18,20 @@ PUBLIC = {
     "cc": "CC cc_loss cc_neighbours_loss",
     "crd": "CRD crd_loss",
     "cross_entropy": "CE",
+    "crosskd": "CrossKD",
     "cwd": "CWD cwd_loss",
+    "densekd": "DenseKD dense_boxes_loss dense_scores_loss",
     "dist": "DIST dist_loss",
     "dkd": "DKD dkd_loss",
     "fcka": "FCKA fcka_loss",
+    "fgd": "FGD fgd_loss fgd_relation_loss",
     "fitnet": "FitNet fitnet_loss",
     "ickd": "ICKD ickd_loss",
     "ikl": "IKL ikl_loss",
     "kd": "KD kd_loss",
     "kdsvd": "KDSVD kdsvd_loss",
     "lcka": "LCKA lcka_loss",
+    "ld": "LD ld_loss",
     "mgd": "MGD mgd_loss",
     "nkd": "NKD nkd_loss",
     "nst": "NST nst_loss",
@@ -39,6 +43,7 @@ PUBLIC = {
     "rcka": "RCKA rcka_loss",
     "reviewkd": "ReviewKD hcl_loss",
     "rkd": "RKD rkd_loss",
+    "roikd": "RoIKD roi_boxes_loss",
     "sp": "SP sp_loss",
     "srrl": "SRRL srrl_loss",
     "vid": "VID vid_loss",
@@ -84,7 +89,7 @@ def build(name: str, **kwargs: object) -> Loss:
     Raises:
         ValueError: an unknown name or keyword; the message lists the known ones.
     """
-    loss = _find(name)
+    loss = find(name)
     accepted = defaults(name)
     for keyword in kwargs:
         if keyword not in accepted:
@@ -103,7 +108,7 @@ def defaults(name: str) -> dict[str, object]:
     Raises:
         ValueError: an unknown name.
     """
-    parameters = inspect.signature(_find(name)).parameters
+    parameters = inspect.signature(find(name)).parameters
     return {keyword: parameter.default for keyword, parameter in parameters.items()}
 
 
@@ -115,11 +120,16 @@ def described(name: str) -> tuple[str, dict[str, str]]:
     """
     from pcka.losses.documentation import keywords, summary  # few commands print them
 
-    loss = _find(name)
+    loss = find(name)
     return summary(loss), keywords(loss)
 
 
-def _find(name: str) -> type[Loss]:
+def find(name: str) -> type[Loss]:
+    """The class of the loss registered under ``name``.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
     if name in CLASS_OF:
         return cast(type[Loss], public(CLASS_OF[name]))
     if name not in _REGISTERED:

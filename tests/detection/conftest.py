@@ -65,6 +65,17 @@ found = model.eval()([{"image": torch.load(image)}])[0]["instances"]
 assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
 print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))
 """
+# Of an FCOS in the place of the RetinaNet, for ResNets of the usual widths.
+SMALL_FCOS = [
+    "MODEL.RESNETS.DEPTH", "18",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
+    "MODEL.FPN.OUT_CHANNELS", "64",
+    "MODEL.RESNETS.WIDTH_PER_GROUP", "64",
+    "MODEL.BACKBONE.NAME", "build_p6p7_resnet_fpn_backbone",
+    "MODEL.FPN.P6P7.IN_FEATURE", "p5",
+    "MODEL.FCOS.NUM_CLASSES", "10",
+]  # fmt: skip
 UNTRAINED_TEACHER = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True"]
 SMALL_TEACHER = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32])
 
@@ -116,6 +127,12 @@ def build(small_config):
         return build_model(small_config(config, *more))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_fcos():
+    """Overrides that make a student an FCOS."""
+    return ("DISTILL.STUDENT", "FCOS", *SMALL_FCOS)
 
 
 @pytest.fixture

@@ -13,7 +13,11 @@ from pcka import losses
 from pcka.engine.config import ConfigError
 
 LEVELS = ("p3", "p4", "p5")
-FEATURE_METHODS = [name for name in losses.names() if not _unfit(losses.build(name))]
+FEATURE_METHODS = [
+    loss
+    for loss in losses.names()
+    if not losses.find(loss).needs_head and not _unfit(losses.build(loss))
+]
 
 
 def _total(terms):
@@ -248,7 +252,10 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.PCKA.PATCH_SIZES", "[4.5, 4, 2]"), r"PCKA.PATCH_SIZES expects a int"),
         (("DISTILL.PCKA.WEIGHTS", "[-1.0]"), r"DISTILL.PCKA: .*weight"),
         (("DISTILL.METHODS", "['PKDA']"), r"METHODS: no loss is called 'PKDA'; near matches: PKD"),
-        (("DISTILL.METHODS", "['KD']"), r"METHODS: KD needs logits, and .* feature maps alone"),
+        (
+            ("DISTILL.METHODS", "['KD']"),
+            r"METHODS: KD needs logits, and .* feature maps and of heads alone",
+        ),
         (
             ("DISTILL.PCKA.STAGES", "['p6']", "DISTILL.PCKA.PATCH_SIZES", "4"),
             r"DISTILL.PCKA: p6 is not tapped; there are p3, p4, p5, and DISTILL.LEVELS adds more",

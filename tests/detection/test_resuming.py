@@ -52,10 +52,13 @@ def _cut_after_step_2(whole, cut):
     (cut / "last_checkpoint").write_text("model_0000001.pth")
 
 
-@pytest.mark.parametrize("mixed", ["False", "True"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, mixed):
+@pytest.mark.parametrize(
+    ("mixed", "methods"),
+    [("False", "['PCKA']"), ("True", "['PCKA']"), ("False", "['CROSSKD', 'DENSEKD', 'FGD']")],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, mixed, methods):
     keys = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
-    keys += ("SOLVER.AMP.ENABLED", mixed)
+    keys += ("SOLVER.AMP.ENABLED", mixed, "DISTILL.METHODS", methods, "DISTILL.CROSSKD.DEPTH", "1")
     train_net.main(arguments(tmp_path / "whole", 4, *keys))
     _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
     train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
@@ -170,6 +173,7 @@ def test_a_run_goes_on_by_its_own_settings_alone(left, arguments, key, value, na
 def test_a_run_may_go_on_longer_and_with_files_elsewhere(left, arguments, caplog, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "moved")
     moved = ("DATASETS.DIGITS.ROOT", str(tmp_path / "moved"), "TEST.EVAL_PERIOD", "2")
+    moved += ("DISTILL.TEACHER.HEAD", "True")  # tries the teacher, and changes no step
     train_net.main(arguments(left, 3, *moved, flags=["--resume"]))
     assert _checkpoint(left)["iteration"] == 2
     assert "files of other places: DATASETS.DIGITS.ROOT" in caplog.text

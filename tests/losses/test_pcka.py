@@ -121,3 +121,32 @@ def test_settings_of_each_level_are_complete():
 def test_needs_a_teacher(draw):
     with pytest.raises(ValueError, match="teacher: PCKA needs it"):
         PCKA()(Outputs(features={"last": draw(0, 2, 3, 8, 12)}), None, None)
+
+
+def test_the_background_counts_less(draw):
+    own, other = draw(0, 2, 3, 8, 8), draw(1, 2, 3, 8, 8)
+    boxes = torch.tensor([[0, 0.0, 0.25, 0.5, 0.75], [1, 0.5, 0.5, 1.0, 1.0]])
+    weights = torch.full((2, 1, 8, 8), 0.3, dtype=torch.float64)
+    weights[0, :, 2:6, :4] = 1
+    weights[1, :, 4:, 4:] = 1
+    student, teacher = Outputs(features={"p3": own}), Outputs(features={"p3": other})
+    loss = PCKA(stages=["p3"], patch_sizes=2, weights=2.0, background=0.3)
+    assert loss.needs_boxes
+    terms = loss(student, teacher, boxes)
+    expected = 2 * pcka_loss(own * weights, other * weights, patch_size=2)
+    assert terms == {"loss_pcka_p3_rows": expected}
+    with pytest.raises(ValueError, match="target: PCKA needs it, got None"):
+        loss(student, teacher, None)
+
+
+def test_the_whole_map_counts_unless_told(draw):
+    maps = [Outputs(features={"p3": draw(seed, 2, 3, 8, 8)}) for seed in (0, 1)]
+    loss = PCKA(stages=["p3"], patch_sizes=2)
+    assert not loss.needs_boxes
+    assert loss(*maps, None) == PCKA(stages=["p3"], patch_sizes=2, background=1)(*maps, None)
+
+
+@pytest.mark.parametrize("background", [-0.1, 1.5, float("nan")])
+def test_a_background_is_a_factor_from_0_to_1(background):
+    with pytest.raises(ValueError, match="background must be a factor from 0 to 1, got"):
+        PCKA(background=background)

@@ -13,10 +13,16 @@ from pcka.losses import registry
 
 FUNCTIONS = sorted(name for name in registry.MODULE_OF if name.endswith("_loss"))
 NOT_OF_BOTH_MODELS = {"crd_loss"}  # scores, made of trained embeddings
-TRAINS_BOTH = {"cc_neighbours_loss"}
+TRAINS_BOTH = {"cc_neighbours_loss", "fgd_relation_loss"}
 OF_LOGITS = {"dist_loss", "dkd_loss", "ikl_loss", "kd_loss", "lcka_loss", "nkd_loss", "wttm_loss"}
 OF_ROWS = {"cc_neighbours_loss", "srrl_loss"}
 COMPARING = sorted(set(FUNCTIONS) - NOT_OF_BOTH_MODELS)
+OF_POSITIONS = {
+    "dense_boxes_loss": (6, 8, 4),
+    "dense_scores_loss": (6, 8, 5),
+    "ld_loss": (6, 8, 4, 3),
+    "roi_boxes_loss": (6, 3, 4),
+}
 SETTINGS = {"patched_loss": {"patch_size": 2}, "pcka_loss": {"patch_size": 2}}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,6 +30,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def tensors(draw, name: str) -> tuple[list[Tensor], list[Tensor]]:
     """What the function compares, of the student and of the teacher."""
     shape = (6, 5) if name in OF_LOGITS | OF_ROWS else (6, 4, 8, 8)
+    shape = OF_POSITIONS.get(name, shape)
     count = 2 if name in ("kdsvd_loss", "rcka_loss") else 1
     shapes = [shape, (6, 5)] if name == "rcka_loss" else [shape] * count
     return tuple([draw(seed + i, *s) for i, s in enumerate(shapes)] for seed in (0, 10))
@@ -31,7 +38,12 @@ def tensors(draw, name: str) -> tuple[list[Tensor], list[Tensor]]:
 
 def call(name: str, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     function = getattr(losses, name)
+    scores = torch.linspace(-2, 2, 6 * 8 * 5).view(6, 8, 5)
     extra = {
+        "dense_boxes_loss": [scores],
+        "ld_loss": [scores],
+        "roi_boxes_loss": [scores[:, 0, :4]],
+        "fgd_loss": [torch.tensor([[0, 0.1, 0.1, 0.5, 0.5], [3, 0.2, 0.4, 0.9, 0.9]])],
         "dkd_loss": [torch.arange(6) % 5],
         "nkd_loss": [torch.arange(6) % 5],
         "ofd_loss": [torch.full((4,), -0.5)],

@@ -59,7 +59,7 @@ def test_defaults_are_those_of_the_module():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no loss 'CKA'.*FCKA, FITNET, .*, KD, "):
+    with pytest.raises(ValueError, match=r"no loss 'CKA'.*FCKA, FGD, FITNET, .*, KD, "):
         losses.build("CKA")
     with pytest.raises(ValueError, match="no loss 'CKA'"):
         losses.defaults("CKA")
@@ -112,7 +112,7 @@ def test_what_a_loss_of_ones_own_derives_from_is_public(name):
 
 LAZY = """
 import sys, pcka.losses
-shared = {"base", "checks", "numerics", "registry"}
+shared = {"base", "checks", "heads", "numerics", "registry"}
 of_losses = lambda: {m.rpartition(".")[2] for m in sys.modules if m.startswith("pcka.losses.")}
 assert of_losses() == shared, of_losses()
 assert "KD" in pcka.losses.names() and of_losses() == shared

@@ -107,6 +107,24 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
         losses_of(tiny_config("rcka", **{"TEACHER.NAME": ""}), TAPS)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"DISTILL.METHODS": "[FGD]", "DISTILL.FGD.STAGES": "[stage3]"},
+        {"DISTILL.METHODS": "[CROSSKD]"},
+        {"DISTILL.METHODS": "[ROIKD]"},
+        {
+            "DISTILL.METHODS": "[PCKA]",
+            "DISTILL.PCKA.STAGES": "[stage3]",
+            "DISTILL.PCKA.BACKGROUND": 0.5,
+        },
+    ],
+)
+def test_a_loss_of_detectors_is_refused(tiny_config, keys):
+    with pytest.raises(ValueError, match=r"METHODS: \w+ compares detectors, by their heads or the"):
+        losses_of(tiny_config("rcka", **keys), TAPS)
+
+
 def test_losses_are_checked_on_the_models_that_the_configuration_names(tiny_config):
     check_losses(tiny_config("ce", **{"TEACHER.NAME": ""}))
     taps = {"DISTILL.TAPS": "[[neck, layer2, layer1]]", "DISTILL.FITNET.STAGES": "[neck]"}

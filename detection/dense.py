@@ -1,0 +1,129 @@
+"""Dense heads in parts, as the losses that compare predictions read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.modeling.meta_arch import RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from pcka.losses.heads import Dense, DenseHead, Inner
+
+BRANCHES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
+Maps = Sequence[Tensor]
+
+
+class DenseParts:
+    """The head of a RetinaNet or an FCOS: its predictions, its inner maps, and the layers behind.
+
+    Args:
+        detector: stays as it is, and is no part of this object's state.
+        depth: convolutions of a branch before the inner maps; 0: there are none.
+        predictions: whether the head's own predictions are wanted.
+
+    Raises:
+        ValueError: another detector, or a head with fewer convolutions.
+    """
+
+    def __init__(self, detector: nn.Module, depth: int = 0, *, predictions: bool = True) -> None:
+        if not isinstance(detector, RetinaNet | FCOS):
+            raise ValueError(
+                f"{type(detector).__name__} has no dense head; take a RetinaNet or an FCOS"
+            )
+        self.detector: Any = detector
+        self.predictions = predictions
+        self.split = {
+            branch: _layers_of(getattr(self.detector.head, subnet), depth)
+            for branch, (subnet, _) in BRANCHES.items()
+            if depth
+        }
+
+    @contextmanager
+    def watched(self) -> Iterator[DenseWatch]:
+        """Keep what the head gives while the block runs the detector, or its head, once."""
+        watch, head = DenseWatch(self), self.detector.head
+        handles = [head.register_forward_hook(watch.keep_output)] if self.predictions else []
+        for branch, layers in self.split.items():
+            last = getattr(head, BRANCHES[branch][0])[layers - 1]
+            handles.append(last.register_forward_hook(partial(watch.keep_inner, branch)))
+        try:
+            yield watch
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def teach(self, maps: Mapping[str, Tensor], _: object) -> DenseHead:
+        """What the head gives for the maps of a backbone, and its layers behind the inner maps."""
+        return replace(self.run(maps), rest=self.rest if self.split else None)
+
+    def run(self, maps: Mapping[str, Tensor], _: object = None) -> DenseHead:
+        """What the head gives for the maps of a backbone."""
+        with self.watched() as watch:
+            self.detector.head([maps[level] for level in self.detector.head_in_features])
+        return watch.given()
+
+    def rest(self, inner: Inner) -> Dense:
+        """What the layers behind the inner maps predict from maps like those.
+
+        Each layer gets all levels in their order, which its batch norms for single levels count on.
+        """
+        found = []
+        for branch, (subnet, last) in BRANCHES.items():
+            layers = getattr(self.detector.head, subnet)[self.split[branch] :]
+            found.append([getattr(self.detector.head, last)(layers(x)) for x in inner[branch]])
+        return self.decoded(*found)
+
+    def decoded(self, logits: Maps, shifts: Maps) -> Dense:
+        """Logits and boxes of all levels.
+
+        Args:
+            logits: ``(B, A * K, H, W)`` of each level.
+            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors.
+        """
+        model = self.detector
+        anchors = Boxes.cat(model.anchor_generator(logits)).tensor
+        rows = torch.cat([permute_to_N_HWA_K(x, 4) for x in shifts], 1).float()
+        boxes = [model.box2box_transform.apply_deltas(image, anchors) for image in rows]
+        classes = [permute_to_N_HWA_K(x, model.num_classes) for x in logits]
+        return Dense(torch.cat(classes, 1), torch.stack(boxes))
+
+
+class DenseWatch:
+    """What a dense head gave in one run."""
+
+    def __init__(self, parts: DenseParts) -> None:
+        self._parts = parts
+        self._output: tuple[Maps, ...] = ()
+        self._inner: dict[str, list[Tensor]] = {branch: [] for branch in parts.split}
+
+    def keep_output(self, _: nn.Module, inputs: object, output: tuple[Maps, ...]) -> None:
+        """A hook of the head."""
+        self._output = output
+
+    def keep_inner(self, branch: str, _: nn.Module, inputs: object, output: Tensor) -> None:
+        """A hook of a layer within the head, which sees one level after the other."""
+        self._inner[branch].append(output)
+
+    def given(self, _: object = None) -> DenseHead:
+        """For the losses."""
+        own = self._parts.decoded(*self._output[:2]) if self._output else None
+        return DenseHead(own, self._inner)
+
+
+def _layers_of(subnet: nn.Sequential, depth: int) -> int:
+    """How many layers of a branch its first ``depth`` convolutions are, with norm and ReLU."""
+    ends = [index + 1 for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
+    if depth > len(ends):
+        raise ValueError(
+            f"a branch of its head has {len(ends)} convolution(s) before the last one, so DEPTH "
+            f"{depth} leads beyond them; the largest is {len(ends)}"
+        )
+    return ends[depth - 1]

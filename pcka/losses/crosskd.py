@@ -1,0 +1,70 @@
+"""CrossKD: the student's features through the teacher's head (Wang et al., CVPR 2024)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise
+from pcka.losses.base import NO_CONTEXT, Context, Outputs
+from pcka.losses.densekd import DenseLoss
+from pcka.losses.heads import Dense, DenseHead
+
+
+class CrossKD(DenseLoss):
+    r"""What the rest of the teacher's head predicts from the student's features is the teacher's.
+
+    ``{"loss_crosskd_cls", "loss_crosskd_box"}``. With ``f`` the student's maps after the first
+    ``depth`` convolutions of its head, ``h`` the layers of the teacher's head behind as many, and
+    ``t`` the teacher's predictions, :func:`pcka.losses.dense_scores_loss` and
+    :func:`pcka.losses.dense_boxes_loss` compare ``h(f)`` with ``t`` (Wang et al. 2024, section 3;
+    there ``depth`` is 3 of 4, and localisation is compared by the GIoU for heads that regress
+    boxes). So what the teacher says and what the labels say never meet in one layer. The student's
+    maps go through a 1x1 convolution, one a branch for all levels, where the heads' widths differ.
+
+    Args:
+        cls_weight: factor of the scores' term.
+        box_weight: factor of the boxes' term; 0 leaves it out.
+        depth: convolutions of a branch before the crossing, from 1 on.
+        beta: of :func:`pcka.losses.dense_scores_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        depth: int = 3,
+        beta: float = 2.0,
+    ) -> None:
+        super().__init__(cls_weight, box_weight, beta)
+        if not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depth must be a number of convolutions from 1 on, got {depth!r}")
+        self.head_depth = depth
+        self.adapters = ModulesByTap()
+
+    def prepare(
+        self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
+    ) -> None:
+        """Make the convolution of each branch, where the heads' widths differ."""
+        own, other = self.heads(student, teacher)
+        for branch, maps in own.inner.items():
+            widths = maps[0].shape[1], other.inner[branch][0].shape[1]
+            if widths[0] != widths[1] and self._compares(branch):
+                self.adapters[branch] = fit(pointwise(*widths), maps[0])
+        self.terms(student, teacher, None)  # refuses heads of other levels
+
+    def predictions(self, student: DenseHead, teacher: DenseHead) -> tuple[Dense, Dense]:
+        """The crossed ones, and the teacher's own."""
+        rest = self.need(teacher.rest, "teacher.head.rest")
+        inner = {
+            branch: [self._adapted(branch, x) for x in maps] if self._compares(branch) else other
+            for (branch, maps), other in zip(student.inner.items(), teacher.inner.values())
+        }
+        return rest(inner), self.need(teacher.predictions, "teacher.head.predictions")
+
+    def _compares(self, branch: str) -> bool:
+        """Whether a branch counts; the teacher's own maps take the way of one that does not."""
+        return branch != "box" or self.box_weight > 0
+
+    def _adapted(self, branch: str, x: Tensor) -> Tensor:
+        return adapt(self.adapters[branch], x) if branch in self.adapters else x
