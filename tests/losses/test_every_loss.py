@@ -18,7 +18,7 @@ SHAPES = dict.fromkeys(MAPS, (SAMPLES, 4, 16, 16)) | {"pooled": (SAMPLES, 6)}
 TRAIN_LABELS = torch.arange(TRAINING_SET) % CLASSES
 TARGET = TRAIN_LABELS[:SAMPLES]
 NAMES = losses.names()
-PREPARED = {"CC", "CRD", "FITNET", "ICKD", "MGD", "OFD", "REVIEWKD", "SRRL", "VID"}
+PREPARED = {"CC", "CRD", "FITNET", "ICKD", "ITRD", "MGD", "OFD", "REVIEWKD", "SRRL", "VID", "VKD"}
 TEACHER_ONLY = {"SRRL": {"pooled"}}  # taps that a loss reads of the teacher alone
 
 

@@ -14,8 +14,11 @@ from pcka.losses import registry
 FUNCTIONS = sorted(name for name in registry.MODULE_OF if name.endswith("_loss"))
 NOT_OF_BOTH_MODELS = {"crd_loss"}  # scores, made of trained embeddings
 TRAINS_BOTH = {"cc_neighbours_loss"}
-OF_LOGITS = {"dist_loss", "dkd_loss", "ikl_loss", "kd_loss", "lcka_loss", "nkd_loss", "wttm_loss"}
-OF_ROWS = {"cc_neighbours_loss", "srrl_loss"}
+OF_LOGITS = {
+    "ctkd_loss", "dist_loss", "dkd_loss", "ikl_loss", "kd_loss", "lcka_loss", "mlkd_loss",
+    "nkd_loss", "rld_loss", "wttm_loss",
+}  # fmt: skip
+OF_ROWS = {"cc_neighbours_loss", "itrd_loss", "srrl_loss", "vkd_loss"}
 COMPARING = sorted(set(FUNCTIONS) - NOT_OF_BOTH_MODELS)
 SETTINGS = {"patched_loss": {"patch_size": 2}, "pcka_loss": {"patch_size": 2}}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,8 +35,10 @@ def tensors(draw, name: str) -> tuple[list[Tensor], list[Tensor]]:
 def call(name: str, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     function = getattr(losses, name)
     extra = {
+        "ctkd_loss": [torch.tensor(4.0)],
         "dkd_loss": [torch.arange(6) % 5],
         "nkd_loss": [torch.arange(6) % 5],
+        "rld_loss": [torch.arange(6) % 5],
         "ofd_loss": [torch.full((4,), -0.5)],
         "srrl_loss": [lambda x: x[:, :3].square()],
         "vid_loss": [torch.ones(4)],
@@ -89,7 +94,7 @@ def test_text_in_the_place_of_a_list_is_refused(name, key):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [(n, k) for n, k in LISTS if k not in ("stages", "relations")]
+    ("name", "key"), [(n, k) for n, k in LISTS if k not in ("stages", "relations", "temperatures")]
 )
 def test_one_value_serves_all_stages_bare_or_in_a_list(name, key):
     built = [losses.build(name, stages=["a", "b"], **{key: value}) for value in (3, [3], [3, 3])]
