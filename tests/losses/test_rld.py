@@ -13,7 +13,10 @@ def numpy_rld(student, teacher, target, alpha, beta, temperature, sure) -> compl
     """Sample by sample, over the classes that are compared alone."""
     total = 0.0
     for s, t, y in zip(student, teacher, target):
-        p_s, p_t = np.exp(s / sure) / np.exp(s / sure).sum(), np.exp(t / sure) / np.exp(t / sure).sum()
+        p_s, p_t = (
+            np.exp(s / sure) / np.exp(s / sure).sum(),
+            np.exp(t / sure) / np.exp(t / sure).sum(),
+        )
         for b_s, b_t in ((p_s[y], p_t.max()), (1 - p_s[y], 1 - p_t.max())):
             total += alpha * sure**2 * b_t * (np.log(b_t) - np.log(b_s))
         below = [k for k in range(len(t)) if t[k] < t[y]]
@@ -29,16 +32,12 @@ def numpy_rld(student, teacher, target, alpha, beta, temperature, sure) -> compl
     ("alpha", "beta", "temperature", "sure"),
     [(1.0, 8.0, 4.0, 1.0), (2.0, 0.0, 4.0, 3.0), (0.0, 1.0, 0.5, 1.0)],
 )
-def test_value_and_gradient_from_the_definition(
-    draw, meets_numpy, alpha, beta, temperature, sure
-):
+def test_value_and_gradient_from_the_definition(draw, meets_numpy, alpha, beta, temperature, sure):
     settings = {"alpha": alpha, "beta": beta, "temperature": temperature}
     teacher = draw(1, 6, 5, scale=3)
     teacher[2] = torch.tensor([1.0, 2.0, -4.0, 3.0, 0.0])  # ranks the target, 2, last
     meets_numpy(
-        lambda s, t: rld_loss(
-            s, t, torch.tensor(TARGET), confidence_temperature=sure, **settings
-        ),
+        lambda s, t: rld_loss(s, t, torch.tensor(TARGET), confidence_temperature=sure, **settings),
         lambda s, t: numpy_rld(s, t, TARGET, *settings.values(), sure),
         draw(0, 6, 5, scale=2),
         teacher,
