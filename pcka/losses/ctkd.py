@@ -67,11 +67,13 @@ class CTKD(LogitLoss):
 
     ``T = lowest + span * sigmoid(u)``. In the form ``"global"``, ``u`` is one trained number, from
     1; in the form ``"instance"`` two trained linear layers, with a ReLU between them, give one for
-    each sample from the probabilities of both models, which get no gradient by it, from 0. What
-    trains ``u`` maximises the loss that the student minimises: its gradient is reversed, by a factor
-    ``(1 - cos(pi n / curriculum_steps)) / 2`` at the ``n``-th training step, which stays 1 at the
-    end (Li et al. 2023, sections 3.2 and 3.3; the values are those of the authors' public code for
-    CIFAR, whose ten epochs of 781 batches are the curriculum. The code has the global form alone).
+    each sample from the probabilities of both models, which get no gradient by it, from 0.
+
+    What trains ``u`` maximises the loss that the student minimises: its gradient is reversed, by a
+    factor ``(1 - cos(pi n / curriculum_steps)) / 2`` at the ``n``-th training step, which stays 1
+    at the end (Li et al. 2023, sections 3.2 and 3.3; the values are those of the authors' public
+    code for CIFAR, whose ten epochs of 781 batches are the curriculum. The code has the global form
+    alone).
 
     Args:
         weight: factor of the term.
@@ -116,12 +118,10 @@ class CTKD(LogitLoss):
         logits = self.need(student.logits, "student.logits")
         self.to(logits.device)
         if self.form == "instance":
-            layers = nn.Sequential(
-                nn.Linear(2 * logits.shape[1], self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1)
-            )
-            nn.init.zeros_(layers[2].weight)
-            nn.init.zeros_(layers[2].bias)
-            self.of_each = fit(layers, logits)
+            first, last = nn.Linear(2 * logits.shape[1], self.hidden), nn.Linear(self.hidden, 1)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.of_each = fit(nn.Sequential(first, nn.ReLU(), last), logits)
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         student, teacher = as_logits(student, teacher)
@@ -130,9 +130,8 @@ class CTKD(LogitLoss):
     def _temperature(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.training:
             self.steps += 1
-        if self.of_all is not None:
-            raw = self.of_all
-        else:
+        raw: Tensor | None = self.of_all
+        if raw is None:
             both = torch.cat([student.detach().softmax(1), teacher.softmax(1)], dim=1)
             raw = adapt(prepared(self.of_each, "CTKD"), both).squeeze(1)
         done = (self.steps / self.curriculum_steps).clamp(max=1)

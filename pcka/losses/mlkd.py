@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,20 +16,18 @@ from pcka.losses.numerics import without_autocast
 TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
-@without_autocast
 def mlkd_terms(
     student: Tensor, teacher: Tensor, *, temperatures: Sequence[float] = TEMPERATURES
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The instance, batch and class level of :func:`mlkd_loss`, without their weights."""
     _check_temperatures(temperatures)
     student, teacher = as_logits(student, teacher)
-    instance = student.new_zeros(())
-    batch, classes = instance, instance
+    levels = torch.zeros(3, dtype=student.dtype, device=student.device)
     for temperature in temperatures:
-        instance = instance + kd_loss(student, teacher, temperature=temperature)
         p_s, p_t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
-        batch = batch + (p_t @ p_t.T - p_s @ p_s.T).square().sum() / len(p_s)
-        classes = classes + (p_t.T @ p_t - p_s.T @ p_s).square().sum() / p_s.shape[1]
+        instance = kd_loss(student, teacher, temperature=temperature)
+        levels = levels + torch.stack([instance, _apart(p_s, p_t), _apart(p_s.T, p_t.T)])
+    instance, batch, classes = levels
     return instance, batch, classes
 
 
@@ -68,6 +67,12 @@ def mlkd_loss(
     weights = (instance_weight, batch_weight, class_weight)
     instance, batch, classes = (weight * level for weight, level in zip(weights, levels))
     return instance + batch + classes
+
+
+@without_autocast
+def _apart(x: Tensor, y: Tensor) -> Tensor:
+    """``||x x' - y y'||_F^2 / N`` of rows ``(N, D)``."""
+    return (x @ x.T - y @ y.T).square().sum() / len(x)
 
 
 def _check_temperatures(temperatures: Sequence[float]) -> None:
