@@ -27,8 +27,8 @@ from pcka.teacher import FrozenTeacher
 
 PAIR = "configs/classification/cifar100/resnet56_resnet20.yaml"
 CUDA = torch.device("cuda", 0)
-ALL_TAPS = {name: ("layer1", "layer1") for name in ("stage1", "stage2", "stage3", "pooled")}
-NOT_CAPTURABLE = {"crd", "kdsvd"}
+ALL_TAPS = {name: ("layer1", "layer1") for name in ("stage1", "stage2", "stage3", "last", "pooled")}
+NOT_CAPTURABLE = {"crd", "kdsvd", "vkd"}
 
 
 class HostCopies(TorchDispatchMode):
