@@ -109,6 +109,7 @@ def default_config() -> CfgNode:
         {
             "METHODS": ["CE"],  # the losses that are summed
             "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
+            "DOT_DELTA": 0.0,  # SGD's momentum: less by this for the task, more for the teacher's
             "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
         }
     )
@@ -240,6 +241,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DATA.WORKERS": (0, None),
     "DATA.RESIZE": (0, None),
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
+    "DISTILL.DOT_DELTA": (0, 1),
     "TEACHER.ACCURACY": (0, 100),
     "TEACHER.SEED": (0, 2**64 - 1),
     "TEACHER.EPOCHS": (1, None),
@@ -283,6 +285,14 @@ def _check(cfg: CfgNode) -> None:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
         raise ConfigError("SOLVER.NESTEROV: needs a SOLVER.MOMENTUM above 0, got 0")
+    if delta := cfg.DISTILL.DOT_DELTA:
+        if not delta <= cfg.SOLVER.MOMENTUM < 1 - delta:
+            raise ConfigError(
+                "DISTILL.DOT_DELTA: expected no more than SOLVER.MOMENTUM, and a sum of both below "
+                f"1, got {delta} beside {cfg.SOLVER.MOMENTUM}"
+            )
+        if cfg.SOLVER.NESTEROV:
+            raise ConfigError("DISTILL.DOT_DELTA: has no Nesterov form; set SOLVER.NESTEROV False")
     if (padding := cfg.DATA.CROP_PADDING) > (most := 4 * cfg.DATA.IMAGE_SIZE):
         raise ConfigError(
             f"DATA.CROP_PADDING: expected at most {most}, four times DATA.IMAGE_SIZE, got {padding}"

@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.batches import PROCESS_STREAM, stream_seed
+from classification.dot import DistillationOriented
 from classification.evaluation import accuracy, stage_alignment
 from classification.teacher import Lessons, StepInputs
 from pcka.distiller import Distiller
 from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
 from pcka.engine.cuda_graph import Recorded
 from pcka.engine.environment import autocast
 from pcka.engine.loss_window import LossWindow, NonFiniteLossError
@@ -82,14 +84,7 @@ class Trainer:
         self._scheduled = (0.0, 0.0)
         if cfg.DISTILL.WARMUP:
             distiller.distillation_scale = self._scale
-        self.optimizer = torch.optim.SGD(
-            distiller.parameters(),
-            fused=True,
-            lr=cfg.SOLVER.BASE_LR,
-            momentum=cfg.SOLVER.MOMENTUM,
-            nesterov=cfg.SOLVER.NESTEROV,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        )
+        self.optimizer = _optimizer(cfg, distiller)
         self._read_rate_from_the_device()
         self._model = _data_parallel(distiller) if world_size() > 1 else distiller
         self.obstacle = _obstacle(self)
@@ -140,7 +135,13 @@ class Trainer:
         values = torch.stack(list(terms.values()))
         total = values.sum()
         self.optimizer.zero_grad()
-        total.backward()
+        if isinstance(self.optimizer, DistillationOriented):
+            parts: dict[bool, list[Tensor]] = {False: [], True: []}
+            for name, value in terms.items():
+                parts[name in self.distiller.taught_terms].append(value)
+            self.optimizer.backward(task=parts[False], taught=parts[True])
+        else:
+            total.backward()
         self.optimizer.step()
         self._terms = (*terms, "loss_total")
         return torch.cat([values.detach(), total.detach()[None]]).float()
@@ -312,7 +313,9 @@ class Trainer:
     def changed_tensors(self) -> list[Tensor]:
         """All that :meth:`update` changes in place: the model, the losses, the momentum."""
         momenta = []
-        for group in self.optimizer.param_groups:
+        if isinstance(self.optimizer, DistillationOriented):
+            momenta = self.optimizer.velocities()
+        for group in self.optimizer.param_groups if not momenta else []:
             for parameter in group["params"] if group["momentum"] else []:
                 # What a first step starts from; made here, so that it is there to be put back.
                 state = self.optimizer.state[parameter]
@@ -331,6 +334,27 @@ class Trainer:
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
+
+
+def _optimizer(cfg: CfgNode, distiller: Distiller) -> torch.optim.Optimizer:
+    """What ``SOLVER`` and ``DISTILL.DOT_DELTA`` ask for, of all that is trained.
+
+    Raises:
+        ConfigError: gradients of task and teacher apart, in several processes.
+    """
+    solver, delta = cfg.SOLVER, cfg.DISTILL.DOT_DELTA
+    settings = {
+        "lr": solver.BASE_LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY
+    }  # fmt: skip
+    if not delta:
+        return torch.optim.SGD(
+            distiller.parameters(), fused=True, nesterov=solver.NESTEROV, **settings
+        )
+    if world_size() > 1:
+        raise ConfigError(
+            f"DISTILL.DOT_DELTA: needs one process, there are {world_size()}; set it to 0"
+        )
+    return DistillationOriented(distiller.parameters(), delta=delta, **settings)
 
 
 def _gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:

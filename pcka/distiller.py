@@ -58,6 +58,7 @@ class Distiller(nn.Module):
             by :meth:`prepare`, shared by these losses.
         distillation_scale: factor of the terms of all losses that need a teacher, 1 from the
             start; a warm-up raises it from 0.
+        taught_terms: names of the terms of these losses, as far as they were computed.
 
     Raises:
         ValueError: what is no loss, a loss whose tap is missing from ``taps``, a path that a model
@@ -94,6 +95,7 @@ class Distiller(nn.Module):
         if with_teacher and teacher is None:
             raise ValueError(f"teacher: {type(with_teacher[0]).__name__} needs one, got None")
         self.runs_teacher = bool(with_teacher)
+        self.taught_terms: set[str] = set()
         self._student_paths = _paths(losses, taps, 0)
         self.teacher_paths = _paths(with_teacher, taps, 1)
         self._observe_student = Observer(
@@ -178,6 +180,8 @@ class Distiller(nn.Module):
             self._check_logits(loss, student, teacher)
             added = loss.terms(*given[self._way(loss)])
             _check_names(loss, added, terms)
+            if loss.needs_teacher:
+                self.taught_terms |= added.keys()
             scale = self.distillation_scale if loss.needs_teacher else 1.0
             terms |= {name: Term(scale * weight, value) for name, (weight, value) in added.items()}
         return terms
