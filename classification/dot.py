@@ -17,7 +17,7 @@ class DistillationOriented(torch.optim.Optimizer):
 
     ``v_task <- (m - d) v_task + g_task + w p``, ``v_taught <- (m + d) v_taught + g_taught``, ``p <-
     p - lr (v_task + v_taught)``, with momentum ``m``, difference ``d`` and weight decay ``w`` (Zhao
-    et al., "DOT: A Distillation-Oriented Trainer", ICCV 2023, section 3.2). A parameter that one
+    et al., "DOT: A Distillation-Oriented Trainer", ICCV 2023). A parameter that one
     of the two alone reaches (an adapter, say) has the momentum ``m``, as in the authors' public
     code; with ``d = 0`` this is SGD.
 

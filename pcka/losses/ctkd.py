@@ -21,8 +21,7 @@ def ctkd_loss(student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
     r"""Divergence of softened probabilities at a temperature that gradient reaches.
 
     ``mean_i T_i^2 KL(softmax(t_i / T_i) || softmax(s_i / T_i))``, with one ``T`` for all samples or
-    one for each (Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023,
-    equations 1 and 2).
+    one for each (Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023).
 
     Args:
         student: ``(B, P)`` logits, any floating dtype.
@@ -71,9 +70,8 @@ class CTKD(LogitLoss):
 
     What trains ``u`` maximises the loss that the student minimises: its gradient is reversed, by a
     factor ``(1 - cos(pi n / curriculum_steps)) / 2`` at the ``n``-th training step, which stays 1
-    at the end (Li et al. 2023, sections 3.2 and 3.3; the values are those of the authors' public
-    code for CIFAR, whose ten epochs of 781 batches are the curriculum. The code has the global form
-    alone).
+    at the end (Li et al. 2023; the values are those of the authors' public code for CIFAR, whose
+    ten epochs of 781 batches are the curriculum. The code has the global form alone).
 
     Args:
         weight: factor of the term.
@@ -104,6 +102,7 @@ class CTKD(LogitLoss):
                 raise ValueError(f"{name} must be an integer from 1 on, got {count!r}")
         super().__init__(weight, temperature=lowest)
         self.form = form
+        self.lowest = lowest
         self.span = span
         self.curriculum_steps = curriculum_steps
         self.hidden = hidden
@@ -136,4 +135,4 @@ class CTKD(LogitLoss):
             raw = adapt(prepared(self.of_each, "CTKD"), both).squeeze(1)
         done = (self.steps / self.curriculum_steps).clamp(max=1)
         raw = _Reversed.apply(raw.to(student.dtype), (1 - torch.cos(math.pi * done)) / 2)
-        return self.temperature + self.span * torch.sigmoid(raw)
+        return self.lowest + self.span * torch.sigmoid(raw)

@@ -26,7 +26,7 @@ def itrd_loss(
     ``log2(D B^(-2 alpha))``, not at minus infinity). The mutual information term is ``||G_s||_F^2
     - ||G_st||_F^2`` with ``G`` the cosines between samples and ``G_st = G_s * G_t`` entry by entry,
     each divided by its trace (Miles et al., "Information Theoretic Representation Distillation",
-    BMVC 2022, section 3; both in the form of the authors' public code, which takes the second
+    BMVC 2022; both in the form of the authors' public code, which takes the second
     without the logarithms of Renyi's entropy).
 
     Args:

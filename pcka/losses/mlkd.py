@@ -45,7 +45,7 @@ def mlkd_loss(
     ``sum_T w_i T^2 mean KL(p_t || p_s) + w_b ||p_t p_t' - p_s p_s'||_F^2 / B + w_c ||p_t' p_t -
     p_s' p_s||_F^2 / P`` with ``p = softmax(logits / T) (B, P)``: the samples one by one, the Gram
     matrix between samples, and the one between classes (Jin et al., "Multi-Level Logit
-    Distillation", CVPR 2023, section 3; the factor ``T^2`` of the first level as in the authors'
+    Distillation", CVPR 2023; the factor ``T^2`` of the first level as in the authors'
     public code).
 
     Args:

@@ -207,7 +207,7 @@ def test_recorded_steps_train_as_plain_ones_do(
     pair_config, tmp_path, assert_same_run, monkeypatch, request
 ):
     """Ten steps an epoch: the teacher sees eight batches at once, and then two."""
-    runs = {"kd": 0, "fcka": 0, "ce": 1}
+    runs = {"kd": 0, "fcka": 0, "ce": 1, "ctkd": 0, "kd_dot": 0}
     keys = {"SOLVER.BATCH_SIZE": 4, "SOLVER.SCHEDULE": "cosine"}
     for method, seed in runs.items():
         run_experiment(pair_config(method, f"plain/{method}", SEED=seed, **keys))
