@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcka.distributed import average_over_processes
+
 # Of each parameter: the running sums of both gradients.
 VELOCITIES = ("task", "taught")
 
@@ -21,7 +23,8 @@ class DistillationOriented(torch.optim.Optimizer):
     of the two alone reaches (an adapter, say) has the momentum ``m``, as in the authors' public
     code; with ``d = 0`` this is SGD.
 
-    :meth:`backward` comes before each :meth:`step`, in place of the loss's own.
+    :meth:`backward` comes before each :meth:`step`, in place of the loss's own. It averages the
+    gradients over all processes, of which DistributedDataParallel can average one alone.
 
     Args:
         parameters: what is trained.
@@ -58,15 +61,17 @@ class DistillationOriented(torch.optim.Optimizer):
             task: scalars with a graph that need no teacher; there may be none.
             taught: those that do; likewise.
         """
+        parameters = self._parameters()
         self._taught = {}
         if taught:
-            parameters = self._parameters()
             gradients = torch.autograd.grad(
                 torch.stack(list(taught)).sum(), parameters, retain_graph=True, allow_unused=True
             )
             self._taught = dict(zip(parameters, gradients, strict=True))
         if task:
             torch.stack(list(task)).sum().backward()
+        found = [*(p.grad for p in parameters), *self._taught.values()]
+        average_over_processes([gradient for gradient in found if gradient is not None])
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: backward() comes before

@@ -24,7 +24,6 @@ from classification.teacher import Lessons, StepInputs
 from pcka.distiller import Distiller
 from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
 from pcka.engine.command import TrainingFailedError
-from pcka.engine.config import ConfigError
 from pcka.engine.cuda_graph import Recorded
 from pcka.engine.environment import autocast
 from pcka.engine.loss_window import LossWindow, NonFiniteLossError
@@ -86,7 +85,9 @@ class Trainer:
             distiller.distillation_scale = self._scale
         self.optimizer = _optimizer(cfg, distiller)
         self._read_rate_from_the_device()
-        self._model = _data_parallel(distiller) if world_size() > 1 else distiller
+        self._model: nn.Module = distiller
+        if world_size() > 1 and not isinstance(self.optimizer, DistillationOriented):
+            self._model = _data_parallel(distiller)
         self.obstacle = _obstacle(self)
         self._update = Recorded(self.update, self.changed_tensors, obstacle=self.obstacle)
         self._saved_epoch = 0
@@ -337,11 +338,7 @@ class Trainer:
 
 
 def _optimizer(cfg: CfgNode, distiller: Distiller) -> torch.optim.Optimizer:
-    """What ``SOLVER`` and ``DISTILL.DOT_DELTA`` ask for, of all that is trained.
-
-    Raises:
-        ConfigError: gradients of task and teacher apart, in several processes.
-    """
+    """What ``SOLVER`` and ``DISTILL.DOT_DELTA`` ask for, of all that is trained."""
     solver, delta = cfg.SOLVER, cfg.DISTILL.DOT_DELTA
     settings = {
         "lr": solver.BASE_LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY
@@ -349,10 +346,6 @@ def _optimizer(cfg: CfgNode, distiller: Distiller) -> torch.optim.Optimizer:
     if not delta:
         return torch.optim.SGD(
             distiller.parameters(), fused=True, nesterov=solver.NESTEROV, **settings
-        )
-    if world_size() > 1:
-        raise ConfigError(
-            f"DISTILL.DOT_DELTA: needs one process, there are {world_size()}; set it to 0"
         )
     return DistillationOriented(distiller.parameters(), delta=delta, **settings)
 

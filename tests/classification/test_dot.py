@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from classification import trainer as trainers
 from classification.config import CONFIGS, load_config
 from classification.dot import DistillationOriented
 from classification.run import run_experiment
@@ -134,12 +133,6 @@ def test_nesterov_is_refused():
     words = ["DISTILL.DOT_DELTA", "0.05", "SOLVER.NESTEROV", "True"]
     with pytest.raises(ConfigError, match=r"DOT_DELTA: has no Nesterov form; set SOLVER\.NESTEROV"):
         load_config(CONFIGS / "digits" / "resnet20_resnet8.yaml", words)
-
-
-def test_several_processes_are_refused(tiny_config, monkeypatch):
-    monkeypatch.setattr(trainers, "world_size", lambda: 2)
-    with pytest.raises(ConfigError, match=r"DISTILL\.DOT_DELTA: needs one process, there are 2"):
-        trainers._optimizer(tiny_config(**{"DISTILL.DOT_DELTA": 0.05}), nn.Linear(3, 2))
 
 
 def test_a_run_parts_its_terms_by_who_teaches_them(pair_config, monkeypatch, tmp_path):
