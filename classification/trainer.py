@@ -313,17 +313,8 @@ class Trainer:
 
     def changed_tensors(self) -> list[Tensor]:
         """All that :meth:`update` changes in place: the model, the losses, the momentum."""
-        momenta = []
-        if isinstance(self.optimizer, DistillationOriented):
-            momenta = self.optimizer.velocities()
-        for group in self.optimizer.param_groups if not momenta else []:
-            for parameter in group["params"] if group["momentum"] else []:
-                # What a first step starts from; made here, so that it is there to be put back.
-                state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momenta.append(state["momentum_buffer"])
-        return [*self.distiller.parameters(), *self.distiller.buffers(), *momenta]
+        trained = self.distiller
+        return [*trained.parameters(), *trained.buffers(), *_momenta(self.optimizer)]
 
     def _log(self, files: RunFolder, record: dict[str, float], seconds: float) -> None:
         parts = [f"{name} {v:.4f}" for name, v in record.items() if name.startswith("loss_")]
@@ -348,6 +339,23 @@ def _optimizer(cfg: CfgNode, distiller: Distiller) -> torch.optim.Optimizer:
             distiller.parameters(), fused=True, nesterov=solver.NESTEROV, **settings
         )
     return DistillationOriented(distiller.parameters(), delta=delta, **settings)
+
+
+def _momenta(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer changes beside the parameters; SGD's are made, if they are not there yet.
+
+    They are what a first step starts from, and so are there to be put back after a recording.
+    """
+    if isinstance(optimizer, DistillationOriented):
+        return optimizer.velocities()
+    momenta = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momenta.append(state["momentum_buffer"])
+    return momenta
 
 
 def _gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:
