@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from classification.catalog import CONFIGS as CONFIGS  # for those who import it from here
 from classification.catalog import method_files
 from classification.data import check_name
-from classification.solver import check_solver
+from classification.solver import check_dot, check_solver
 from pcka.engine.config import (
     ConfigError,
     flatten,
@@ -135,6 +135,7 @@ def default_config() -> CfgNode:
             "METHODS": ["CE"],  # the losses that are summed
             "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
             "RELATIVE": False,  # scale each of these terms to cross-entropy's value, then weigh it
+            "DOT_DELTA": 0.0,  # SGD's momentum: less by this for the task, more for the teacher's
             "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
         }
     )
@@ -274,6 +275,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "DISTILL.WARMUP": (0, 1),  # a share of the epochs
     "STUDENT.BN_MOMENTUM": (0, 1),
     "TEACHER.BN_MOMENTUM": (0, 1),
+    "DISTILL.DOT_DELTA": (0, 1),
     "TEACHER.ACCURACY": (0, 100),
     "TEACHER.OUTPUTS_GB": (0, None),
     "TEACHER.SEED": (0, 2**64 - 1),
@@ -330,6 +332,8 @@ def _check(cfg: CfgNode) -> None:
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
     check_solver(cfg.SOLVER)
+    if cfg.DISTILL.DOT_DELTA:
+        check_dot(cfg.SOLVER, cfg.DISTILL.DOT_DELTA)
     if (padding := cfg.DATA.CROP_PADDING) > (most := 4 * cfg.DATA.IMAGE_SIZE):
         raise ConfigError(
             f"DATA.CROP_PADDING: expected at most {most}, four times DATA.IMAGE_SIZE, got {padding}"

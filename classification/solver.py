@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from classification.dot import DistillationOriented
 from pcka.engine.config import ConfigError
 
 
@@ -42,6 +43,30 @@ def check_solver(solver: CfgNode) -> None:
         )
 
 
+def check_dot(solver: CfgNode, delta: float) -> None:
+    """Refuse a difference of two momenta beside what has no place for it.
+
+    Args:
+        solver: the section.
+        delta: ``DISTILL.DOT_DELTA``, above 0.
+
+    Raises:
+        ConfigError: the key is named.
+    """
+    if not delta <= solver.MOMENTUM < 1 - delta:
+        raise ConfigError(
+            "DISTILL.DOT_DELTA: expected no more than SOLVER.MOMENTUM, and a sum of both below 1, "
+            f"got {delta} beside {solver.MOMENTUM}"
+        )
+    fitting = {"OPTIMIZER": "sgd", "NESTEROV": False, "ACCUMULATE": 1, "CLIP_GRADIENTS": 0.0}
+    for key, value in fitting.items():
+        if solver[key] != value:
+            raise ConfigError(
+                f"DISTILL.DOT_DELTA: is a form of plain SGD; set SOLVER.{key} {value}, got "
+                f"{solver[key]}"
+            )
+
+
 def build_optimizer(cfg: CfgNode, trained: nn.Module) -> Optimizer:
     """Return the fused optimizer of all parameters of a module.
 
@@ -56,7 +81,10 @@ def build_optimizer(cfg: CfgNode, trained: nn.Module) -> Optimizer:
         decayed = [p for p in trained.parameters() if id(p) not in exempt]
         spared = [p for p in trained.parameters() if id(p) in exempt]
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": True}
+    shared: dict[str, Any] = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if delta := cfg.DISTILL.DOT_DELTA:
+        return DistillationOriented(groups, momentum=solver.MOMENTUM, delta=delta, **shared)
+    shared["fused"] = True
     if solver.OPTIMIZER == "adamw":
         return AdamW(groups, betas=tuple(solver.BETAS), eps=solver.EPS, **shared)
     return SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared)
@@ -83,6 +111,8 @@ def optimizer_tensors(optimizer: Optimizer) -> list[Tensor]:
 
     It is made where it is missing, so that it is there to be put back after a recording.
     """
+    if isinstance(optimizer, DistillationOriented):
+        return optimizer.velocities()
     tensors = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -19,6 +19,7 @@ from classification.average import AveragedStudent
 from classification.data import Batch, ImageSet, pixel_statistics, steps_per_epoch
 from classification.data.augmentation import augmented_batches
 from classification.data.batches import PROCESS_STREAM, stream_seed
+from classification.dot import DistillationOriented
 from classification.evaluation import accuracy, gradient_figures, stage_alignment
 from classification.lessons import Lessons, StepInputs
 from classification.solver import (
@@ -103,7 +104,9 @@ class Trainer:
         self.optimizer = build_optimizer(cfg, distiller)
         read_rate_from(self._rate, self.optimizer)
         self.average = AveragedStudent(distiller.student) if cfg.SOLVER.EMA_DECAY else None
-        self._model = _data_parallel(distiller) if world_size() > 1 else distiller
+        self._model: nn.Module = distiller
+        if world_size() > 1 and not isinstance(self.optimizer, DistillationOriented):
+            self._model = _data_parallel(distiller)
         self.obstacle = _obstacle(self)
         self._update = Recorded(
             self.update, self.changed_tensors, kind=lambda: self.kind, obstacle=self.obstacle
@@ -178,7 +181,14 @@ class Trainer:
         values = torch.stack(list(terms.values()))
         total = values.sum()
         group = self.cfg.SOLVER.ACCUMULATE
-        (total if group == 1 else total / group).backward()
+        if isinstance(self.optimizer, DistillationOriented):
+            taught = self.distiller.taught_terms
+            self.optimizer.backward(
+                task=[value for name, value in terms.items() if name not in taught],
+                taught=[value for name, value in terms.items() if name in taught],
+            )
+        else:
+            (total if group == 1 else total / group).backward()
         self._terms = (*terms, "loss_total")
         return torch.cat([values.detach(), total.detach()[None]]).float()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
@@ -63,6 +63,7 @@ class Distiller(nn.Module):
             by :meth:`prepare`, shared by these losses.
         distillation_scale: factor of the terms of all losses that need a teacher, 1 from the
             start; a warm-up raises it from 0.
+        taught_terms: names of the terms of these losses, as far as they were computed.
 
     Raises:
         ValueError: what is no loss, a loss whose tap is missing from ``taps``, a path that a model
@@ -101,6 +102,7 @@ class Distiller(nn.Module):
         if with_teacher and teacher is None:
             raise ValueError(f"teacher: {type(with_teacher[0]).__name__} needs one, got None")
         self.runs_teacher = bool(with_teacher)
+        self.taught_terms: set[str] = set()
         self._student_paths = _paths(losses, taps, 0)
         self.teacher_paths = _paths(with_teacher, taps, 1)
         self._observe_student = Observer(
@@ -182,7 +184,6 @@ class Distiller(nn.Module):
             teacher = _cast_like(student, teacher)
         given = self._given_to_losses(student, teacher, target)
         terms: dict[str, Term] = {}
-        of_teacher: list[str] = []
         for loss in self._losses():
             self._check_logits(loss, student, teacher)
             _check_target(loss, target)
@@ -191,11 +192,11 @@ class Distiller(nn.Module):
             scale = self.distillation_scale if loss.needs_teacher else 1.0
             terms |= {name: Term(scale * weight, value) for name, (weight, value) in added.items()}
             if loss.needs_teacher:
-                of_teacher += added
-        return self._at_one_scale(terms, of_teacher) if self.relative_to else terms
+                self.taught_terms |= added.keys()
+        return self._at_one_scale(terms) if self.relative_to else terms
 
-    def _at_one_scale(self, terms: dict[str, Term], changed: Collection[str]) -> dict[str, Term]:
-        """The terms, some of them scaled to the value of the one that is ``relative_to``."""
+    def _at_one_scale(self, terms: dict[str, Term]) -> dict[str, Term]:
+        """The terms, the teacher's scaled to the value of the one that is ``relative_to``."""
         if self.relative_to not in terms:
             raise ValueError(
                 f"relative_to: no loss gives {self.relative_to!r}, only {', '.join(terms)}"
@@ -206,7 +207,7 @@ class Distiller(nn.Module):
             value = term.value.detach()
             return Term(term.weight * reference / value.clamp(min=SMALLEST), term.value)
 
-        return {name: scaled(t) if name in changed else t for name, t in terms.items()}
+        return {name: scaled(t) if name in self.taught_terms else t for name, t in terms.items()}
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,21 @@ def sum_over_processes(x: Tensor) -> None:
     """Add up ``x`` over all processes, in place; nothing to do in one process."""
     if world_size() > 1:
         distributed.all_reduce(x)
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Give every process the mean of all processes' tensors, in place, by one message.
+
+    Args:
+        tensors: of one dtype, and of the same shapes in every process.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    message = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(message)
+    message /= world_size()
+    for tensor, part in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def average_buffers(module: nn.Module) -> None:

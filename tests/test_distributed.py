@@ -21,6 +21,7 @@ from pcka.analysis import cka_matrix
 from pcka.distiller import Distiller
 from pcka.distributed import (
     average_buffers,
+    average_over_processes,
     from_first_process,
     gather_batch,
     gather_outputs,
@@ -187,6 +188,8 @@ def communicate() -> dict[str, object]:
     module = nn.Sequential(norm)
     module.register_buffer("pixel_mean", torch.tensor(float(rank())))  # of no norm
     average_buffers(module)
+    averaged = [torch.full((2, 3), own).T, torch.tensor(10 * own), torch.empty(0)]
+    average_over_processes(averaged)
     layouts = {
         "half": own_part(normal(7, BATCH, 2)).bfloat16(),
         "integers": own_part(torch.arange(BATCH)),
@@ -200,6 +203,7 @@ def communicate() -> dict[str, object]:
         "outputs": [outputs.logits, dict(outputs.features), outputs.indices],
         "gradient": gradient_through_gathering(),
         "sum": total,
+        "averaged": averaged,
         "first": from_first_process({"value": own, "tensor": torch.tensor([own])}),
         "buffers": {**dict(norm.named_buffers()), "pixel_mean": module.pixel_mean},
     }
@@ -345,11 +349,20 @@ def test_statistics_are_averaged_counts_and_other_buffers_kept(communication):
     assert [own["buffers"]["pixel_mean"] for own in communication] == [0, 1]
 
 
+def test_tensors_are_averaged_in_place(communication):
+    for own in communication:
+        matrix, number, nothing = own["averaged"]
+        assert matrix.tolist() == [[1.5, 1.5]] * 3
+        assert number == 15
+        assert nothing.shape == (0,)
+
+
 def test_one_process_communicates_with_none():
     whole = communicate()
     assert (whole["rank"], world_size()) == (0, 1)
     assert whole["order"].flatten().tolist() == [0, 0]
     assert whole["sum"].tolist() == [1, 10]
+    assert whole["averaged"][1] == 10
     part = normal(4, BATCH, 3, 2, 2)
     assert gather_batch(part) is part
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.crd import CRD, crd_loss
     from pcka.losses.cross_entropy import CE
     from pcka.losses.crosskd import CrossKD
+    from pcka.losses.ctkd import CTKD, ctkd_loss
     from pcka.losses.cwd import CWD, cwd_loss
     from pcka.losses.densekd import DenseKD, dense_boxes_loss, dense_scores_loss
     from pcka.losses.dist import DIST, dist_loss
@@ -50,11 +51,13 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.fitnet import FitNet, fitnet_loss
     from pcka.losses.ickd import ICKD, ickd_loss
     from pcka.losses.ikl import IKL, ikl_loss
+    from pcka.losses.itrd import ITRD, itrd_loss
     from pcka.losses.kd import KD, kd_loss
     from pcka.losses.kdsvd import KDSVD, kdsvd_loss
     from pcka.losses.lcka import LCKA, lcka_loss
     from pcka.losses.ld import LD, ld_loss
     from pcka.losses.mgd import MGD, mgd_loss
+    from pcka.losses.mlkd import MLKD, mlkd_loss
     from pcka.losses.nkd import NKD, nkd_loss
     from pcka.losses.nst import NST, nst_loss
     from pcka.losses.ofd import OFD, ofd_loss
@@ -65,10 +68,12 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.rcka import RCKA, rcka_loss
     from pcka.losses.reviewkd import ReviewKD, hcl_loss
     from pcka.losses.rkd import RKD, rkd_loss
+    from pcka.losses.rld import RLD, rld_loss
     from pcka.losses.roikd import RoIKD, roi_boxes_loss
     from pcka.losses.sp import SP, sp_loss
     from pcka.losses.srrl import SRRL, srrl_loss
     from pcka.losses.vid import VID, vid_loss
+    from pcka.losses.vkd import VKD, vkd_loss
     from pcka.losses.wttm import WTTM, wttm_loss
 else:
     __getattr__ = public

@@ -67,19 +67,25 @@ def pointwise(
     return nn.Sequential(*layers)
 
 
-class PooledLinear(nn.Linear):
-    """A linear layer of features, maps averaged over their positions first.
+def pooled(x: Tensor) -> Tensor:
+    """Features ``(B, C)`` as they are, maps ``(B, C, H, W)`` averaged over their positions.
 
-    ``(B, C)`` or ``(B, C, H, W)`` -> ``(B, D)``; tokens are a ``ValueError``.
+    Raises:
+        ValueError: features of any other shape, such as tokens.
     """
+    if x.dim() not in (2, 4):
+        raise ValueError(
+            f"features must be pooled (B, D) or maps (B, C, H, W), got {tuple(x.shape)}. "
+            f"{WHERE_MAPS_ARE}"
+        )
+    return x if x.dim() == 2 else x.flatten(2).mean(2)
+
+
+class PooledLinear(nn.Linear):
+    """A linear layer of features that are :func:`pooled` first."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (2, 4):
-            raise ValueError(
-                f"features must be pooled (B, D) or maps (B, C, H, W), got {tuple(x.shape)}. "
-                f"{WHERE_MAPS_ARE}"
-            )
-        return super().forward(x if x.dim() == 2 else x.flatten(2).mean(2))
+        return super().forward(pooled(x))
 
 
 class ModulesByTap(nn.ModuleDict):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pcka.losses.base import LogitLoss
 from pcka.losses.checks import as_classes, as_logits, check_temperature, check_weights
-from pcka.losses.numerics import without_target
+from pcka.losses.numerics import this_or_other, without_target
 
 
 def dkd_loss(
@@ -46,19 +45,13 @@ def dkd_loss(
     target = as_classes(student, target)
     check_temperature(temperature)
     logits = [x / temperature for x in (student, teacher)]
-    binary = _divergence(*(_target_or_not(x, target) for x in logits))
+    binary = _divergence(*(this_or_other(x, target) for x in logits))
     others = _divergence(*(F.log_softmax(without_target(x, target), dim=1) for x in logits))
     return temperature**2 * (alpha * binary + beta * others)
 
 
 def _divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-
-def _target_or_not(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-probabilities ``(B, 2)`` of the target and of everything else."""
-    others = without_target(logits, target).logsumexp(1, keepdim=True)
-    return F.log_softmax(torch.cat([logits.gather(1, target[:, None]), others], dim=1), dim=1)
 
 
 class DKD(LogitLoss):

@@ -97,6 +97,20 @@ def without_target(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, columns + (columns >= target[:, None]))
 
 
+def this_or_other(logits: Tensor, index: Tensor) -> Tensor:
+    """Log-probabilities of one class of each sample and of all others together.
+
+    Args:
+        logits: ``(B, P)``.
+        index: ``(B,)`` class indices.
+
+    Returns:
+        ``(B, 2)``.
+    """
+    others = without_target(logits, index).logsumexp(1, keepdim=True)
+    return F.log_softmax(torch.cat([logits.gather(1, index[:, None]), others], dim=1), dim=1)
+
+
 class DegenerateLevelWarning(UserWarning):
     """A loss leaves a level out, because its shape makes the alignment constant."""
 

@@ -42,7 +42,12 @@ SETTINGS = {
 }
 
 # Losses with a state of their own; KDSVD only where the models' widths differ.
-ADAPTED = ("CC", "CRD", "FITNET", "ICKD", "MGD", "OFD", "REVIEWKD", "SRRL", "VID")
+ADAPTED = (
+    "CC", "CRD", "CTKD", "FITNET", "ICKD", "ITRD", "MGD", "OFD", "REVIEWKD", "SRRL", "VID", "VKD"
+)  # fmt: skip
+
+# Losses of several terms that are none of stages.
+PARTS = {"ITRD": ("correlation", "mutual"), "MLKD": ("instance", "batch", "class")}
 
 WILDCARDS = {
     "all": ["stage1", "stage2", "stage3"],
@@ -113,6 +118,8 @@ def _terms(name: str, section) -> list[str]:
     stages = [stage for word in given for stage in WILDCARDS.get(word, [word])]
     if name in ("RCKA", "LCKA"):
         return [*(f"fcka_{stage}" for stage in stages), "lcka_intra", "lcka_inter"]
+    if name in PARTS:
+        return [f"{name.lower()}_{part}" for part in PARTS[name]]
     if name == "KDSVD" or not stages:
         return [name.lower()]
     if name == "REVIEWKD":

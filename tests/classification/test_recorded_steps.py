@@ -30,8 +30,8 @@ from pcka.teacher import FrozenTeacher
 
 PAIR = "configs/classification/cifar100/resnet56_resnet20.yaml"
 CUDA = torch.device("cuda", 0)
-ALL_TAPS = {name: ("layer1", "layer1") for name in ("stage1", "stage2", "stage3", "pooled")}
-NOT_CAPTURABLE = {"crd", "kdsvd"}
+ALL_TAPS = {name: ("layer1", "layer1") for name in ("stage1", "stage2", "stage3", "last", "pooled")}
+NOT_CAPTURABLE = {"crd", "kdsvd", "vkd"}
 
 
 FUSED = (torch.ops.aten._fused_sgd_.tensor_lr, torch.ops.aten._fused_adamw_.tensor_lr)
@@ -118,7 +118,11 @@ def test_a_step_on_a_gpu_asks_for_no_value_and_copies_nothing(
             for parameter in trainer.distiller.parameters():
                 parameter.grad = torch.empty_like(parameter)
 
+        def grad(total, parameters, **_):
+            return [torch.empty_like(parameter) for parameter in parameters]
+
         monkeypatch.setattr(torch.Tensor, "backward", backward)
+        monkeypatch.setattr(torch.autograd, "grad", grad)
         with HostCopies() as seen:
             terms = trainer.update(inputs)
     assert terms.device == CUDA and len(terms) == len(trainer._terms) >= 2
@@ -246,7 +250,7 @@ def test_recorded_steps_train_as_plain_ones_do(pair_config, tmp_path, request, m
 
     Where batches make an update together, the first, the last and any other are steps of a kind.
     """
-    runs = {"kd": 0, "fcka": 0, "ce": 1}
+    runs = {"kd": 0, "fcka": 0, "ce": 1, "ctkd": 0, **({} if more else {"kd_dot": 0})}
     keys = {"SOLVER.BATCH_SIZE": 4, "SOLVER.SCHEDULE": "cosine", **more}
     for method, seed in runs.items():
         run_experiment(pair_config(method, f"plain/{method}", SEED=seed, **keys))

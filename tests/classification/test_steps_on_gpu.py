@@ -16,7 +16,7 @@ from pcka.losses import Loss, Term
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-NOT_CAPTURABLE = ("crd", "kdsvd")
+NOT_CAPTURABLE = ("crd", "kdsvd", "vkd")
 UNRECORDED = "kernel by kernel"
 
 

@@ -198,6 +198,18 @@ def test_two_processes_learn_from_augmented_images_what_one_does(train, folder):
     assert_learned_alike(folder / "augmented1", folder / "augmented2")
 
 
+def test_two_processes_learn_with_two_momenta_what_one_does(train, folder):
+    for run, processes in (("dot_two", 2), ("dot_one", 1)):
+        train(run, processes=processes, **{"DISTILL.DOT_DELTA": 0.075}).succeed()
+    assert_learned_alike(folder / "dot_two", folder / "dot_one")
+    states = [
+        load_file(folder / run / "checkpoint.pth")["optimizer"]["state"]
+        for run in ("dot_two", "dot_one")
+    ]
+    torch.testing.assert_close(*states, rtol=0, atol=0.02)
+    assert max(velocity["taught"].abs().max() for velocity in states[0].values()) > 0.1
+
+
 def test_a_killed_run_goes_on_with_any_number_of_processes(by_two, train, folder):
     """Killed while the teacher trains, then twice while the student does."""
     run = folder / "killed"

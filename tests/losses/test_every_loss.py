@@ -20,7 +20,9 @@ SHAPES = dict.fromkeys(MAPS, (SAMPLES, 4, 16, 16)) | {"pooled": (SAMPLES, 6)}
 TRAIN_LABELS = torch.arange(TRAINING_SET) % CLASSES
 TARGET = TRAIN_LABELS[:SAMPLES]
 NAMES = losses.names()
-PREPARED = {"CC", "CRD", "FGD", "FITNET", "ICKD", "MGD", "OFD", "REVIEWKD", "SRRL", "VID"}
+PREPARED = {
+    "CC", "CRD", "FGD", "FITNET", "ICKD", "ITRD", "MGD", "OFD", "REVIEWKD", "SRRL", "VID", "VKD",
+}  # fmt: skip
 # One object in each of three images, two in the first, none in the others.
 BOXES = torch.tensor(
     [[0, 0.1, 0.1, 0.5, 0.6], [0, 0.4, 0.4, 0.9, 0.9], [1, 0, 0, 1, 1], [5, 0.2, 0.7, 0.3, 0.8]]

@@ -95,7 +95,7 @@ def test_value_and_gradient_of_standardized_kd_from_the_definition(draw, meets_n
 
 
 def test_the_losses_on_kl_divergence_have_the_switch():
-    assert STANDARDIZED == ["DKD", "KD", "NKD"]
+    assert STANDARDIZED == ["DKD", "KD", "NKD", "RLD"]
 
 
 @pytest.mark.parametrize("name", STANDARDIZED)

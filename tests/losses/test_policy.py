@@ -14,8 +14,11 @@ from pcka.losses import registry
 FUNCTIONS = sorted(name for name in registry.MODULE_OF if name.endswith("_loss"))
 NOT_OF_BOTH_MODELS = {"crd_loss"}  # scores, made of trained embeddings
 TRAINS_BOTH = {"cc_neighbours_loss", "fgd_relation_loss"}
-OF_LOGITS = {"dist_loss", "dkd_loss", "ikl_loss", "kd_loss", "lcka_loss", "nkd_loss", "wttm_loss"}
-OF_ROWS = {"cc_neighbours_loss", "srrl_loss"}
+OF_LOGITS = {
+    "ctkd_loss", "dist_loss", "dkd_loss", "ikl_loss", "kd_loss", "lcka_loss", "mlkd_loss",
+    "nkd_loss", "rld_loss", "wttm_loss",
+}  # fmt: skip
+OF_ROWS = {"cc_neighbours_loss", "itrd_loss", "srrl_loss", "vkd_loss"}
 COMPARING = sorted(set(FUNCTIONS) - NOT_OF_BOTH_MODELS)
 OF_POSITIONS = {
     "dense_boxes_loss": (6, 8, 4),
@@ -44,8 +47,10 @@ def call(name: str, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         "ld_loss": [scores],
         "roi_boxes_loss": [scores[:, 0, :4]],
         "fgd_loss": [torch.tensor([[0, 0.1, 0.1, 0.5, 0.5], [3, 0.2, 0.4, 0.9, 0.9]])],
+        "ctkd_loss": [torch.tensor(4.0)],
         "dkd_loss": [torch.arange(6) % 5],
         "nkd_loss": [torch.arange(6) % 5],
+        "rld_loss": [torch.arange(6) % 5],
         "ofd_loss": [torch.full((4,), -0.5)],
         "srrl_loss": [lambda x: x[:, :3].square()],
         "vid_loss": [torch.ones(4)],
@@ -101,7 +106,7 @@ def test_text_in_the_place_of_a_list_is_refused(name, key):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [(n, k) for n, k in LISTS if k not in ("stages", "relations")]
+    ("name", "key"), [(n, k) for n, k in LISTS if k not in ("stages", "relations", "temperatures")]
 )
 def test_one_value_serves_all_stages_bare_or_in_a_list(name, key):
     built = [losses.build(name, stages=["a", "b"], **{key: value}) for value in (3, [3], [3, 3])]
