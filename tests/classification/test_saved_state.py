@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.run import PARTS, run_experiment
+from classification.run import run_experiment
+from classification.saved_run import PARTS
 from pcka.engine.config import ConfigError
 from pcka.engine.saved_state import check_fits, load_state
 
