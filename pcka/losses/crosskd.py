@@ -25,7 +25,8 @@ class CrossKD(DenseLoss):
         cls_weight: factor of the scores' term.
         box_weight: factor of the boxes' term; 0 leaves it out.
         depth: convolutions of a branch before the crossing, from 1 on.
-        beta: of :func:`pcka.losses.dense_scores_loss`.
+        beta: exponent of the difference by which a score weighs in
+            :func:`pcka.losses.dense_scores_loss`.
     """
 
     def __init__(

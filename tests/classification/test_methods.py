@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from classification.sweep import run_side_by_side
 from classification.trainer import Trainer
 from pcka.distiller import Distiller
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import read_metrics
 from pcka.files import load_file
 from pcka.teacher import FrozenTeacher
@@ -190,8 +192,12 @@ def models_made_once():
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_method_goes_with_every_configuration(run, models_made_once):
+    """Or is refused: images are mixed and AdamW steps where transformers and their like learn."""
+    refused = {"crd": "cannot learn from mixed images", "kd_dot": "a form of plain SGD"}
     for method in method_files(run):
-        check_losses(load_config(run, method=method))
+        of_today = run.parent.name == "cifar100_folder" and method in refused
+        with pytest.raises(ConfigError, match=refused[method]) if of_today else nullcontext():
+            check_losses(load_config(run, method=method))
 
 
 def network(name):
