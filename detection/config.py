@@ -46,15 +46,34 @@ def detection_config() -> CfgNode:
             "IMAGES": "",  # likewise
         }
     )
-    for name in ("VOC", "YOLO"):
-        for purpose, split in (("TRAIN", "train"), ("TEST", "val")):
-            cfg.DATASETS[f"{name}_{purpose}"] = CfgNode(
-                {
-                    "NAME": "",  # what the set is to be called; "": there is none
-                    "ROOT": "",  # its folder; of YOLO also its data.yaml
-                    "SPLIT": split,  # the part of it
-                }
-            )
+    cfg.DATASETS.VOC_TRAIN = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "ROOT": "",  # folder of Annotations, JPEGImages and ImageSets
+            "SPLIT": "train",  # the list in ImageSets/Main
+        }
+    )
+    cfg.DATASETS.VOC_TEST = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "ROOT": "",  # folder of Annotations, JPEGImages and ImageSets
+            "SPLIT": "val",  # the list in ImageSets/Main
+        }
+    )
+    cfg.DATASETS.YOLO_TRAIN = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "ROOT": "",  # folder of images and labels, or its data.yaml
+            "SPLIT": "train",  # the part of it
+        }
+    )
+    cfg.DATASETS.YOLO_TEST = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "ROOT": "",  # folder of images and labels, or its data.yaml
+            "SPLIT": "val",  # the part of it
+        }
+    )
     cfg.DATASETS.DIGITS = CfgNode(
         {
             "ROOT": "output/digits_scenes",  # where the scenes of handwritten digits are drawn

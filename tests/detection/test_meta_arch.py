@@ -177,6 +177,8 @@ def test_every_loss_of_feature_maps_with_a_teacher_of_another_width_and_stride(
     levels = ("DISTILL.LEVELS", "['p3:p4', 'p4:p3']", "DISTILL.PCKA.PATCH_SIZES", "4")
     if method == "REVIEWKD":  # which takes its coarsest level by a key of its own
         levels += ("DISTILL.REVIEWKD.STAGES", "['p3']", "DISTILL.REVIEWKD.POOLED", "p4")
+    if method == "ITRD":  # of one place, the classifier's input by default
+        levels += ("DISTILL.ITRD.STAGE", "p3")
     model = build("DISTILL.METHODS", str([method]), *wide, *levels).train()
     three = [*batch, batch[0]]  # FCKA of two samples is constantly 1
     terms = {name: term for name, term in model(three).items() if method.lower() in name}
