@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
@@ -37,7 +39,10 @@ class Answer(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, const=const, default=suppressed, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(self.const())
+        try:
+            print(self.const(), flush=True)
+        except BrokenPipeError:  # its reader has seen enough, and the end is not to write again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()
 
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pcka.engine.arguments import answer_help, command_parser, take_pairs
@@ -30,3 +34,25 @@ def test_help_is_answered_and_everything_else_is_left_alone(capsys):
         answer_help(parsers, "train", ["A", "--help", "1"])
     assert end.value.code == 0
     assert capsys.readouterr().out.endswith("for example:\n  train.py A 1\n")
+
+
+ANSWERING = """
+import argparse
+from pcka.engine.arguments import Answer
+parser = argparse.ArgumentParser()
+parser.add_argument("--list", action=Answer, const=lambda: "a name\\n" * 100_000, help="names")
+parser.parse_args(["--list"])
+"""
+
+
+def test_a_reader_of_an_answer_may_stop_in_its_middle():
+    """As ``| head`` does."""
+    reading, writing = os.pipe()
+    program = subprocess.Popen(
+        [sys.executable, "-c", ANSWERING], stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)
+    _, told = program.communicate()
+    assert (program.returncode, told) == (0, b"")
