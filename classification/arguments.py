@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from classification.catalog import catalog
-from pcka.engine.arguments import Answer, command_parser
+from pcka.engine.arguments import Answer, add_runs, command_parser
 
 EXPORTED = (".pth", ".safetensors", ".onnx")
 DIGITS = "configs/classification/digits/resnet20_resnet8.yaml"
@@ -91,16 +91,7 @@ def compare_parser() -> argparse.ArgumentParser:
     compared.add_argument(
         "--variants", type=Path, metavar="F", help="YAML file of methods with settings of their own"
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="(default: 0 1 2)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output/comparison"),
-        metavar="DIR",
-        help="folder of the runs and the table (default: %(default)s)",
-    )
+    add_runs(parser, seeds=(0, 1, 2), output="output/comparison")
     parser.add_argument(
         "--together",
         type=_positive,

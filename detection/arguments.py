@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from pcka.engine.arguments import Answer, command_parser
+from pcka.engine.arguments import Answer, add_runs, command_parser
 
 DIGITS = "configs/detection/digits"
 
@@ -56,16 +56,7 @@ def compare_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="YAML configurations; the others are compared with the first",
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="(default: 0 1 2)"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output/comparison"),
-        metavar="DIR",
-        help="folder of the runs and the table (default: %(default)s)",
-    )
+    add_runs(parser, seeds=(0, 1, 2), output="output/comparison")
     parser.add_argument(
         "--launcher",
         default=shlex.quote(sys.executable),
@@ -99,17 +90,8 @@ def demo_parser() -> argparse.ArgumentParser:
         metavar="M",
         help=f"files of {DIGITS} (default: student pcka)",
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], metavar="S", help="(default: 0)"
-    )
     _add_number(parser, "--steps", 150, "of a student; a teacher has twice")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output/detection"),
-        metavar="DIR",
-        help="(default: %(default)s)",
-    )
+    add_runs(parser, seeds=(0,), output="output/detection")
     return parser
 
 

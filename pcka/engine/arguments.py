@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 # In capitals throughout, as methods, numbers and files (MODEL.pth) are not.
@@ -27,6 +28,26 @@ def command_parser(description: str, *examples: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parser
+
+
+def add_runs(parser: argparse.ArgumentParser, *, seeds: Sequence[int], output: str) -> None:
+    """Add ``--seeds`` and ``--output`` of a command that compares runs, with their defaults."""
+    shown = " ".join(map(str, seeds))
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=list(seeds),
+        metavar="S",
+        help=f"of the students (default: {shown})",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(output),
+        metavar="DIR",
+        help="folder of the runs and the table (default: %(default)s)",
+    )
 
 
 class Answer(argparse.Action):
