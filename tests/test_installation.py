@@ -185,7 +185,9 @@ def test_a_plain_editable_install_names_the_extra_that_trains(source, archives, 
     made = Environment(tmp_path / "env", plain)
     made.install("--no-build-isolation", "-e", source, PCKA_SKIP_EXTENSION="1")
     made.run("-W", "ignore", "-c", "import pcka, classification")
-    result = made.run(source / "classification" / "train.py", "--help", check=False)
+    train = source / "classification" / "train.py"
+    assert "usage: train.py" in made.run("-W", "ignore", train, "--help").stdout
+    result = made.run(train, "--config-file", "F", check=False)
     assert result.returncode != 0
     assert "pip install -e '.[train]'" in result.stderr.splitlines()[-1]
 
