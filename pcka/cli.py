@@ -55,3 +55,7 @@ def _lacking(error: ModuleNotFoundError) -> str:
         f"pcka: there is no module {error.name!r}; the commands are part of the trainers: run "
         "pip install -e '.[train]' in a clone of the repository"
     )
+
+
+if __name__ == "__main__":
+    script()
