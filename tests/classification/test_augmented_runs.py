@@ -86,7 +86,7 @@ def test_a_teacher_is_trained_on_augmented_images_too(tiny_config):
     assert result["epochs"] == 2
 
 
-OF_CLASSIFIERS = {name for name in losses.names() if not losses.find(name).of_detectors}
+OF_CLASSIFIERS = {name for name in losses.names() if not losses.build(name).of_detectors}
 
 
 @pytest.mark.parametrize("name", sorted(OF_CLASSIFIERS - {"CRD"}))

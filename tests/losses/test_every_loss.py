@@ -148,7 +148,7 @@ def test_gradient_reaches_what_the_loss_reads_of_the_student_alone(draw, name):
     assert not norms or max(norms) > 0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not losses.find(n).of_detectors])
+@pytest.mark.parametrize("name", [n for n in NAMES if not losses.build(n).of_detectors])
 def test_soft_targets_are_taken_or_refused_with_a_reason(draw, name):
     """Those of one class each say what the classes say; mixed ones have a gradient."""
     student, teacher = _pair(draw, name)

@@ -178,7 +178,7 @@ KINDS = {
 }
 
 
-OF_CLASSIFIERS = [name for name in losses.names() if not losses.find(name).of_detectors]
+OF_CLASSIFIERS = [name for name in losses.names() if not losses.build(name).of_detectors]
 
 
 @pytest.mark.slow
