@@ -14,6 +14,7 @@ from classification.catalog import CONFIGS as CONFIGS  # for those who import it
 from classification.catalog import method_files
 from classification.data import check_name
 from classification.solver import check_dot, check_solver
+from pcka import losses
 from pcka.engine.config import (
     ConfigError,
     flatten,
@@ -312,6 +313,7 @@ def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
             f"SOLVER.BASE_LR: {solver.BASE_LR:g} is a rate for sgd; adamw mostly takes 0.0005 to "
             "0.005"
         )
+    yield from _without_effect(cfg)
     if "RCKA" not in distill.METHODS or steps >= RCKA_STEPS / 4:
         return
     rcka, task = distill.RCKA, distill.CE.WEIGHT if "CE" in distill.METHODS else 0.0
@@ -323,6 +325,21 @@ def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
             "learn less than from cross-entropy alone (docs/results.md). Take the method kd_fcka, "
             "or rcka_short"
         )
+
+
+def _without_effect(cfg: CfgNode) -> Iterator[str]:
+    """Yield the settings that the others leave without effect."""
+    solver, distill = cfg.SOLVER, cfg.DISTILL
+    reasons = {
+        "SOLVER.NESTEROV": ("is a form of sgd", solver.NESTEROV and solver.OPTIMIZER != "sgd"),
+        "SOLVER.MIN_LR": ("is of the cosine", solver.MIN_LR and solver.SCHEDULE != "cosine"),
+    }
+    if not any(losses.find(name).needs_teacher for name in distill.METHODS):
+        for key in ("WARMUP", "RELATIVE", "DOT_DELTA"):
+            reasons[f"DISTILL.{key}"] = ("is for losses that need a teacher", distill[key])
+    for key, (reason, without) in reasons.items():
+        if without:
+            yield f"{key}: has no effect here; it {reason}"
 
 
 def _check(cfg: CfgNode) -> None:

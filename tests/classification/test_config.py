@@ -372,6 +372,25 @@ def test_a_rate_for_sgd_is_told_where_adamw_is_to_take_it(tiny_config, optimizer
     assert [doubt.partition(":")[0] for doubt in found] == ["SOLVER.BASE_LR"] * told
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "more"),
+    [
+        ("SOLVER.NESTEROV", True, {"SOLVER.OPTIMIZER": "adamw", "SOLVER.BASE_LR": 0.001}),
+        ("SOLVER.MIN_LR", 0.001, {"SOLVER.SCHEDULE": "onecycle", "SOLVER.WARMUP_EPOCHS": 0.0}),
+        ("DISTILL.WARMUP", 0.5, {}),
+        ("DISTILL.RELATIVE", True, {}),
+        ("DISTILL.DOT_DELTA", 0.05, {}),
+    ],
+)
+def test_a_setting_without_effect_is_told(tiny_config, key, value, more):
+    keys = {"SOLVER.SCHEDULE": "cosine", **more}
+    assert list(doubts(tiny_config("ce", **keys), 100)) == []
+    (told,) = doubts(tiny_config("ce", **keys, **{key: value}), 100)
+    assert told.startswith(f"{key}: has no effect here; it is ")
+    if key.startswith("DISTILL"):
+        assert list(doubts(tiny_config("kd", **keys, **{key: value}), 100)) == []
+
+
 @pytest.mark.parametrize("text", ["{size: 32, drop: [0.1, a]}", "{'size': 32, 'drop': [0.1, 'a']}"])
 def test_keywords_of_a_model_are_any_mapping_in_a_file_and_on_the_command_line(tmp_path, text):
     path = write(tmp_path, f"TEACHER: {{KWARGS: {text}}}\n")
