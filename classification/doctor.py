@@ -17,10 +17,10 @@ from torch import Tensor
 from classification.arguments import config_arguments
 from classification.config import doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
-from classification.evaluation import accuracy
+from classification.evaluation import accuracy, is_guessing
 from classification.models import has_own_weights, named_model, without_weights
 from classification.models.taps import extra_taps, model_taps, tap_shapes
-from classification.pixel_checks import check_channels, check_normalisation, is_guessing
+from classification.pixel_checks import check_channels, check_normalisation
 from classification.run import Run, check_run, losses_of, untrained_pair
 from classification.teacher import PREFLIGHT_POINTS, Teacher, prepare_teacher, teacher_run
 from classification.trainer import Trainer

@@ -87,6 +87,13 @@ def gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, 
     }
 
 
+def is_guessing(top1: float, classes: int, images: int) -> bool:
+    """Whether an accuracy (percent) on so many images is hardly more than that of guessing."""
+    chance = 100 / classes
+    noise = 3 * (chance * (100 - chance) / images) ** 0.5
+    return top1 < chance + noise + 0.05 * (100 - chance)
+
+
 def mixed_batches(data: ImageSet, images: int, batch_size: int) -> Iterator[Tensor]:
     """Yield some images of a set, evenly spaced, in batches (B, 3, S, S) of mixed classes.
 

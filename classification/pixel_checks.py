@@ -35,13 +35,6 @@ class Input(NamedTuple):
     swapped: bool = False
 
 
-def is_guessing(top1: float, classes: int, images: int) -> bool:
-    """Whether an accuracy (percent) on so many images is hardly more than that of guessing."""
-    chance = 100 / classes
-    noise = (chance * (100 - chance) / images) ** 0.5
-    return top1 < chance + DEVIATIONS * noise + 0.05 * (100 - chance)
-
-
 def check_normalisation(role: str, section: CfgNode, images: Tensor) -> Verdict:
     """Whether a section's statistics bring images (B, 3, S, S) near mean 0 and deviation 1."""
     pixels = PixelNormalize(section.PIXEL_MEAN, section.PIXEL_STD).to(images.device)

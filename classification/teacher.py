@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from classification.config import default_config, teacher_name, teachers_of
 from classification.data import ImageSet, pixel_statistics
-from classification.evaluation import accuracy
+from classification.evaluation import accuracy, is_guessing
 from classification.models import (
     Classifier,
     has_own_weights,
@@ -150,6 +150,12 @@ def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> 
     """The accuracy (percent) of a model with the pixel statistics of a section."""
     top1 = accuracy(model, pixel_statistics(section).to(data.device), data)["top1"]
     logger.info("teacher %s: accuracy %.2f %%", name, top1)
+    if is_guessing(top1, len(data.classes), len(data)):
+        logger.warning(
+            "teacher %s guesses, and has nothing to teach: check TEACHER.WEIGHTS, TEACHER.EPOCHS "
+            "(where it is trained), TEACHER.PIXEL_MEAN and PIXEL_STD, and the data",
+            name,
+        )
     return top1
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from classification import doctor
 from classification.doctor import Examination
+from classification.evaluation import is_guessing
 from classification.models import create_model
-from classification.pixel_checks import is_guessing
 from pcka import cli
 from pcka.engine.doctor import FAIL, PASS, SKIP, WARN, examine
 

@@ -277,6 +277,14 @@ def test_a_teacher_up_to_two_points_below_its_stated_accuracy_may_teach(
     assert prepare(**{"TEACHER.ACCURACY": stated}).accuracy == 72
 
 
+@pytest.mark.parametrize(("top1", "told"), [(10.0, True), (72.0, False)])
+def test_a_teacher_that_guesses_is_told(prepare, monkeypatch, caplog, top1, told):
+    monkeypatch.setattr("classification.teacher.accuracy", lambda *_: {"top1": top1})
+    with caplog.at_level("WARNING", logger="pcka"):
+        prepare()
+    assert ("teacher resnet8 guesses, and has nothing to teach" in caplog.text) == told
+
+
 def test_a_teacher_worse_than_that_is_refused(prepare, monkeypatch):
     monkeypatch.setattr("classification.teacher.accuracy", lambda *_: {"top1": 72.0})
     expected = (
