@@ -104,3 +104,7 @@ def test_figures_that_are_missing_are_named(write, tmp_path):
 
 def test_the_pages_say_what_their_figures_say():
     main(["--check"])
+
+
+def test_the_tables_of_the_docs_are_what_their_figures_say():
+    main(["--check"])
