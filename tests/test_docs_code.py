@@ -196,8 +196,8 @@ def check_settings(module: str, words: list[str], given: argparse.Namespace) -> 
 
 
 def named(file: object, stand_in: str) -> str:
-    """A configuration file, or one in place of `F`."""
-    return stand_in if not file or str(file) == "F" else str(file)
+    """A configuration file, or one in place of `F` and of what a run leaves."""
+    return stand_in if not file or str(file) == "F" or "output/" in str(file) else str(file)
 
 
 def settings(given: argparse.Namespace, pairs: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ extensions = [
 ]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # an attribute that a docstring and a class both name stands once
 html_theme = "furo"
 html_title = "pcka"
 templates_path = ["."]

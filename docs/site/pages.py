@@ -20,11 +20,12 @@ from pcka.losses.registry import PUBLIC
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+# Caption -> pages, of docs/ where they name no other folder.
 CONTENTS = {
     "First steps": "start installation own library frameworks",
     "Training": "classification data detection distributed choosing teachers analysis reproduce",
     "Reference": "keys losses api errors",
-    "Further": "extending design kernels results log",
+    "Further": "extending design kernels tests/emulation/README benchmarks/README results log",
 }
 MODULES = {
     "pcka.taps": "find_logits as_map",
@@ -42,7 +43,7 @@ def contents() -> str:
     """The tree of pages, which is the navigation."""
     trees = []
     for caption, names in CONTENTS.items():
-        paths = "\n".join(f"docs/{name}" for name in names.split())
+        paths = "\n".join(name if "/" in name else f"docs/{name}" for name in names.split())
         trees.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{paths}\n```\n")
     return "\n".join(trees)
 
