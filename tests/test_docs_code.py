@@ -36,6 +36,7 @@ RUN = {
     ("docs/analysis.md", "python"): ("test_readme.py", 1),
     ("docs/classification.md", "python"): ("classification/test_own_models.py", 1),
     ("docs/data.md", "python"): ("classification/data/test_source.py", 1),
+    ("docs/detection.md", "python"): ("detection/test_detection_export.py", 1),
     ("docs/extending.md", "cpp"): ("test_extending.py", 3),
     ("docs/extending.md", "diff"): ("test_extending.py", 7),
     ("docs/extending.md", "python"): ("test_extending.py", 4),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from classification.models import create_model
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "frameworks.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "frameworks.md").read_text()
 SAMPLES = [(torch.linspace(i, i + 9, 768).sin().view(3, 16, 16), i % 10) for i in range(16)]
 
 
@@ -65,6 +70,36 @@ def test_accelerate(names):
     assert load_file("student.safetensors").keys() == start.state_dict().keys()
     state = names["accelerator"].get_state_dict(names["distiller"])
     assert {name.split(".")[0] for name in state} == {"student", "adapters"}
+
+
+@pytest.mark.slow
+def test_accelerate_in_two_processes_trains_one_student_and_one_adapter(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launcher, __file__],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    states = [torch.load(tmp_path / f"state{rank}.pth") for rank in range(2)]
+    for name, value in states[0].items():
+        if "running" not in name:  # batch norm's statistics are each process's own
+            torch.testing.assert_close(value, states[1][name], rtol=0, atol=0, msg=name)
+    assert (tmp_path / "student.safetensors").exists()
+
+
+def in_a_process() -> None:
+    """One of the processes of the test above; each starts its models from other weights."""
+    torch.manual_seed(int(os.environ["RANK"]))
+    models = {"student": create_model("resnet8", 10), "teacher": create_model("resnet8x4", 10)}
+    names = {**models, "loader": DataLoader(SAMPLES, batch_size=4)}
+    exec(example("Accelerate"), names)
+    distiller = names["distiller"]
+    assert isinstance(distiller, DistributedDataParallel)
+    torch.save(distiller.module.state_dict(), f"state{os.environ['RANK']}.pth")
+    names["accelerator"].end_training()
 
 
 @pytest.mark.slow
@@ -177,3 +212,7 @@ def test_a_detector_that_is_laid_out_as_yolov8(names):
     names["student"].zero_grad()
     exec(example("Other detectors", 1), names)
     assert names["student"].model[0][0].weight.grad.norm() > 0
+
+
+if __name__ == "__main__":
+    in_a_process()
