@@ -27,12 +27,14 @@ CONTENTS = {
     "Reference": "keys losses api errors",
     "Further": "extending design kernels tests/emulation/README benchmarks/README results log",
 }
+# What the API page has beside what `pcka` itself offers.
 MODULES = {
-    "pcka.taps": "find_logits as_map",
+    "pcka.taps": "Observer find_logits as_map",
     "pcka.teacher": "fold_batch_norms",
-    "pcka.losses": "Loss StagewiseLoss LogitLoss Term Outputs Context "
-    "build names defaults register",
-    "pcka.analysis": "cka_matrix",
+    "pcka.checkpoint": "LoadReport extract_state_dict check_values",
+    "pcka.losses": "Loss StagewiseLoss LogitLoss Term Outputs Context build names defaults "
+    "register standardized_logits DegenerateLevelWarning",
+    "pcka.analysis": "cka_matrix CKATable MinibatchCKA find_layers layerwise_cka u_centered_gram",
 }
 MARK = re.compile(r"^<!-- site: (.+?) -->$", re.MULTILINE)
 LINK = re.compile(r"\[([^][]+)\]\(([^)\s:#]+)\)")
