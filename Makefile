@@ -1,5 +1,6 @@
 # make demo   from a fresh clone to distilled students, in one command
 # make test   every check: format, types, import contract, C++ tests, Python tests
+# make docs   the documentation as a site, in build/site/index.html; a warning fails it
 # make test-models   the few tests that `make test` leaves out: each model of torchvision and timm
 # make gpu-bundle   what tools/gpu_check.py needs on a GPU machine without network
 # All make .venv and compile the operators first. PYTHON=... names another interpreter.
@@ -10,7 +11,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 CPP_TESTS := $(wildcard tests/csrc/*.h tests/csrc/*.cpp tests/emulation/*.h tests/emulation/torch/csrc/stable/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 
-.PHONY: demo test install lint ctest pytest test-models gpu-bundle clean
+.PHONY: demo test install docs lint ctest pytest test-models gpu-bundle clean
 
 demo: install
 	$(BIN)/python classification/demo.py
@@ -30,6 +31,10 @@ install: .venv/installed
 	$(BIN)/python tools/install_detectron2.py
 	$(BIN)/python -c "import pcka, pprint; pprint.pprint(pcka.build_info())"
 	touch $@
+
+docs: install
+	$(BIN)/python -W "ignore::FutureWarning" -m sphinx -W --keep-going -q -b html -c docs/site . build/site
+	@echo "The site is in build/site/index.html"
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,12 +11,18 @@ Keys with their defaults: KEY VALUE on the command line, or sections of a YAML f
 """
 
 
+def keys() -> list[Key]:
+    """Every key but those of losses."""
+    texts = commented_keys(default_config)
+    return [Key(name, value, texts[name]) for name, value in flatten(default_config()).items()]
+
+
 def all_keys() -> str:
     """Return every key with its default and its meaning."""
-    texts, lines, section = commented_keys(default_config), [HEADING], None
-    for name, default in flatten(default_config()).items():
-        before, section = section, name.rpartition(".")[0]
+    lines, section = [HEADING], None
+    for key in keys():
+        before, section = section, key.name.rpartition(".")[0]
         lines += [""] * (section != before and before is not None)
-        lines.append(shown(Key(name, default, texts[name])))
+        lines.append(shown(key))
     lines += ["", "Losses: what DISTILL.METHODS may name, each with a section of its own.", ""]
     return "\n".join([*lines, all_losses()])

@@ -12,11 +12,15 @@ sections of a YAML file. detectron2's own: its documentation, "Yacs Configs".
 """
 
 
-def all_keys() -> str:
-    """Return every key of this project with its default and its meaning."""
+def keys() -> list[Key]:
+    """Every key of this project but those of losses."""
     values = flatten(detection_config())
-    keys = [
+    return [
         Key(name, values[name], text) for name, text in commented_keys(detection_config).items()
     ]
+
+
+def all_keys() -> str:
+    """Return every key of this project with its default and its meaning."""
     heading = "Losses: what DISTILL.METHODS may name, each with a section of its own."
-    return "\n".join([HEADING, *map(shown, keys), "", heading, "", all_losses(section_defaults)])
+    return "\n".join([HEADING, *map(shown, keys()), "", heading, "", all_losses(section_defaults)])

@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pcka.distiller import Distiller
 from pcka.extras import optional_package
@@ -22,6 +21,7 @@ from pcka.files import (
     atomic_write,
     load_file,
 )
+from pcka.taps import wrapped
 
 ROLES = ("student", "teacher")
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
@@ -111,10 +111,8 @@ def _plain(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, Distiller):
             model = model.student
-        elif isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif compiled := model._modules.get("_orig_mod"):  # what torch.compile gives
-            model = compiled
+        elif inner := wrapped(model):
+            model = inner[1]
         else:
             return model
 

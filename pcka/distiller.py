@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pcka.distiller_checks import check_apart, check_gradients, check_losses
 from pcka.distributed import gather_batch, gather_outputs, world_size
 from pcka.losses.adapters import ModulesByTap, adapt, fit
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
@@ -67,8 +68,9 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: what is no loss, a loss whose tap is missing from ``taps``, a path that a model
-            lacks, a loss that needs a teacher without one, or a teacher that shares parameters or
-            buffers with the student.
+            lacks, a loss that needs a teacher without one, a teacher that shares parameters or
+            buffers with the student, or a student in ``DistributedDataParallel`` where something
+            beside it is trained.
     """
 
     teacher: FrozenTeacher | None
@@ -86,8 +88,8 @@ class Distiller(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        _check_losses(losses)
-        _check_apart(student, teacher)
+        check_losses(losses)
+        check_apart(student, teacher)
         if isinstance(teacher, nn.Module) and not isinstance(teacher, FrozenTeacher):
             teacher = FrozenTeacher(teacher, logits_of=logits_of)
         self.student = student
@@ -108,6 +110,7 @@ class Distiller(nn.Module):
         self._observe_student = Observer(
             student, self._student_paths, logits_of=logits_of, compile=compile
         )
+        check_gradients(self.student, [self.adapters, self.losses])
         self._observe_teacher = None
         if teacher is not None and with_teacher:
             self._observe_teacher = teacher.observer(self.teacher_paths, compile=compile)
@@ -161,6 +164,7 @@ class Distiller(nn.Module):
         for loss in losses:
             self._check_logits(loss, student, teacher)
             loss.prepare(*(adapted if loss.same_shape else (student, teacher)), context)
+        check_gradients(self.student, [self.adapters, self.losses])
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
@@ -304,6 +308,30 @@ class Distiller(nn.Module):
                     "their key or attribute, or pass a function that finds them, as logits_of"
                 )
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of any module, with what makes the parts that this distiller does not have yet.
+
+        Raises:
+            ValueError: ``strict``, and the state has adapters or parts of losses that are missing.
+            RuntimeError: as of any module.
+        """
+        more = sorted(state_dict.keys() - self.state_dict().keys())
+        if strict and (parts := [n for n in more if n.startswith(("adapters.", "losses."))]):
+            raise ValueError(
+                f"state_dict: the distiller has no {parts[0]!r}; give it the losses and taps that "
+                "the state is of, and call prepare() with a batch before loading"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """What ``nn.DataParallel`` calls for each device."""
+        raise ValueError(
+            "DataParallel copies no teacher to its devices; start a process for each of them by "
+            "torchrun, and wrap the distiller in DistributedDataParallel"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Every move and cast of a module goes through here: take the teacher along."""
         super()._apply(fn, recurse)
@@ -383,30 +411,3 @@ def _paths(
                 )
             paths[name] = pair[side]
     return paths
-
-
-def _check_losses(losses: object) -> None:
-    """Refuse what is no list, and what is no loss of this library's kind."""
-    if not isinstance(losses, Sequence | nn.ModuleList):
-        raise ValueError(f"losses must be a list, got {type(losses).__name__}; write [...]")
-    for loss in losses:
-        if not isinstance(loss, Loss):
-            raise ValueError(
-                f"losses must be of pcka.losses.Loss, got {loss!r}; take one by "
-                "pcka.losses.build(name), or make one that has terms()"
-            )
-
-
-def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Refuse what shares tensors: one cannot be frozen and the other trained."""
-    if teacher is None:
-        return
-    kinds: tuple[tuple[str, Callable[[nn.Module], Iterable[Tensor]], str], ...] = (
-        ("parameters", nn.Module.parameters, "freezing it would freeze both"),
-        ("buffers", nn.Module.buffers, "training the student would change both"),
-    )
-    for kind, tensors_of, consequence in kinds:
-        trained = {id(tensor) for tensor in tensors_of(student)}
-        if any(id(tensor) in trained for tensor in tensors_of(teacher)):
-            way_out = "pass copy.deepcopy(teacher)"
-            raise ValueError(f"teacher shares {kind} with student, and {consequence}; {way_out}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from pcka.losses.base import Outputs
@@ -34,6 +35,7 @@ class _Reading(NamedTuple):
     def of(cls, text: str, model: nn.Module) -> _Reading:
         path, _, key = text.removesuffix(MAP_SUFFIX).partition(":")
         is_input, as_map = f":{key}" == INPUT_SUFFIX, text.endswith(MAP_SUFFIX)
+        path = _within_wrappers(model, path)
         return cls(path, key, is_input, as_map, prefix_tokens(model, path))
 
     @property
@@ -79,6 +81,9 @@ class FeatureTap:
     of ``layer3`` before its activation. An empty path is the model itself (``":p3"``). Behind all
     of these, ``:map`` reads the tokens of a transformer, or a map with its channels last, as a map
     ``(B, C, H, W)`` (:func:`as_map`): ``"blocks.11:map"``.
+
+    Of a model that ``torch.compile`` or ``DistributedDataParallel`` wraps, the paths may be those
+    of the model itself.
 
     A tap holds the output (or input) of exactly one call: a module that runs twice before
     :meth:`pop` (because it is shared within the model, or because the model ran twice) has no
@@ -319,6 +324,33 @@ def prefix_tokens(model: nn.Module, path: str) -> int | None:
         module = getattr(module, name, module)
         found = getattr(module, "num_prefix_tokens", found)
     return found if isinstance(found, int) else None
+
+
+def wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of what ``torch.compile`` or data parallelism wrapped; None: neither did."""
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        return "module", model.module
+    compiled = model._modules.get("_orig_mod")  # its class has no public name
+    return None if compiled is None else ("_orig_mod", compiled)
+
+
+def _within_wrappers(model: nn.Module, path: str) -> str:
+    """A path of the model, given as it is, or as it is inside the model's wrappers."""
+    prefix, inside = "", model
+    while path and not _has_module(inside, path):
+        found = wrapped(inside)
+        if found is None:
+            return path
+        name, inside = found
+        prefix += f"{name}."
+    return prefix + path
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    found: nn.Module | None = model
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found is not None
 
 
 def _hook(model: nn.Module, reading: _Reading, keep: Callable[..., None]) -> RemovableHandle:

@@ -79,11 +79,15 @@ def all_losses(defaults: Callable[[str], Mapping[str, object]] = section_default
     return "\n\n".join(blocks)
 
 
+def shown_default(key: Key) -> str:
+    """A default as the command line takes it."""
+    if key.default == "":
+        return "''"
+    return str(dict(key.default) if isinstance(key.default, Mapping) else key.default)
+
+
 def shown(key: Key) -> str:
     """A key in a line, or in some where its text is long."""
-    default = "''" if key.default == "" else key.default
-    if isinstance(default, Mapping):
-        default = dict(default)
-    head = f"  {f'{key.name} {default}':44s} "
+    head = f"  {f'{key.name} {shown_default(key)}':44s} "
     further = " " * 47
     return textwrap.fill(key.text, WIDTH, initial_indent=head, subsequent_indent=further)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from detection import export
+from detection.config import PROJECT
 from pcka.engine.config import ConfigError
 
 FCOS = [
@@ -62,3 +66,13 @@ def test_a_later_export_leaves_no_configuration_of_the_older_one(trained, tmp_pa
     for overrides, config in (((), "config.yaml"), (FCOS, "lazy_config.yaml"), ((), "config.yaml")):
         export.export_student(*trained(*overrides), folder)
         assert {path.name for path in folder.iterdir()} == {"model.pth", config}
+
+
+def test_the_example_of_docs_detection_md_detects_by_an_export(trained, tmp_path, monkeypatch):
+    export.export_student(*trained(), tmp_path / "exported")
+    page = (PROJECT / "docs" / "detection.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"image": np.zeros((128, 128, 3), np.uint8)}
+    exec(example, names)
+    assert names["found"].has("pred_boxes")

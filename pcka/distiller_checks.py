@@ -1,0 +1,48 @@
+"""What a distiller refuses: losses that are none, and models that cannot be trained as given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pcka.losses.base import Loss
+
+
+def check_losses(losses: object) -> None:
+    """Refuse what is no list, and what is no loss of this library's kind."""
+    if not isinstance(losses, Sequence | nn.ModuleList):
+        raise ValueError(f"losses must be a list, got {type(losses).__name__}; write [...]")
+    for loss in losses:
+        if not isinstance(loss, Loss):
+            raise ValueError(
+                f"losses must be of pcka.losses.Loss, got {loss!r}; take one by "
+                "pcka.losses.build(name), or make one that has terms()"
+            )
+
+
+def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse what shares tensors: one cannot be frozen and the other trained."""
+    if teacher is None:
+        return
+    kinds: tuple[tuple[str, Callable[[nn.Module], Iterable[Tensor]], str], ...] = (
+        ("parameters", nn.Module.parameters, "freezing it would freeze both"),
+        ("buffers", nn.Module.buffers, "training the student would change both"),
+    )
+    for kind, tensors_of, consequence in kinds:
+        trained = {id(tensor) for tensor in tensors_of(student)}
+        if any(id(tensor) in trained for tensor in tensors_of(teacher)):
+            way_out = "pass copy.deepcopy(teacher)"
+            raise ValueError(f"teacher shares {kind} with student, and {consequence}; {way_out}")
+
+
+def check_gradients(student: nn.Module, beside: Iterable[nn.Module]) -> None:
+    """Refuse a student whose gradients alone are averaged over processes."""
+    if not isinstance(student, DistributedDataParallel):
+        return
+    if any(parameter.requires_grad for part in beside for parameter in part.parameters()):
+        raise ValueError(
+            "student: DistributedDataParallel averages its gradients alone, and adapters or losses "
+            "are trained, too; pass student.module, and wrap the distiller instead"
+        )
