@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
 from detectron2.layers import ROIAlign, ROIAlignRotated
-from detectron2.modeling import build_model
+from detectron2.modeling import SemanticSegmentor, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from torch import nn
@@ -27,7 +27,7 @@ from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
 from detection.teacher import TeacherDetector
-from detection.teacher_checks import check_detections, check_features
+from detection.teacher_checks import check_detections, check_features, check_pixels
 from pcka.distributed import OWN_BUFFERS, average_buffers
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
@@ -181,8 +181,12 @@ class DetectionTrainer(SimpleTrainer):
 
 def _check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
     check_features(teacher, cfg, dataset)
-    has_head = isinstance(teacher.model, TeacherDetector)
-    if has_head and not cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+    whole = teacher.model
+    if not isinstance(whole, TeacherDetector) or cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+        return
+    if hasattr(whole.detector, "sem_seg_head") and "sem_seg_file_name" in dataset[0]:
+        check_pixels(teacher, cfg, dataset)
+    elif not isinstance(whole.detector, SemanticSegmentor):
         check_detections(teacher, cfg, dataset)
 
 
