@@ -94,7 +94,7 @@ def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
     Raises:
         ConfigError: there is no such column.
     """
-    found = {}
+    found: dict[str, float] = {}
     for task, values in sorted(metrics.items()):  # boxes first
         names = PIXEL_METRICS if task == PIXELS else METRICS
         if values.keys() >= set(names):

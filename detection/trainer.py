@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
 from detectron2.layers import ROIAlign, ROIAlignRotated
 from detectron2.modeling import SemanticSegmentor, build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +26,7 @@ from detection.figures import MetricsState, RestoreMetrics, plot_run
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
+from detection.schedule import build_schedule
 from detection.teacher import TeacherDetector
 from detection.teacher_checks import check_detections, check_features, check_pixels
 from pcka.distributed import OWN_BUFFERS, average_buffers
@@ -68,7 +69,7 @@ class DetectionTrainer(SimpleTrainer):
             model = build_student(cfg).to(cfg.MODEL.DEVICE)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
-        self.scheduler = build_lr_scheduler(cfg, optimizer)
+        self.scheduler = build_schedule(cfg, optimizer)
         self.run_state = RunState(student)
         self.metrics = MetricsState(Path(cfg.OUTPUT_DIR, "metrics.json"))
         parts = {
