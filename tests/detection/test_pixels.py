@@ -9,10 +9,12 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch.nn import functional as F
 
+from detection import trainer
 from detection.config import build_student, teacher_config
 from detection.data import register_datasets
 from detection.data.targets import training_set
 from detection.pixels import PixelParts
+from detection.preflight import check_run
 from detection.teacher import TeacherDetector, build_teacher
 from detection.teacher_checks import check_pixels, mean_iou
 from pcka.engine.config import ConfigError
@@ -231,3 +233,49 @@ def test_a_teacher_classifies_inside_as_it_does_by_itself(small_config, batch):
     with torch.no_grad():
         expected = alone([{"image": image, "height": 64, "width": 48}])[0]["sem_seg"].argmax(0)
         assert torch.equal(inside.eval().classify(image, 64, 48), expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ("MODEL.SEM_SEG_HEAD.NAME", "Nothing"),
+            r"SEM_SEG_HEAD\.NAME: detectron2 has no 'Nothing'",
+        ),
+        ((*DILATED, "SOLVER.IMS_PER_BATCH", "1"), r"PSPHead normalises .* 1 image\(s\).*SyncBN"),
+    ],
+)
+def test_a_segmenter_that_cannot_train_is_refused_before_it_starts(small_config, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        check_run(small_config(f"{FOLDER}/student", *keys))
+
+
+def test_one_image_is_enough_for_heads_of_other_norms(small_config):
+    one = ("SOLVER.IMS_PER_BATCH", "1")
+    check_run(small_config(f"{FOLDER}/student", *one))
+    check_run(
+        small_config(f"{FOLDER}/student", *DILATED, *one, "MODEL.SEM_SEG_HEAD.NORM", "SyncBN")
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "tried"),
+    [
+        ("digits_pixels", f"{FOLDER}/pcka", ["check_pixels"]),
+        ("digits", "pcka", ["check_detections"]),
+        ("digits_pixels", "pcka", []),  # gives no boxes, and is told no classes of pixels
+    ],
+)
+def test_a_teacher_is_tried_at_what_its_student_learns(
+    small_config, monkeypatch, teacher, student, tried
+):
+    keys = ("DISTILL.TEACHER.CONFIG_FILE", f"configs/detection/{teacher}/teacher.yaml")
+    cfg = small_config(student, *keys)
+    register_datasets(cfg)
+    asked = []
+    for name in ("check_features", "check_pixels", "check_detections"):
+        monkeypatch.setattr(trainer, name, lambda *_, name=name: asked.append(name))
+    inside = build_teacher(cfg, with_head=True)
+    cfg.DISTILL.TEACHER.RANDOM_WEIGHTS = False
+    trainer._check_teacher(inside, cfg, training_set(cfg))
+    assert asked == ["check_features", *tried]
