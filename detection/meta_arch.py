@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
-from detection.levels import build_losses, match_levels, needs_head
+from detection.levels import build_losses, match_levels, needs_head, reads_levels
 from detection.pixels import LEVEL, TAP, names_pixels, pixel_shape
 from detection.teacher import HEAD, TeacherBackbone, TeacherDetector, build_teacher
 from pcka.distiller import Distiller
@@ -98,7 +98,10 @@ class DistilledDetector(nn.Module):
         if pixels:
             shapes = {**shapes, **pixel_shape(student)}
             teacher_shapes = {**teacher_shapes, **pixel_shape(cast(Any, teacher.model).detector)}
-        levels = match_levels(cfg.DISTILL.LEVELS, shapes, teacher_shapes)
+        wanted = cfg.DISTILL.LEVELS
+        levels = {}  # of heads alone, whose models may have levels of other names
+        if wanted or reads_levels(cfg.DISTILL.METHODS):
+            levels = match_levels(wanted, shapes, teacher_shapes)
         return {
             "student": student,
             "teacher": teacher,

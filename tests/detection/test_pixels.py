@@ -129,6 +129,17 @@ def test_the_teachers_scores_are_those_of_whole_maps(build, labelled, storage):
     assert torch.equal(padded["head"].logits[:, :, :25, :23], found["head"].logits)
 
 
+def test_heads_alone_need_no_levels_of_one_name(build, labelled, storage):
+    """The student's trunk has res4 and res5, the teacher's pyramid p2 to p5."""
+    keys = (*DILATED, "DISTILL.LEVELS", "[]")
+    model = build(*keys, "DISTILL.METHODS", "['PIXELKD']", config=f"{FOLDER}/pcka")
+    assert {"loss_sem_seg", "loss_sem_seg_aux", "loss_pixelkd"} == model.train()(labelled).keys()
+    with pytest.raises(
+        ConfigError, match=r"DISTILL\.LEVELS: 'res2' names 'res2', which the teacher"
+    ):
+        build(*keys, "DISTILL.METHODS", "['PKD', 'PIXELKD']", config=f"{FOLDER}/pcka")
+
+
 def test_a_panoptic_student_is_distilled_by_its_pixels(build, labelled, storage):
     for entry in labelled:
         size = entry["image"].shape[-2:]
