@@ -129,6 +129,24 @@ def test_the_teachers_scores_are_those_of_whole_maps(build, labelled, storage):
     assert torch.equal(padded["head"].logits[:, :, :25, :23], found["head"].logits)
 
 
+@pytest.mark.parametrize("student", [(), DILATED], ids=["fpn", "psp"])
+def test_mixed_precision_trains_near_float32(build, labelled, storage, student):
+    exact, mixed = (build(*student, *METHODS, config=f"{FOLDER}/pcka") for _ in range(2))
+    trainer.train_in_bfloat16(mixed)
+    found = []
+    for model in (exact, mixed):
+        torch.manual_seed(0)  # of what is dropped
+        found.append(model.train()(labelled))
+    expected, terms = found
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        assert abs(term - expected[name]) < 0.1 * expected[name] + 0.05, name
+    sum(terms.values()).backward()
+    gradients = [p.grad for p in mixed.parameters() if p.grad is not None]
+    assert gradients
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in gradients)
+
+
 def test_heads_alone_need_no_levels_of_one_name(build, labelled, storage):
     """The student's trunk has res4 and res5, the teacher's pyramid p2 to p5."""
     keys = (*DILATED, "DISTILL.LEVELS", "[]")
