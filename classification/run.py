@@ -148,7 +148,7 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
 
     def unfit(loss: losses.Loss) -> str | None:
         if loss.of_detectors:
-            return "compares detectors, by their heads or the boxes of objects"
+            return "compares detectors or segmenters, by their heads or the boxes of objects"
         if mixes(cfg.DATA) and loss.refuses_soft_targets:
             from classification.data.mixing import mixing_keys  # few runs mix images
 

@@ -1,4 +1,7 @@
-"""The feature pyramid of teachers whose P6 and P7 detectron2's configuration cannot describe."""
+"""The feature pyramid of teachers whose P6 and P7 detectron2's configuration cannot describe.
+
+The dilated trunks and the heads on them are registered with it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor
 from torch.nn import functional as F
 
+import detection.dilated  # noqa: F401  (registers itself)
 from pcka.engine.config import ConfigError
 
 

@@ -27,9 +27,11 @@ from pcka.engine.distill import changed_settings
 
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
+PIXELS = "sem_seg"  # the task of classes of pixels
+PIXEL_METRICS = ("mIoU", "mACC", "pACC")  # intersection over union, accuracy by class, by pixel
 NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
 
-Metrics = Mapping[str, Mapping[str, float]]  # task -> COCO's metric -> percent
+Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
 
 
 def compare(
@@ -76,13 +78,13 @@ def compare(
 
 
 def empty_comparison(names: Sequence[str]) -> Comparison:
-    """A comparison of runs by average precision, still without a result."""
+    """A comparison of runs, still without a result: by average precision until one comes."""
     return Comparison(
         names,
         metrics={metric: metric for metric in METRICS},
         subject="run",
         difference="AP minus first row",
-        heading=f"COCO's metrics, mean ± standard deviation over seeds; {HOW_TO_READ}",
+        heading=f"In percent, mean ± standard deviation over seeds; {HOW_TO_READ}",
     )
 
 
@@ -92,19 +94,20 @@ def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
     Raises:
         ConfigError: there is no such column.
     """
-    found = {
-        metric if task == "bbox" else f"{task} {metric}": values[metric]
-        for task, values in sorted(metrics.items())  # boxes first
-        if values.keys() >= set(METRICS)
-        for metric in METRICS
-    }
+    found: dict[str, float] = {}
+    for task, values in sorted(metrics.items()):  # boxes first
+        names = PIXEL_METRICS if task == PIXELS else METRICS
+        if values.keys() >= set(names):
+            prefix = "" if task in ("bbox", PIXELS) else f"{task} "
+            found |= {f"{prefix}{name}": values[name] for name in names}
     comparison.add(name, seed, found)
     runs = [run for by_seed in comparison.results.values() for run in by_seed.values()]
     comparison.metrics = {key: key for key in found if all(key in run for run in runs)}
     if not comparison.metrics:
-        raise ConfigError(
-            f"DATASETS.TEST: no {', '.join(METRICS)} that all runs have; is the set annotated?"
-        )
+        known = ", ".join((*METRICS, *PIXEL_METRICS))
+        raise ConfigError(f"DATASETS.TEST: no {known} that all runs have; is the set annotated?")
+    if (first := next(iter(comparison.metrics))) in PIXEL_METRICS:
+        comparison.difference = f"{first} minus first row"
 
 
 def train(
@@ -115,7 +118,7 @@ def train(
     *,
     launcher: Sequence[str] = (sys.executable,),
 ) -> Metrics:
-    """Train into ``folder``, or go on there; return COCO's metrics. A finished run is not touched.
+    """Train into ``folder``, or go on there; return the metrics. A finished run is not touched.
 
     Raises:
         ConfigError: a run that was started with other settings.
@@ -142,7 +145,7 @@ def train(
 def finished(
     config_file: Path, seed: int, folder: Path, overrides: Sequence[str] = ()
 ) -> Metrics | None:
-    """COCO's metrics of the run in ``folder``, None where it is not finished.
+    """The metrics of the run in ``folder``, None where it is not finished.
 
     Raises:
         ConfigError: a run that was started with other settings, or its result is damaged.

@@ -74,6 +74,22 @@ def detection_config() -> CfgNode:
             "SPLIT": "val",  # the part of it
         }
     )
+    cfg.DATASETS.SEMSEG_TRAIN = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "IMAGES": "",  # folder of its images
+            "LABELS": "",  # folder of label images: a PNG for each, a pixel holds its class
+            "CLASSES": "",  # file of the classes' names, one a line; "": they are numbers
+        }
+    )
+    cfg.DATASETS.SEMSEG_TEST = CfgNode(
+        {
+            "NAME": "",  # what the set is to be called; "": there is none
+            "IMAGES": "",  # folder of its images
+            "LABELS": "",  # folder of label images: a PNG for each, a pixel holds its class
+            "CLASSES": "",  # file of the classes' names, one a line; "": they are numbers
+        }
+    )
     cfg.DATASETS.DIGITS = CfgNode(
         {
             "ROOT": "output/digits_scenes",  # where the scenes of handwritten digits are drawn

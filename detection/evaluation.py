@@ -20,8 +20,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from detection.config import student_architecture
-from detection.data.mapper import NamingMapper
-from detection.data.targets import SEGMENTERS
+from detection.data.mapper import make_mapper
+from detection.data.targets import SEGMENTER, SEGMENTERS
 from pcka.modes import evaluation_mode
 
 COCO_DETECTIONS = 100  # the best of each image, by COCO's metrics
@@ -81,7 +81,7 @@ def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
     for name in cfg.DATASETS.TEST:
         # A folder for each set: the evaluators' files have the same names for all.
         folder = Path(cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
-        loader = build_detection_test_loader(cfg, name, mapper=NamingMapper(cfg, False))
+        loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
         with evaluation_mode(student):  # afterwards detectron2 puts all modules into one mode
             found = inference_on_dataset(student, loader, _evaluators(cfg, name, str(folder))) or {}
         if comm.is_main_process():
@@ -93,7 +93,7 @@ def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
 def _evaluators(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
     architecture = student_architecture(cfg)
     found: list[DatasetEvaluator] = []
-    if architecture != "SemanticSegmentor":
+    if architecture != SEGMENTER:
         found.append(
             ObjectEvaluator(
                 name,

@@ -1,7 +1,9 @@
 """Write a student that plain detectron2 loads: ``python detection/export.py --config-file F ...``.
 
 The folder then holds ``model.pth``, the student's weights alone, and its configuration:
-``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS a LazyConfig, ``lazy_config.yaml``.
+``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS a LazyConfig, ``lazy_config.yaml``. Of a
+segmenter with a dilated trunk or a head on one, ``dilated.py`` stands beside it: ``import dilated``
+makes detectron2 know their names.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import OmegaConf
 
+from detection import dilated
 from detection.arguments import export_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config, student_architecture
@@ -27,6 +30,7 @@ from pcka.engine.run_folder import write_text
 from pcka.files import atomic_save
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
+CODE = Path(dilated.__file__).name
 OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder
 OF_FILES = (".onnx", ".pth", ".pt", ".pkl", ".safetensors", ".yaml", ".yml", ".ts")
 
@@ -52,13 +56,15 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     student = build_student(on_cpu)
     load_weights(student, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (YAML, LAZY):  # of an older export: no configuration may stand by other weights
+    for name in (YAML, LAZY, CODE):  # of an older export: none may stand by other weights
         (folder / name).unlink(missing_ok=True)
     atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
     if architecture == "FCOS":
         lazy = {"model": lazy_fcos(cfg), "input_format": cfg.INPUT.FORMAT}
         LazyConfig.save(OmegaConf.create(lazy), str(folder / LAZY))
         return folder / LAZY
+    if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SEM_SEG_HEAD.NAME} & {*dilated.__all__}:
+        write_text(folder / CODE, Path(dilated.__file__).read_text())
     write_text(folder / YAML, _plain_config(cfg, architecture, folder / WEIGHTS).dump())
     return folder / YAML
 
@@ -108,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = export_parser().parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
     path = export_student(cfg, given.weights, Path(given.output))
-    print(f"{path.parent / WEIGHTS} and {path}: plain detectron2 loads both")
+    code = f", once it imported {CODE} beside them" if (path.parent / CODE).exists() else ""
+    print(f"{path.parent / WEIGHTS} and {path}: plain detectron2 loads both{code}")
     return path
 
 

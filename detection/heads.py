@@ -8,36 +8,41 @@ from typing import Any, cast
 from torch import nn
 
 from detection.dense import DenseParts
+from detection.pixels import PixelParts
 from detection.regions import RegionParts
 from detection.teacher import TeacherDetector
 from pcka.engine.config import ConfigError
 from pcka.losses import Loss
-from pcka.losses.heads import RegionHead
+from pcka.losses.heads import PixelHead, RegionHead
+
+Parts = DenseParts | RegionParts | PixelParts
 
 
 def read_heads(
-    student: nn.Module, teacher: TeacherDetector, losses: Sequence[Loss]
-) -> DenseParts | RegionParts:
+    student: nn.Module, teacher: TeacherDetector, losses: Sequence[Loss], *, pixels: bool = False
+) -> Parts:
     """Let the teacher give what the losses read of its head; return what gives the student's.
 
     Args:
-        student: a detectron2 detector.
+        student: a detectron2 detector or segmenter.
         teacher: its ``parts`` are set.
-        losses: one of them or more read heads.
+        losses: one of them or more read heads, or
+        pixels: the head of classes of pixels is a level that they read.
 
     Raises:
         ConfigError: heads that the losses cannot read, or that say things of two meanings.
     """
     reading = [loss for loss in losses if loss.needs_head is not None]
-    names = ", ".join(type(loss).__name__ for loss in reading)
+    names = ", ".join([*(type(loss).__name__ for loss in reading), *["the level sem_seg"] * pixels])
     depths = {loss.head_depth for loss in reading}
-    if len({loss.needs_head for loss in reading}) > 1 or len(depths - {0}) > 1:
+    kinds = {loss.needs_head for loss in reading} | ({PixelHead} if pixels else set())
+    if len(kinds) > 1 or len(depths - {0}) > 1:
         raise ConfigError(f"DISTILL.METHODS: {names} read heads of two kinds or at two depths")
-    whose = "student"
+    kind, whose = kinds.pop(), "student"
     try:
-        own = _parts(student, reading, predictions=0 in depths)
+        own = _parts(student, kind, reading, predictions=0 in depths)
         whose = "teacher"
-        teacher.parts = other = _parts(teacher.detector, reading)
+        teacher.parts = other = _parts(teacher.detector, kind, reading)
     except ValueError as error:
         raise ConfigError(f"DISTILL.METHODS: {names}: the {whose}: {error}") from error
     encodings = [parts.encoding for parts in (own, other) if isinstance(parts, RegionParts)]
@@ -50,10 +55,12 @@ def read_heads(
 
 
 def _parts(
-    detector: nn.Module, reading: Sequence[Loss], *, predictions: bool = True
-) -> DenseParts | RegionParts:
+    model: nn.Module, kind: type | None, reading: Sequence[Loss], *, predictions: bool = True
+) -> Parts:
     """What gives the losses what they read of a head."""
-    if reading[0].needs_head is RegionHead:
-        return RegionParts(detector, max(cast(Any, loss).proposals for loss in reading))
+    if kind is PixelHead:
+        return PixelParts(model)
+    if kind is RegionHead:
+        return RegionParts(model, max(cast(Any, loss).proposals for loss in reading))
     depth = max(loss.head_depth for loss in reading)
-    return DenseParts(detector, depth, predictions=predictions)
+    return DenseParts(model, depth, predictions=predictions)

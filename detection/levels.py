@@ -96,6 +96,16 @@ def needs_head(methods: Sequence[str]) -> bool:
     return any(losses.find(name).needs_head is not None for name in methods)
 
 
+def reads_levels(methods: Sequence[str]) -> bool:
+    """Whether a loss compares maps of levels, and not heads alone.
+
+    Raises:
+        ConfigError: a name that no loss has.
+    """
+    distill.check_methods(methods)
+    return any("stages" in losses.defaults(name) or losses.find(name).taps for name in methods)
+
+
 def _unfit(loss: losses.Loss) -> str | None:
     """Why a loss is none of feature maps or of heads, which is what detectors have."""
     needs = {

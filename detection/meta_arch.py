@@ -1,4 +1,4 @@
-"""A detector that learns from another one, as a detectron2 meta-architecture."""
+"""A detector or segmenter that learns from another one, as a detectron2 meta-architecture."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
-from detection.levels import build_losses, match_levels, needs_head
+from detection.levels import build_losses, match_levels, needs_head, reads_levels
+from detection.pixels import LEVEL, TAP, names_pixels, pixel_shape
 from detection.teacher import HEAD, TeacherBackbone, TeacherDetector, build_teacher
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 from pcka.engine.preflight import naming
 from pcka.losses import Loss, Outputs
+from pcka.losses.heads import PixelHead
 from pcka.losses.numerics import at_one_size
 from pcka.modes import evaluation_mode
 from pcka.ops import cka
@@ -29,8 +31,7 @@ from pcka.taps import FeatureTap
 from pcka.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
-    from detection.dense import DenseParts
-    from detection.regions import RegionParts
+    from detection.heads import Parts
 
 DRY_RUN_SIDE = 256
 
@@ -45,7 +46,7 @@ class DistilledDetector(nn.Module):
     of the objects, where one needs them.
 
     Args:
-        student: any detectron2 detector with a ``backbone`` that returns named maps.
+        student: any detectron2 model with a ``backbone`` that returns named maps.
         teacher: of :func:`detection.teacher.build_teacher`, with its head where a loss needs it;
             None for a student that trains by itself.
         losses: of :mod:`pcka.losses`, on taps named like the student's levels.
@@ -67,15 +68,17 @@ class DistilledDetector(nn.Module):
         log_period: int = 0,
     ) -> None:
         super().__init__()
-        taps = {own: (f"backbone:{own}", f":{other}") for own, other in levels.items()}
+        taps = {own: (_path(own), f":{other}") for own, other in levels.items()}
         self.distiller = Distiller(student, teacher, losses, taps, gather=False)
         self.log_period = log_period
         self._needs_boxes = any(loss.needs_boxes for loss in losses)
-        self._head: DenseParts | RegionParts | None = None
-        if teacher is not None and any(loss.needs_head is not None for loss in losses):
+        self._head: Parts | None = None
+        pixels = LEVEL in {*levels, *levels.values()}
+        if teacher is not None and (pixels or any(loss.needs_head for loss in losses)):
             from detection.heads import read_heads  # most runs need none of its modules
 
-            self._head = read_heads(student, cast(TeacherDetector, teacher.model), losses)
+            whole = cast(TeacherDetector, teacher.model)
+            self._head = read_heads(student, whole, losses, pixels=pixels)
         if teacher is not None:
             with naming("DISTILL"):
                 self._prepare()
@@ -87,11 +90,18 @@ class DistilledDetector(nn.Module):
         student: Any = build_student(cfg)
         if not cfg.DISTILL.METHODS:
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
-        with_head = cfg.DISTILL.TEACHER.HEAD or needs_head(cfg.DISTILL.METHODS)
+        pixels = names_pixels(cfg.DISTILL.LEVELS)
+        with_head = cfg.DISTILL.TEACHER.HEAD or pixels or needs_head(cfg.DISTILL.METHODS)
         teacher = build_teacher(cfg, with_head=with_head)
         shapes = student.backbone.output_shape()
         teacher_shapes = cast(TeacherBackbone, teacher.model).output_shape()
-        levels = match_levels(cfg.DISTILL.LEVELS, shapes, teacher_shapes)
+        if pixels:
+            shapes = {**shapes, **pixel_shape(student)}
+            teacher_shapes = {**teacher_shapes, **pixel_shape(cast(Any, teacher.model).detector)}
+        wanted = cfg.DISTILL.LEVELS
+        levels = {}  # of heads alone, whose models may have levels of other names
+        if wanted or reads_levels(cfg.DISTILL.METHODS):
+            levels = match_levels(wanted, shapes, teacher_shapes)
         return {
             "student": student,
             "teacher": teacher,
@@ -158,7 +168,10 @@ class DistilledDetector(nn.Module):
             if self._head is not None:
                 teacher = _with_head(teacher)
                 head = self._head.run(student.features, cast(Any, teacher.head))
-                student = replace(student, head=head)
+                features = dict(student.features)
+                if isinstance(head, PixelHead):
+                    features[LEVEL] = head.features
+                student = replace(student, head=head, features=features)
         self.distiller.prepare_for(student, teacher)
 
 
@@ -175,6 +188,11 @@ def check_exportable(cfg: CfgNode) -> None:
             f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
             f"{architecture} one of its own, e.g. 'build_retinanet_resnet_fpn_backbone'"
         )
+
+
+def _path(level: str) -> str:
+    """Where a student has a level."""
+    return TAP if level == LEVEL else f"backbone:{level}"
 
 
 def _with_head(teacher: Outputs | None) -> Outputs:

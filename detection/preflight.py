@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.utils import comm
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.config import DISTILLED, registered, student_architecture
+from detection.data.targets import SEGMENTERS
 from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
@@ -25,7 +26,8 @@ def check_run(cfg: CfgNode) -> None:
     Raises:
         ConfigError: one of its keys, and what to set it to.
     """
-    student_architecture(cfg)
+    if student_architecture(cfg) in SEGMENTERS:
+        _check_segmenter(cfg)
     registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     folder = Path(cfg.OUTPUT_DIR)
     if not cfg.OUTPUT_DIR or (folder.exists() and not folder.is_dir()):
@@ -38,6 +40,17 @@ def check_run(cfg: CfgNode) -> None:
         raise ConfigError(
             "SOLVER.REFERENCE_WORLD_SIZE: batch, learning rate and schedule are not scaled here; "
             f"set it to 0 and give those of {comm.get_world_size()} process(es)"
+        )
+
+
+def _check_segmenter(cfg: CfgNode) -> None:
+    keys = cfg.MODEL.SEM_SEG_HEAD
+    registered(SEM_SEG_HEADS_REGISTRY, keys.NAME, "MODEL.SEM_SEG_HEAD.NAME")
+    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if keys.NAME in ("PSPHead", "ASPPHead") and keys.NORM == "BN" and images < 2:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH: {keys.NAME} normalises one mean an image, and each process has "
+            f"{images} image(s); give it two, or set MODEL.SEM_SEG_HEAD.NORM to 'SyncBN'"
         )
 
 

@@ -20,14 +20,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import load_weights
 from detection.config import build, build_student, registered, teacher_config
+from detection.pixels import LEVEL, PixelParts
 from detection.teacher_checks import check_statistics, check_trained
 from pcka.engine.config import ConfigError
 from pcka.losses.heads import Dense, DenseHead, Inner
 from pcka.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
-    from detection.dense import DenseParts
-    from detection.regions import RegionParts
+    from detection.heads import Parts
 
 HEAD = "head"  # what the head gives, beside the maps of the levels
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -83,6 +83,10 @@ class TeacherBackbone(nn.Module):
                 next size that its own backbone can halve, on the right and below, and what lies
                 beyond the canvas is cut off its maps.
         """
+        return self.cut(self.run(images, canvas), canvas)
+
+    def run(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
+        """Level -> ``(B, C, H, W)``, of all that the teacher padded the canvas to."""
         device = self.pixel_mean.device
         step = self.size_divisibility
         height, width = (math.ceil(side / step) * step for side in canvas)
@@ -91,7 +95,13 @@ class TeacherBackbone(nn.Module):
             image = image.to(device).flip(0) if self.swap_channels else image.to(device)
             slot[:, : image.shape[1], : image.shape[2]] = (image - self.pixel_mean) / self.pixel_std
         with self._precision(device.type):
-            maps = self.backbone(batch.contiguous(memory_format=self.memory_format))
+            return cast(
+                "dict[str, Tensor]",
+                self.backbone(batch.contiguous(memory_format=self.memory_format)),
+            )
+
+    def cut(self, maps: Mapping[str, Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
+        """The maps of the canvas alone."""
         cut = {}
         for level, shape in self.output_shape().items():
             rows, columns = (math.ceil(side / (shape.stride or 1)) for side in canvas)
@@ -105,12 +115,13 @@ class TeacherBackbone(nn.Module):
 
 
 class TeacherDetector(TeacherBackbone):
-    """A :class:`TeacherBackbone` with the whole detector behind it.
+    """A :class:`TeacherBackbone` with the whole detector, or segmenter, behind it.
 
     Its head runs on the maps of the canvas, and only where ``parts`` says what of it to give.
+    Classes of pixels are of whole maps, which go together level by level, and cut afterwards.
 
     Args:
-        detector: detectron2 detector with a ``backbone``.
+        detector: detectron2 model with a ``backbone``.
         pixel_mean, pixel_std, keywords: of :class:`TeacherBackbone`.
 
     Attributes:
@@ -126,19 +137,28 @@ class TeacherDetector(TeacherBackbone):
     ) -> None:
         super().__init__(cast(Backbone, detector.backbone), pixel_mean, pixel_std, **keywords)
         self.detector = detector
-        self.parts: DenseParts | RegionParts | None = None
+        self.parts: Parts | None = None
 
     def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Any]:
-        """As :meth:`TeacherBackbone.forward`, and under ``"head"`` what the head gives."""
-        maps: dict[str, Any] = super().forward(images, canvas)
-        if self.parts is not None:
-            with self._precision(self.pixel_mean.device.type):
-                head = self.parts.teach(
-                    maps, [(image.shape[-2], image.shape[-1]) for image in images]
-                )
-            if isinstance(head, DenseHead) and head.rest is not None:
-                head = replace(head, rest=partial(self._precisely, head.rest))
-            maps[HEAD] = head
+        """As :meth:`TeacherBackbone.forward`, and under ``"head"`` what the head gives.
+
+        Of a head of classes of pixels, ``"sem_seg"`` is the map that its last layer is given.
+        """
+        whole = self.run(images, canvas)
+        maps: dict[str, Any] = self.cut(whole, canvas)
+        if self.parts is None:
+            return maps
+        with self._precision(self.pixel_mean.device.type):
+            head: Any
+            if isinstance(self.parts, PixelParts):
+                head = self.parts.teach(whole, canvas)
+                maps[LEVEL] = head.features
+            else:
+                sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+                head = self.parts.teach(maps, sizes)
+        if isinstance(head, DenseHead) and head.rest is not None:
+            head = replace(head, rest=partial(self._precisely, head.rest))
+        maps[HEAD] = head
         return maps
 
     def detect(self, image: Tensor, height: int, width: int) -> Instances:
@@ -148,9 +168,16 @@ class TeacherDetector(TeacherBackbone):
             image: ``(3, H, W)``, as the student's data loader gives it.
             height, width: of the image that the boxes are for.
         """
+        return cast(Instances, self._infer(image, height, width)["instances"])
+
+    def classify(self, image: Tensor, height: int, width: int) -> Tensor:
+        """The class that the teacher gives each pixel, ``(height, width)``; as :meth:`detect`."""
+        return cast(Tensor, self._infer(image, height, width)["sem_seg"]).argmax(0)
+
+    def _infer(self, image: Tensor, height: int, width: int) -> dict[str, Any]:
         own = image.flip(0) if self.swap_channels else image
         (found,) = self.detector([{"image": own, "height": height, "width": width}])
-        return cast(Instances, found["instances"])
+        return cast("dict[str, Any]", found)
 
     def _precisely(self, rest: Callable[[Inner], Dense], inner: Inner) -> Dense:
         with self._precision(self.pixel_mean.device.type):

@@ -12,7 +12,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from torch import Tensor, nn
 
-from detection.data.mapper import NamingMapper
+from detection.data.mapper import make_mapper
+from detection.data.pixels import Labels
 from detection.data.targets import Entries
 from detection.run_state import lent_random_states
 from pcka.engine.config import ConfigError
@@ -67,7 +68,7 @@ def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> No
         ConfigError: maps that are not finite, absurdly large, or the same whatever the image.
     """
     with lent_random_states():  # the mapper draws a size
-        image = NamingMapper(cfg, False)(dataset[0])["image"]
+        image = make_mapper(cfg, training=False)(dataset[0])["image"]
     maps = teacher([image, 255 - image], tuple(image.shape[-2:]))
     for level, feature in maps.items():
         if not isinstance(feature, Tensor):  # what a head gave
@@ -94,11 +95,10 @@ def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> 
         ConfigError: of none of their objects a box of the right class and half its overlap.
     """
     detect = cast(Any, teacher.model).detect
-    shown = [entry for entry in dataset if _objects(entry)]
-    shown = shown[:: max(1, len(shown) // TRIED_IMAGES)][:TRIED_IMAGES]
+    shown = _some([entry for entry in dataset if _objects(entry)])
     found = asked = 0
     with lent_random_states():
-        read = NamingMapper(cfg, False)
+        read = make_mapper(cfg, training=False)
         for entry in shown:
             given = read(entry)
             seen = detect(given["image"], given["height"], given["width"])
@@ -112,6 +112,64 @@ def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> 
             f"in {len(shown)} images of DATASETS.TRAIN; were its classes, its anchors or its pixel "
             "statistics other ones?"
         )
+
+
+@torch.no_grad()
+def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
+    """Let a teacher give the classes of pixels in a few images, and refuse one that guesses.
+
+    Args:
+        teacher: around a :class:`detection.teacher.TeacherDetector`, where it will run.
+        cfg: of the run; its images are read as for an evaluation.
+        dataset: of the run; up to ``TRIED_IMAGES`` are taken from all over it.
+
+    Raises:
+        ConfigError: it gives other classes than the student has, or its mean intersection over
+            union is no higher than that of the commonest class everywhere.
+    """
+    classify, labels = cast(Any, teacher.model).classify, Labels.of(cfg)
+    counts = torch.zeros(labels.classes, labels.classes, dtype=torch.int64)  # truth, given
+    wanted, shown = cfg.DISTILL.TEACHER, _some(dataset)
+    with lent_random_states():
+        read = make_mapper(cfg, training=False)
+        for entry in shown:
+            given = read(entry)
+            truth = torch.from_numpy(labels.read(entry["sem_seg_file_name"]).astype("int64"))
+            seen = classify(given["image"], *truth.shape).cpu()
+            counted = truth != labels.ignored
+            if (found := int(seen.max()) + 1) > labels.classes:
+                raise ConfigError(
+                    f"DISTILL.TEACHER: it gives a pixel the class {found - 1}, the student has "
+                    f"{labels.classes} classes; give both models the same"
+                )
+            pairs = truth[counted] * labels.classes + seen[counted]
+            counts += torch.bincount(pairs, minlength=counts.numel()).view_as(counts)
+    guess = torch.zeros_like(counts)
+    guess[:, counts.sum(1).argmax()] = counts.sum(1)
+    reached, guessed = (mean_iou(one) for one in (counts, guess))
+    logger.info("The teacher's mIoU in %d training images is %.2f %%", len(shown), reached)
+    if reached <= guessed:
+        raise ConfigError(
+            f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS}: the teacher's mIoU in {len(shown)} images "
+            f"of DATASETS.TRAIN is {reached:.2f} %, and {guessed:.2f} % is reached by one class "
+            "everywhere; were its classes or its pixel statistics other ones?"
+        )
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Mean intersection over union of the classes that are there, in percent.
+
+    Args:
+        counts: ``(K, K)``, pixels by their true and their given class.
+    """
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    there = counts.sum(1) > 0
+    return float(100 * (counts.diagonal()[there] / union[there]).mean()) if there.any() else 0.0
+
+
+def _some(entries: Entries) -> Entries:
+    """Up to ``TRIED_IMAGES``, from all over a set."""
+    return entries[:: max(1, len(entries) // TRIED_IMAGES)][:TRIED_IMAGES]
 
 
 def _objects(entry: dict[str, Any]) -> list[dict[str, Any]]:

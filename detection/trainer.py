@@ -10,8 +10,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
 from detectron2.layers import ROIAlign, ROIAlignRotated
-from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.modeling import SemanticSegmentor, build_model
+from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,8 +26,9 @@ from detection.figures import MetricsState, RestoreMetrics, plot_run
 from detection.inherit import inherit_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
+from detection.schedule import build_schedule
 from detection.teacher import TeacherDetector
-from detection.teacher_checks import check_detections, check_features
+from detection.teacher_checks import check_detections, check_features, check_pixels
 from pcka.distributed import OWN_BUFFERS, average_buffers
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
@@ -68,7 +69,7 @@ class DetectionTrainer(SimpleTrainer):
             model = build_student(cfg).to(cfg.MODEL.DEVICE)
         student = student_of(model)
         optimizer = build_optimizer(cfg, model)
-        self.scheduler = build_lr_scheduler(cfg, optimizer)
+        self.scheduler = build_schedule(cfg, optimizer)
         self.run_state = RunState(student)
         self.metrics = MetricsState(Path(cfg.OUTPUT_DIR, "metrics.json"))
         parts = {
@@ -181,8 +182,12 @@ class DetectionTrainer(SimpleTrainer):
 
 def _check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
     check_features(teacher, cfg, dataset)
-    has_head = isinstance(teacher.model, TeacherDetector)
-    if has_head and not cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+    whole = teacher.model
+    if not isinstance(whole, TeacherDetector) or cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+        return
+    if hasattr(whole.detector, "sem_seg_head") and "sem_seg_file_name" in dataset[0]:
+        check_pixels(teacher, cfg, dataset)
+    elif not isinstance(whole.detector, SemanticSegmentor):
         check_detections(teacher, cfg, dataset)
 
 

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits with exact boxes: a detection set that nobody has to download."""
+"""Scenes of handwritten digits with exact boxes and pixels: a set that nobody has to download."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ DIGITS_PER_AREA = (4, 12)  # for each AREA square pixels
 AREA = 256**2
 VISIBLE = 40  # grey value from which a pixel counts as part of the digit
 TRIES = 30
+LABELS = "labels"  # folder of the label images, beside that of the images
+PIXEL_CLASSES = ("background", *map(str, range(10)))  # of a label image: a digit is its class + 1
 
 
 def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path, Path]:
     """Return the annotation file and the image folder; make them where they are missing.
 
-    The scenes depend on (split, side, number of the scene) alone. The annotations are written
-    last, so that an interrupted run leaves nothing that looks complete.
+    Beside them the folder ``labels`` holds the class of each pixel (``PIXEL_CLASSES``), in an image
+    of the same name. The scenes depend on (split, side, number of the scene) alone. The annotations
+    are written last, so that an interrupted run leaves nothing that looks complete.
 
     Args:
         root: folder of all sets.
@@ -40,15 +43,18 @@ def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path,
         raise ValueError(f"DATASETS.DIGITS.SIDE: expected at least {DIGIT_SIDES[1]}, got {side}")
     folder = root / f"{split}_{scenes}x{side}"
     annotations = folder / "annotations.json"
-    images = folder / "images"
+    images, labels = folder / "images", folder / LABELS
+    if not labels.is_dir():
+        annotations.unlink(missing_ok=True)
     if not annotations.exists():
-        images.mkdir(parents=True, exist_ok=True)
-        described = _write_scenes(images, split, scenes, side)
+        for each in (images, labels):
+            each.mkdir(parents=True, exist_ok=True)
+        described = _write_scenes(folder, split, scenes, side)
         write_text(annotations, json.dumps(described))
     return annotations, images
 
 
-def _write_scenes(images: Path, split: str, scenes: int, side: int) -> dict[str, list[dict]]:
+def _write_scenes(folder: Path, split: str, scenes: int, side: int) -> dict[str, list[dict]]:
     """Write the pictures and return their description in COCO's format."""
     digits = load_digits()
     test = np.arange(len(digits.target)) >= FIRST_TEST_DIGIT
@@ -58,9 +64,10 @@ def _write_scenes(images: Path, split: str, scenes: int, side: int) -> dict[str,
     boxes: list[dict] = []
     for scene in range(scenes):
         generator = np.random.RandomState([SPLIT_SEEDS[split], side, scene])
-        canvas, found = _draw_scene(generator, pictures, labels, side)
+        canvas, pixels, found = _draw_scene(generator, pictures, labels, side)
         name = f"{scene:06d}.png"
-        Image.fromarray(canvas).save(images / name)
+        Image.fromarray(canvas).save(folder / "images" / name)
+        Image.fromarray(pixels).save(folder / LABELS / name)
         entries.append({"id": scene + 1, "file_name": name, "width": side, "height": side})
         for label, (x, y, width, height) in found:
             boxes.append(
@@ -79,10 +86,16 @@ def _write_scenes(images: Path, split: str, scenes: int, side: int) -> dict[str,
 
 def _draw_scene(
     generator: np.random.RandomState, pictures: np.ndarray, labels: np.ndarray, side: int
-) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
-    """Scatter digits over a noisy canvas; boxes are (x, y, width, height), none overlap."""
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
+    """Scatter digits over a noisy canvas; boxes are (x, y, width, height), none overlap.
+
+    Returns:
+        The canvas ``(side, side, 3)``, the classes of its pixels ``(side, side)``, both uint8, and
+        the digits with their boxes.
+    """
     canvas = generator.randint(0, 60, (side, side, 3)).astype(np.float32)
     taken = np.zeros((side, side), dtype=bool)
+    pixels = np.zeros((side, side), dtype=np.uint8)
     found = []
     for _ in range(max(1, generator.randint(*DIGITS_PER_AREA) * side**2 // AREA)):
         index = generator.randint(len(labels))
@@ -94,9 +107,10 @@ def _draw_scene(
             if not taken[window].any():
                 taken[window] = True
                 canvas[window] = np.maximum(canvas[window], digit[..., None] * colour)
+                pixels[window][digit >= VISIBLE] = labels[index] + 1
                 found.append((int(labels[index]), _visible_box(digit, x, y)))
                 break
-    return canvas.astype(np.uint8), found
+    return canvas.astype(np.uint8), pixels, found
 
 
 def _resized(picture: np.ndarray, side: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
-from detection.data.mapper import NamingMapper
+from detection.data.mapper import make_mapper
 from detection.data.targets import Entries
 from pcka.engine.config import ConfigError
 
@@ -40,7 +40,7 @@ def training_loader(cfg: CfgNode, dataset: Entries, start: int) -> DataLoader:
     """
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     sampler = ContinuedSampler(_sampler(cfg, dataset), used)
-    mapper = NamingMapper(cfg, True)
+    mapper = make_mapper(cfg, training=True)
     return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler, mapper=mapper)
 
 

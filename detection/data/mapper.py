@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import check_image_size, read_image
 
+from detection.config import student_architecture
+from detection.data.pixels import Labels
+from detection.data.targets import SEGMENTER
 from pcka.engine.config import ConfigError
 
 
@@ -23,9 +31,55 @@ class NamingMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
-            return super().__call__(dataset_dict)
+            return self.read(dataset_dict)
         except Exception as error:  # of image libraries, NumPy and assertions alike
             raise UnusableImageError(
                 f"{dataset_dict.get('file_name')}: the image or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def read(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """What detectron2's mapper gives."""
+        return super().__call__(dataset_dict)
+
+
+class PixelMapper(NamingMapper):
+    """Images with the class of each pixel, for a ``SemanticSegmentor``.
+
+    Unlike detectron2's, it reads palette images, refuses classes that the model has not, and crops
+    what was resized before: crops are of one size, whatever the scale. The classes are read for the
+    training alone.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool) -> None:
+        super().__init__(cfg, is_train)
+        self.labels = Labels.of(cfg)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """What ``DatasetMapper`` takes."""
+        keywords: dict[str, Any] = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.CROP.ENABLED:
+            _, resize, *others = keywords["augmentations"]
+            keys = cfg.INPUT.CROP
+            keywords["augmentations"] = [resize, T.RandomCrop(keys.TYPE, keys.SIZE), *others]
+        return keywords
+
+    def read(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """An entry with ``image`` and, for the training, ``sem_seg``."""
+        entry = dict(dataset_dict)
+        labels = self.labels.read(entry["sem_seg_file_name"]) if self.is_train else None
+        image = read_image(entry["file_name"], format=self.image_format)
+        check_image_size(entry, image)
+        given = T.AugInput(image, sem_seg=labels)
+        self.augmentations(given)
+        entry["image"] = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        if labels is not None:
+            entry["sem_seg"] = torch.as_tensor(given.sem_seg.astype("int64"))
+        return entry
+
+
+def make_mapper(cfg: CfgNode, *, training: bool) -> NamingMapper:
+    """Return what reads the images of a student."""
+    of_pixels = student_architecture(cfg) == SEGMENTER
+    return (PixelMapper if of_pixels else NamingMapper)(cfg, training)

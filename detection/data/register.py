@@ -18,7 +18,9 @@ from detectron2.utils.file_io import PathManager
 from detection.config import student_architecture
 from detection.data.annotations import Annotations
 from detection.data.coco_file import DamagedFileError, check_coco, read_coco
-from detection.data.digits import digits_scenes
+from detection.data.digits import LABELS, PIXEL_CLASSES, digits_scenes
+from detection.data.pixels import Labels, check_count, class_names, read_folders
+from detection.data.targets import SEGMENTER
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
 from pcka.engine.config import ConfigError
@@ -26,7 +28,8 @@ from pcka.engine.run_folder import write_text
 
 # What reads boxes of other formats than COCO's; their keys are DATASETS.<format>_TRAIN and _TEST.
 READERS: dict[str, Callable[[str, Path, str], Annotations]] = {"VOC": read_voc, "YOLO": read_yolo}
-FORMATS = ("COCO", *READERS)
+PIXELS = "SEMSEG"  # folders of images and of label images
+FORMATS = ("COCO", *READERS, PIXELS)
 CONVERTED = "annotations"  # folder of OUTPUT_DIR for the COCO files that are made of them
 Categories = list[tuple[int, str]]  # id, name
 DIGITS_KEY = "DATASETS.DIGITS"
@@ -34,9 +37,10 @@ DIGITS = {"digits_scenes_train": "train", "digits_scenes_test": "test"}
 
 
 def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
-    """Register the digits scenes and the sets of one's own, in the format of COCO, VOC or YOLO.
+    """Register the digits scenes and the sets of one's own.
 
-    A set of ``DATASETS.COCO_TRAIN`` (``VOC_TRAIN``, ``YOLO_TRAIN``) takes the place of
+    These are boxes in the format of COCO, VOC or YOLO, or folders of label images. A set of
+    ``DATASETS.COCO_TRAIN`` (``VOC_TRAIN``, ``YOLO_TRAIN``, ``SEMSEG_TRAIN``) takes the place of
     ``DATASETS.TRAIN``, one of ``COCO_TEST`` and so on that of ``TEST``. detectron2's own sets are
     found under ``DETECTRON2_DATASETS`` as ever. Boxes of VOC and YOLO are written to a file in
     COCO's format, in ``OUTPUT_DIR``.
@@ -98,7 +102,7 @@ def _own_key(cfg: CfgNode, split: str) -> str:
 
 
 def class_count(cfg: CfgNode) -> int:
-    """Number of classes of the student that the configuration describes."""
+    """Number of classes of objects of the student that the configuration describes."""
     dense = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
     return dense.get(student_architecture(cfg), cfg.MODEL.ROI_HEADS).NUM_CLASSES
 
@@ -110,12 +114,15 @@ def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
         digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
     comm.synchronize()
     annotations, images = digits_scenes(Path(keys.ROOT), split, scenes, keys.SIDE)
+    folder = annotations.parent
     try:
+        if student_architecture(cfg) == SEGMENTER:
+            return _register_pixels(cfg, name, DIGITS_KEY, (images, folder / LABELS), PIXEL_CLASSES)
         content = read_coco(DIGITS_KEY, str(annotations))
         _check(cfg, DIGITS_KEY, str(annotations), content, str(images), evaluated=evaluated)
     except DamagedFileError as error:
         raise ConfigError(
-            f"{error}; remove the folder {str(annotations.parent)!r}, and it is made anew"
+            f"{error}; remove the folder {str(folder)!r}, and it is made anew"
         ) from error
     return _register(name, str(annotations), content, str(images))
 
@@ -123,6 +130,15 @@ def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
 def _register_own(cfg: CfgNode, own: str, *, evaluated: bool) -> Categories:
     """Register the set of one's own that stands under a key, as ``VOC_TRAIN``."""
     key, keys, form = f"DATASETS.{own}", cfg.DATASETS[own], own.partition("_")[0]
+    architecture = student_architecture(cfg)
+    if (architecture == SEGMENTER) != (form == PIXELS):
+        learns, other = ("pixels", PIXELS) if architecture == SEGMENTER else ("boxes", "COCO")
+        raise ConfigError(
+            f"{key}: a {architecture} learns the classes of {learns}; describe your set by "
+            f"DATASETS.{other}_{own.partition('_')[2]}"
+        )
+    if form == PIXELS:
+        return _register_own_pixels(cfg, key, keys, evaluated=evaluated)
     if form in READERS:
         if not keys.ROOT or not Path(keys.ROOT).expanduser().exists():
             raise ConfigError(f"{key}.ROOT: there is no folder {keys.ROOT!r}")
@@ -138,13 +154,39 @@ def _register_own(cfg: CfgNode, own: str, *, evaluated: bool) -> Categories:
             raise ConfigError(f"{key}.IMAGES: there is no folder {images!r}")
         content = read_coco(f"{key}.JSON", annotations)
         _check(cfg, f"{key}.JSON", source, content, images, evaluated=evaluated)
-    if keys.NAME in DatasetCatalog.list() and _source_of(keys.NAME) != source:
-        raise ConfigError(
-            f"{key}.NAME: {keys.NAME!r} is the name of another data set; choose a new one"
-        )
+    _check_name(key, keys.NAME, source)
     categories = _register(keys.NAME, annotations, content, images)
     MetadataCatalog.get(keys.NAME).source = source
     return categories
+
+
+def _register_own_pixels(cfg: CfgNode, key: str, keys: CfgNode, *, evaluated: bool) -> Categories:
+    """Register a folder of images and one of label images."""
+    _check_name(key, keys.NAME, keys.LABELS)
+    classes = class_names(f"{key}.CLASSES", keys.CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    folders = keys.IMAGES, keys.LABELS
+    return _register_pixels(cfg, keys.NAME, key, folders, classes, evaluated=evaluated)
+
+
+def _register_pixels(
+    cfg: CfgNode,
+    name: str,
+    key: str,
+    folders: tuple[str | Path, str | Path],
+    classes: Sequence[str],
+    *,
+    evaluated: bool = False,
+) -> Categories:
+    """Make images and label images known under a name; return their classes."""
+    check_count(key, classes, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    labels = Labels.of(cfg)
+    entries = read_folders(key, *folders, labels, evaluated=evaluated)
+    _forget(name)
+    DatasetCatalog.register(name, lambda: entries)
+    MetadataCatalog.get(name).set(
+        stuff_classes=list(classes), ignore_label=labels.ignored, source=str(folders[1])
+    )
+    return list(enumerate(classes))
 
 
 def _check(
@@ -174,6 +216,12 @@ def _converted(cfg: CfgNode, name: str, content: dict[str, Any]) -> str:
     return str(file)
 
 
+def _check_name(key: str, name: str, source: str) -> None:
+    """Refuse a name that stands for another set."""
+    if name in DatasetCatalog.list() and _source_of(name) != source:
+        raise ConfigError(f"{key}.NAME: {name!r} is the name of another data set; choose a new one")
+
+
 def _source_of(name: str) -> str | None:
     known = MetadataCatalog.get(name)
     source: str | None = known.get("source", known.get("json_file"))
@@ -183,11 +231,16 @@ def _source_of(name: str) -> str | None:
 def _register(name: str, annotations: str, content: dict[str, Any], images: str) -> Categories:
     """Make a file in COCO's format known under a name; return its classes."""
     listed = content["categories"]
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)  # the next annotation file may be another
+    _forget(name)
     register_coco_instances(name, _keypoints(listed), annotations, images)
     return sorted((entry["id"], entry["name"]) for entry in listed)
+
+
+def _forget(name: str) -> None:
+    """Make room for a set: the next file under the name may be another."""
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def _check_known(split: str, name: str) -> None:
@@ -195,8 +248,8 @@ def _check_known(split: str, name: str) -> None:
     if name not in DatasetCatalog.list():
         raise ConfigError(
             f"DATASETS: no data set is called {name!r}; take {' or '.join(DIGITS)}, one that "
-            "detectron2 knows, or describe yours by DATASETS.COCO_TRAIN, VOC_TRAIN or YOLO_TRAIN, "
-            "and COCO_TEST and so on"
+            "detectron2 knows, or describe yours by DATASETS.COCO_TRAIN, VOC_TRAIN, YOLO_TRAIN or "
+            "SEMSEG_TRAIN, and COCO_TEST and so on"
         )
     annotations = MetadataCatalog.get(name).get("json_file")
     if annotations and not PathManager.exists(annotations):

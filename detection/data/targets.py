@@ -13,7 +13,8 @@ from detection.config import student_architecture
 from pcka.engine.config import ConfigError
 
 Entries = list[dict[str, Any]]
-SEGMENTERS = ("SemanticSegmentor", "PanopticFPN")  # give a class for every pixel
+SEGMENTER = "SemanticSegmentor"
+SEGMENTERS = (SEGMENTER, "PanopticFPN")  # give a class for every pixel
 WITH_REGIONS = ("GeneralizedRCNN", "PanopticFPN")  # may have a head for masks
 COCO_KEYPOINTS = 17
 
@@ -80,7 +81,8 @@ def _check_segmented(key: str, architecture: str, entries: Entries) -> None:
         raise ConfigError(
             f"{key}: a {architecture} needs a class for every pixel, and {len(missing)} of "
             f"{len(entries)} images have none (no sem_seg_file_name), {_file_of(missing[0])} the "
-            "first; take a set like 'coco_2017_train_panoptic_stuffonly', or a student of boxes"
+            "first; take a set like 'coco_2017_train_panoptic_stuffonly', describe yours by "
+            "DATASETS.SEMSEG_TRAIN and SEMSEG_TEST, or take a student of boxes"
         )
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.fgd import FGD, fgd_loss, fgd_relation_loss
     from pcka.losses.fitnet import FitNet, fitnet_loss
     from pcka.losses.ickd import ICKD, ickd_loss
+    from pcka.losses.ifvd import IFVD, ifvd_loss
     from pcka.losses.ikl import IKL, ikl_loss
     from pcka.losses.itrd import ITRD, itrd_loss
     from pcka.losses.kd import KD, kd_loss
@@ -63,6 +64,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.losses.ofd import OFD, ofd_loss
     from pcka.losses.patched import Patched, patched_loss
     from pcka.losses.pcka import PCKA, pcka_loss
+    from pcka.losses.pixelcka import PixelCKA, pixel_cka_loss
+    from pcka.losses.pixelcwd import PixelCWD
+    from pcka.losses.pixelkd import PixelKD, pixel_kd_loss
     from pcka.losses.pkd import PKD, pkd_loss
     from pcka.losses.pkt import PKT, pkt_loss
     from pcka.losses.rcka import RCKA, rcka_loss

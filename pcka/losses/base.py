@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, final
 from torch import Tensor, nn
 
 from pcka.losses.checks import as_stages, as_weights, check_temperature, check_weights
-from pcka.losses.heads import DenseHead, RegionHead
+from pcka.losses.heads import DenseHead, PixelHead, RegionHead
 from pcka.losses.numerics import standardized_logits
 
 T = TypeVar("T")
@@ -25,14 +25,14 @@ class Outputs:
         indices: position of each sample in the training set, ``(B,)`` int64, or None where no loss
             needs it.
         raw: what the model returned; None where the batch is that of several processes.
-        head: what the head of a detector gave, or None where no loss needs it.
+        head: what the head of a detector or a segmenter gave, or None where no loss needs it.
     """
 
     logits: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     indices: Tensor | None = None
     raw: Any = None
-    head: DenseHead | RegionHead | None = None
+    head: DenseHead | RegionHead | PixelHead | None = None
 
     def feature(self, name: str) -> Tensor:
         """The feature tapped under ``name``.

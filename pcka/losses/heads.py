@@ -60,3 +60,19 @@ class RegionHead:
     logits: Tensor
     deltas: Tensor
     proposals: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class PixelHead:
+    """What a head of classes of pixels gave on one batch.
+
+    Args:
+        logits: ``(B, K, H, W)``, a score for each class, before the softmax.
+        features: ``(B, C, H, W)``, what its last layer was given.
+        labels: ``(B, H', W')`` int64, the class of each pixel, or -1 where none counts; None where
+            it was told none.
+    """
+
+    logits: Tensor
+    features: Tensor
+    labels: Tensor | None = None

@@ -33,6 +33,19 @@ def compared(change=lambda run, seed, metrics: None):
     return made
 
 
+def test_segmenters_are_compared_by_their_pixels():
+    made = compare.empty_comparison(["student", "kd"])
+    for run, values in {"student": (20.0, 24.0), "kd": (25.0, 29.5)}.items():
+        for seed, value in enumerate(values):
+            found = {"mIoU": value, "mACC": 50.0, "pACC": 90.0, "IoU-a": 1.0, "fwIoU": 2.0}
+            compare.add(made, run, seed, {"sem_seg": found})
+    student, kd = made.rows()
+    assert list(student) == [
+        "run", "seeds", "mIoU", "mACC", "pACC", "mIoU minus first row", "difference",
+    ]  # fmt: skip
+    assert (student["mIoU"], kd["mIoU minus first row"]) == ("22.00 ± 2.83", "+5.25 ± 0.35")
+
+
 @pytest.fixture
 def files(tmp_path):
     """Two configurations."""

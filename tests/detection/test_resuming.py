@@ -69,6 +69,30 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, arguments, mixed, methods):
     _assert_equal(whole, cut)
 
 
+def test_a_killed_segmenter_goes_on_bit_for_bit(tmp_path, arguments):
+    """Its head draws what it drops, its loader where it crops."""
+    student = {
+        "BACKBONE.NAME": "build_dilated_resnet_backbone", "RESNETS.RES5_DILATION": "4",
+        "SEM_SEG_HEAD.NAME": "PSPHead", "SEM_SEG_HEAD.IN_FEATURES": "['res4', 'res5']",
+        "SEM_SEG_HEAD.COMMON_STRIDE": "8", "SEM_SEG_HEAD.NORM": "BN",
+    }  # fmt: skip
+    keys = [word for key, value in student.items() for word in (f"MODEL.{key}", value)]
+    keys += ["DISTILL.LEVELS", "['res4:p4', 'sem_seg']", "DISTILL.PCKA.PATCH_SIZES", "[4]"]
+    keys += ["DISTILL.METHODS", "['PCKA', 'PIXELKD', 'PIXELCKA', 'IFVD']"]
+    keys += ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE"]
+    keys += ["[96, 64]", "INPUT.RANDOM_FLIP", "horizontal", "TEST.EVAL_PERIOD", "2"]
+    keys += ["SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"]
+    made = {"config": "../digits_pixels/pcka"}
+    results = train_net.main(arguments(tmp_path / "whole", 4, *keys, **made))
+    assert 0 <= results["sem_seg"]["mIoU"] <= 100
+    _cut_after_step_2(tmp_path / "whole", tmp_path / "cut")
+    train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"], **made))
+    whole, cut = (_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert whole["adapters"]
+    assert any(name.startswith("sem_seg_head.auxiliary") for name in whole["model"])
+    _assert_equal(whole, cut)
+
+
 def test_evaluations_in_between_change_nothing(tmp_path, arguments):
     """The flips are drawn from NumPy, as are the sizes of an evaluation's images."""
     keys = ("INPUT.RANDOM_FLIP", "horizontal")

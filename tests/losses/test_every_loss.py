@@ -11,7 +11,7 @@ from torch import nn
 
 from pcka import losses
 from pcka.losses import Context, Outputs
-from pcka.losses.heads import Dense, DenseHead, RegionHead
+from pcka.losses.heads import Dense, DenseHead, PixelHead, RegionHead
 
 SAMPLES, CLASSES, TRAINING_SET = 8, 5, 40
 STAGES = ("stage1", "stage2", "stage3")
@@ -43,8 +43,8 @@ def _outputs(draw, name, seed, dtype=torch.float64, scale=1.0):
         for i, (tap, shape) in enumerate(SHAPES.items())
     }
     logits = draw(seed + 19, SAMPLES, CLASSES, scale=scale).to(dtype)
-    of_regions = losses.find(name).needs_head is RegionHead
-    head = (_region_head if of_regions else _dense_head)(draw, seed + 20, dtype, scale)
+    make = {RegionHead: _region_head, PixelHead: _pixel_head}.get(losses.find(name).needs_head)
+    head = (make or _dense_head)(draw, seed + 20, dtype, scale)
     return Outputs(logits, features, indices=torch.arange(SAMPLES), head=head)
 
 
@@ -52,6 +52,13 @@ def _region_head(draw, seed, dtype, scale):
     logits = draw(seed, 2 * SAMPLES, CLASSES + 1, scale=scale)
     deltas = draw(seed + 1, 2 * SAMPLES, CLASSES, 4, scale=scale)
     return RegionHead(logits.to(dtype), deltas.to(dtype))
+
+
+def _pixel_head(draw, seed, dtype, scale):
+    logits = draw(seed, SAMPLES, CLASSES, 4, 3, scale=scale)
+    features = draw(seed + 1, SAMPLES, 6, 4, 3, scale=scale)
+    labels = torch.arange(SAMPLES * 8 * 6).view(SAMPLES, 8, 6) % (CLASSES + 1) - 1
+    return PixelHead(logits.to(dtype), features.to(dtype), labels)
 
 
 def _dense_head(draw, seed, dtype, scale):
@@ -123,6 +130,8 @@ def _leaves(outputs):
 def _of_head(outputs):
     if isinstance(outputs.head, RegionHead):
         return [outputs.head.logits, outputs.head.deltas]
+    if isinstance(outputs.head, PixelHead):
+        return [outputs.head.logits, outputs.head.features]
     own, inner = outputs.head.predictions, outputs.head.inner
     return [own.logits, own.boxes, own.distributions, *inner["cls"], *inner["box"]]
 
@@ -301,6 +310,8 @@ def _cast(outputs, dtype):
 def _cast_head(head, dtype):
     if isinstance(head, RegionHead):
         return RegionHead(head.logits.to(dtype), head.deltas.to(dtype))
+    if isinstance(head, PixelHead):
+        return PixelHead(head.logits.to(dtype), head.features.to(dtype), head.labels)
     own = head.predictions
     predictions = Dense(*(x.to(dtype) for x in (own.logits, own.boxes, own.distributions)))
     inner = {branch: [x.to(dtype) for x in maps] for branch, maps in head.inner.items()}

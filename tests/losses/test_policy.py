@@ -47,6 +47,7 @@ def call(name: str, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         "ld_loss": [scores],
         "roi_boxes_loss": [scores[:, 0, :4]],
         "fgd_loss": [torch.tensor([[0, 0.1, 0.1, 0.5, 0.5], [3, 0.2, 0.4, 0.9, 0.9]])],
+        "ifvd_loss": [torch.arange(6 * 4 * 4).view(6, 4, 4) % 4 - 1, 3],
         "ctkd_loss": [torch.tensor(4.0)],
         "dkd_loss": [torch.arange(6) % 5],
         "nkd_loss": [torch.arange(6) % 5],

@@ -121,7 +121,7 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
     ],
 )
 def test_a_loss_of_detectors_is_refused(tiny_config, keys):
-    with pytest.raises(ValueError, match=r"METHODS: \w+ compares detectors, by their heads or the"):
+    with pytest.raises(ValueError, match=r"METHODS: \w+ compares detectors or segmenters, by"):
         losses_of(tiny_config("rcka", **keys), TAPS)
 
 

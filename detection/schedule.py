@@ -1,0 +1,29 @@
+"""Learning rates over the steps: detectron2's schedules, and the one that segmenters have."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler, build_lr_scheduler
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+POLYNOMIAL = "WarmupPolyLR"
+POWER = 0.9
+
+
+def build_schedule(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+    """Return what ``SOLVER.LR_SCHEDULER_NAME`` names; ``"WarmupPolyLR"`` as well.
+
+    That one falls as ``(1 - step / MAX_ITER)^0.9``, as usual for PSPNet and DeepLab.
+    """
+    keys = cfg.SOLVER
+    if keys.LR_SCHEDULER_NAME != POLYNOMIAL:
+        return build_lr_scheduler(cfg, optimizer)
+    warmed = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1, POWER),
+        keys.WARMUP_FACTOR,
+        min(keys.WARMUP_ITERS / keys.MAX_ITER, 1.0),
+        keys.WARMUP_METHOD,
+    )
+    return LRMultiplier(optimizer, multiplier=warmed, max_iter=keys.MAX_ITER)
