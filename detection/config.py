@@ -103,6 +103,24 @@ def detection_config() -> CfgNode:
             "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
         }
     )
+    cfg.MODEL.GFL = CfgNode(
+        {
+            "NUM_CLASSES": 80,  # of the data, without background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
+            "NUM_CONVS": 4,  # convolutions of each branch of the head
+            "NORM": "GN",  # of these; "": none
+            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
+            "REG_MAX": 16,  # the largest distance of an edge, in strides
+            "ANCHOR_SCALE": 8.0,  # sides of the squares that ATSS compares with boxes, in strides
+            "ATSS_TOPK": 9,  # points of a level that are candidates for an object
+            "QUALITY_BETA": 2.0,  # how much less the places count whose score is right
+            "BOX_WEIGHT": 2.0,  # factor of the boxes' loss
+            "EDGE_WEIGHT": 0.25,  # factor of the distributions' loss
+            "SCORE_THRESH_TEST": 0.05,  # least score of a detection
+            "NMS_THRESH_TEST": 0.6,  # overlap beyond which the weaker one of two goes
+            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+        }
+    )
     cfg.DISTILL = CfgNode(
         {
             "STUDENT": "",  # meta-architecture of the student; MODEL.* describes it
