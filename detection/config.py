@@ -121,6 +121,24 @@ def detection_config() -> CfgNode:
             "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
         }
     )
+    cfg.MODEL.REPPOINTS = CfgNode(
+        {
+            "NUM_CLASSES": 80,  # of the data, without background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
+            "NUM_CONVS": 3,  # convolutions of each branch of the head
+            "NORM": "GN",  # of these; "": none
+            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
+            "NUM_POINTS": 9,  # of an object; the square of an odd number
+            "TRANSFORM": "moment",  # points to box: "moment" or "minmax"
+            "FIRST_WEIGHT": 0.5,  # factor of the loss of the first points
+            "BOX_WEIGHT": 1.0,  # factor of the loss of the last points
+            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects beside background
+            "FOCAL_LOSS_GAMMA": 2.0,  # how much less the easy places count
+            "SCORE_THRESH_TEST": 0.05,  # least score of a detection
+            "NMS_THRESH_TEST": 0.5,  # overlap beyond which the weaker one of two goes
+            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+        }
+    )
     cfg.DISTILL = CfgNode(
         {
             "STUDENT": "",  # meta-architecture of the student; MODEL.* describes it

@@ -16,6 +16,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from detection.gfl_model import GFLDetector, GFLHead
+from detection.reppoints_model import RepPointsDetector
 from pcka.losses.heads import Dense, DenseHead, Inner
 
 BRANCHES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
@@ -23,10 +24,11 @@ Maps = Sequence[Tensor]
 
 
 class DenseParts:
-    """A dense head (RetinaNet, FCOS, GFL): its predictions, its inner maps, the layers behind.
+    """The head of a dense detector: its predictions, its inner maps, and the layers behind.
 
     Args:
-        detector: stays as it is, and is no part of this object's state.
+        detector: a RetinaNet, FCOS, GFL or RepPoints; it stays as it is, and is no part of this
+            object's state.
         depth: convolutions of a branch before the inner maps, whose ReLU comes behind them; 0:
             there are no inner maps.
         predictions: whether the head's own predictions are wanted.
@@ -38,7 +40,13 @@ class DenseParts:
     def __init__(self, detector: nn.Module, depth: int = 0, *, predictions: bool = True) -> None:
         if not isinstance(detector, RetinaNet | FCOS):
             raise ValueError(
-                f"{type(detector).__name__} has no dense head; take a RetinaNet, an FCOS or a GFL"
+                f"{type(detector).__name__} has no dense head; take a RetinaNet, FCOS, GFL or "
+                "RepPoints"
+            )
+        if depth and isinstance(detector, RepPointsDetector):
+            raise ValueError(
+                "the last layers of a RepPoints' head see both branches; take DENSEKD, which "
+                "compares its predictions"
             )
         self.detector: Any = detector
         self.predictions = predictions
@@ -89,16 +97,18 @@ class DenseParts:
 
         Args:
             logits: ``(B, A * K, H, W)`` of each level.
-            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors, or ``(B, 4 * N, H,
-                W)`` of distributions over them.
+            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors; of GFL ``(B, 4 *
+                N, H, W)``, of RepPoints ``(B, 2 * n, H, W)``.
         """
         model, distributions = self.detector, None
         anchors = Boxes.cat(model.anchor_generator(logits)).tensor
-        numbers = 4 * len(model.places) if isinstance(model, GFLDetector) else 4
+        numbers = getattr(model, "numbers", 4)
         rows = torch.cat([permute_to_N_HWA_K(x, numbers) for x in shifts], 1).float()
         if isinstance(model, GFLDetector):
             distributions = rows.unflatten(-1, (4, -1))
             rows = model.distances(distributions)
+        elif isinstance(model, RepPointsDetector):
+            rows = model.corners(rows)
         boxes = [model.box2box_transform.apply_deltas(image, anchors) for image in rows]
         classes = [permute_to_N_HWA_K(x, model.num_classes) for x in logits]
         return Dense(torch.cat(classes, 1), torch.stack(boxes), distributions)

@@ -1,8 +1,8 @@
 """Write a student that plain detectron2 loads: ``python detection/export.py --config-file F ...``.
 
 The folder then holds ``model.pth``, the student's weights alone, and its configuration:
-``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS and GFL a LazyConfig,
-``lazy_config.yaml``, with the modules that it needs and detectron2 has not.
+``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS, GFL and RepPoints a
+LazyConfig, ``lazy_config.yaml``, with the modules that it needs and detectron2 has not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pcka.engine.run_folder import write_text
 from pcka.files import atomic_save
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
-STANDALONE = ("gfl_model", "pyramid")  # modules that need detectron2 alone
+STANDALONE = ("gfl_model", "pyramid", "reppoints_model")  # modules that need detectron2 alone
 OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder
 OF_FILES = (".onnx", ".pth", ".pt", ".pkl", ".safetensors", ".yaml", ".yml", ".ts")
 

@@ -80,9 +80,7 @@ class TrainedGFL(GFLDetector):
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
         """Loss terms of a batch, in float32 under autocast, too."""
-        rows = self._transpose_dense_predictions(
-            predictions, [self.num_classes, 4 * len(self.places)]
-        )
+        rows = self._transpose_dense_predictions(predictions, [self.num_classes, self.numbers])
         logits, edges = (torch.cat(levels, 1).float() for levels in rows)
         anchors = self.anchor_generator(features)
         matches = [

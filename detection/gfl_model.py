@@ -78,6 +78,11 @@ class GFLDetector(FCOS):
         )
         self.register_buffer("places", torch.arange(reg_max + 1.0), persistent=False)
 
+    @property
+    def numbers(self) -> int:
+        """How many the head gives for the edges of a point, ``4 N``."""
+        return 4 * len(self.places)
+
     def distances(self, edges: Tensor) -> Tensor:
         """The means of distributions, ``(..., 4, N)`` -> ``(..., 4)``, in strides."""
         return (edges.softmax(-1) * self.places).sum(-1)
@@ -94,7 +99,7 @@ class GFLDetector(FCOS):
     ) -> list[Instances]:
         """Detections of each image."""
         logits, edges = self._transpose_dense_predictions(
-            predictions, [self.num_classes, 4 * len(self.places)]
+            predictions, [self.num_classes, self.numbers]
         )
         anchors = self.anchor_generator(features)
         return [

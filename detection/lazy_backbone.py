@@ -13,17 +13,18 @@ from detection.pyramid import P6P7
 from pcka.engine.config import ConfigError
 
 
-def lazy_backbone(cfg: CfgNode, detector: str) -> DictConfig:
+def lazy_backbone(cfg: CfgNode, detector: str, *, source: str = "p5") -> DictConfig:
     """Return the LazyConfig of the backbone that the YAML keys describe.
 
     Args:
         cfg: its ``MODEL`` is read.
         detector: whose backbone it is, for messages.
+        source: the map that its P6 is made from, ``"p5"`` or ``"res5"``.
 
     Raises:
         ConfigError: a backbone that a LazyConfig of detectron2's stages cannot describe.
     """
-    _check_backbone(cfg, detector)
+    _check_backbone(cfg, detector, source)
     resnet, channels = cfg.MODEL.RESNETS, cfg.MODEL.FPN.OUT_CHANNELS
     basic = resnet.DEPTH in (18, 34)
     stages = LazyCall(ResNet.make_default_stages)(depth=resnet.DEPTH, norm=resnet.NORM)
@@ -40,18 +41,25 @@ def lazy_backbone(cfg: CfgNode, detector: str) -> DictConfig:
         in_features=list(cfg.MODEL.FPN.IN_FEATURES),
         out_channels=channels,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=_lazy_top_block(channels, relu=cfg.MODEL.FPN.P6P7.RELU),
+        top_block=_lazy_top_block(cfg, source),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 
 
-def _lazy_top_block(channels: int, *, relu: bool) -> DictConfig:
+def _lazy_top_block(cfg: CfgNode, source: str) -> DictConfig:
     """P6 and P7; detectron2's own where it has them."""
-    keys = {"in_channels": channels, "out_channels": channels, "in_feature": "p5"}
-    return LazyCall(LastLevelP6P7)(**keys) if relu else LazyCall(P6P7)(**keys, relu=False)
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    keys = {
+        "in_channels": channels if source == "p5" else 8 * cfg.MODEL.RESNETS.RES2_OUT_CHANNELS,
+        "out_channels": channels,
+        "in_feature": source,
+    }
+    if cfg.MODEL.FPN.P6P7.RELU:
+        return LazyCall(LastLevelP6P7)(**keys)
+    return LazyCall(P6P7)(**keys, relu=False)
 
 
-def _check_backbone(cfg: CfgNode, detector: str) -> None:
+def _check_backbone(cfg: CfgNode, detector: str, source: str) -> None:
     """Refuse what the stages and the pyramid of :func:`lazy_backbone` do not follow."""
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
     expected = {
@@ -62,12 +70,12 @@ def _check_backbone(cfg: CfgNode, detector: str) -> None:
         "RESNETS.RES2_OUT_CHANNELS": 64 if basic else 256,
         "RESNETS.RES5_DILATION": 1,
         "RESNETS.DEFORM_ON_PER_STAGE": [False] * 4,
-        "FPN.P6P7.IN_FEATURE": "p5",
+        "FPN.P6P7.IN_FEATURE": source,
     }
     for key, wanted in expected.items():
         given = reduce(getattr, key.split("."), cfg.MODEL)
         if given != wanted:
             raise ConfigError(
                 f"MODEL.{key}: {detector} takes ResNets of the usual widths, with P6 and P7 made "
-                f"from P5, which is {wanted!r} here; got {given!r}"
+                f"from {source}, which is {wanted!r} here; got {given!r}"
             )

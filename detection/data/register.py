@@ -100,7 +100,7 @@ def _own_key(cfg: CfgNode, split: str) -> str:
 def class_count(cfg: CfgNode) -> int:
     """Number of classes of the student that the configuration describes."""
     keys = cfg.MODEL
-    dense = {"RetinaNet": keys.RETINANET, "FCOS": keys.FCOS, "GFL": keys.GFL}
+    dense = {name: keys[name.upper()] for name in ("RetinaNet", "FCOS", "GFL", "RepPoints")}
     return dense.get(student_architecture(cfg), keys.ROI_HEADS).NUM_CLASSES
 
 
@@ -155,7 +155,7 @@ def _check(
     if (found := len(content["categories"])) != (classes := class_count(cfg)):
         raise ConfigError(
             f"{key}: {source} has {found} categories, the model {classes} classes; set NUM_CLASSES "
-            "of MODEL.RETINANET, MODEL.ROI_HEADS, MODEL.FCOS or MODEL.GFL"
+            "of MODEL.RETINANET, ROI_HEADS, FCOS, GFL or REPPOINTS"
         )
     check_coco(key, source, content, images, evaluated=evaluated)
 

@@ -65,7 +65,7 @@ found = model.eval()([{"image": torch.load(image)}])[0]["instances"]
 assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
 print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))
 """
-# Of an FCOS or a GFL in the place of the RetinaNet, for ResNets of the usual widths.
+# Of an FCOS, GFL or RepPoints in the place of the RetinaNet, for ResNets of the usual widths.
 SMALL_POINTS = [
     "MODEL.RESNETS.DEPTH", "18",
     "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
@@ -76,6 +76,7 @@ SMALL_POINTS = [
     "MODEL.FPN.P6P7.IN_FEATURE", "p5",
     "MODEL.FCOS.NUM_CLASSES", "10",
     "MODEL.GFL.NUM_CLASSES", "10",
+    "MODEL.REPPOINTS.NUM_CLASSES", "10",
 ]  # fmt: skip
 UNTRAINED_TEACHER = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True"]
 SMALL_TEACHER = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32])
@@ -140,6 +141,20 @@ def small_fcos():
 def small_gfl():
     """Overrides that make a student a GFL."""
     return ("DISTILL.STUDENT", "GFL", *SMALL_POINTS, "MODEL.FPN.P6P7.RELU", "False")
+
+
+@pytest.fixture(scope="session")
+def small_reppoints():
+    """Overrides that make a student a RepPoints."""
+    own = ("MODEL.FPN.P6P7.IN_FEATURE", "res5", "MODEL.FPN.P6P7.RELU", "False")
+    return ("DISTILL.STUDENT", "RepPoints", *SMALL_POINTS, *own)
+
+
+@pytest.fixture(scope="session")
+def own_detector(small_fcos, small_gfl, small_reppoints):
+    """``own_detector(architecture)``: overrides that make a student one; none of a RetinaNet."""
+    kinds = {"FCOS": small_fcos, "GFL": small_gfl, "RepPoints": small_reppoints}
+    return lambda architecture: kinds.get(architecture, ())
 
 
 @pytest.fixture

@@ -56,13 +56,13 @@ def regions(method):
 
 
 @pytest.fixture
-def pair(small_fcos, small_gfl):
+def pair(own_detector):
     """``pair(architecture)``: overrides that make student and teacher of that architecture."""
 
     def make(architecture):
         if architecture == "RetinaNet":
             return ()
-        own = {"FCOS": small_fcos, "GFL": small_gfl}[architecture]
+        own = own_detector(architecture)
         words = [int(word) if word.isdigit() else word for word in own[2:]]
         return (*own, *teacher_of("MODEL.META_ARCHITECTURE", architecture, *words))
 
@@ -104,7 +104,7 @@ def test_inner_maps_through_the_rest_of_their_own_head_are_its_predictions(
     assert min(x.min() for x in head.inner["cls"]) < 0
 
 
-@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS", "GFL"])
+@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS", "GFL", "RepPoints"])
 def test_positions_are_those_of_the_detectors_own_inference(build, pair, architecture):
     """The best position of an image is its best detection."""
     detector = build(*pair(architecture), *methods("PCKA")).student.eval()
@@ -165,6 +165,7 @@ def test_a_teacher_with_a_head_is_in_neither_state_nor_parameters(build):
         ("GFL", "CROSSKD"),
         ("GFL", "DENSEKD"),
         ("GFL", "LD"),
+        ("RepPoints", "DENSEKD"),
     ],
 )
 def test_gradient_reaches_the_student_and_the_adapters_alone(
@@ -325,7 +326,7 @@ def _canvas(batched_inputs):
         ),
         (
             (*methods("CROSSKD"), "DISTILL.STUDENT", "GeneralizedRCNN", *map(str, RCNN)),
-            "CrossKD: the student: GeneralizedRCNN has no dense head; take a RetinaNet, an FCOS or",
+            "CrossKD: the student: GeneralizedRCNN has no dense head; take a RetinaNet, FCOS,",
         ),
         (
             (*methods("DENSEKD"), *teacher_of("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *RCNN)),
@@ -364,15 +365,23 @@ def test_heads_that_cannot_be_read_or_compared_are_refused(build, overrides, mes
         build(*overrides)
 
 
+def test_layers_that_see_both_branches_are_not_crossed(build, pair):
+    with pytest.raises(ConfigError, match="the last layers of a RepPoints' head see both branches"):
+        build(*pair("RepPoints"), *methods("CROSSKD"))
+
+
 def _weights(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ROIKD", "LD"])
-def test_a_run_on_heads_goes_on_bit_for_bit(tmp_path, arguments, fitting, method):
+@pytest.mark.parametrize(
+    ("architecture", "method"), [("", "ROIKD"), ("GFL", "LD"), ("RepPoints", "DENSEKD")]
+)
+def test_a_run_on_heads_goes_on_bit_for_bit(tmp_path, arguments, pair, architecture, method):
+    own = pair(architecture) if architecture else regions(method)
     # Without a warm-up, whose length follows from that of the run.
-    keys = (*fitting(method), *methods(method), "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "()")
+    keys = (*own, *methods(method), "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "()")
     train_net.main(arguments(tmp_path / "whole", 4, *keys))
     train_net.main(arguments(tmp_path / "cut", 2, *keys))
     train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
@@ -383,11 +392,16 @@ def test_a_run_on_heads_goes_on_bit_for_bit(tmp_path, arguments, fitting, method
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "terms"),
-    [("ROIKD", {"loss_roikd_cls", "loss_roikd_box"}), ("LD", {"loss_ld", "loss_gfl_dfl"})],
+    ("architecture", "method", "terms"),
+    [
+        ("", "ROIKD", {"loss_roikd_cls", "loss_roikd_box"}),
+        ("GFL", "LD", {"loss_ld", "loss_gfl_dfl"}),
+        ("RepPoints", "DENSEKD", {"loss_densekd_box", "loss_reppoints_first"}),
+    ],
 )
-def test_two_processes_train_on_heads(tmp_path, arguments, fitting, method, terms):
-    keys = (*fitting(method), *methods(method), "INPUT.MIN_SIZE_TRAIN", "[64, 128]")
+def test_two_processes_train_on_heads(tmp_path, arguments, pair, architecture, method, terms):
+    own = pair(architecture) if architecture else regions(method)
+    keys = (*own, *methods(method), "INPUT.MIN_SIZE_TRAIN", "[64, 128]")
     script = str(PROJECT / "detection" / "train_net.py")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29534"]
     done = subprocess.run(
