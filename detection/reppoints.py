@@ -143,7 +143,8 @@ def nearest_places(anchors: Sequence[Boxes], objects: Boxes) -> Tensor:
     owner = torch.full((len(places),), BACKGROUND, device=places.device)
     if not len(objects):
         return owner
-    strides = torch.stack([level.tensor[0, 2] - level.tensor[0, 0] for level in anchors]).log2()
+    sides = torch.stack([level.tensor[0, 2] - level.tensor[0, 0] for level in anchors])
+    strides = sides.log2().round()
     extent = (objects.tensor[:, 2:] - objects.tensor[:, :2]).clamp_min(1e-6)
     wanted = (extent / BASE).log2().mean(1).trunc()
     level = wanted.clamp(strides.amin(), strides.amax())

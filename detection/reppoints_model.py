@@ -97,9 +97,10 @@ class RepPointsHead(RetinaNetHead):
 
 
 def _look(layer: DeformConv2d, x: Tensor, offsets: Tensor) -> Tensor:
-    """In float32: torchvision's kernels take one dtype, and bfloat16 moves points."""
+    """In the weights' dtype: torchvision's kernels take one, and bfloat16 moves points."""
+    dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
-        return cast(Tensor, layer(x.float(), offsets))
+        return cast(Tensor, layer(x.to(dtype), offsets.to(dtype)))
 
 
 class CornerTransform:

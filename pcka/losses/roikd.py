@@ -46,9 +46,8 @@ def roi_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor:
 class RoIKD(Loss):
     """:func:`pcka.losses.kd_loss` of the classes and :func:`roi_boxes_loss`, proposal by proposal.
 
-    ``{"loss_roikd_cls", "loss_roikd_box"}``, on the proposals of the teacher. Chen et al. 2017
-    (equations 2 and 4) count the background 1.5 times in the first, and weigh it with half of the
-    student's own term; here all classes count alike, and the student's own losses stay whole.
+    ``{"loss_roikd_cls", "loss_roikd_box"}``, on the proposals of the teacher. Chen et al. 2017,
+    section 3.2, let the background count 1.5 times in the first; here all classes count alike.
 
     Args:
         cls_weight: factor of the classes' term.
