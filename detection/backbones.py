@@ -7,7 +7,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 
-from detection.pyramid import P6P7
 from pcka.engine.config import ConfigError
 
 
@@ -18,6 +17,8 @@ def build_p6p7_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Back
     Raises:
         ConfigError: P6 from another map than C5 (``res5``) or P5.
     """
+    from detection.pyramid import P6P7  # most runs have another pyramid
+
     keys = cfg.MODEL.FPN
     source = keys.P6P7.IN_FEATURE
     if source not in ("res5", "p5"):

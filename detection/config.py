@@ -15,6 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
 from torch import nn
 
+from detection.architectures import MODULES, import_architecture
 from pcka.engine import distill
 from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
 
@@ -213,6 +214,8 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
     of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known
     distill.merge_settings(cfg, of_file, config_file, section_defaults)
     distill.merge_settings(cfg, own, "the command line", section_defaults)
+    for name in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT):
+        import_architecture(name)
 
 
 def _reason(error: Exception) -> object:
@@ -256,15 +259,22 @@ def student_architecture(cfg: CfgNode) -> str:
             raise ConfigError(
                 f"DISTILL.STUDENT: expected a meta-architecture, e.g. 'RetinaNet', got {student!r}"
             )
-        registered(META_ARCH_REGISTRY, student, "DISTILL.STUDENT")
+        _known_architecture(student, "DISTILL.STUDENT")
         return student
     if student:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE: {outer!r} would train without DISTILL; give it as "
             f"{DISTILLED!r}, or leave DISTILL.STUDENT ({student!r}) empty"
         )
-    registered(META_ARCH_REGISTRY, outer, "MODEL.META_ARCHITECTURE")
+    _known_architecture(outer, "MODEL.META_ARCHITECTURE")
     return outer
+
+
+def _known_architecture(name: str, key: str) -> None:
+    # A message lists all of this project's own, too.
+    for own in [name] if name in META_ARCH_REGISTRY or name in MODULES else MODULES:
+        import_architecture(own)
+    registered(META_ARCH_REGISTRY, name, key)
 
 
 def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from omegaconf import DictConfig, OmegaConf
 
-from detection.architectures import LAZY as LAZY_CONFIGS
+from detection.architectures import MODULES, lazy_config
 from detection.arguments import export_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config, student_architecture
@@ -60,8 +60,8 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     for name in (YAML, LAZY, *(f"{module}.py" for module in STANDALONE)):
         (folder / name).unlink(missing_ok=True)
     atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
-    if architecture in LAZY_CONFIGS:
-        model = LAZY_CONFIGS[architecture](cfg)
+    if architecture in MODULES:
+        model = lazy_config(architecture, cfg)
         _bring_along(model, folder)
         lazy = {"model": model, "input_format": cfg.INPUT.FORMAT}
         LazyConfig.save(OmegaConf.create(lazy), str(folder / LAZY))

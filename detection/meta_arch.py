@@ -14,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from detection.architectures import LAZY
+from detection.architectures import MODULES
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
 from detection.levels import build_losses, match_levels, needs_head
@@ -171,7 +171,7 @@ def check_exportable(cfg: CfgNode) -> None:
     """
     architecture, backbone = student_architecture(cfg), cfg.MODEL.BACKBONE.NAME
     # A LazyConfig describes the pyramid without a name.
-    if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture not in LAZY:
+    if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture not in MODULES:
         raise ConfigError(
             f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
             f"{architecture} one of its own, e.g. 'build_retinanet_resnet_fpn_backbone'"

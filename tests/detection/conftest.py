@@ -19,7 +19,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-import detection.meta_arch  # noqa: F401  (registers itself)
+import detection.fcos
+import detection.gfl
+import detection.meta_arch
+import detection.reppoints  # noqa: F401  (they register themselves)
 from detection.config import PROJECT, load_config
 from detection.data.digits import digits_scenes
 
