@@ -25,7 +25,9 @@ def at_scale(student: Tensor, teacher: Tensor) -> Tensor:
     exact = student.to(accumulation_dtype(student.dtype))
     over = (0, 2, 3)
     variance, mean = torch.var_mean(exact, over, correction=0, keepdim=True)
-    wanted, center = torch.var_mean(teacher.to(exact.dtype), over, correction=0, keepdim=True)
+    wanted, center = torch.var_mean(
+        teacher.detach().to(exact.dtype), over, correction=0, keepdim=True
+    )
     scaled = (exact - mean) / (variance + EPSILON).sqrt() * wanted.sqrt() + center
     return scaled.to(student.dtype)
 
