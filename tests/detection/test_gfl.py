@@ -40,6 +40,12 @@ def test_a_point_is_that_objects_which_its_square_overlaps_most():
     assert found.tolist() == [-1, 1, -1, 2]
 
 
+def test_a_point_overlaps_its_object_by_a_deviation_more_than_the_mean():
+    # By hand: 0.6 twice and 0.143, whose mean is 0.448 and whose deviation is 0.264.
+    objects = Boxes(torch.tensor([[4.0, -8, 20, 8]]))
+    assert atss_match([_row(4)], objects, scale=2.0, topk=3).tolist() == [-1] * 4
+
+
 @pytest.mark.parametrize(("first", "last", "owner"), [(7.0, 17.0, 0), (9.0, 15.0, -1)])
 def test_a_point_lies_in_its_object(first, last, owner):
     objects = Boxes(torch.tensor([[first, -1, last, 1]]))

@@ -126,6 +126,9 @@ def test_a_tenth_of_the_gradient_goes_back_through_the_first_points():
 
     torch.testing.assert_close(gradient(0.1), 0.1 * gradient(1.0))
     assert gradient(1.0).norm() > 0
+    head.gradient_factor = 0.0  # the last points are steps from the first ones, which stay
+    (grad,) = torch.autograd.grad(head(feature)[1][0].sum(), bias)
+    assert not grad.any()
 
 
 def _sigmoid(x):
