@@ -9,32 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from torch import Tensor
-from torch.nn import functional as F
 
 import detection.dilated  # noqa: F401  (registers itself)
 from pcka.engine.config import ConfigError
-
-
-class P6P7(LastLevelP6P7):
-    """P6 and P7 by strided convolutions, with or without the ReLU between them.
-
-    Args:
-        in_channels: of the map that P6 is made from.
-        out_channels: of P6 and P7.
-        in_feature: that map, ``"res5"`` or ``"p5"``.
-        relu: apply a ReLU to P6 before P7 is made from it, as detectron2 always does.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, in_feature: str, *, relu: bool) -> None:
-        super().__init__(in_channels, out_channels, in_feature)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """P6 and P7, ``(B, C, ceil(H / 2), ceil(W / 2))`` and half of that."""
-        p6 = self.p6(x)
-        return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
 @BACKBONE_REGISTRY.register()
@@ -44,6 +21,8 @@ def build_p6p7_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Back
     Raises:
         ConfigError: P6 from another map than C5 (``res5``) or P5.
     """
+    from detection.pyramid import P6P7  # most runs have another pyramid
+
     keys = cfg.MODEL.FPN
     source = keys.P6P7.IN_FEATURE
     if source not in ("res5", "p5"):

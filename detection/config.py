@@ -15,6 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from fvcore.common.registry import Registry
 from torch import nn
 
+from detection.architectures import MODULES, import_architecture
 from pcka.engine import distill
 from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
 
@@ -119,6 +120,42 @@ def detection_config() -> CfgNode:
             "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
         }
     )
+    cfg.MODEL.GFL = CfgNode(
+        {
+            "NUM_CLASSES": 80,  # of the data, without background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
+            "NUM_CONVS": 4,  # convolutions of each branch of the head
+            "NORM": "GN",  # of these; "": none
+            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
+            "REG_MAX": 16,  # the largest distance of an edge, in strides
+            "ANCHOR_SCALE": 8.0,  # sides of the squares that ATSS compares with boxes, in strides
+            "ATSS_TOPK": 9,  # points of a level that are candidates for an object
+            "QUALITY_BETA": 2.0,  # how much less the places count whose score is right
+            "BOX_WEIGHT": 2.0,  # factor of the boxes' loss
+            "EDGE_WEIGHT": 0.25,  # factor of the distributions' loss
+            "SCORE_THRESH_TEST": 0.05,  # least score of a detection
+            "NMS_THRESH_TEST": 0.6,  # overlap beyond which the weaker one of two goes
+            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+        }
+    )
+    cfg.MODEL.REPPOINTS = CfgNode(
+        {
+            "NUM_CLASSES": 80,  # of the data, without background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
+            "NUM_CONVS": 3,  # convolutions of each branch of the head
+            "NORM": "GN",  # of these; "": none
+            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
+            "NUM_POINTS": 9,  # of an object; the square of an odd number
+            "TRANSFORM": "moment",  # points to box: "moment" or "minmax"
+            "FIRST_WEIGHT": 0.5,  # factor of the loss of the first points
+            "BOX_WEIGHT": 1.0,  # factor of the loss of the last points
+            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects beside background
+            "FOCAL_LOSS_GAMMA": 2.0,  # how much less the easy places count
+            "SCORE_THRESH_TEST": 0.05,  # least score of a detection
+            "NMS_THRESH_TEST": 0.5,  # overlap beyond which the weaker one of two goes
+            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+        }
+    )
     cfg.DISTILL = CfgNode(
         {
             "STUDENT": "",  # meta-architecture of the student; MODEL.* describes it
@@ -193,6 +230,8 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
     of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known
     distill.merge_settings(cfg, of_file, config_file, section_defaults)
     distill.merge_settings(cfg, own, "the command line", section_defaults)
+    for name in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT):
+        import_architecture(name)
 
 
 def _reason(error: Exception) -> object:
@@ -236,15 +275,22 @@ def student_architecture(cfg: CfgNode) -> str:
             raise ConfigError(
                 f"DISTILL.STUDENT: expected a meta-architecture, e.g. 'RetinaNet', got {student!r}"
             )
-        registered(META_ARCH_REGISTRY, student, "DISTILL.STUDENT")
+        _known_architecture(student, "DISTILL.STUDENT")
         return student
     if student:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE: {outer!r} would train without DISTILL; give it as "
             f"{DISTILLED!r}, or leave DISTILL.STUDENT ({student!r}) empty"
         )
-    registered(META_ARCH_REGISTRY, outer, "MODEL.META_ARCHITECTURE")
+    _known_architecture(outer, "MODEL.META_ARCHITECTURE")
     return outer
+
+
+def _known_architecture(name: str, key: str) -> None:
+    # A message lists all of this project's own, too.
+    for own in [name] if name in META_ARCH_REGISTRY or name in MODULES else MODULES:
+        import_architecture(own)
+    registered(META_ARCH_REGISTRY, name, key)
 
 
 def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:

@@ -15,6 +15,8 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from detection.gfl_model import GFLDetector, GFLHead
+from detection.reppoints_model import RepPointsDetector
 from pcka.losses.heads import Dense, DenseHead, Inner
 
 BRANCHES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
@@ -22,11 +24,13 @@ Maps = Sequence[Tensor]
 
 
 class DenseParts:
-    """The head of a RetinaNet or an FCOS: its predictions, its inner maps, and the layers behind.
+    """The head of a dense detector: its predictions, its inner maps, and the layers behind.
 
     Args:
-        detector: stays as it is, and is no part of this object's state.
-        depth: convolutions of a branch before the inner maps; 0: there are none.
+        detector: a RetinaNet, FCOS, GFL or RepPoints; it stays as it is, and is no part of this
+            object's state.
+        depth: convolutions of a branch before the inner maps, whose ReLU comes behind them; 0:
+            there are no inner maps.
         predictions: whether the head's own predictions are wanted.
 
     Raises:
@@ -36,7 +40,13 @@ class DenseParts:
     def __init__(self, detector: nn.Module, depth: int = 0, *, predictions: bool = True) -> None:
         if not isinstance(detector, RetinaNet | FCOS):
             raise ValueError(
-                f"{type(detector).__name__} has no dense head; take a RetinaNet or an FCOS"
+                f"{type(detector).__name__} has no dense head; take a RetinaNet, FCOS, GFL or "
+                "RepPoints"
+            )
+        if depth and isinstance(detector, RepPointsDetector):
+            raise ValueError(
+                "the last layers of a RepPoints' head see both branches; take DENSEKD, which "
+                "compares its predictions"
             )
         self.detector: Any = detector
         self.predictions = predictions
@@ -75,25 +85,33 @@ class DenseParts:
 
         Each layer gets all levels in their order, which its batch norms for single levels count on.
         """
-        found = []
+        head, found = self.detector.head, []
         for branch, (subnet, last) in BRANCHES.items():
-            layers = getattr(self.detector.head, subnet)[self.split[branch] :]
-            found.append([getattr(self.detector.head, last)(layers(x)) for x in inner[branch]])
-        return self.decoded(*found)
+            layers = getattr(head, subnet)[self.split[branch] :]
+            found.append([getattr(head, last)(layers(x)) for x in inner[branch]])
+        logits, shifts = found
+        return self.decoded(logits, head.scaled(shifts) if isinstance(head, GFLHead) else shifts)
 
     def decoded(self, logits: Maps, shifts: Maps) -> Dense:
         """Logits and boxes of all levels.
 
         Args:
             logits: ``(B, A * K, H, W)`` of each level.
-            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors.
+            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors; of GFL ``(B, 4 *
+                N, H, W)``, of RepPoints ``(B, 2 * n, H, W)``.
         """
-        model = self.detector
+        model, distributions = self.detector, None
         anchors = Boxes.cat(model.anchor_generator(logits)).tensor
-        rows = torch.cat([permute_to_N_HWA_K(x, 4) for x in shifts], 1).float()
+        numbers = getattr(model, "numbers", 4)
+        rows = torch.cat([permute_to_N_HWA_K(x, numbers) for x in shifts], 1).float()
+        if isinstance(model, GFLDetector):
+            distributions = rows.unflatten(-1, (4, -1))
+            rows = model.distances(distributions)
+        elif isinstance(model, RepPointsDetector):
+            rows = model.corners(rows)
         boxes = [model.box2box_transform.apply_deltas(image, anchors) for image in rows]
         classes = [permute_to_N_HWA_K(x, model.num_classes) for x in logits]
-        return Dense(torch.cat(classes, 1), torch.stack(boxes))
+        return Dense(torch.cat(classes, 1), torch.stack(boxes), distributions)
 
 
 class DenseWatch:
@@ -119,8 +137,9 @@ class DenseWatch:
 
 
 def _layers_of(subnet: nn.Sequential, depth: int) -> int:
-    """How many layers of a branch its first ``depth`` convolutions are, with norm and ReLU."""
-    ends = [index + 1 for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
+    """How many layers of a branch its first ``depth`` convolutions are, with norms, and with the
+    ReLUs between them."""
+    ends = [index for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
     if depth > len(ends):
         raise ValueError(
             f"a branch of its head has {len(ends)} convolution(s) before the last one, so DEPTH "

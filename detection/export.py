@@ -1,9 +1,10 @@
 """Write a student that plain detectron2 loads: ``python detection/export.py --config-file F ...``.
 
 The folder then holds ``model.pth``, the student's weights alone, and its configuration:
-``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS a LazyConfig, ``lazy_config.yaml``. Of a
-segmenter with a dilated trunk or a head on one, ``dilated.py`` stands beside it: ``import dilated``
-makes detectron2 know their names.
+``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS, GFL and RepPoints a LazyConfig,
+``lazy_config.yaml``, with the modules that it needs and detectron2 has not. Of a segmenter with a
+dilated trunk or a head on one, ``dilated.py`` stands beside it: ``import dilated`` makes detectron2
+know their names.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import detection  # noqa: F401  (answers --help, before what takes seconds to im
 
 # isort: split
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from detection import dilated
+from detection.architectures import MODULES, lazy_config
 from detection.arguments import export_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config, student_architecture
-from detection.fcos import lazy_fcos
 from detection.meta_arch import check_exportable
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
@@ -31,6 +34,7 @@ from pcka.files import atomic_save
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
 CODE = Path(dilated.__file__).name
+STANDALONE = ("dilated", "gfl_model", "pyramid", "reppoints_model")  # need detectron2 alone
 OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder
 OF_FILES = (".onnx", ".pth", ".pt", ".pkl", ".safetensors", ".yaml", ".yml", ".ts")
 
@@ -56,17 +60,32 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     student = build_student(on_cpu)
     load_weights(student, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (YAML, LAZY, CODE):  # of an older export: none may stand by other weights
+    # Of an older export: no configuration may stand by other weights.
+    for name in (YAML, LAZY, *(f"{module}.py" for module in STANDALONE)):
         (folder / name).unlink(missing_ok=True)
     atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
-    if architecture == "FCOS":
-        lazy = {"model": lazy_fcos(cfg), "input_format": cfg.INPUT.FORMAT}
+    if architecture in MODULES:
+        model = lazy_config(architecture, cfg)
+        _bring_along(model, folder)
+        lazy = {"model": model, "input_format": cfg.INPUT.FORMAT}
         LazyConfig.save(OmegaConf.create(lazy), str(folder / LAZY))
         return folder / LAZY
     if {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SEM_SEG_HEAD.NAME} & {*dilated.__all__}:
         write_text(folder / CODE, Path(dilated.__file__).read_text())
     write_text(folder / YAML, _plain_config(cfg, architecture, folder / WEIGHTS).dump())
     return folder / YAML
+
+
+def _bring_along(node: DictConfig, folder: Path) -> None:
+    """Copy the modules of this project that a LazyConfig names, and name the copies in it."""
+    target: Any = node.get("_target_")
+    package, _, module = getattr(target, "__module__", "").rpartition(".")
+    if package == "detection" and module in STANDALONE:
+        write_text(folder / f"{module}.py", Path(inspect.getfile(target)).read_text())
+        node._target_ = f"{module}.{target.__qualname__}"
+    for value in node.values():
+        if isinstance(value, DictConfig):
+            _bring_along(value, folder)
 
 
 def check_folder(folder: Path) -> None:

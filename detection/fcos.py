@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import FPN, BasicStem, ResNet
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.fcos import FCOS as FCOSModel
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pcka.engine.config import ConfigError
+from detection.lazy_backbone import lazy_backbone
 
 
 @META_ARCH_REGISTRY.register()
@@ -67,7 +64,6 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
     Raises:
         ConfigError: a backbone that a LazyConfig of detectron2's stages cannot describe.
     """
-    _check_backbone(cfg)
     keys = cfg.MODEL.FCOS
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     head = LazyCall(FCOSHead)(
@@ -78,7 +74,7 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
         prior_prob=keys.PRIOR_PROB,
     )
     return LazyCall(FCOSModel)(
-        backbone=_lazy_backbone(cfg),
+        backbone=lazy_backbone(cfg, "FCOS"),
         head=head,
         head_in_features=list(keys.IN_FEATURES),
         num_classes=keys.NUM_CLASSES,
@@ -91,51 +87,4 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
         max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
         pixel_std=list(cfg.MODEL.PIXEL_STD),
-    )
-
-
-def _check_backbone(cfg: CfgNode) -> None:
-    """Refuse what the stages and the pyramid of :func:`_lazy_backbone` do not follow."""
-    basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
-    expected = {
-        "BACKBONE.NAME": "build_p6p7_resnet_fpn_backbone",
-        "RESNETS.NUM_GROUPS": 1,
-        "RESNETS.WIDTH_PER_GROUP": 64,
-        "RESNETS.STEM_OUT_CHANNELS": 64,
-        "RESNETS.RES2_OUT_CHANNELS": 64 if basic else 256,
-        "RESNETS.RES5_DILATION": 1,
-        "RESNETS.DEFORM_ON_PER_STAGE": [False] * 4,
-        "FPN.P6P7.IN_FEATURE": "p5",
-        "FPN.P6P7.RELU": True,
-    }
-    for key, wanted in expected.items():
-        given = reduce(getattr, key.split("."), cfg.MODEL)
-        if given != wanted:
-            raise ConfigError(
-                f"MODEL.{key}: FCOS takes ResNets of the usual widths, with P6 and P7 made from "
-                f"P5, which is {wanted!r} here; got {given!r}"
-            )
-
-
-def _lazy_backbone(cfg: CfgNode) -> DictConfig:
-    resnet, channels = cfg.MODEL.RESNETS, cfg.MODEL.FPN.OUT_CHANNELS
-    basic = resnet.DEPTH in (18, 34)
-    stages = LazyCall(ResNet.make_default_stages)(depth=resnet.DEPTH, norm=resnet.NORM)
-    if not basic:
-        stages.stride_in_1x1 = resnet.STRIDE_IN_1X1
-    bottom_up = LazyCall(ResNet)(
-        stem=LazyCall(BasicStem)(in_channels=3, out_channels=64, norm=resnet.NORM),
-        stages=stages,
-        out_features=list(cfg.MODEL.FPN.IN_FEATURES),
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
-    return LazyCall(FPN)(
-        bottom_up=bottom_up,
-        in_features=list(cfg.MODEL.FPN.IN_FEATURES),
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LazyCall(LastLevelP6P7)(
-            in_channels=channels, out_channels=channels, in_feature="p5"
-        ),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

@@ -14,6 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from detection.architectures import MODULES
 from detection.backbones import build_p6p7_resnet_fpn_backbone
 from detection.config import build_student, student_architecture
 from detection.levels import build_losses, match_levels, needs_head, reads_levels
@@ -182,8 +183,8 @@ def check_exportable(cfg: CfgNode) -> None:
         ConfigError: its backbone is known to this project alone.
     """
     architecture, backbone = student_architecture(cfg), cfg.MODEL.BACKBONE.NAME
-    # FCOS is exported as a LazyConfig, which describes its pyramid without a name.
-    if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture != "FCOS":
+    # A LazyConfig describes the pyramid without a name.
+    if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture not in MODULES:
         raise ConfigError(
             f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
             f"{architecture} one of its own, e.g. 'build_retinanet_resnet_fpn_backbone'"

@@ -20,8 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 
-import detection.fcos
-import detection.meta_arch  # noqa: F401  (both register themselves)
+import detection.meta_arch  # noqa: F401  (registers itself)
 from detection.arguments import train_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config

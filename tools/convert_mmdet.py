@@ -2,9 +2,9 @@
 
 ``python tools/convert_mmdet.py --config-file TEACHER.yaml --weights X.pth --output Y.pth``
 
-A teacher is a backbone and a neck, and these alone are converted: a ResNet or ResNeXt, and an FPN
-whose P6 is pooled, or whose P6 and P7 are convolutions. ``TEACHER.yaml`` describes them, and every
-weight has to fit.
+Backbone and neck are converted: a ResNet or ResNeXt, and an FPN whose P6 is pooled, or whose P6 and
+P7 are convolutions; the head of a GFL, too. ``TEACHER.yaml`` describes them, and every weight has
+to fit.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_backbone
 from torch import Tensor
 
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.checkpoint import WeightsError
 from detection.config import load_config
+from detection.gfl import lazy_gfl
 from pcka.checkpoint import compare_shapes, extract_state_dict
 from pcka.engine.arguments import command_parser
 from pcka.engine.command import run_command
 from pcka.files import atomic_save, load_file
 
 PARTS = ("backbone.", "neck.")
+HEAD = "bbox_head."
 COUNTER = "num_batches_tracked"  # of batch norm; detectron2's frozen one has none
 
 
 def convert_mmdet(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    """Return the weights of backbone and neck under detectron2's names.
+    """Return the weights of backbone and neck, and of a GFL's head, under detectron2's names.
 
     Args:
-        weights: mmdet's name -> tensor; the heads may be among them, and are left out.
+        weights: mmdet's name -> tensor; other heads may be among them, and are left out, as is a
+            GFL's that is not all there.
         cfg: describes the teacher.
 
     Raises:
@@ -58,7 +61,46 @@ def convert_mmdet(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tens
             "the weights are not those of the configuration's backbone; does it describe this "
             f"model (MODEL.BACKBONE, MODEL.RESNETS, MODEL.FPN)? {report}"
         )
-    return {f"backbone.{name}": weights[theirs] for name, theirs in names.items()}
+    backbone = {f"backbone.{name}": weights[theirs] for name, theirs in names.items()}
+    with_head = cfg.MODEL.META_ARCHITECTURE == "GFL" and f"{HEAD}gfl_cls.weight" in weights
+    return backbone | (_gfl_head(weights, cfg) if with_head else {})
+
+
+def _gfl_head(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """The head's weights; its convolutions before norms have biases in detectron2 alone."""
+    with torch.device("meta"):
+        own = instantiate(lazy_gfl(cfg).head).state_dict()
+    scales = [f"{HEAD}scales.{level}.scale" for level in range(len(own.pop("scales")))]
+    names = {name: _gfl_name(name, normed=bool(cfg.MODEL.GFL.NORM)) for name in own}
+    wanted = {name: tuple(own[key].shape) for key, name in names.items() if name}
+    wanted |= dict.fromkeys(scales, ())
+    given = {
+        name: tuple(tensor.shape)
+        for name, tensor in weights.items()
+        if name.startswith(HEAD) and name != f"{HEAD}integral.project"  # the distances themselves
+    }
+    report = compare_shapes(given, wanted, layout="mmdet's")
+    if not report.complete:
+        raise WeightsError(
+            "the weights are not those of the configuration's head; does it describe this model "
+            f"(MODEL.GFL)? {report}"
+        )
+    found = {
+        key: weights[name] if name else torch.zeros(own[key].shape) for key, name in names.items()
+    }
+    found["scales"] = torch.stack([weights[name] for name in scales])
+    return {f"head.{name}": tensor for name, tensor in found.items()}
+
+
+def _gfl_name(name: str, *, normed: bool) -> str:
+    """mmdet's name of a weight of a GFL's head; "" for one that it has not."""
+    if not (layer := re.match(r"(cls|bbox)_subnet\.(\d+)\.(weight|bias)", name)):
+        return HEAD + name.replace("cls_score", "gfl_cls").replace("bbox_pred", "gfl_reg")
+    number, place = divmod(int(layer[2]), 3 if normed else 2)
+    if normed and place == 0 and layer[3] == "bias":
+        return ""
+    branch = {"cls": "cls", "bbox": "reg"}[layer[1]]
+    return f"{HEAD}{branch}_convs.{number}.{('conv', 'gn')[place]}.{layer[3]}"
 
 
 def mmdet_name(name: str, first_level: int) -> str:
@@ -132,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except WeightsError as error:
         raise WeightsError(f"{given.weights}: {error}") from error
     atomic_save({"model": converted}, given.output)
-    print(f"{given.output}: {len(converted)} weights of backbone and neck")
+    print(f"{given.output}: {len(converted)} weights of backbone, neck and a GFL's head")
     print(f"No weight confirms these settings; compare with mmdet's own: {beyond_weights(cfg)}")
 
 

@@ -103,8 +103,9 @@ def _own_key(cfg: CfgNode, split: str) -> str:
 
 def class_count(cfg: CfgNode) -> int:
     """Number of classes of objects of the student that the configuration describes."""
-    dense = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
-    return dense.get(student_architecture(cfg), cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    keys = cfg.MODEL
+    dense = {name: keys[name.upper()] for name in ("RetinaNet", "FCOS", "GFL", "RepPoints")}
+    return dense.get(student_architecture(cfg), keys.ROI_HEADS).NUM_CLASSES
 
 
 def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
@@ -196,7 +197,7 @@ def _check(
     if (found := len(content["categories"])) != (classes := class_count(cfg)):
         raise ConfigError(
             f"{key}: {source} has {found} categories, the model {classes} classes; set NUM_CLASSES "
-            "of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
+            "of MODEL.RETINANET, ROI_HEADS, FCOS, GFL or REPPOINTS"
         )
     check_coco(key, source, content, images, evaluated=evaluated)
 

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise
 from pcka.losses.base import NO_CONTEXT, Context, Outputs
 from pcka.losses.densekd import DenseLoss
 from pcka.losses.heads import Dense, DenseHead
+from pcka.ops.reference import accumulation_dtype
+
+EPSILON = 1e-12  # of a variance
+
+
+def at_scale(student: Tensor, teacher: Tensor) -> Tensor:
+    """``(B, C, H, W)`` with the teacher's mean and deviation of each channel.
+
+    ``(s - mean(s)) / sqrt(var(s) + 1e-12) * sqrt(var(t)) + mean(t)``, over images and positions.
+    A channel that is constant becomes the teacher's mean.
+    """
+    exact = student.to(accumulation_dtype(student.dtype))
+    over = (0, 2, 3)
+    variance, mean = torch.var_mean(exact, over, correction=0, keepdim=True)
+    wanted, center = torch.var_mean(
+        teacher.detach().to(exact.dtype), over, correction=0, keepdim=True
+    )
+    scaled = (exact - mean) / (variance + EPSILON).sqrt() * wanted.sqrt() + center
+    return scaled.to(student.dtype)
 
 
 class CrossKD(DenseLoss):
@@ -16,10 +38,16 @@ class CrossKD(DenseLoss):
     ``{"loss_crosskd_cls", "loss_crosskd_box"}``. With ``f`` the student's maps after the first
     ``depth`` convolutions of its head, ``h`` the layers of the teacher's head behind as many, and
     ``t`` the teacher's predictions, :func:`pcka.losses.dense_scores_loss` and
-    :func:`pcka.losses.dense_boxes_loss` compare ``h(f)`` with ``t`` (Wang et al. 2024, section 3;
-    there ``depth`` is 3 of 4, and localisation is compared by the GIoU for heads that regress
-    boxes). So what the teacher says and what the labels say never meet in one layer. The student's
-    maps go through a 1x1 convolution, one a branch for all levels, where the heads' widths differ.
+    :func:`pcka.losses.dense_boxes_loss` compare ``h(f)`` with ``t`` (Wang et al. 2024, section 3).
+    So what the teacher says and what the labels say never meet in one layer. The maps cross before
+    a ReLU, each channel of a level brought to the teacher's mean and deviation over images and
+    positions, as in the authors' public code: a student at the start would leave the range that
+    the teacher's layers know. The student's maps go through a 1x1 convolution first, one a branch
+    for all levels, where the heads' widths differ.
+
+    The defaults are the authors' for RetinaNet. For FCOS they take ``cls_weight`` 0.4,
+    ``box_weight`` 0.75 (of the IoU), ``depth`` 2; for GFL ``box_weight`` 2. They divide by the
+    positive anchors of the labels, where this library counts what the teacher sees.
 
     Args:
         cls_weight: factor of the scores' term.
@@ -35,7 +63,7 @@ class CrossKD(DenseLoss):
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
         depth: int = 3,
-        beta: float = 2.0,
+        beta: float = 1.0,
     ) -> None:
         super().__init__(cls_weight, box_weight, beta)
         if not isinstance(depth, int) or depth < 1:
@@ -58,10 +86,21 @@ class CrossKD(DenseLoss):
         """The crossed ones, and the teacher's own."""
         rest = self.need(teacher.rest, "teacher.head.rest")
         inner = {
-            branch: [self._adapted(branch, x) for x in maps] if self._compares(branch) else other
+            branch: self._crossed(branch, maps, other) if self._compares(branch) else other
             for (branch, maps), other in zip(student.inner.items(), teacher.inner.values())
         }
         return rest(inner), self.need(teacher.predictions, "teacher.head.predictions")
+
+    def _crossed(
+        self, branch: str, maps: Sequence[Tensor], other: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The student's maps of a branch, as the teacher's layers take them."""
+        if len(maps) != len(other):
+            raise ValueError(
+                f"student and teacher have {len(maps)} and {len(other)} levels; both heads need "
+                "the same levels, anchors and classes"
+            )
+        return [at_scale(self._adapted(branch, x), y) for x, y in zip(maps, other)]
 
     def _compares(self, branch: str) -> bool:
         """Whether a branch counts; the teacher's own maps take the way of one that does not."""

@@ -13,14 +13,15 @@ from pcka.losses.heads import Dense, DenseHead
 EPSILON = 1e-7  # square pixels
 
 
-def dense_scores_loss(student: Tensor, teacher: Tensor, *, beta: float = 2.0) -> Tensor:
+def dense_scores_loss(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
     r"""Quality focal loss to the teacher's scores, which are the soft labels.
 
     ``1/S sum |sigmoid(s) - p|^beta ((1 - p) log 1/(1 - sigmoid(s)) + p log 1/sigmoid(s))``,
     ``p = sigmoid(t)`` (Li et al., "Generalized Focal Loss", NeurIPS 2020, equation 5; with a
-    teacher's scores in place of the quality: Wang et al., "CrossKD", CVPR 2024, section 3). ``S``
-    is how many objects the teacher sees, ``max(1, sum_r max_k p)``: our choice, which needs no
-    labels.
+    teacher's scores in place of the quality: Wang et al., "CrossKD", CVPR 2024, section 3, with
+    ``beta = 1`` in the authors' public code). ``S`` is how many objects the teacher sees, ``max(1,
+    sum_r max_k p)``: our choice, which needs no labels; there it is the number of anchors that the
+    labels make positive.
 
     Args:
         student: ``(B, R, K)`` logits, any floating dtype.
@@ -35,11 +36,13 @@ def dense_scores_loss(student: Tensor, teacher: Tensor, *, beta: float = 2.0) ->
     """
     student, teacher = _as_dense(student, teacher)
     check_beta(beta)
-    label = teacher.sigmoid()
-    distance = F.binary_cross_entropy_with_logits(student, label, reduction="none")
-    if beta:
-        distance = (student.sigmoid() - label).abs() ** beta * distance
-    return distance.sum() / objects_seen(weights_of(teacher))
+    return quality_focal(student, teacher.sigmoid(), beta).sum() / objects_seen(weights_of(teacher))
+
+
+def quality_focal(logits: Tensor, label: Tensor, beta: float) -> Tensor:
+    """The addends of :func:`dense_scores_loss`: ``label`` holds what the scores should be."""
+    distance = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
+    return (logits.sigmoid() - label).abs() ** beta * distance if beta else distance
 
 
 def dense_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ class DenseKD(DenseLoss):
     """
 
     def __init__(
-        self, *, cls_weight: float = 1.0, box_weight: float = 1.0, beta: float = 2.0
+        self, *, cls_weight: float = 1.0, box_weight: float = 1.0, beta: float = 1.0
     ) -> None:
         super().__init__(cls_weight, box_weight, beta)
 

@@ -18,7 +18,11 @@ def ld_loss(
 
     ``T^2 / (4 S) sum_r w_r sum_e KL(softmax(t_re / T) || softmax(s_re / T))``, the softmax over the
     ``N`` distances of an edge (Zheng et al. 2022, equation 3); ``w`` and ``S`` as in
-    :func:`pcka.losses.dense_boxes_loss`, in place of the paper's regions by labels.
+    :func:`pcka.losses.dense_boxes_loss`, in place of the paper's regions by labels. With ``T = 1``
+    it is what CrossKD compares of a GFL (Wang et al., CVPR 2024, in the authors' public code).
+    LD's own code takes the mean over the ``N`` distances, sums over the positive anchors, and does
+    not divide by ``S``: a weight ``a`` there is ``a S / N`` here, so 0.25 is 0.18 for a dozen
+    objects and the usual ``N`` of 17.
 
     Args:
         student: ``(B, R, 4, N)`` logits, any floating dtype.

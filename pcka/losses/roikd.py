@@ -46,7 +46,8 @@ def roi_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor:
 class RoIKD(Loss):
     """:func:`pcka.losses.kd_loss` of the classes and :func:`roi_boxes_loss`, proposal by proposal.
 
-    ``{"loss_roikd_cls", "loss_roikd_box"}``, on the proposals of the teacher.
+    ``{"loss_roikd_cls", "loss_roikd_box"}``, on the proposals of the teacher. Chen et al. 2017,
+    section 3.2, let the background count 1.5 times in the first; here all classes count alike.
 
     Args:
         cls_weight: factor of the classes' term.

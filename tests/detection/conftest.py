@@ -20,7 +20,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import detection.fcos
-import detection.meta_arch  # noqa: F401  (both register themselves)
+import detection.gfl
+import detection.meta_arch
+import detection.reppoints  # noqa: F401  (they register themselves)
 from detection.config import PROJECT, load_config
 from detection.data.digits import digits_scenes
 
@@ -44,12 +46,13 @@ SMALL = [
     "SOLVER.CHECKPOINT_PERIOD", "2",
 ]  # fmt: skip
 PLAIN_DETECTRON2 = """
-import json, sys, torch
+import json, os, sys, torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 config, weights, image = sys.argv[1:]
 if "lazy" in config:
+    sys.path.insert(0, os.path.dirname(config))  # modules that came along
     lazy = LazyConfig.load(config)
     assert lazy.input_format == "BGR"
     model = instantiate(lazy.model)
@@ -65,8 +68,8 @@ found = model.eval()([{"image": torch.load(image)}])[0]["instances"]
 assert not [name for name in sys.modules if name.partition(".")[0] in ("pcka", "detection")]
 print(json.dumps([found.pred_boxes.tensor.tolist(), found.scores.tolist()]))
 """
-# Of an FCOS in the place of the RetinaNet, for ResNets of the usual widths.
-SMALL_FCOS = [
+# Of an FCOS, GFL or RepPoints in the place of the RetinaNet, for ResNets of the usual widths.
+SMALL_POINTS = [
     "MODEL.RESNETS.DEPTH", "18",
     "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
     "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
@@ -75,6 +78,8 @@ SMALL_FCOS = [
     "MODEL.BACKBONE.NAME", "build_p6p7_resnet_fpn_backbone",
     "MODEL.FPN.P6P7.IN_FEATURE", "p5",
     "MODEL.FCOS.NUM_CLASSES", "10",
+    "MODEL.GFL.NUM_CLASSES", "10",
+    "MODEL.REPPOINTS.NUM_CLASSES", "10",
 ]  # fmt: skip
 UNTRAINED_TEACHER = ["DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True"]
 SMALL_TEACHER = str(["MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 32])
@@ -132,7 +137,27 @@ def build(small_config):
 @pytest.fixture(scope="session")
 def small_fcos():
     """Overrides that make a student an FCOS."""
-    return ("DISTILL.STUDENT", "FCOS", *SMALL_FCOS)
+    return ("DISTILL.STUDENT", "FCOS", *SMALL_POINTS)
+
+
+@pytest.fixture(scope="session")
+def small_gfl():
+    """Overrides that make a student a GFL."""
+    return ("DISTILL.STUDENT", "GFL", *SMALL_POINTS, "MODEL.FPN.P6P7.RELU", "False")
+
+
+@pytest.fixture(scope="session")
+def small_reppoints():
+    """Overrides that make a student a RepPoints."""
+    own = ("MODEL.FPN.P6P7.IN_FEATURE", "res5", "MODEL.FPN.P6P7.RELU", "False")
+    return ("DISTILL.STUDENT", "RepPoints", *SMALL_POINTS, *own)
+
+
+@pytest.fixture(scope="session")
+def own_detector(small_fcos, small_gfl, small_reppoints):
+    """``own_detector(architecture)``: overrides that make a student one; none of a RetinaNet."""
+    kinds = {"FCOS": small_fcos, "GFL": small_gfl, "RepPoints": small_reppoints}
+    return lambda architecture: kinds.get(architecture, ())
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ PAIRS = {
     "faster_rcnn": ("faster_rcnn_r50/from_r101_pcka_mimic", R18),
     "cascade_mask_rcnn": ("mask_rcnn_r50/from_cascade_x101_pcka", R18),
     "fcos": ("fcos_r50/from_r101_pcka", R18),
+    "gfl": ("gfl_r50/from_r101_pcka", R18),
+    "reppoints": ("reppoints_r50/from_r101_pcka", R18),
 }
 SMALL_TEACHER = str([*R18[:1], 18, *R18[2:3], 64, "MODEL.RESNETS.NUM_GROUPS", 1,
                      "MODEL.RESNETS.WIDTH_PER_GROUP", 64])  # fmt: skip
@@ -36,6 +38,8 @@ SMALL_TEACHER = str([*R18[:1], 18, *R18[2:3], 64, "MODEL.RESNETS.NUM_GROUPS", 1,
 ALL_BOXES = [
     "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0",
     "MODEL.FCOS.SCORE_THRESH_TEST", "0.0",
+    "MODEL.GFL.SCORE_THRESH_TEST", "0.0",
+    "MODEL.REPPOINTS.SCORE_THRESH_TEST", "0.0",
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
 ]  # fmt: skip
 

@@ -7,7 +7,6 @@ import yaml
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 
-import detection.fcos
 import detection.meta_arch  # noqa: F401
 from detection.config import (
     PROJECT,

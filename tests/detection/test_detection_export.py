@@ -15,8 +15,7 @@ from detection import export
 from detection.config import PROJECT
 from pcka.engine.config import ConfigError
 
-FCOS = [
-    "DISTILL.STUDENT", "FCOS",
+POINTS = [
     "MODEL.RESNETS.DEPTH", "18",
     "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
     "MODEL.RESNETS.STEM_OUT_CHANNELS", "64",
@@ -65,9 +64,17 @@ def test_a_file_is_refused_as_a_folder(trained, tmp_path, name):
 
 def test_a_later_export_leaves_no_configuration_of_the_older_one(trained, tmp_path):
     folder = tmp_path / "exported"
-    for overrides, config in (((), "config.yaml"), (FCOS, "lazy_config.yaml"), ((), "config.yaml")):
+    fcos = ("DISTILL.STUDENT", "FCOS", *POINTS)
+    gfl = ("DISTILL.STUDENT", "GFL", *POINTS, "MODEL.FPN.P6P7.RELU", "False")
+    lazy, modules = "lazy_config.yaml", {"gfl_model.py", "pyramid.py"}
+    for overrides, written in (
+        ((), {"config.yaml"}),
+        (gfl, {lazy, *modules}),
+        (fcos, {lazy}),
+        ((), {"config.yaml"}),
+    ):
         export.export_student(*trained(*overrides), folder)
-        assert {path.name for path in folder.iterdir()} == {"model.pth", config}
+        assert {path.name for path in folder.iterdir()} == {"model.pth", *written}
 
 
 def test_the_example_of_docs_detection_md_detects_by_an_export(trained, tmp_path, monkeypatch):

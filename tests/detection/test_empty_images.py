@@ -31,7 +31,10 @@ def student():
     return make
 
 
-@pytest.mark.parametrize("pair", ["retinanet_r50", "faster_rcnn_r50", "mask_rcnn_r50", "fcos_r50"])
+@pytest.mark.parametrize(
+    "pair",
+    ["retinanet_r50", "faster_rcnn_r50", "mask_rcnn_r50", "fcos_r50", "gfl_r50", "reppoints_r50"],
+)
 @pytest.mark.parametrize("kept", [slice(0, 2), slice(1, 2)], ids=["one of two", "the only one"])
 def test_every_student_learns_from_them(student, batch, storage, pair, kept):
     for entry in batch:

@@ -55,7 +55,6 @@ def test_a_teachers_backbone_is_that_of_the_whole_model():
         ("MODEL.RESNETS.STEM_OUT_CHANNELS", "32"),
         ("MODEL.RESNETS.RES5_DILATION", "2"),
         ("MODEL.FPN.P6P7.IN_FEATURE", "res5"),
-        ("MODEL.FPN.P6P7.RELU", "False"),
         ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
     ],
 )

@@ -17,7 +17,7 @@ from detection.teacher import TeacherBackbone, TeacherDetector
 from pcka.engine.config import ConfigError
 
 WIDE = ("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 64)
-METHODS = ("CROSSKD", "DENSEKD", "FGD", "ROIKD")
+METHODS = ("CROSSKD", "DENSEKD", "FGD", "ROIKD", "LD")
 RCNN = (
     "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
     "MODEL.ANCHOR_GENERATOR.SIZES", [[20], [40], [80], [160]],
@@ -41,6 +41,12 @@ def teacher_of(*options):
     return ("DISTILL.TEACHER.OPTS", str(list(options)))
 
 
+@pytest.fixture
+def fitting(pair):
+    """``fitting(method)``: overrides that make both such detectors as the method compares."""
+    return lambda method: pair("GFL") if method == "LD" else regions(method)
+
+
 def regions(method):
     """Overrides that make both a Faster R-CNN, where the method needs regions."""
     if method != "ROIKD":
@@ -50,14 +56,15 @@ def regions(method):
 
 
 @pytest.fixture
-def pair(small_fcos):
+def pair(own_detector):
     """``pair(architecture)``: overrides that make student and teacher of that architecture."""
 
     def make(architecture):
         if architecture == "RetinaNet":
             return ()
-        fcos = [int(word) if word.isdigit() else word for word in small_fcos[2:]]
-        return (*small_fcos, *teacher_of("MODEL.META_ARCHITECTURE", "FCOS", *fcos))
+        own = own_detector(architecture)
+        words = [int(word) if word.isdigit() else word for word in own[2:]]
+        return (*own, *teacher_of("MODEL.META_ARCHITECTURE", architecture, *words))
 
     return make
 
@@ -68,7 +75,7 @@ def _maps(detector, side=128):
         return detector.backbone(torch.randn(2, 3, side, side))
 
 
-@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS"])
+@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS", "GFL"])
 @pytest.mark.parametrize("norm", ["GN", "BN"])  # a batch norm of the head is one for each level
 def test_inner_maps_through_the_rest_of_their_own_head_are_its_predictions(
     build, pair, architecture, norm
@@ -79,6 +86,8 @@ def test_inner_maps_through_the_rest_of_their_own_head_are_its_predictions(
     for module in detector.head.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
+    if architecture == "GFL":
+        detector.head.scales.data.uniform_(0.5, 2)
     depth = 1 if architecture == "RetinaNet" else 3
     parts, maps = DenseParts(detector, depth), _maps(detector)
     with torch.no_grad():
@@ -90,9 +99,12 @@ def test_inner_maps_through_the_rest_of_their_own_head_are_its_predictions(
     assert head.predictions.logits.shape[1] == head.predictions.boxes.shape[1]
     expected = parts.decoded(logits, shifts)
     assert torch.equal(expected.boxes, head.predictions.boxes)
+    before = parts.detector.head.cls_subnet[parts.split["cls"]]
+    assert isinstance(before, nn.ReLU)  # which comes behind the inner maps
+    assert min(x.min() for x in head.inner["cls"]) < 0
 
 
-@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS"])
+@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS", "GFL", "RepPoints"])
 def test_positions_are_those_of_the_detectors_own_inference(build, pair, architecture):
     """The best position of an image is its best detection."""
     detector = build(*pair(architecture), *methods("PCKA")).student.eval()
@@ -110,6 +122,17 @@ def test_positions_are_those_of_the_detectors_own_inference(build, pair, archite
         position, label = divmod(int(logits.flatten().argmax()), logits.shape[1])
         assert label == image.pred_classes[0]
         torch.testing.assert_close(boxes[position], image.pred_boxes.tensor[0])
+
+
+def test_distributions_of_a_gfl_have_the_boxes_as_their_means(build, small_gfl):
+    detector = build(*small_gfl, *methods("PCKA")).student.eval()
+    with torch.no_grad():
+        head = DenseParts(detector).run(_maps(detector)).predictions
+    assert head.distributions.shape == (*head.boxes.shape, 17)
+    means = (head.distributions.softmax(-1) * torch.arange(17)).sum(-1)
+    strides = torch.tensor([8.0] * 256 + [16] * 64 + [32] * 16 + [64] * 4 + [128])[:, None]
+    sides = (means[..., :2] + means[..., 2:]) * strides
+    torch.testing.assert_close(head.boxes[..., 2:] - head.boxes[..., :2], sides)
 
 
 def test_the_backbone_alone_is_the_default(build):
@@ -135,8 +158,16 @@ def test_a_teacher_with_a_head_is_in_neither_state_nor_parameters(build):
     assert model.double().teacher.model.detector.head.cls_score.weight.dtype == torch.float64
 
 
-@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS"])
-@pytest.mark.parametrize("method", METHODS[:3])
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        *((kind, method) for kind in ("RetinaNet", "FCOS") for method in METHODS[:3]),
+        ("GFL", "CROSSKD"),
+        ("GFL", "DENSEKD"),
+        ("GFL", "LD"),
+        ("RepPoints", "DENSEKD"),
+    ],
+)
 def test_gradient_reaches_the_student_and_the_adapters_alone(
     build, batch, storage, pair, architecture, method
 ):
@@ -148,9 +179,11 @@ def test_gradient_reaches_the_student_and_the_adapters_alone(
     sum(terms.values()).backward()
     student = model.student
     assert student.backbone.fpn_lateral3.weight.grad.norm() > 0
-    inner, last = student.head.cls_subnet[0].weight.grad, student.head.cls_score.weight.grad
+    head = student.head
+    inner, last = head.bbox_subnet[0].weight.grad, head.bbox_pred.weight.grad
     assert (inner is not None) == (method != "FGD")
-    assert (last is not None) == (method == "DENSEKD")  # CrossKD leaves it to the labels
+    assert (last is not None) == (method in ("DENSEKD", "LD"))  # CrossKD leaves it to the labels
+    assert (head.cls_score.weight.grad is not None) == (method == "DENSEKD")
     parts = [*model.distiller.adapters.parameters(), *model.distiller.losses.parameters()]
     assert bool(parts) == (method == "FGD" or (method == "CROSSKD" and bool(wide)))
     assert all(p.grad is not None for p in parts)
@@ -195,8 +228,8 @@ def test_both_box_heads_judge_the_teachers_proposals(build, batch, storage):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_falls_on_one_batch(build, batch, storage, method):
-    model = build(*regions(method), *methods(method)).train()
+def test_each_method_falls_on_one_batch(build, batch, storage, fitting, method):
+    model = build(*fitting(method), *methods(method)).train()
     _stir(model.teacher.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     history = []
@@ -213,14 +246,14 @@ def test_each_method_falls_on_one_batch(build, batch, storage, method):
 def _stir(teacher):
     """Let the untrained teacher's scores differ, as those of a trained one do."""
     for name, layer in teacher.named_modules():
-        if name.endswith("cls_score"):
+        if name.endswith(("cls_score", "head.bbox_pred")):
             torch.manual_seed(0)
             nn.init.normal_(layer.weight, std=0.3)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_survives_autocast_to_bfloat16(build, batch, storage, method):
-    model = build(*regions(method), *methods(method)).train()
+def test_each_method_survives_autocast_to_bfloat16(build, batch, storage, fitting, method):
+    model = build(*fitting(method), *methods(method)).train()
     _stir(model.teacher.model)
     exact = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -293,7 +326,7 @@ def _canvas(batched_inputs):
         ),
         (
             (*methods("CROSSKD"), "DISTILL.STUDENT", "GeneralizedRCNN", *map(str, RCNN)),
-            "CrossKD: the student: GeneralizedRCNN has no dense head; take a RetinaNet or an FCOS",
+            "CrossKD: the student: GeneralizedRCNN has no dense head; take a RetinaNet, FCOS,",
         ),
         (
             (*methods("DENSEKD"), *teacher_of("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *RCNN)),
@@ -332,14 +365,23 @@ def test_heads_that_cannot_be_read_or_compared_are_refused(build, overrides, mes
         build(*overrides)
 
 
+def test_layers_that_see_both_branches_are_not_crossed(build, pair):
+    with pytest.raises(ConfigError, match="the last layers of a RepPoints' head see both branches"):
+        build(*pair("RepPoints"), *methods("CROSSKD"))
+
+
 def _weights(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 
 
 @pytest.mark.slow
-def test_a_run_on_regions_goes_on_bit_for_bit(tmp_path, arguments):
+@pytest.mark.parametrize(
+    ("architecture", "method"), [("", "ROIKD"), ("GFL", "LD"), ("RepPoints", "DENSEKD")]
+)
+def test_a_run_on_heads_goes_on_bit_for_bit(tmp_path, arguments, pair, architecture, method):
+    own = pair(architecture) if architecture else regions(method)
     # Without a warm-up, whose length follows from that of the run.
-    keys = (*regions("ROIKD"), *methods("ROIKD"), "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "()")
+    keys = (*own, *methods(method), "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "()")
     train_net.main(arguments(tmp_path / "whole", 4, *keys))
     train_net.main(arguments(tmp_path / "cut", 2, *keys))
     train_net.main(arguments(tmp_path / "cut", 4, *keys, flags=["--resume"]))
@@ -349,8 +391,17 @@ def test_a_run_on_regions_goes_on_bit_for_bit(tmp_path, arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_regions(tmp_path, arguments):
-    keys = (*regions("ROIKD"), *methods("ROIKD"), "INPUT.MIN_SIZE_TRAIN", "[64, 128]")
+@pytest.mark.parametrize(
+    ("architecture", "method", "terms"),
+    [
+        ("", "ROIKD", {"loss_roikd_cls", "loss_roikd_box"}),
+        ("GFL", "LD", {"loss_ld", "loss_gfl_dfl"}),
+        ("RepPoints", "DENSEKD", {"loss_densekd_box", "loss_reppoints_first"}),
+    ],
+)
+def test_two_processes_train_on_heads(tmp_path, arguments, pair, architecture, method, terms):
+    own = pair(architecture) if architecture else regions(method)
+    keys = (*own, *methods(method), "INPUT.MIN_SIZE_TRAIN", "[64, 128]")
     script = str(PROJECT / "detection" / "train_net.py")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29534"]
     done = subprocess.run(
@@ -358,4 +409,4 @@ def test_two_processes_train_on_regions(tmp_path, arguments):
         capture_output=True, text=True, cwd=PROJECT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert {"loss_roikd_cls", "loss_roikd_box"} <= read_metrics(tmp_path / "metrics.json").keys()
+    assert terms <= read_metrics(tmp_path / "metrics.json").keys()

@@ -223,12 +223,13 @@ def test_mixed_precision_leaves_the_boxes_of_regions_where_they_are():
 
 
 @pytest.mark.parametrize(
-    ("config", "architecture"), [("pcka", ""), ("student", ""), ("pcka", "FCOS")]
+    ("config", "architecture"),
+    [("pcka", ""), ("student", ""), ("pcka", "FCOS"), ("pcka", "GFL"), ("pcka", "RepPoints")],
 )
 def test_mixed_precision_trains_near_float32_and_evaluates_in_it(
-    build, batch, storage, small_fcos, config, architecture
+    build, batch, storage, own_detector, config, architecture
 ):
-    own = small_fcos if architecture else ()
+    own = own_detector(architecture)
     exact, mixed = build(*own, config=config), build(*own, config=config)
     trainer.train_in_bfloat16(mixed)
     student = trainer.student_of(mixed)
@@ -248,15 +249,16 @@ def test_mixed_precision_trains_near_float32_and_evaluates_in_it(
     assert all(grad.isfinite().all() for grad in gradients)
 
 
-@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS"])
+@pytest.mark.parametrize("architecture", ["RetinaNet", "FCOS", "GFL", "RepPoints"])
 def test_plain_detectron2_gives_the_exported_students_boxes(
-    tmp_path, small_arguments, small_fcos, architecture, assert_same_boxes_in_plain_detectron2
+    tmp_path,
+    small_arguments,
+    own_detector,
+    architecture,
+    assert_same_boxes_in_plain_detectron2,
 ):
-    overrides = small_arguments("DISTILL.STUDENT", architecture)
-    if architecture == "FCOS":
-        overrides += [*small_fcos, "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"]
-    else:
-        overrides += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+    keys = ("DISTILL.STUDENT", architecture, *own_detector(architecture))
+    overrides = small_arguments(*keys, f"MODEL.{architecture.upper()}.SCORE_THRESH_TEST", "0.0")
     cfg = load_config(str(DIGITS / "pcka.yaml"), overrides)
     torch.manual_seed(0)
     student = META_ARCH_REGISTRY.get(architecture)(cfg).eval()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pcka import losses
 from pcka.losses import Outputs, dense_boxes_loss, dense_scores_loss
+from pcka.losses.crosskd import at_scale
 from pcka.losses.heads import Dense, DenseHead
 
 B, K, SIZES = 2, 3, ((4, 3), (2, 2))
@@ -52,17 +54,51 @@ def test_the_students_maps_go_through_the_teachers_layers(draw, teacher):
     loss.prepare(student, teacher)
     assert not list(loss.parameters())  # of one width
     terms = loss(student, teacher, None)
-    crossed, own = teacher.head.rest(student.head.inner), teacher.head.predictions
+    inner = {
+        branch: [at_scale(x, y) for x, y in zip(maps, teacher.head.inner[branch])]
+        for branch, maps in student.head.inner.items()
+    }
+    crossed, own = teacher.head.rest(inner), teacher.head.predictions
     assert terms == {
-        "loss_crosskd_cls": 2 * dense_scores_loss(crossed.logits, own.logits),
+        "loss_crosskd_cls": 2 * dense_scores_loss(crossed.logits, own.logits, beta=1.0),
         "loss_crosskd_box": 0.5 * dense_boxes_loss(crossed.boxes, own.boxes, own.logits),
     }
+
+
+def test_the_defaults_are_the_authors_for_retinanet():
+    expected = {"cls_weight": 1.0, "box_weight": 1.0, "depth": 3, "beta": 1.0}
+    assert losses.defaults("CROSSKD") == expected
+
+
+def test_maps_cross_at_the_teachers_scale(draw, meets_numpy):
+    def numpy_at_scale(s, t):
+        over = {"axis": (0, 2, 3), "keepdims": True}
+        unit = (s - s.mean(**over)) / np.sqrt(((s - s.mean(**over)) ** 2).mean(**over))
+        return unit * np.sqrt(((t - t.mean(**over)) ** 2).mean(**over)) + t.mean(**over)
+
+    student, teacher = 5 + 3 * draw(0, B, 3, 2, 2), draw(1, B, 3, 2, 2)
+    meets_numpy(
+        lambda s, t: at_scale(s, t).sin().sum(),
+        lambda s, t: np.sin(numpy_at_scale(s, t)).sum(),
+        student,
+        teacher,
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3)])
+def test_a_channel_without_variation_becomes_the_teachers_mean(draw, size):
+    student, teacher = torch.full((1, 2, *size), 7.0, requires_grad=True), draw(0, 1, 2, *size)
+    found = at_scale(student, teacher)
+    found.square().sum().backward()
+    expected = teacher.mean((2, 3), keepdim=True).float().expand_as(found)
+    torch.testing.assert_close(found, expected)
+    assert student.grad.isfinite().all()
 
 
 def test_the_teachers_own_maps_cost_nothing(teacher):
     loss = losses.build("CROSSKD")
     terms = loss(replace(teacher, head=replace(teacher.head, rest=None)), teacher, None)
-    assert sum(terms.values()).item() == pytest.approx(0, abs=1e-12)
+    assert sum(terms.values()).item() == pytest.approx(0, abs=1e-9)
 
 
 def test_another_width_is_adapted_in_each_branch_for_all_levels(draw, teacher):
@@ -95,6 +131,14 @@ def test_heads_of_other_levels_are_refused_before_the_training(draw, teacher):
     student = _head(draw, 0, 4)
     one_level = {branch: maps[:1] for branch, maps in student.head.inner.items()}
     student = Outputs(head=DenseHead(None, one_level))
+    with pytest.raises(ValueError, match="have 1 and 2 levels; both heads need the same levels"):
+        losses.build("CROSSKD").prepare(student, teacher)
+
+
+def test_other_classes_are_refused_before_the_training(draw, teacher):
+    student = _head(draw, 0, 4)
+    own = replace(teacher.head.predictions, logits=teacher.head.predictions.logits[..., :2])
+    teacher = Outputs(head=replace(teacher.head, predictions=own))
     with pytest.raises(ValueError, match="need the same levels, anchors and classes"):
         losses.build("CROSSKD").prepare(student, teacher)
 

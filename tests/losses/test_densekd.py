@@ -118,6 +118,25 @@ def test_ld_has_value_and_gradient_of_the_equation(draw, meets_numpy):
     )
 
 
+def test_a_weight_of_the_code_of_ld_is_that_weight_times_objects_over_distances(draw):
+    """It takes the mean over the distances, and does not divide by the objects."""
+    student, teacher, scores = draw(0, B, R, 4, 17), draw(1, B, R, 4, 17), draw(2, B, R, K)
+    weights, objects = _objects(scores.numpy())
+    theirs = 0
+    for place in np.ndindex(*weights.shape):
+        p, q = ([_softmax(edge / 10) for edge in x[place].numpy()] for x in (student, teacher))
+        edges = [100 * (b * np.log(b / a)).mean() for a, b in zip(p, q)]
+        theirs += 0.25 * weights[place] * sum(edges) / 4
+    ours = 0.25 * objects / 17 * ld_loss(student, teacher, scores)
+    assert ours.item() == pytest.approx(theirs, rel=1e-9)
+
+
+def test_scores_weigh_by_the_authors_power():
+    assert losses.defaults("DENSEKD")["beta"] == 1.0
+    scores = torch.tensor([[[0.0]]]), torch.tensor([[[2.0]]])
+    assert dense_scores_loss(*scores) == dense_scores_loss(*scores, beta=1.0)
+
+
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_equal_predictions_cost_nothing_and_stay(draw, beta):
     scores, boxes = draw(0, B, R, K).requires_grad_(), _corners(draw, 1).requires_grad_()

@@ -129,6 +129,21 @@ def test_images_without_objects_are_background(draw):
     assert fgd_loss(student, teacher, whole, **SETTINGS) == expected
 
 
+def test_the_defaults_are_the_authors_for_retinanet():
+    given = losses.defaults("FGD")
+    names = ("foreground", "background", "attention", "relation", "temperature")
+    assert [given[name] for name in names] == [1e-3, 5e-4, 5e-4, 5e-6, 0.5]
+
+
+def test_a_context_starts_as_the_authors_do():
+    torch.manual_seed(0)
+    block = GlobalContext(512)
+    assert block.where.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+    assert not block.where.bias.any()
+    x = torch.randn(2, 512, 3, 3)
+    assert torch.equal(block(x), x)
+
+
 def _pair(draw):
     return [Outputs(features={"p3": draw(seed, B, 4, H, W)}) for seed in (0, 1)]
 

@@ -253,6 +253,7 @@ PUBLISHED = {
     "retinanet_x101": (X101 | _fpn(1, "on_input"), TORCH, False, False),
     "cascade_mask_rcnn_x101": (X101 | _fpn(0, None), TORCH, False, None),
     "fcos_r101": (_resnet101(1, 64) | _fpn(1, "on_output"), CAFFE, True, True),
+    "gfl_r101": (_resnet101(1, 64) | _fpn(1, "on_output"), TORCH, False, False),
 }
 
 
@@ -277,6 +278,86 @@ def test_the_papers_teachers_by_name_and_shape(name):
     assert list(model.PIXEL_MEAN) == pixels["mean"]
     assert list(model.PIXEL_STD) == pixels["std"]
     assert (cfg.INPUT.FORMAT == "RGB") is pixels["rgb"]
+
+
+class GFLHead(nn.Module):
+    """mmdet's, of two convolutions a branch."""
+
+    def __init__(self, channels, classes, largest):
+        super().__init__()
+        for branch in ("cls", "reg"):
+            convs = [nn.Module() for _ in range(2)]
+            for module in convs:
+                module.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+                module.gn = nn.GroupNorm(32, channels)
+            setattr(self, f"{branch}_convs", nn.ModuleList(convs))
+        self.gfl_cls = nn.Conv2d(channels, classes, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(channels, 4 * (largest + 1), 3, padding=1)
+        self.scales = nn.ModuleList(nn.Module() for _ in range(5))
+        for scale in self.scales:
+            scale.scale = nn.Parameter(torch.rand(()) + 0.5)
+        self.integral = nn.Module()
+        self.integral.register_buffer("project", torch.arange(largest + 1.0))
+
+    def forward(self, maps):
+        found = []
+        for x, scale in zip(maps, self.scales):
+            scores = edges = x
+            for conv in self.cls_convs:
+                scores = F.relu(conv.gn(conv.conv(scores)))
+            for conv in self.reg_convs:
+                edges = F.relu(conv.gn(conv.conv(edges)))
+            found.append((self.gfl_cls(scores), scale.scale * self.gfl_reg(edges)))
+        return found
+
+
+GFL = ["MODEL.META_ARCHITECTURE", "GFL", "MODEL.GFL.NUM_CONVS", "2", "MODEL.GFL.REG_MAX", "7"]
+SMALL_GFL = [*GFL, "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.GFL.NUM_CLASSES", "3"]
+
+
+@pytest.fixture(scope="module")
+def gfl():
+    """Weights by name, mmdet's head, and the configuration."""
+    torch.manual_seed(0)
+    head = GFLHead(32, 3, 7)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    shapes = _resnet101(1, 64)
+    for i, inputs in enumerate((512, 1024, 2048)):
+        shapes |= _conv(f"neck.lateral_convs.{i}.conv", 32, inputs, 1, bias=True)
+    for i in range(5):
+        shapes |= _conv(f"neck.fpn_convs.{i}.conv", 32, 32, 3, bias=True)
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    weights |= {f"bbox_head.{name}": tensor for name, tensor in head.state_dict().items()}
+    return weights, head, load_config(str(TEACHERS / "gfl_r101.yaml"), SMALL_GFL)
+
+
+def test_a_converted_head_of_a_gfl_gives_mmdets_predictions(gfl):
+    weights, theirs, cfg = gfl
+    converted = convert_mmdet.convert_mmdet(weights, cfg)
+    ours = convert_mmdet.instantiate(convert_mmdet.lazy_gfl(cfg).head)
+    ours.load_state_dict(
+        {name.removeprefix("head."): t for name, t in converted.items() if "head." in name}
+    )
+    maps = [torch.randn(2, 32, size, size) for size in (8, 4, 2, 2, 2)]
+    with torch.no_grad():
+        for pair, wanted in zip(zip(*ours(maps)), theirs(maps), strict=True):
+            for found, expected in zip(pair, wanted, strict=True):
+                torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("scales.4.scale", (), r"1 missing: bbox_head\.scales\.4\.scale"),
+        ("", ("MODEL.GFL.REG_MAX", "16"), r"gfl_reg\.weight \(32, 32, 3, 3\) for \(68, 32"),
+    ],
+)
+def test_a_head_of_another_gfl_is_refused_by_name(gfl, name, overrides, message):
+    weights = _without(gfl[0], f"bbox_head.{name}")
+    cfg = load_config(str(TEACHERS / "gfl_r101.yaml"), [*SMALL_GFL, *overrides])
+    with pytest.raises(WeightsError, match=rf"(?s)\(MODEL\.GFL\)\?.*{message}"):
+        convert_mmdet.convert_mmdet(weights, cfg)
 
 
 def _without(shapes, *names):

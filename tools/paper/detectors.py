@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 
-import detection.fcos
-import detection.meta_arch  # noqa: F401  (both register themselves)
+import detection.meta_arch  # noqa: F401  (registers itself)
 from benchmarks.detection_step import random_batch
 from detection.compare import finished, other_settings, train
 from detection.config import DISTILLED, MODEL_ZOO, load_config
