@@ -32,6 +32,11 @@ def test_the_published_presets():
     short = preset("resnet56_resnet20", "rcka_short").DISTILL.RCKA
     assert [pytest.approx(10 / 15, abs=0.05)] == short.FEATURE_WEIGHTS
     assert short.INTRA_WEIGHT == short.INTER_WEIGHT == 1
+    shipped = preset("resnet56_resnet20", "kd_pkd_fcka").DISTILL
+    assert shipped.METHODS == ["CE", "KD", "PKD", "FCKA"]
+    assert (shipped.CE.WEIGHT, shipped.KD.WEIGHT) == (0.1, 0.9)
+    assert (shipped.PKD.STAGES, shipped.PKD.WEIGHTS) == (["last"], [30])
+    assert (shipped.FCKA.STAGES, shipped.FCKA.WEIGHTS) == (["last"], [10])
     mixed = preset("resnet56_resnet20", "kd_fcka")
     assert mixed.DISTILL.METHODS == ["CE", "KD", "FCKA"]
     assert (mixed.DISTILL.CE.WEIGHT, mixed.DISTILL.KD.WEIGHT) == (0.1, 0.9)
