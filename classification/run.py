@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -228,6 +229,14 @@ class Run:
                     result = result_alone(cfg, files, traces)
                 if result is None:
                     stack.push(opened.pop_all())  # a finished run is left alone
+            if result is not None:
+                files.logger.info(
+                    "finished before: accuracy %.2f %% after the last epoch, %.2f %% after the "
+                    "best; another OUTPUT_DIR trains anew",
+                    *(result.get("last_accuracy", nan), result.get("best_accuracy", nan)),
+                )
+            elif saved is not None:
+                files.logger.info("goes on after epoch %d of %d", saved["epoch"], cfg.SOLVER.EPOCHS)
         saved, result = from_first_process((saved, result))
         return cls(cfg, files, saved, result)
 
