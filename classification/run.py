@@ -34,6 +34,7 @@ from pcka import losses
 from pcka.analysis.grams import MIN_SAMPLES
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
+from pcka.engine.class_names import CLASSES_FILE, write_class_names
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
@@ -274,6 +275,7 @@ class Run:
         if self.files is not None:
             batches = cfg.SOLVER.EPOCHS * self.trainer.steps_per_epoch
             updates = batches // cfg.SOLVER.ACCUMULATE
+            write_class_names(self.files.directory / CLASSES_FILE, train_set.classes)
             self._start_files(self.files, self.trainer.epoch, updates, device)
         return self.trainer
 

@@ -78,13 +78,16 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def save_student(model: nn.Module, path: str | Path) -> None:
+def save_student(
+    model: nn.Module, path: str | Path, about: Mapping[str, str] | None = None
+) -> None:
     """Write a model's weights alone, on the CPU, under the names that its plain constructor has.
 
     Args:
         model: the student itself, wrapped by DataParallel or ``torch.compile``, or a
             ``Distiller`` (whose student is taken).
         path: file to write, atomically: of safetensors if it ends so, else of ``torch.save``.
+        about: what a file of safetensors says beside the weights, its metadata.
 
     Raises:
         CheckpointError: the model keeps something other than tensors in its state.
@@ -103,7 +106,7 @@ def save_student(model: nn.Module, path: str | Path) -> None:
         for name, tensor in state.items()
     }
     if Path(path).suffix == SAFETENSORS:
-        content = optional_package("safetensors.torch").save(copies)
+        content = optional_package("safetensors.torch").save(copies, metadata=about)
         atomic_write(lambda file: file.write(content), path)
     else:
         atomic_save(copies, path)
