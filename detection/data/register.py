@@ -99,8 +99,13 @@ def _own_key(cfg: CfgNode, split: str) -> str:
 
 def class_count(cfg: CfgNode) -> int:
     """Number of classes of the student that the configuration describes."""
-    dense = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
-    return dense.get(student_architecture(cfg), cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    return cfg.MODEL[_head_section(cfg)].NUM_CLASSES
+
+
+def _head_section(cfg: CfgNode) -> str:
+    """The section of ``MODEL`` that says the student's number of classes."""
+    dense = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    return dense.get(student_architecture(cfg), "ROI_HEADS")
 
 
 def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
@@ -153,8 +158,9 @@ def _check(
     """Refuse what would fail later; ``source`` is what messages call the annotations."""
     if (found := len(content["categories"])) != (classes := class_count(cfg)):
         raise ConfigError(
-            f"{key}: {source} has {found} categories, the model {classes} classes; set NUM_CLASSES "
-            "of MODEL.RETINANET, MODEL.ROI_HEADS or MODEL.FCOS"
+            f"{key}: {source} has {found} categories, the model {classes} classes; set "
+            f"MODEL.{_head_section(cfg)}.NUM_CLASSES {found}, which a "
+            f"{student_architecture(cfg)} reads"
         )
     check_coco(key, source, content, images, evaluated=evaluated)
 

@@ -54,6 +54,7 @@ NO_KEYS = "holds no keys with values"
         ("5", NO_KEYS),
         ("_BASE_: empty.yaml", NO_KEYS),
         ("_BASE_: odd.yaml", "its _BASE_ leads back to itself"),
+        ("_BASE_: gone.yaml", r"its _BASE_ names '.*gone\.yaml', and there is no such file"),
         ("SOLVER: 3", "SOLVER: expected a section of keys"),
     ],
 )
