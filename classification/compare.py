@@ -334,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         )
     if is_first():
         print(comparison.markdown())
+        print(f"\nwritten: comparison.md, .csv and .png in {given.output}, a folder for each run")
     if not comparison.results:
         raise TrainingFailedError("no run came to a result; the reasons stand below the table")
     return comparison

@@ -3,14 +3,15 @@
 ``--output`` ends in ``.pth`` or ``.safetensors`` (the weights alone, under the names of the plain
 model, which ``create_model`` or torchvision's constructor loads) or in ``.onnx``: the graph from
 normalised pixels, or with ``--with-normalization`` from pixels in [0, 1], to logits, for batches
-of any size.
+of any size. What its images and logits are stands in the file, but for ``.pth``, and is printed.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from classification.models import load_classifier, named_model, settings_of, wit
 from classification.models.taps import with_stages
 from pcka.checkpoint import extract_state_dict, optional_package, save_student
 from pcka.engine.arguments import take_pairs
+from pcka.engine.class_names import CLASSES_FILE, read_class_names
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.files import CheckpointError, atomic_write, load_file
@@ -73,12 +75,39 @@ def export_student(
     if recalibrated:
         train_set, _ = load_image_sets(cfg)
         recalibrate(student, pixel_statistics(cfg.STUDENT), train_set, cfg, recalibrated)
+    about = describe_student(cfg, weights, with_normalization=with_normalization)
     if output.suffix != ONNX:
-        save_student(student, output)
+        save_student(student, output, {"format": "pt", **about})
         return output
-    content = _onnx_graph(student, cfg, with_normalization)
+    content = _onnx_graph(student, cfg, about, with_normalization)
     atomic_write(lambda file: file.write(content), output)
     return output
+
+
+def describe_student(
+    cfg: CfgNode, weights: str | Path, *, with_normalization: bool = False
+) -> dict[str, str]:
+    """Return what who uses a student has to know, as files of ONNX and safetensors hold it.
+
+    Args:
+        cfg: STUDENT and DATA.IMAGE_SIZE are read.
+        weights: a file in the folder of a run, whose ``classes.txt`` names the classes.
+        with_normalization: whether the model takes pixels in [0, 1], and not normalised ones.
+
+    Returns:
+        ``model``, ``image_size``, ``pixels`` (how they are made of RGB in [0, 1]) and, where they
+        are known, ``classes``, a JSON list in the order of the logits.
+    """
+    mean, std = list(cfg.STUDENT.PIXEL_MEAN), list(cfg.STUDENT.PIXEL_STD)
+    about = {
+        "model": cfg.STUDENT.NAME,
+        "image_size": str(cfg.DATA.IMAGE_SIZE),
+        "pixels": "RGB in [0, 1]" + f" less {mean}, over {std}" * (not with_normalization),
+    }
+    file = Path(weights).with_name(CLASSES_FILE)
+    if file.is_file():
+        about["classes"] = json.dumps(read_class_names(file))
+    return about
 
 
 def _classes_of(cfg: CfgNode, weights: str) -> int:
@@ -100,7 +129,9 @@ def _classes_of(cfg: CfgNode, weights: str) -> int:
     return len(state[classifier])
 
 
-def _onnx_graph(student: nn.Module, cfg: CfgNode, with_normalization: bool) -> bytes:
+def _onnx_graph(
+    student: nn.Module, cfg: CfgNode, about: Mapping[str, str], with_normalization: bool
+) -> bytes:
     """Return the serialised graph: ``images`` (batch, 3, S, S) -> ``logits`` (batch, classes)."""
     import torch
     from torch import nn
@@ -120,7 +151,10 @@ def _onnx_graph(student: nn.Module, cfg: CfgNode, with_normalization: bool) -> b
         verbose=False,
     )
     assert program is not None  # by dynamo=True
-    return program.model_proto.SerializeToString()
+    graph = program.model_proto
+    for key, value in about.items():
+        graph.metadata_props.add(key=key, value=value)
+    return graph.SerializeToString()
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -136,6 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         recalibrated=given.recalibrate_bn,
     )
     print(f"{path}: {cfg.STUDENT.NAME}, {path.stat().st_size / 1e6:.2f} MB")
+    about = describe_student(cfg, given.weights, with_normalization=given.with_normalization)
+    for key in ("image_size", "pixels", "classes"):
+        print(f"  {key}: {about.get(key, 'unknown')}")
     return path
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from classification.batch_norm import running_norms
 from classification.config import load_config
 from classification.data import Source
-from classification.data.folder import FOLDERS, has_test_folder
+from classification.data.forms import FORMS, forms_in
 from classification.data.image_files import FileSource, cut_centre
 from classification.data.source import make_source
 from classification.model_pixels import (
@@ -115,8 +115,9 @@ def propose(
     """Return settings that suit a folder of images and two models.
 
     Args:
-        folder: with ``train/<class>/*`` and ``test/<class>/*`` (or ``val``); without the latter
-            some of the training images are held out, without either ``<class>/*`` is divided so.
+        folder: with ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), or another of
+            :data:`FORMS`; without a part to test on some of the training images are held out.
+            ``<class>/*`` alone is divided so, too.
         student: name of a model.
         teacher: likewise; "" for a student by itself.
         weights: the teacher's checkpoint; "" trains it first, unless it comes with weights.
@@ -128,7 +129,7 @@ def propose(
     """
     run_name = _file_name(Path(folder).resolve().name, student, method)
     names: dict[str, object] = {
-        "DATA.NAME": "folder",
+        "DATA.NAME": "folder",  # what else it may be is looked at below
         "DATA.ROOT": str(folder),
         "STUDENT.NAME": student,
         "TEACHER.NAME": teacher,
@@ -140,6 +141,7 @@ def propose(
     cfg = load_config(names, overrides)
     cfg.defrost()
     draft = _Draft(cfg, {key for key, _ in pairs_of(overrides)}, names)
+    draft.suggest("DATA.NAME", next(forms_in(cfg.DATA, "train"), "folder"))
     source = make_source(cfg.DATA, "train")
     if cfg.TEACHER.NAME:
         draft.suggest("TEACHER.TRAIN", _has_to_learn(cfg.TEACHER, len(source.classes)))
@@ -171,11 +173,12 @@ def _divide(draft: _Draft, source: Source) -> tuple[int, int]:
     """Say what is trained and what is evaluated on; return the numbers of images."""
     data, images = draft.cfg.DATA, len(source.labels)
     text = f"{images:,} images of {len(source.classes)} classes"
-    if data.NAME == "folder" and not has_test_folder(data):
+    text += f", DATA.NAME {data.NAME}" * (data.NAME != "folder")
+    if not data.TEST_PART and data.NAME in FORMS and data.NAME not in forms_in(data, "test"):
         share = min(int(images * SHARE_HELD_OUT), MOST_HELD_OUT)
         held_out = draft.suggest("DATA.HOLDOUT", share)
-        text += f"; there is no folder {' or '.join(FOLDERS['test'])}, so that"
-        text += f" {held_out:,} of them are held out to evaluate on (DATA.HOLDOUT)"
+        text += f"; there is no part test or val, so that {held_out:,} of them are held out to"
+        text += " evaluate on (DATA.HOLDOUT)"
     draft.notes.append(f"data: {text}")
     evaluated = data.HOLDOUT or len(make_source(data, "test").labels)
     return data.TRAIN_IMAGES or images - data.HOLDOUT, evaluated
@@ -242,17 +245,20 @@ def _normalize(draft: _Draft, source: Source) -> None:
         section = draft.cfg[role]
         if draft.given & {f"{role}.PIXEL_MEAN", f"{role}.PIXEL_STD"}:
             continue
-        found = measured
+        found = None
         if section.WEIGHTS or has_own_weights(section):
-            found = stated_statistics(section) or measured
-        if found is measured and section.WEIGHTS:
+            found = stated_statistics(section)
+        if section.WEIGHTS and not learned_with(section):
+            # A library states what its own weights were trained with, and this file is another.
+            candidates = [one for one in (found, measured) if one is not None]
             labels = torch.from_numpy(source.labels)[chosen]
             device = choose_device(draft.cfg.DEVICE)
             given = {"role": role.lower(), **settings_of(section)}
             model = load_classifier(section.NAME, section.WEIGHTS, len(source.classes), **given)
             found = likeliest_statistics(
-                model.to(device), pixels.to(device), labels.to(device), measured
+                model.to(device), pixels.to(device), labels.to(device), candidates
             )
+        found = found or measured
         draft.suggest(f"{role}.PIXEL_MEAN", list(found.mean))
         draft.suggest(f"{role}.PIXEL_STD", list(found.std))
         told.append(f"{role.lower()}: {found.source}")

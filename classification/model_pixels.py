@@ -87,18 +87,19 @@ def learned_with(section: Mapping[str, Any]) -> dict[str, object]:
 
 @torch.no_grad()
 def likeliest_statistics(
-    model: nn.Module, pixels: Tensor, labels: Tensor, measured: Statistics
+    model: nn.Module, pixels: Tensor, labels: Tensor, candidates: Sequence[Statistics]
 ) -> Statistics:
-    """Of the measured and the usual statistics return those that a trained model fits best.
+    """Of some and of the usual statistics return those that a trained model fits best.
 
     Args:
         model: normalised images -> logits.
         pixels: (N, 3, S, S), uint8, on the model's device.
         labels: (N,) int64, likewise.
-        measured: of such images.
+        candidates: what else comes into question, such as those measured on the images.
     """
     found = []
-    for one in (measured, *USUAL):
+    distinct = {(*one.mean, *one.std): one for one in (*USUAL, *candidates)}
+    for one in distinct.values():
         normalize = PixelNormalize(one.mean, one.std).to(pixels.device)
         with evaluation_mode(model):
             parts = [model(normalize(part / 255)) for part in pixels.split(AT_ONCE)]

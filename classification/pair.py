@@ -55,6 +55,8 @@ def pair_settings(
         overrides=overrides,
     )
     if is_first():
-        for note in (*proposal.notes, f"method: {method} (--method M; --list prints them)"):
+        # A comparison has methods of its own.
+        chosen = [f"method: {method} (--method M; --list prints them)"] * ("method" in given)
+        for note in (*proposal.notes, *chosen):
             logger.info(note)
     return proposal.settings, method

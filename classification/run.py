@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -33,6 +34,7 @@ from pcka import losses
 from pcka.analysis.grams import MIN_SAMPLES
 from pcka.distiller import Distiller
 from pcka.distributed import from_first_process, rank
+from pcka.engine.class_names import CLASSES_FILE, write_class_names
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
@@ -228,6 +230,14 @@ class Run:
                     result = result_alone(cfg, files, traces)
                 if result is None:
                     stack.push(opened.pop_all())  # a finished run is left alone
+            if result is not None:
+                files.logger.info(
+                    "finished before: accuracy %.2f %% after the last epoch, %.2f %% after the "
+                    "best; another OUTPUT_DIR trains anew",
+                    *(result.get("last_accuracy", nan), result.get("best_accuracy", nan)),
+                )
+            elif saved is not None:
+                files.logger.info("goes on after epoch %d of %d", saved["epoch"], cfg.SOLVER.EPOCHS)
         saved, result = from_first_process((saved, result))
         return cls(cfg, files, saved, result)
 
@@ -265,6 +275,7 @@ class Run:
         if self.files is not None:
             batches = cfg.SOLVER.EPOCHS * self.trainer.steps_per_epoch
             updates = batches // cfg.SOLVER.ACCUMULATE
+            write_class_names(self.files.directory / CLASSES_FILE, train_set.classes)
             self._start_files(self.files, self.trainer.epoch, updates, device)
         return self.trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from classification.config import default_config, teacher_name, teachers_of
+from classification.config import config_from_text, default_config, teacher_name, teachers_of
 from classification.data import ImageSet, pixel_statistics
 from classification.evaluation import accuracy, is_guessing
 from classification.models import (
@@ -29,7 +30,7 @@ from classification.models import (
 from classification.models.taps import with_stages
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
-from pcka.engine.distill import add_sections
+from pcka.engine.distill import add_sections, changed_settings
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
 from pcka.engine.run_folder import remove_temporaries
 from pcka.files import atomic_save, load_file
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pcka")
 
 PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
+HASHED = 12  # digits in the names of kept teachers
 WAITING_SECONDS = 2.0  # between two looks at whether another run has trained the teacher
 
 ImageSets = tuple[ImageSet, ImageSet]
@@ -192,6 +194,11 @@ def _trained_teacher(
             told = True
             time.sleep(WAITING_SECONDS)
             continue
+        if not folder.exists() and (other := _nearest_kept(run, weights)):
+            logger.info(
+                "teacher %s: %s is kept, too, and differs in %s; TEACHER.WEIGHTS takes it as it is",
+                *(cfg.TEACHER.NAME, *other),
+            )
         logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, folder)
         try:
             trained = train_run(run, image_sets)
@@ -202,6 +209,28 @@ def _trained_teacher(
         if rank() == 0:
             _keep(trained, weights)
     return weights
+
+
+def _nearest_kept(run: CfgNode, weights: Path) -> tuple[Path, str] | None:
+    """A kept teacher of the same name with the fewest other settings, and these."""
+    kept = []
+    stem = glob.escape(weights.stem.rpartition("-")[0])
+    for path in sorted(weights.parent.glob(f"{stem}-{'?' * HASHED}.pth")):
+        config = path.with_suffix("") / "config.yaml"
+        if not config.is_file():
+            continue
+        with suppress(ConfigError):  # of a project whose keys were others
+            differing = changed_settings(config_from_text(config.read_text()), run)
+            kept.append((path, list(filter(_determines, differing))))
+    if not kept:
+        return None
+    path, keys = min(kept, key=lambda one: len(one[1]))
+    return path, ", ".join(keys) or "its images"
+
+
+def _determines(key: str) -> bool:
+    """Whether a setting makes another teacher."""
+    return key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
 
 
 def _is_in_use(folder: Path) -> bool:
@@ -266,12 +295,12 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     determining = {
         key: value
         for key, value in flatten(run).items()
-        if key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
+        if _determines(key)
         if key not in SINCE or value != silent[key]
     }
     text = json.dumps([determining, train_set.fingerprint], sort_keys=True)
     model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # within the folder
-    name = f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    name = f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:HASHED]}"
     run.OUTPUT_DIR = str(Path(cfg.TEACHER.CACHE_DIR) / name)
     run.freeze()
     return run, Path(cfg.TEACHER.CACHE_DIR) / f"{name}.pth"

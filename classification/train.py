@@ -5,14 +5,20 @@ Several processes: ``torchrun --nproc-per-node N classification/train.py ...``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from classification.arguments import train_parser
 from classification.config import load_config
 from classification.pair import pair_settings
 from classification.run import run_experiment
 from pcka.engine.command import run_command
+from pcka.engine.launch import is_first
 from pcka.engine.progress import console_log
+from pcka.engine.run_folder import CHECKPOINT
+
+logger = logging.getLogger("pcka")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
@@ -29,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
 
             print(tap_table(cfg))
             return {}
+        if given.resume and is_first() and not Path(cfg.OUTPUT_DIR, CHECKPOINT).exists():
+            logger.info("%s holds nothing to resume: a run is begun there", cfg.OUTPUT_DIR)
         return run_experiment(cfg, resume=given.resume)
 
 

@@ -225,6 +225,12 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
         raise ConfigError(f"{config_file}: its _BASE_ leads back to itself; take it out") from error
     except AttributeError as error:
         raise ConfigError(f"{config_file}: {NO_MAPPING}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{config_file}: its _BASE_ names {error.filename!r}, and there is no such file; the "
+            "path is relative to the file that names it (files to build on are in "
+            f"{PROJECT / 'configs' / 'detection'})"
+        ) from error
     except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{config_file}: {_reason(error)}") from error
     of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known

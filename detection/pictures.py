@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode
 from matplotlib.axes import Axes
@@ -34,6 +34,7 @@ def draw_detections(
     """
     name = cfg.DATASETS.TEST[0]
     entries = [batch[0] for batch, _ in zip(build_detection_test_loader(cfg, name), range(images))]
+    classes = MetadataCatalog.get(name).thing_classes
     truths = {entry["file_name"]: entry for entry in DatasetCatalog.get(name)}
     figure = Figure(
         figsize=(INCHES * (len(models) + 1), INCHES * len(entries)), layout="constrained"
@@ -43,13 +44,14 @@ def draw_detections(
         picture = read_image(entry["file_name"], "RGB")
         annotations = truths[entry["file_name"]]["annotations"]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        labels = [str(a["category_id"]) for a in annotations]
+        labels = [classes[a["category_id"]] for a in annotations]
         _draw(row[0], picture, Boxes(torch.tensor(boxes).view(-1, 4)), labels)
         for axes, model in zip(row[1:], models.values()):
             found = model.eval()([entry])[0]["instances"].to("cpu")
             found = found[found.scores >= LEAST_SCORE]
             found = found[found.scores.argsort()]  # the surest label is drawn last, on top
-            labels = [f"{c} {s:.2f}" for c, s in zip(found.pred_classes.tolist(), found.scores)]
+            pairs = zip(found.pred_classes.tolist(), found.scores.tolist())
+            labels = [f"{classes[index]} {score:.2f}" for index, score in pairs]
             _draw(axes, picture, found.pred_boxes, labels)
     for axes, title in zip(grid[0], ("truth", *models)):
         axes.set_title(title)

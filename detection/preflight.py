@@ -106,6 +106,11 @@ def _check_numbers(cfg: CfgNode) -> None:
         raise ConfigError(
             f"DISTILL.LOG_PERIOD: expected steps, or 0 for never; got {cfg.DISTILL.LOG_PERIOD}"
         )
+    if (warmup := cfg.SOLVER.WARMUP_ITERS) >= cfg.SOLVER.MAX_ITER > 1:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS: the rate rises over %d steps, and SOLVER.MAX_ITER ends the run "
+            "after %d, before it has its height; set fewer", warmup, cfg.SOLVER.MAX_ITER,
+        )  # fmt: skip
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(

@@ -107,7 +107,13 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     check_test_sets(cfg)
     student = build_student(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
-    return evaluate(cfg, student)
+    results = evaluate(cfg, student)
+    first = cfg.DATASETS.TEST[0]  # of several sets it is drawn
+    if "bbox" in (results if len(cfg.DATASETS.TEST) == 1 else results.get(first, {})):
+        from detection.pictures import draw_detections  # imports matplotlib
+
+        draw_detections(cfg, {"found": student}, Path(cfg.OUTPUT_DIR, "detections.png"))
+    return results
 
 
 if __name__ == "__main__":

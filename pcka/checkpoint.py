@@ -28,6 +28,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put thes
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
 Shape = tuple[int, ...]
+BARE = "bare *"  # layout: the file is the dictionary of the weights
 # DenseNet's published files have names that torchvision itself renames when it loads them.
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
@@ -52,7 +53,7 @@ class LoadReport:
         missing: names of the model that the file lacks.
         unexpected: names of the file that the model lacks.
         mismatched: names of both whose shapes differ.
-        layout: where in the file the weights lay, e.g. ``['state_dict'] module.*``.
+        layout: where in the file the weights lay, e.g. ``['state_dict'] module.*``; :data:`BARE`.
     """
 
     loaded: tuple[str, ...]
@@ -68,20 +69,25 @@ class LoadReport:
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        lines = [f"{len(self.loaded)} of {total} entries fit, layout: {self.layout}"]
+        lines = [f"{len(self.loaded)} of {total} entries fit"]
+        if self.layout != BARE:
+            lines[0] += f", taken from {self.layout}"
         for title in ("missing", "unexpected", "mismatched"):
             if entries := getattr(self, title):
                 lines.append(f"  {len(entries)} {title}: {_abridge(entries)}")
         return "\n".join(lines)
 
 
-def save_student(model: nn.Module, path: str | Path) -> None:
+def save_student(
+    model: nn.Module, path: str | Path, about: Mapping[str, str] | None = None
+) -> None:
     """Write a model's weights alone, on the CPU, under the names that its plain constructor has.
 
     Args:
         model: the student itself, wrapped by DataParallel or ``torch.compile``, or a
             ``Distiller`` (whose student is taken).
         path: file to write, atomically: of safetensors if it ends so, else of ``torch.save``.
+        about: what a file of safetensors says beside the weights, its metadata.
 
     Raises:
         CheckpointError: the model keeps something other than tensors in its state.
@@ -100,7 +106,7 @@ def save_student(model: nn.Module, path: str | Path) -> None:
         for name, tensor in state.items()
     }
     if Path(path).suffix == SAFETENSORS:
-        content = optional_package("safetensors.torch").save(copies)
+        content = optional_package("safetensors.torch").save(copies, metadata=about)
         atomic_write(lambda file: file.write(content), path)
     else:
         atomic_save(copies, path)

@@ -132,7 +132,7 @@ def test_allow_partial_loads_what_fits_and_reports_the_rest(tmp_path):
     assert report.missing == ("0.bias",)
     assert report.unexpected == ("extra.weight",)
     assert report.mismatched[0] == ShapeMismatch("3.weight", (5, 4), (3, 4))
-    assert str(report).startswith("6 of 9 entries")
+    assert str(report).startswith("6 of 9 entries fit\n")
     assert torch.equal(model[0].weight, load_file(tmp_path / "file.pth")["0.weight"])
     assert torch.equal(model[3].weight, head)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from classification.data.image_files import FileSource
 from classification.data.image_set import ImageSet, balanced_order
 from classification.data.source import Source, make_source
 from pcka.distributed import from_first_process, rank
 from pcka.engine.config import ConfigError
+
+SHOWN = 5  # classes that a message names
 
 
 def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
@@ -39,11 +42,7 @@ def _load(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
         test = _source(cfg, "test")
         tested = np.arange(len(test.labels))
         if test.classes != train.classes:
-            differing = sorted(set(train.classes) ^ set(test.classes))
-            raise ConfigError(
-                "DATA.ROOT: expected the same classes for training and evaluation, "
-                f"got these in one of them only: {', '.join(differing)}"
-            )
+            raise ConfigError(_differing(train, test))
     _check_memory(cfg, len(kept) + len(tested))
     return (
         train.open(cfg.DATA, kept, evaluated=False),
@@ -72,6 +71,29 @@ def _source(cfg: CfgNode, split: str) -> Source:
             f"{len(source.classes)}; set it to 0 to take the data's"
         )
     return source
+
+
+def _differing(train: Source, test: Source) -> str:
+    """How the classes of two parts differ, with an image of each class that one part alone has."""
+    alone = []
+    for part, source, other in (("training", train, test), ("evaluation", test, train)):
+        names = [name for name in source.classes if name not in other.classes]
+        shown = [f"{name!r}{_first_image(source, name)}" for name in names[:SHOWN]]
+        more = [f"{len(names) - SHOWN} more"] * (len(names) > SHOWN)
+        alone += [f"the {part} images alone have {', '.join(shown + more)}"] * bool(names)
+    return (
+        "DATA.ROOT: expected the same classes in one order for training and evaluation; "
+        f"{' and '.join(alone) or 'their order differs'}; correct the labels, or add what is "
+        "missing (for tables and shards, ROOT/classes.txt names the classes of both)"
+    )
+
+
+def _first_image(source: Source, name: str) -> str:
+    """Where the first image of a class is, in brackets; "" for what has no files, or none of it."""
+    positions = np.flatnonzero(source.labels == source.classes.index(name))
+    if not isinstance(source, FileSource) or not len(positions):
+        return ""
+    return f" (first {source.files.path(int(positions[0]))})"
 
 
 def _split(cfg: CfgNode, train: Source) -> tuple[np.ndarray, np.ndarray]:

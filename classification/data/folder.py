@@ -17,6 +17,7 @@ from classification.data.source import register
 from pcka.engine.config import ConfigError
 
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves
+OTHER_FORMS = "DATA.NAME table, webdataset or huggingface reads images that lie otherwise"
 
 
 @register("folder")
@@ -35,13 +36,13 @@ def folder_source(data: CfgNode, split: str) -> FileSource:
     root = Path(data.ROOT).expanduser()
     folders = [root / name for name in FOLDERS[split]]
     folder = next((path for path in folders if path.is_dir()), None)
-    if folder is None and split == "train" and not has_test_folder(data) and _has_classes(root):
+    if folder is None and split == "train" and not has_test_folder(data) and has_classes(root):
         folder = root
     if folder is None:
         raise ConfigError(
             f"DATA.ROOT: expected the folder {' or '.join(str(path) for path in folders)} with "
-            "one folder of images per class in it, found none"
-            + ("; DATA.HOLDOUT N evaluates on training images" if split == "test" else "")
+            "one folder of images per class in it, found none; "
+            + ("DATA.HOLDOUT N evaluates on training images" if split == "test" else OTHER_FORMS)
         )
     _refuse_second_visits(folder)
     try:
@@ -60,8 +61,8 @@ def has_test_folder(data: CfgNode) -> bool:
     return any((Path(data.ROOT).expanduser() / name).is_dir() for name in FOLDERS["test"])
 
 
-def _has_classes(root: Path) -> bool:
-    """Whether images lie one folder deep, as they do not where a folder of sets is given."""
+def has_classes(root: Path) -> bool:
+    """Whether images lie one folder deep in it, as in a folder of class folders."""
     return any(path.suffix.lower() in IMG_EXTENSIONS for path in root.glob("*/*"))
 
 

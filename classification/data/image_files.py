@@ -68,7 +68,8 @@ class ImageFiles(ABC):
                 return _eight_bits(file).convert("RGB")
         except Exception as error:  # what a decoder meets in a broken file is of many types
             raise ConfigError(
-                f"cannot decode the image {self.path(position)!r}: {error}"
+                f"cannot decode the image {self.path(position)!r}: {error}; replace it, or take it "
+                "out of the data"
             ) from error
 
 

@@ -178,7 +178,8 @@ def _sample(
     if len(images) != 1:
         raise ConfigError(
             f"{where} has {len(images)} images ({', '.join(others)}), expected one of "
-            f"{', '.join(IMAGES)}; the members of a sample stand one after the other in its shard"
+            f"{', '.join(IMAGES)}; the members of a sample stand one after the other in its shard, "
+            "which may have been cut short"
         )
     (image,) = images
     label = _label(archive, where, others, field)

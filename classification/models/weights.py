@@ -99,7 +99,7 @@ def load_classifier(
     try:
         report = load_weights(model, weights, role=role, allow_partial=True)
     except CheckpointError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(f"{key}: {str(error).removeprefix('path: ')}") from error
     for entry in report.mismatched:
         if entry.name == f"{model.classifier_name}.weight" and entry.in_file:
             raise ConfigError(

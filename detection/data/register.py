@@ -103,9 +103,14 @@ def _own_key(cfg: CfgNode, split: str) -> str:
 
 def class_count(cfg: CfgNode) -> int:
     """Number of classes of objects of the student that the configuration describes."""
-    keys = cfg.MODEL
-    dense = {name: keys[name.upper()] for name in ("RetinaNet", "FCOS", "GFL", "RepPoints")}
-    return dense.get(student_architecture(cfg), keys.ROI_HEADS).NUM_CLASSES
+    return cfg.MODEL[_head_section(cfg)].NUM_CLASSES
+
+
+def _head_section(cfg: CfgNode) -> str:
+    """The section of ``MODEL`` that says the student's number of classes."""
+    architecture = student_architecture(cfg)
+    dense = ("RetinaNet", "FCOS", "GFL", "RepPoints")
+    return architecture.upper() if architecture in dense else "ROI_HEADS"
 
 
 def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
@@ -196,8 +201,9 @@ def _check(
     """Refuse what would fail later; ``source`` is what messages call the annotations."""
     if (found := len(content["categories"])) != (classes := class_count(cfg)):
         raise ConfigError(
-            f"{key}: {source} has {found} categories, the model {classes} classes; set NUM_CLASSES "
-            "of MODEL.RETINANET, ROI_HEADS, FCOS, GFL or REPPOINTS"
+            f"{key}: {source} has {found} categories, the model {classes} classes; set "
+            f"MODEL.{_head_section(cfg)}.NUM_CLASSES {found}, which a "
+            f"{student_architecture(cfg)} reads"
         )
     check_coco(key, source, content, images, evaluated=evaluated)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pcka.engine.config import ConfigError
+from pcka.files import atomic_write
 
 CLASSES_FILE = "classes.txt"
 
@@ -32,3 +34,9 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     if not first:
         raise ConfigError(f"{file}: expected the name of a class on each line, found none")
     return tuple(first)
+
+
+def write_class_names(file: Path, classes: Sequence[str]) -> None:
+    """Write the names of classes, in the order of their indices, as they are read."""
+    text = "".join(f"{name}\n" for name in classes)
+    atomic_write(lambda opened: opened.write(text.encode()), file)

@@ -76,9 +76,11 @@ def import_modules(names: Iterable[object], key: str) -> None:
         try:
             importlib.import_module(str(name))
         except ImportError as error:
+            dotted = str(name).removesuffix(".py").replace(os.sep, ".")
+            meant = f"; did you mean {dotted!r}?" * (dotted != name)
             raise ConfigError(
                 f"{key}: {name!r} cannot be imported ({error}); name a module that is installed or "
-                f"lies in {folder!r}"
+                f"lies in {folder!r}{meant}"
             ) from error
 
 

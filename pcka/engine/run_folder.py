@@ -24,10 +24,10 @@ CHECKPOINT = "checkpoint.pth"
 class RunFolder:
     """The files of one run; a context manager that holds the folder for this process alone.
 
-    A run's folder holds ``config.yaml``, ``environment.json``, ``log.txt``, ``metrics.jsonl``,
-    ``tensorboard/``, ``checkpoint.pth`` (to continue from), ``model_last.pth`` and
-    ``model_best.pth`` (the bare student), ``model_ema.pth`` (where its weights are averaged) and,
-    when finished, ``result.json`` and ``curves.png``.
+    A run's folder holds ``config.yaml``, ``classes.txt`` (in the order of the logits),
+    ``environment.json``, ``log.txt``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.pth`` (to
+    continue from), ``model_last.pth`` and ``model_best.pth`` (the bare student), ``model_ema.pth``
+    (where its weights are averaged) and, when finished, ``result.json`` and ``curves.png``.
 
     Args:
         directory: made where it is missing.

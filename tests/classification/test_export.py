@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import sys
 
 import onnxruntime
 import pytest
 import torch
 import torchvision
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from classification import export
@@ -54,6 +56,28 @@ def test_the_weights_alone_load_into_the_plain_model(file, read, trained, weight
     fresh = create_model("resnet8", CLASSES)
     fresh.load_state_dict(read(path))
     assert same(fresh.state_dict(), trained.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "normalized"), [("out.onnx", False), ("out.onnx", True), ("out.safetensors", False)]
+)
+def test_a_file_says_what_its_images_and_logits_are(name, normalized, weights, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("oak\nred maple\n")
+    (tmp_path / "config.yaml").write_text(config(**OTHERS_PIXELS).dump())
+    words = ["--config-file", str(tmp_path / "config.yaml"), "--weights", weights]
+    words += ["--output", str(tmp_path / name), *["--with-normalization"] * normalized]
+    export.main(words)
+    if name.endswith(".safetensors"):
+        with safe_open(tmp_path / name, "pt") as file:
+            about = file.metadata()
+    else:
+        session = onnxruntime.InferenceSession(tmp_path / name)
+        about = session.get_modelmeta().custom_metadata_map
+    assert about["image_size"] == "16" and about["model"] == "resnet8"
+    assert json.loads(about["classes"]) == ["oak", "red maple"]
+    others = " less [0.1, 0.2, 0.3], over [0.5, 0.6, 0.7]"
+    assert about["pixels"] == "RGB in [0, 1]" + others * (not normalized)
+    assert f"  pixels: {about['pixels']}\n" in capsys.readouterr().out
 
 
 def test_torchvisions_own_constructor_loads_its_models(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from classification import train
+from classification.arguments import compare_parser
 from classification.config import load_config, method_files
 from classification.first_run import BASELINE, DEFAULT_METHOD, batch_size, epochs_for, propose
 from classification.model_pixels import (
@@ -20,6 +21,7 @@ from classification.model_pixels import (
     stated_statistics,
 )
 from classification.models import create_model
+from classification.pair import pair_settings
 from pcka.engine.config import ConfigError, read_leaves
 
 CLASSES = ("dark", "light")
@@ -52,7 +54,7 @@ def save_teacher(path, classes=2):
 def test_a_folder_without_test_images_has_some_held_out_and_says_so(make_images):
     settings, notes = propose(make_images(), "resnet8")
     assert settings["DATA.HOLDOUT"] == 4
-    assert "no folder test or val, so that 4 of them are held out" in notes[0]
+    assert "no part test or val, so that 4 of them are held out" in notes[0]
 
 
 def test_a_folder_with_test_images_is_taken_as_it_is(make_images):
@@ -187,6 +189,17 @@ def test_a_pretrained_model_of_other_classes_has_to_learn_these(make_images, mon
     assert settings["TEACHER.PIXEL_MEAN"] == pytest.approx([0.485, 0.456, 0.406])
 
 
+def test_what_timm_states_is_not_taken_for_a_file_of_other_weights(make_images, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    given = {"teacher": "timm/resnet10t", "weights": str(tmp_path / "own.pth")}
+    _, notes = propose(make_images(), "resnet8", **given)
+    (told,) = [note for note in notes if note.startswith("pixel statistics")]
+    assert "training images right" in told  # tried, timm's among others
+
+
 class Thresholds(nn.Module):
     """Two classes of which the second is above 0.5, if pixels come as they are."""
 
@@ -199,7 +212,7 @@ def test_statistics_that_nobody_states_are_those_that_the_weights_fit():
     shades = torch.tensor([90, 110, 120, 135, 145, 150], dtype=torch.uint8)
     pixels = shades.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     labels = (shades > 127).long()
-    found = likeliest_statistics(Thresholds(), pixels, labels, measured_statistics(pixels))
+    found = likeliest_statistics(Thresholds(), pixels, labels, [measured_statistics(pixels)])
     assert found[:2] == ([0.0] * 3, [1.0] * 3)
     assert "100 % of 6 training images right" in found.source
 
@@ -244,7 +257,25 @@ def test_one_command_trains_saves_its_settings_and_goes_on(
     saved = read_leaves(run / "config.yaml")
     assert saved["DATA.HOLDOUT"] == 4 and saved["TEACHER.TRAIN"] is True
     assert "method: kd_fcka (--method M; --list prints them)" in caplog.messages
+    caplog.clear()
     assert train.main([*words, "--resume"]) == result
+    assert any(text.startswith("finished before: accuracy") for text in caplog.messages)
+
+
+def test_a_comparison_has_no_method_of_its_own_to_tell_of(make_images, caplog):
+    caplog.set_level("INFO", "pcka")
+    words = ["--data", str(make_images()), "--student", "resnet8", "--methods", "ce"]
+    pair_settings(compare_parser().parse_args(words), [])
+    assert any(text.startswith("training: ") for text in caplog.messages)
+    assert not any(text.startswith("method: ") for text in caplog.messages)
+
+
+def test_a_run_that_is_not_there_to_resume_is_told_of(make_images, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "pcka")
+    monkeypatch.setattr(train, "run_experiment", lambda cfg, resume: resume)
+    words = ["--data", str(make_images()), "--student", "resnet8", "--resume"]
+    assert train.main([*words, "OUTPUT_DIR", str(tmp_path / "typo")])
+    assert f"{tmp_path / 'typo'} holds nothing to resume: a run is begun there" in caplog.messages
 
 
 def test_a_student_without_a_teacher_learns_by_cross_entropy(make_images, monkeypatch):

@@ -131,6 +131,25 @@ def test_a_teacher_is_kept_within_its_folder_whatever_its_name(tiny_config, imag
     assert str(weights.relative_to(cfg.TEACHER.CACHE_DIR)).startswith(kept)
 
 
+def test_a_kept_teacher_that_differs_little_is_told_of(tiny_config, images, caplog):
+    caplog.set_level("INFO", "pcka")
+    keys = [{"SOLVER.BASE_LR": 0.2, "SOLVER.GAMMA": 0.2}, {"SOLVER.WARMUP_EPOCHS": 0.5}]
+    kept = [teacher_run(tiny_config(**one), images) for one in keys]
+    for run, weights in kept:
+        Path(run.OUTPUT_DIR).mkdir(parents=True)
+        Path(run.OUTPUT_DIR, "config.yaml").write_text(run.dump())
+        save_teacher(weights)
+
+    def train(run, _):
+        save_teacher(Path(run.OUTPUT_DIR + "_last.pth"))
+        Path(run.OUTPUT_DIR).mkdir()
+        return Path(run.OUTPUT_DIR + "_last.pth")
+
+    prepare_teacher(tiny_config(), (images, images), train)
+    told = f"{kept[1][1]} is kept, too, and differs in SOLVER.WARMUP_EPOCHS; TEACHER.WEIGHTS takes"
+    assert any(told in message for message in caplog.messages)
+
+
 @pytest.fixture
 def to_train(tiny_config, images):
     """``to_train(train_run)`` prepares a teacher that is to be trained; with its run's paths."""

@@ -55,7 +55,7 @@ def test_a_run_leaves_what_a_person_expects(tmp_path, cache):
     result = main(["--config-file", str(DIGITS), "--method", "kd_fcka", *words])
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {
-        "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "tensorboard",
+        "config.yaml", "classes.txt", "environment.json", "log.txt", "metrics.jsonl", "tensorboard",
         "checkpoint.pth", "model_last.pth", "model_best.pth", "result.json", "curves.png",
     }  # fmt: skip
     assert not any(name.endswith(".tmp") for name in names)
@@ -66,6 +66,7 @@ def test_a_run_leaves_what_a_person_expects(tmp_path, cache):
     assert first["loss_total"] == pytest.approx(sum(first[term] for term in terms), rel=1e-5)
     assert result["last_accuracy"] == last["accuracy"]
     assert result["best_accuracy"] == max(m["accuracy"] for m in (first, last))
+    assert (tmp_path / "classes.txt").read_text().split() == list("0123456789")
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert torch.__version__.startswith(environment["torch"]) and environment["seed"] == 0
     assert environment["build_info"] == pcka.build_info()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -53,6 +54,7 @@ NO_KEYS = "holds no keys with values"
         ("5", NO_KEYS),
         ("_BASE_: empty.yaml", NO_KEYS),
         ("_BASE_: odd.yaml", "its _BASE_ leads back to itself"),
+        ("_BASE_: gone.yaml", r"its _BASE_ names '.*gone\.yaml', and there is no such file"),
         ("SOLVER: 3", "SOLVER: expected a section of keys"),
     ],
 )
@@ -187,3 +189,18 @@ def test_a_saved_configuration_with_the_sections_of_all_losses_is_the_same(small
     assert changed_settings(load_config(str(path), []), cfg) == {}
     cfg.DISTILL.PCKA.CENTER = False
     assert list(changed_settings(load_config(str(path), []), cfg)) == ["DISTILL.PCKA.CENTER"]
+
+
+def test_the_files_of_own_boxes_that_the_docs_show_are_configurations(tmp_path, monkeypatch):
+    page = (PROJECT / "docs" / "data.md").read_text()
+    teacher, taught = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    student = teacher.replace("bccd/teacher.yaml", "bccd/pcka.yaml") + taught
+    (tmp_path / "configs").symlink_to(PROJECT / "configs")
+    (tmp_path / "cells_teacher.yaml").write_text(teacher)
+    (tmp_path / "cells_pcka.yaml").write_text(student)
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("cells_pcka.yaml", [])
+    assert cfg.DATASETS.COCO_TRAIN.NAME == "" and cfg.DATASETS.YOLO_TRAIN.NAME == "cells_train"
+    assert cfg.DISTILL.METHODS == ["PCKA"] and student_architecture(cfg) == "RetinaNet"
+    assert teacher_config(cfg).MODEL.RESNETS.RES2_OUT_CHANNELS == 64
+    assert teacher_config(cfg).OUTPUT_DIR == "output/cells_teacher"

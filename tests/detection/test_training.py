@@ -19,6 +19,7 @@ from PIL import Image
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config, teacher_config
 from detection.figures import read_metrics
+from detection.preflight import check_run
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
@@ -62,6 +63,16 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
     # An absent class has AP nan, which is not equal to itself.
     assert str(train_net.main(command)) == str(trained)
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation"}
+    assert (tmp_path / "eval" / "evaluation" / "detections.png").stat().st_size > 5000
+
+
+def test_a_run_that_ends_before_its_rate_has_risen_is_warned_of(small_config, caplog):
+    check_run(small_config("student", "SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "20"))
+    (told,) = [text for text in caplog.messages if "SOLVER.WARMUP_ITERS" in text]
+    assert "the rate rises over 20 steps, and SOLVER.MAX_ITER ends the run after 20" in told
+    caplog.clear()
+    check_run(small_config("student", "SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "19"))
+    assert not [text for text in caplog.messages if "SOLVER.WARMUP_ITERS" in text]
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cpu", False), ("cuda", True)])

@@ -129,7 +129,14 @@ def _with(column, value, row=1):
         ),
         (
             lambda rows: rows.cast_column("label", datasets.ClassLabel(names=["a", "blue", "red"])),
-            r"expected the same classes .*one of them only: a, amber",
+            r"expected the same classes .*training images alone have 'a' \(first .*train, row 0\) "
+            r"and the evaluation images alone have 'amber' \(first .*validation, row 0\); correct",
+        ),
+        (
+            lambda rows: rows.cast_column(
+                "label", datasets.ClassLabel(names=["red", "blue", "amber"])
+            ),
+            r"expected the same classes in one order .*; their order differs",
         ),
     ],
 )

@@ -59,7 +59,7 @@ def test_the_field_of_the_json_may_be_named(shard, noisy_root):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.cls", b"red")], r"the sample 'a' has 0 images \(cls\), expected one of jpg, jpeg"),
+        ([("a.cls", b"red")], r"the sample 'a' has 0 images \(cls\), .* cut short$"),
         ([("a.png", None), ("a.jpg", None)], r"the sample 'a' has 2 images \(png, jpg\)"),
         ([("a.png", None)], r"the sample 'a' has no label: expected a .cls or .json beside png"),
         ([("a.png", None), ("b.png", None), ("a.cls", b"red")], r"sample 'a' has no label"),
@@ -70,7 +70,7 @@ def test_the_field_of_the_json_may_be_named(shard, noisy_root):
         ([("a.png", None), ("a.json", b'{"class": 3}')], r"LABEL_COLUMN: .* fields: class"),
         ([("a.png", None), ("a.json", b'{"label": 1.5}')], r"a.png: the label 1.5 is neither a"),
         ([("a.png", b"no image"), ("a.cls", b"red")], r"the image '.*train-zzz.tar/a.png': cannot"),
-        ([("a.png", None), ("a.cls", b"green")], r"one of them only: green"),
+        ([("a.png", None), ("a.cls", b"green")], r"alone have 'green' \(first .*zzz.tar/a.png\)"),
     ],
 )
 def test_a_broken_sample_is_named_with_its_shard(shard, members, message):

@@ -76,7 +76,7 @@ def test_a_flipped_bit_is_found(weights):
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 4
     weights.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: .*seven\.pth' is damaged"):
+    with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: expected .*\.pth' is damaged"):
         load_classifier("resnet8", weights, 7, role="teacher")
 
 

@@ -68,6 +68,7 @@ def test_a_factory_that_takes_no_classes_is_called_without(mine):
         ("{}:tokens", {}, r"STUDENT\.NAME: nets_of_mine:tokens gives str, expected a torch"),
         ("{}:Net", {"widht": 8}, r"STUDENT\.KWARGS: .*cannot be made with.*'widht'"),
         ("no_such_nets:Net", {}, r"STUDENT\.NAME: 'no_such_nets' cannot be imported"),
+        ("my/nets.py:Net", {}, r"NAME: 'my/nets.py' cannot be .*; did you mean 'my\.nets'\?"),
         ("resnet8", {"widht": 8}, r"STUDENT\.KWARGS: resnet8 cannot be made with .*'widht'"),
         ("torchvision/resnet18", {"a": 1}, r"STUDENT\.KWARGS: torchvision/resnet18 cannot .*'a'"),
     ],
