@@ -14,13 +14,7 @@ from classification.batch_norm import recalibrate
 from classification.config import default_config, load_config, teachers_of
 from classification.data import load_evaluation_set, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import (
-    Classifier,
-    has_own_weights,
-    load_classifier,
-    named_model,
-    settings_of,
-)
+from classification.models import has_own_weights, model_of
 from classification.teacher import as_one
 from pcka.checkpoint import save_student
 from pcka.engine.arguments import take_pairs
@@ -55,7 +49,8 @@ def evaluate(
         _check_weights(section, role, weights)
     if not recalibrated:
         data = load_evaluation_set(cfg).to(device)
-        models = [_model(section, role, weights, len(data.classes)) for section in sections]
+        given = {"role": role, "weights": weights}
+        models = [model_of(section, len(data.classes), **given) for section in sections]
         model = as_one(cfg, models).to(device)
         return accuracy(model, pixel_statistics(sections[0]).to(device), data)
     if len(sections) > 1:
@@ -69,7 +64,7 @@ def _recalibrated(cfg: CfgNode, role: str, weights: str, images: int) -> dict[st
     """Recalibrate a model on so many images, write it, and return its accuracies."""
     device, section = choose_device(cfg.DEVICE), cfg[role.upper()]
     train_set, data = (one.to(device) for one in load_image_sets(cfg))
-    model = _model(section, role, weights, len(data.classes)).to(device)
+    model = model_of(section, len(data.classes), role=role, weights=weights).to(device)
     pixels = pixel_statistics(section).to(device)
     logger.info("as it is: %s", told(accuracy(model, pixels, data)))
     recalibrate(model, pixels, train_set, cfg, images)
@@ -87,13 +82,6 @@ def _check_weights(section: CfgNode, role: str, weights: str) -> None:
             f"{role.upper()}: expected a model and its weights, got NAME {section.NAME!r} and "
             f"WEIGHTS {weights!r}; give --weights, or set {role.upper()}.NAME and .WEIGHTS"
         )
-
-
-def _model(section: CfgNode, role: str, weights: str, classes: int) -> Classifier:
-    weights, given = weights or section.WEIGHTS, {"role": role, **settings_of(section)}
-    if weights:
-        return load_classifier(section.NAME, weights, classes, **given)
-    return named_model(section.NAME, classes, **given)
 
 
 def told(result: dict[str, float]) -> str:

@@ -20,9 +20,8 @@ from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.data.batches import mixes
 from classification.models import (
     Classifier,
-    load_classifier,
+    model_of,
     named_model,
-    settings_of,
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
@@ -80,7 +79,7 @@ def run_experiment(
         except TrainingFailedError as error:  # raised once the process group is closed
             failure = error
         else:
-            return run.conclude()
+            return run.conclude(report=cfg.REPORT)
     raise failure
 
 
@@ -300,10 +299,16 @@ class Run:
             )
         return {}
 
-    def conclude(self) -> Result:
-        """Write what the run came to, in the first process; every one gets it."""
+    def conclude(self, *, report: bool = False) -> Result:
+        """Write what the run came to, in the first process; every one gets it.
+
+        Args:
+            report: write ``report.html`` and ``report.json``, too.
+        """
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
+            if report:
+                _write_report(self.trainer, self.files)
         return from_first_process(self.result)
 
 
@@ -320,11 +325,7 @@ def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
 
 
 def _build_student(cfg: CfgNode, classes: int) -> Classifier:
-    name, weights, settings = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS, settings_of(cfg.STUDENT)
-    if weights:
-        student = load_classifier(name, weights, classes, role="student", **settings)
-    else:
-        student = named_model(name, classes, role="student", **settings)
+    student = model_of(cfg.STUDENT, classes, role="student")
     if cfg.STUDENT.BN_MOMENTUM:
         from classification.batch_norm import set_momentum  # few runs change it
 
@@ -362,10 +363,25 @@ def _prepare_distiller(
         try_losses(distiller, images, labels, for_teacher, indices=spaced.to(images.device))
 
 
+def _write_report(trainer: Trainer, files: RunFolder) -> None:
+    """Write the page of the run, which has come to its result whatever happens here."""
+    from classification.report import Material, write_report  # imports what no training needs
+
+    folder = files.directory
+    try:
+        sets = trainer.train_set, trainer.evaluation_set
+        files.logger.info("report: %s", write_report(Material.of_run(folder), folder, sets))
+    except Exception as error:  # of a model, a device or a disk: of many types
+        files.logger.warning(
+            "the report is not written (%s: %s); pcka report %s tries again",
+            *(type(error).__name__, error, folder),
+        )
+
+
 def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | None) -> Result:
     cfg = trainer.cfg
     metrics = read_metrics(files.metrics)
-    plot_curves(metrics, files.directory / "curves.png")
+    plot_curves(metrics, files.directory / "curves.png", teacher_accuracy)
     result = {
         "methods": list(cfg.DISTILL.METHODS),
         "student": cfg.STUDENT.NAME,

@@ -25,6 +25,7 @@ SETTINGS = {
     "DATA.HOLDOUT": 101,  # no two processes can share them evenly
     "DATA.TRAIN_IMAGES": 100,
     "SOLVER.EPOCHS": EPOCHS,
+    "REPORT": False,
     "SOLVER.BATCH_SIZE": 20,
     "SOLVER.BASE_LR": 0.01,
     "DISTILL.RCKA.FEATURE_WEIGHTS": [0.7],
