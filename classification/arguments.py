@@ -123,6 +123,12 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="whose model it is (default: %(default)s)",
     )
     _add_recalibration(parser, "and write the model beside the weights, <name>_recalibrated.pth")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.html and report.json of the student beside its teacher there",
+    )
     return parser
 
 

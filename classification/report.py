@@ -17,9 +17,9 @@ from fvcore.common.config import CfgNode
 from classification.arguments import report_parser
 from classification.batch_norm import lagging
 from classification.config import default_config, doubts, load_config, teacher_name, teachers_of
-from classification.data import load_image_sets, pixel_statistics, steps_per_epoch
+from classification.data import ImageSet, load_image_sets, pixel_statistics, steps_per_epoch
 from classification.evaluation import is_guessing
-from classification.models import model_of
+from classification.models import Classifier, model_of
 from classification.models.taps import with_stages
 from classification.report_figures import (
     TEACHER,
@@ -55,13 +55,14 @@ class Material:
 
     Attributes:
         cfg: says data, models and losses.
-        students: name -> file of weights; the first is the one that the page is about.
+        students: name -> file of weights, None where the model has its own; the first is the one
+            that the page is about.
         metrics: of the epochs; none where no training is known.
         environment: of the training.
     """
 
     cfg: CfgNode
-    students: Mapping[str, Path]
+    students: Mapping[str, Path | None]
     metrics: Sequence[Mapping[str, float]] = ()
     environment: Mapping[str, Any] | None = None
 
@@ -85,7 +86,7 @@ class Material:
                     f"{path.name}; give the OUTPUT_DIR of one that has finished an epoch"
                 )
         cfg = load_config(config, ["DEVICE", device] if device else [])
-        students = {name: path for name, path in files.items() if path.is_file()}
+        students: dict[str, Path | None] = {n: p for n, p in files.items() if p.is_file()}
         return cls(cfg, students, read_metrics(folder / "metrics.jsonl"), _environment(folder))
 
 
@@ -96,25 +97,20 @@ def _environment(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_report(material: Material, folder: Path, image_sets: ImageSets | None = None) -> Path:
-    """Write ``report.html`` and ``report.json`` into a folder; return the path of the page.
+def make_report(material: Material, image_sets: ImageSets | None = None) -> Report:
+    """Measure the models, and put the report together.
 
     Args:
         material: what it is made of.
-        folder: made where it is missing.
         image_sets: training and evaluation images where they are in memory already.
 
     Raises:
         ConfigError: data or weights that do not fit.
     """
-    return make_report(material, image_sets).write(folder)
-
-
-def make_report(material: Material, image_sets: ImageSets | None = None) -> Report:
-    """Measure the models and put the report together; see :func:`write_report`."""
     cfg, device = material.cfg, choose_device(material.cfg.DEVICE)
     train_set, data = (one.to(device) for one in image_sets or load_image_sets(cfg))
-    subjects, missing = load_subjects(cfg, material.students, (train_set, data))
+    students = {name: (cfg, path) for name, path in material.students.items()}
+    subjects, missing = load_subjects(cfg, students, (train_set, data))
     found = measure(subjects, train_set, data)
     tables = stage_tables(subjects, data)
     name = next(iter(material.students))
@@ -154,13 +150,13 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
 
 
 def load_subjects(
-    cfg: CfgNode, students: Mapping[str, Path], image_sets: ImageSets
+    cfg: CfgNode, students: Mapping[str, tuple[CfgNode, Path | None]], image_sets: ImageSets
 ) -> tuple[dict[str, Subject], list[str]]:
     """Return teacher and students with their weights, and what to say of a teacher without.
 
     Args:
-        cfg: of the run.
-        students: name -> file of weights.
+        cfg: says the teacher.
+        students: name -> configuration and file of weights, None where the model has its own.
         image_sets: training and evaluation images, on the device.
 
     Raises:
@@ -175,22 +171,23 @@ def load_subjects(
         if absent:
             missing = [f"The teacher is left out: there is no file {', '.join(absent)}."]
         else:
-            models = [
-                with_stages(
-                    model_of(one.TEACHER, len(data.classes), role="teacher", weights=file or ""),
-                    cfg.DATA.IMAGE_SIZE,
-                )
-                for one, file in zip(each, files)
-            ]
-            model, file = as_one(cfg, models), files[0] if len(files) == 1 else None
-            subjects[TEACHER] = Subject(
-                model.to(data.device), pixel_statistics(cfg.TEACHER).to(data.device), file
-            )
-    for name, path in students.items():
-        model = model_of(cfg.STUDENT, len(data.classes), role="student", weights=path)
-        model = with_stages(model, cfg.DATA.IMAGE_SIZE).to(data.device)
-        subjects[name] = Subject(model, pixel_statistics(cfg.STUDENT).to(data.device), path)
+            given = zip(each, files)
+            models = [_model(one, "teacher", file, len(data.classes)) for one, file in given]
+            file = files[0] if len(files) == 1 else None
+            subjects[TEACHER] = _subject(as_one(cfg, models), cfg.TEACHER, file, data)
+    for name, (own, path) in students.items():
+        model = _model(own, "student", path, len(data.classes))
+        subjects[name] = _subject(model, own.STUDENT, path, data)
     return subjects, missing
+
+
+def _model(cfg: CfgNode, role: str, weights: Path | None, classes: int) -> Classifier:
+    model = model_of(cfg[role.upper()], classes, role=role, weights=weights or "")
+    return with_stages(model, cfg.DATA.IMAGE_SIZE)
+
+
+def _subject(model: Classifier, section: CfgNode, file: Path | None, data: ImageSet) -> Subject:
+    return Subject(model.to(data.device), pixel_statistics(section).to(data.device), file)
 
 
 def run_doubts(
@@ -271,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = report_parser().parse_args(arguments)
     with console_log():
         material = Material.of_run(given.run, given.device)
-        path = write_report(material, given.output or given.run)
+        path = make_report(material).write(given.output or given.run)
     print(path)
     return path
 

@@ -181,7 +181,7 @@ def _as_data(own: Measured, found: Mapping[str, Measured], classes: Sequence[str
     }
 
 
-def overview(found: Mapping[str, Measured], device: str, images: int) -> Section:
+def overview(found: Mapping[str, Measured], device: str, images: int, text: str = "") -> Section:
     """The models beside one another: accuracy, size and speed."""
     seen = len(next(iter(found.values())).seen)
     accuracy, cost = [], []
@@ -197,6 +197,7 @@ def overview(found: Mapping[str, Measured], device: str, images: int) -> Section
     missing = f" Not counted: {', '.join(uncounted)}." if uncounted else ""
     return Section(
         "Models",
+        text,
         tables=[
             Table(
                 ["", "top-1 (%)", "top-5 (%)", "training top-1 (%)", "ECE", "as the teacher (%)"],
@@ -215,31 +216,30 @@ def overview(found: Mapping[str, Measured], device: str, images: int) -> Section
     )
 
 
-def class_section(found: Mapping[str, Measured], classes: Sequence[str]) -> Section:
+def class_section(
+    found: Mapping[str, Measured], classes: Sequence[str], *, confusions: bool = True
+) -> Section:
     """Accuracy by class, and what is taken for what."""
     by_class = {name: own.said.class_accuracy() for name, own in found.items()}
-    confusions = {name: own.said.confusion() for name, own in found.items()}
-    counts = next(iter(confusions.values())).sum(1).tolist()
+    counted = {name: own.said.confusion() for name, own in found.items()}
+    images = next(iter(counted.values())).sum(1).tolist()
     rows = [
-        [
-            name,
-            str(counts[index]),
-            *(as_text(values[index], digits=1) for values in by_class.values()),
-        ]
-        for index, name in enumerate(classes)
+        [name, str(images[i]), *(as_text(of_model[i], digits=1) for of_model in by_class.values())]
+        for i, name in enumerate(classes)
     ]
-    pictures = [
-        Picture("Accuracy by class", class_figure(by_class, classes, styles_of(list(found)))),
-        *(
+    figure = class_figure(by_class, classes, styles_of(list(found)))
+    pictures = [Picture("Accuracy by class", figure)]
+    if confusions:
+        pictures += [
             Picture(f"Confusion: {name}", confusion_figure(confusion.numpy(), classes))
-            for name, confusion in confusions.items()
-        ),
-    ]
-    folded: dict[str, Table | str] = {
-        "Accuracy of every class": Table(["class", "images", *(f"{n} (%)" for n in found)], rows)
+            for name, confusion in counted.items()
+        ]
+    every = Table(["class", "images", *(f"{name} (%)" for name in found)], rows)
+    errors = {
+        f"Most frequent errors: {name}": _errors(confusion, classes)
+        for name, confusion in counted.items()
     }
-    for name, confusion in confusions.items():
-        folded[f"Most frequent errors: {name}"] = _errors(confusion, classes)
+    folded: dict[str, Table | str] = {"Accuracy of every class": every, **errors}
     return Section("Classes", pictures=pictures, folded=folded)
 
 

@@ -45,6 +45,7 @@ from pcka.engine.saved_state import check_fits, with_adapters
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
+    from pcka.engine.report import Report
 
 TRIED_IMAGES = 16  # that losses and teacher are tried on before a training
 
@@ -364,18 +365,15 @@ def _prepare_distiller(
 
 
 def _write_report(trainer: Trainer, files: RunFolder) -> None:
-    """Write the page of the run, which has come to its result whatever happens here."""
-    from classification.report import Material, write_report  # imports what no training needs
+    from classification.report import Material, make_report  # imports what no training needs
+    from pcka.engine.report import attempt
 
-    folder = files.directory
-    try:
-        sets = trainer.train_set, trainer.evaluation_set
-        files.logger.info("report: %s", write_report(Material.of_run(folder), folder, sets))
-    except Exception as error:  # of a model, a device or a disk: of many types
-        files.logger.warning(
-            "the report is not written (%s: %s); pcka report %s tries again",
-            *(type(error).__name__, error, folder),
-        )
+    folder, sets = files.directory, (trainer.train_set, trainer.evaluation_set)
+
+    def make() -> Report:
+        return make_report(Material.of_run(folder), sets)
+
+    attempt(make, folder, files.logger, f"pcka report {folder}")
 
 
 def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | None) -> Result:

@@ -188,21 +188,34 @@ def classifier_panels(
 def plot_gradients(
     runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]
 ) -> bool:
-    """Draw what each term pulls at the student, run beside run; return whether there was any.
+    """Write :func:`gradients_figure`, if there is any; return whether there was.
+
+    Args:
+        runs: as there.
+        path: picture to write; its suffix picks the format.
+    """
+    figure = gradients_figure(runs)
+    if figure is not None:
+        figure.savefig(path, dpi=120)
+    return figure is not None
+
+
+def gradients_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure | None:
+    """Draw what each term pulls at the student, run beside run; None where none was measured.
 
     Above, each term's share of the gradients' norms; below, its gradient's cosine with
     cross-entropy's, whose own is left out.
 
     Args:
-        runs: name -> metrics as for :func:`plot_curves`; runs without gradients are left out.
-        path: picture to write; its suffix picks the format.
+        runs: name -> metrics as for :func:`classifier_panels`; runs without gradients are left
+            out.
     """
     measured = {}
     for name, metrics in runs.items():
         if terms := list(dict.fromkeys(key for entry in metrics for key in _terms(entry))):
             measured[name] = terms
     if not measured:
-        return False
+        return None
     figure = Figure(figsize=(2.6 * len(measured) + 1, 5.2), layout="constrained")
     grid = figure.subplots(2, len(measured), squeeze=False, sharex=True, sharey="row")
     for (above, below), (name, terms) in zip(grid.T, measured.items(), strict=True):
@@ -222,8 +235,7 @@ def plot_gradients(
     grid[1][0].set(ylabel="cosine with cross-entropy's")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return True
+    return figure
 
 
 def _terms(entry: Mapping[str, float]) -> list[str]:

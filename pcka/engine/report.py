@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from pcka.engine.run_folder import write_text
+
+Log = logging.Logger | logging.LoggerAdapter
 
 HTML, JSON = "report.html", "report.json"
 TEMPLATE = "report.html.jinja"
@@ -141,6 +144,22 @@ class Report:
         write_text(folder / JSON, self.json())
         write_text(folder / HTML, self.html())
         return folder / HTML
+
+
+def attempt(make: Callable[[], Report], folder: Path, log: Log, again: str) -> None:
+    """Write the report of what has come to its end, and stands whatever happens here.
+
+    Args:
+        make: measures, and makes the report.
+        folder: of the report.
+        log: is told where it is, or why there is none.
+        again: what tries it again.
+    """
+    try:
+        log.info("report: %s", make().write(folder))
+    except Exception as error:  # of a model, a device or a disk: of many types
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("the report is not written (%s); %s tries again", reason, again)
 
 
 def _finite(value: Any) -> Any:

@@ -101,7 +101,8 @@ def class_figure(
             known = [v for by_class in accuracies.values() if (v := by_class[index]) is not None]
             axes.plot([min(known, default=0), max(known, default=0)], [row, row], color="#bbbbbb")
     # The first ones larger and hollow, so that equal figures do not hide one another.
-    sizes = range(4 + 3 * len(accuracies), 4, -3) if named else [3] * len(accuracies)
+    step = 3.0 if len(accuracies) <= 4 else 1.5
+    sizes = [4 + step * i if named else 3.0 for i in range(len(accuracies), 0, -1)]
     for size, (name, by_class) in zip(sizes, accuracies.items()):
         points = [(v, row) for row, c in enumerate(order) if (v := by_class[c]) is not None]
         fill = "none" if named else "full"

@@ -173,7 +173,7 @@ def test_a_report_that_fails_costs_no_result(tiny_config, tmp_path, monkeypatch,
     def fail(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(report, "write_report", fail)
+    monkeypatch.setattr(report, "make_report", fail)
     result = run_experiment(tiny_config("ce", **{"TEACHER.NAME": "", "REPORT": True}))
     assert result["epochs"] == 2
     (told,) = [text for text in caplog.messages if "the report is not written" in text]
