@@ -27,7 +27,7 @@ from pcka.engine.distill import changed_settings
 
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
-NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
+NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE", "REPORT")
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> COCO's metric -> percent
 

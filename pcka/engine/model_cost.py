@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import repeat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pcka.engine.cost import ROUNDS, Call, median_seconds
 from pcka.modes import evaluation_mode
@@ -42,12 +42,12 @@ MULTIPLYING = ("attention", "mm", "conv", "linear", "matmul", "einsum", "lstm", 
 
 
 @torch.no_grad()
-def model_size(model: nn.Module, inputs: object) -> ModelSize:
+def model_size(model: nn.Module, inputs: Tensor) -> ModelSize:
     """Count a model's parameters, bytes and multiplications; the modes of its modules are kept.
 
     Args:
         model: takes ``inputs``.
-        inputs: of a batch of one.
+        inputs: one input, in a batch of one if the model takes batches.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of how fvcore makes its losses
