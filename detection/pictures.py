@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pcka.modes import evaluation_mode
 
 LEAST_SCORE = 0.3
+MOST_DETECTIONS = 20  # of an image
 LEAST_OVERLAP = 0.5  # of a hit with its object, as AP50 has it
 INCHES = 3.4
 TRUTH, HIT, MISS = "#009E73", "#0072B2", "#D55E00"
@@ -60,7 +61,7 @@ def detections_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int
             with evaluation_mode(model):
                 found = model([entry])[0]["instances"].to("cpu")
             _show(axes, picture)
-            _draw_found(axes, found[found.scores >= LEAST_SCORE], boxes, kinds, classes)
+            _draw_found(axes, _surest(found), boxes, kinds, classes)
     for axes, title in zip(grid[0], ("truth", *models)):
         axes.set_title(title)
     lines = [
@@ -70,6 +71,12 @@ def detections_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     return figure
+
+
+def _surest(found: Instances) -> Instances:
+    """The detections that a picture shows: by their scores, and not so many that they hide it."""
+    found = found[found.scores >= LEAST_SCORE]
+    return found[found.scores.argsort(descending=True)[:MOST_DETECTIONS]]
 
 
 def match(found: Instances, boxes: Boxes, kinds: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,19 +137,24 @@ def _draw_found(
 
 def _draw(axes: Axes, boxes: Boxes, labels: Sequence[str], colour: str, dash: Any = SOLID) -> None:
     """Boxes with their labels outside of them: above, or below where there is no room above."""
-    outline = [withStroke(linewidth=2, foreground="white")]
-    height = max(axes.get_ylim())
+    outline = [withStroke(linewidth=2.5, foreground="white")]  # seen on any ground
+    width, height = max(axes.get_xlim()), max(axes.get_ylim())
     for (left, top, right, bottom), label in zip(boxes.tensor.tolist(), labels):
         size = right - left, bottom - top
-        axes.add_patch(Rectangle((left, top), *size, fill=False, edgecolor=colour, linestyle=dash))
+        box = Rectangle((left, top), *size, fill=False, edgecolor=colour, linestyle=dash)
+        box.set(linewidth=1.5, path_effects=outline)
+        axes.add_patch(box)
         above = top > 0.06 * height
-        axes.annotate(
+        inwards = left > 0.8 * width  # else the label would leave the picture
+        text = axes.annotate(
             label,
-            (left, top if above else bottom),
+            (right if inwards else left, top if above else bottom),
+            horizontalalignment="right" if inwards else "left",
             xytext=(0, 1.5 if above else -1.5),
             textcoords="offset points",
             verticalalignment="bottom" if above else "top",
             color=colour,
-            fontsize="x-small",
+            fontsize="small",
             path_effects=outline,
         )
+        text.set_in_layout(False)

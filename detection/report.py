@@ -30,7 +30,7 @@ from detection.config import DISTILLED, build_student, load_config, teacher_conf
 from detection.data import register_datasets
 from detection.evaluation import evaluate
 from detection.figures import read_metrics, run_panels
-from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, detections_figure
+from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, detections_figure
 from detection.preflight import usable_device
 from detection.settings import CONFIG, RESULT
 from pcka.engine.command import run_command
@@ -310,7 +310,8 @@ def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int)
     figure = detections_figure(cfg, models, images)
     return Section(
         "Detections",
-        f"The first images of the test set; detections of a score of {LEAST_SCORE} or more. A hit "
+        f"The first images of the test set; of each the {MOST_DETECTIONS} surest detections of a "
+        f"score of {LEAST_SCORE} or more. A hit "
         f"overlaps an object of its class by {LEAST_OVERLAP} or more (intersection over union).",
         pictures=[Picture("Hits and misses", figure, wide=True, raster=True)],
     )

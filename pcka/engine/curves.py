@@ -98,6 +98,8 @@ def _draw(axes: Axes, panel: Panel, x: str, last: float) -> None:
         label = f"{name}: {value:.2f}"
         axes.axhline(value, color=TEACHER_COLOUR, linestyle=(0, (6, 3)), label=label)
     bottom, top = axes.get_ylim()
+    if top - bottom < 1e-9:  # of nothing but zeros
+        bottom, top = bottom - 0.05, top + 1
     axes.set_ylim(min(0, bottom) if panel.from_zero else bottom, panel.top or top)
     axes.set(xlabel=x, ylabel=panel.unit)
     axes.set_xlim(0, max(last, 1) * 1.02)  # the last point is drawn whole

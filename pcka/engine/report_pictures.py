@@ -13,6 +13,7 @@ from pcka.analysis.predictions import Bin
 
 MOST_NAMES = 25  # classes of an axis that are named; more could not be read
 MOST_FIGURES = 12  # classes of a confusion whose shares are written into the cells
+LEAST_SPREAD = 10.0  # of an axis in percent
 SIZE = (5.0, 4.4)  # inches
 
 Style = tuple[str, str]  # colour, dash
@@ -108,6 +109,10 @@ def class_figure(
         fill = "none" if named else "full"
         (line,) = axes.plot(*zip(*points), "o", fillstyle=fill, markersize=size, label=name)
         line.set_color(styles[name][0])
+    low, high = axes.get_xlim()
+    if high - low < LEAST_SPREAD:  # small differences look small
+        middle = (low + high) / 2
+        axes.set_xlim(middle - LEAST_SPREAD / 2, middle + LEAST_SPREAD / 2)
     _label_rows(axes, [classes[index] for index in order] if named else None)
     axes.set(xlabel=unit)
     axes.grid(alpha=0.3)
