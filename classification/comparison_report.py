@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from classification.config import teacher_name
+from classification.config import default_config, teacher_name
 from classification.data import load_image_sets
-from classification.report import Material, load_subjects, run_doubts, run_section
+from classification.report import Material, load_subjects, run_doubts
 from classification.report_figures import (
     TEACHER,
     as_data,
@@ -23,9 +23,8 @@ from pcka.engine.comparison import Comparison
 from pcka.engine.config import flatten
 from pcka.engine.curves import Panel, gradients_figure, panel_figure
 from pcka.engine.environment import choose_device, describe_environment
-from pcka.engine.report import Card, Picture, Report, Section, Table
-
-Metrics = Sequence[Mapping[str, float]]
+from pcka.engine.report import Picture, Report, Section, Table
+from pcka.engine.report_sections import mean_curve, method_cards, run_section, table_section
 
 
 def make_comparison_report(
@@ -61,19 +60,19 @@ def make_comparison_report(
     first_seeds = sorted({seed for by_seed in folders.values() for seed in list(by_seed)[:1]})
     seeds = ", ".join(map(str, first_seeds))
     sections = [
-        _table_section(comparison),
+        table_section(comparison),
         *([Section("Training", pictures=pictures)] if pictures else []),
         overview(found, str(environment["device"]), len(data), f"Students of seed {seeds}."),
         class_section(found, data.classes, confusions=False),
         calibration_section(found),
         *([_stage_section(tables)] if tables else []),
-        run_section(lead, environment),
+        run_section(lead, default_config(), environment),
     ]
     taught = f" taught by {teacher_name(lead)}" if lead.TEACHER.NAME else ""
     return Report(
         title=f"{lead.STUDENT.NAME}{taught}: {len(comparison.methods)} methods",
         lead=comparison.heading,
-        cards=list(_cards(comparison)),
+        cards=list(method_cards(comparison)),
         warnings=warnings,
         sections=sections,
         data={
@@ -90,43 +89,13 @@ def make_comparison_report(
     )
 
 
-def _table_section(comparison: Comparison) -> Section:
-    headings, rows = comparison.cells()
-    failures = [
-        f"{method}, seed {seed}: {text}"
-        for method, by_seed in comparison.failures.items()
-        for seed, text in by_seed.items()
-    ]
-    return Section(
-        "Comparison",
-        tables=[
-            Table(
-                headings,
-                rows,
-                "Not shown: by these seeds the difference from the first row cannot be told from "
-                "chance; more seeds may show it.",
-            )
-        ],
-        pictures=[Picture("Every run", comparison.figure(), wide=True)],
-        folded={"Failed runs": "\n".join(failures)} if failures else {},
-    )
-
-
-def _cards(comparison: Comparison) -> Iterator[Card]:
-    """The methods' means, with what the seeds show of them."""
-    heading = next(iter(comparison.metrics.values()))
-    for row in comparison.rows():
-        compared = " ".join(filter(None, (row[comparison.difference], row["difference"])))
-        yield Card(row[comparison.subject], row[heading], compared or heading)
-
-
 def _training(
     runs: Mapping[str, Mapping[int, Material]], teacher: float | None
 ) -> Iterator[Picture]:
     """Accuracy by epoch, the mean over seeds, and the gradients of a seed."""
     across = {} if teacher is None else {TEACHER: teacher}
     curves = {
-        method: _mean_curve([run.metrics for run in by_seed.values()], "accuracy")
+        method: mean_curve([_points(run.metrics) for run in by_seed.values()])
         for method, by_seed in runs.items()
     }
     if any(curves.values()):
@@ -138,11 +107,8 @@ def _training(
         yield Picture("Gradients of the terms", figure, wide=True)
 
 
-def _mean_curve(runs: Sequence[Metrics], key: str) -> list[tuple[float, float]]:
-    """The mean of a figure over the runs, in the epochs that all of them have it of."""
-    by_epoch = [{entry["epoch"]: entry[key] for entry in run if key in entry} for run in runs]
-    common = sorted(set.intersection(*(set(points) for points in by_epoch)))
-    return [(epoch, sum(p[epoch] for p in by_epoch) / len(by_epoch)) for epoch in common]
+def _points(metrics: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
+    return [(entry["epoch"], entry["accuracy"]) for entry in metrics if "accuracy" in entry]
 
 
 def _stage_section(tables: Mapping[str, CKATable]) -> Section:

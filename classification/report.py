@@ -40,7 +40,8 @@ from pcka.engine.config import ConfigError, flatten
 from pcka.engine.curves import classifier_panels, panel_figure
 from pcka.engine.environment import choose_device, describe_environment
 from pcka.engine.progress import console_log
-from pcka.engine.report import Card, Picture, Report, Section, Table
+from pcka.engine.report import Card, Picture, Report, Section
+from pcka.engine.report_sections import run_section
 from pcka.engine.run_folder import read_metrics
 
 logger = logging.getLogger("pcka")
@@ -122,7 +123,7 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
         class_section(found, data.classes),
         calibration_section(found),
         *([stage_section(tables)] if tables else []),
-        run_section(cfg, material.environment or environment),
+        run_section(cfg, default_config(), material.environment or environment),
     ]
     taught = f" taught by {teacher_name(cfg)}" if cfg.TEACHER.NAME else ""
     return Report(
@@ -237,30 +238,6 @@ def curve_sections(
     panels = classifier_panels(metrics, None if teacher is None else teacher.top1)
     pictures = [Picture(panel.title, panel_figure(panel, x="epoch")) for panel in panels]
     return [Section("Training", pictures=pictures)] if pictures else []
-
-
-def run_section(cfg: CfgNode, environment: Mapping[str, Any]) -> Section:
-    """The configuration, and what the run was made with."""
-    silent = flatten(default_config())
-    changed = {k: v for k, v in flatten(cfg).items() if k not in silent or silent[k] != v}
-    git = environment.get("git") or {}
-    versions = {
-        **{k: environment.get(k) for k in ("python", "torch", "torchvision", "pcka", "device")},
-        "threads": environment.get("threads"),
-        "processes": environment.get("processes"),
-        "commit": git.get("commit", "") + (" and changes" if git.get("dirty") else ""),
-        "command": " ".join(environment.get("command_line", ())),
-    }
-    return Section(
-        "Run",
-        tables=[Table(["versions", ""], [[k, str(v)] for k, v in versions.items() if v])],
-        folded={
-            "Settings that differ from the defaults": Table(
-                ["key", "value"], [[key, str(value)] for key, value in changed.items()]
-            ),
-            "Whole configuration": cfg.dump(),
-        },
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

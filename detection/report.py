@@ -40,6 +40,7 @@ from pcka.engine.environment import describe_environment
 from pcka.engine.model_cost import ModelSize, latencies, model_size
 from pcka.engine.report import Card, Picture, Report, Section, Table
 from pcka.engine.report_pictures import class_figure
+from pcka.engine.report_sections import run_section
 from pcka.modes import evaluation_mode
 
 logger = logging.getLogger("detectron2.pcka")
@@ -89,17 +90,12 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
     cfg = load_config(str(folder / CONFIG), [])
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     register_datasets(cfg, training=False)
-    results = {STUDENT: json.loads((folder / RESULT).read_text())}
+    results = {STUDENT: read_result(folder)}
     models, files, warnings = _models(cfg, folder)
     if with_teacher and TEACHER in models:
         results = {TEACHER: _evaluated(cfg, models[TEACHER]), **results}
     found = _measure(cfg, models, files)
-    curves = read_metrics(folder / "metrics.json")
-    alignments = {
-        key.removeprefix("cka/"): points[-1][1]
-        for key, points in sorted(curves.items())
-        if key.startswith("cka/")
-    }
+    alignments = alignments_of(folder)
     warnings += run_doubts(cfg, results[STUDENT])
     environment = describe_environment(cfg.SEED, torch.device(cfg.MODEL.DEVICE))
     taught = cfg.MODEL.META_ARCHITECTURE == DISTILLED
@@ -116,7 +112,7 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
             *_class_sections(results),
             _picture_section(cfg, models, images),
             _cost_section(found, str(environment["device"])),
-            _run_section(cfg, environment),
+            run_section(cfg, get_cfg(), environment),
         ],
         data={
             "kind": "detector",
@@ -124,12 +120,27 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
             "methods": list(cfg.DISTILL.METHODS) if taught else [],
             "metrics": results,
             "cka": alignments,
-            "curves": curves,
+            "curves": read_metrics(folder / "metrics.json"),
             "cost": {name: _cost_data(own) for name, own in found.items()},
             "config": flatten(cfg),
             "environment": environment,
         },
     )
+
+
+def read_result(folder: Path) -> Results:
+    """The metrics that a run came to."""
+    return json.loads((folder / RESULT).read_text())
+
+
+def alignments_of(folder: Path) -> dict[str, float]:
+    """Level -> CKA with the teacher, when a run measured it last."""
+    curves = read_metrics(folder / "metrics.json")
+    return {
+        key.removeprefix("cka/"): points[-1][1]
+        for key, points in sorted(curves.items())
+        if key.startswith("cka/")
+    }
 
 
 def _models(cfg: CfgNode, folder: Path) -> tuple[dict[str, nn.Module], dict[str, Path], list[str]]:
@@ -265,32 +276,37 @@ def _text(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
-def _class_sections(results: Mapping[str, Results]) -> list[Section]:
-    """AP by class, where there is more than one."""
-    sections = []
-    for task, metrics in results[STUDENT].items():
-        keys = [key for key in metrics if key.startswith(PER_CLASS)]
-        if not keys:
-            continue
-        classes = [key.removeprefix(PER_CLASS) for key in keys]
-        figures = {
-            who: [_known(of_task[task].get(key)) for key in keys]
-            for who, of_task in results.items()
-            if task in of_task
-        }
-        styles = {TEACHER: (TEACHER_COLOUR, "--"), STUDENT: method_style(0)}
+def class_figures(
+    results: Mapping[str, Results],
+) -> Iterator[tuple[str, list[str], dict[str, list[float | None]]]]:
+    """Yield task, its classes, and name -> AP of each, where there is more than one class."""
+    tasks = dict.fromkeys(task for of_one in results.values() for task in of_one)
+    for task in tasks:
+        measured = {name: of_one[task] for name, of_one in results.items() if task in of_one}
+        keys = dict.fromkeys(
+            key for metrics in measured.values() for key in metrics if key.startswith(PER_CLASS)
+        )
+        if keys:
+            classes = [key.removeprefix(PER_CLASS) for key in keys]
+            yield task, classes, {
+                name: [_known(metrics.get(key)) for key in keys]
+                for name, metrics in measured.items()
+            }  # fmt: skip
+
+
+def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
+    """AP by class."""
+    styles = {TEACHER: (TEACHER_COLOUR, "--"), STUDENT: method_style(0)}
+    for task, classes, figures in class_figures(results):
         rows = [
             [name, *(_text(values[i]) for values in figures.values())]
             for i, name in enumerate(classes)
         ]
-        sections.append(
-            Section(
-                f"Classes ({task})",
-                pictures=[Picture("AP by class", class_figure(figures, classes, styles, "AP (%)"))],
-                folded={"AP of every class": Table(["class", *figures], rows)},
-            )
+        yield Section(
+            f"Classes ({task})",
+            pictures=[Picture("AP by class", class_figure(figures, classes, styles, "AP (%)"))],
+            folded={"AP of every class": Table(["class", *figures], rows)},
         )
-    return sections
 
 
 def _known(value: float | None) -> float | None:
@@ -350,22 +366,6 @@ def _cost_data(own: Measured) -> dict[str, Any]:
         "file_bytes": own.file_bytes,
         "latency_ms": own.milliseconds,
     }
-
-
-def _run_section(cfg: CfgNode, environment: Mapping[str, Any]) -> Section:
-    silent = flatten(get_cfg())
-    changed = {k: v for k, v in flatten(cfg).items() if k not in silent or silent[k] != v}
-    versions = {key: environment[key] for key in ("python", "torch", "torchvision", "pcka")}
-    return Section(
-        "Run",
-        tables=[Table(["versions of this report", ""], [[k, str(v)] for k, v in versions.items()])],
-        folded={
-            "Settings that differ from detectron2's": Table(
-                ["key", "value"], [[key, str(value)] for key, value in changed.items()]
-            ),
-            "Whole configuration": cfg.dump(),
-        },
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

@@ -47,11 +47,13 @@ class Table:
         headings: of the columns.
         rows: of as many cells.
         caption: below the table.
+        prose: cells are words, which may take several lines.
     """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    prose: bool = False
 
 
 @dataclass(frozen=True)

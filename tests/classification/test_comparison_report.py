@@ -10,6 +10,8 @@ import pytest
 from classification import compare as script
 from classification import evaluate
 from classification.compare import compare
+from classification.comparison_report import _points
+from pcka.engine.report_sections import mean_curve
 from pcka.engine.run_folder import read_metrics
 
 METHODS, SEEDS = ("ce", "kd"), (0, 1)
@@ -61,13 +63,12 @@ def test_the_table_is_that_of_the_comparison(folder, data):
 
 
 def test_the_curves_are_means_over_the_seeds(folder):
-    from classification.comparison_report import _mean_curve
-
     runs = [read_metrics(folder / "kd" / f"seed{seed}" / "metrics.jsonl") for seed in SEEDS]
     expected = [(e, statistics.fmean(run[e - 1]["accuracy"] for run in runs)) for e in (1, 2)]
-    assert _mean_curve(runs, "accuracy") == expected
+    curves = [_points(run) for run in runs]
+    assert mean_curve(curves) == expected
     # A run that was cut short: the epochs that all have.
-    assert _mean_curve([runs[0], runs[1][:1]], "accuracy") == expected[:1]
+    assert mean_curve([curves[0], curves[1][:1]]) == expected[:1]
 
 
 def test_runs_side_by_side_write_no_report_of_their_own(folder):
