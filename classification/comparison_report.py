@@ -46,7 +46,10 @@ def make_comparison_report(
     shown = {method: next(iter(by_seed.values())) for method, by_seed in runs.items()}
     lead = next(iter(shown.values())).cfg
     device = choose_device(lead.DEVICE)
-    train_set, data = (one.to(device) for one in load_image_sets(lead))
+    there = lead.clone()
+    there.defrost()
+    there.DATA.DOWNLOAD = False  # the runs had them; and no process waits for this one
+    train_set, data = (one.to(device) for one in load_image_sets(there))
     students = {m: (run.cfg, next(iter(run.students.values()))) for m, run in shown.items()}
     subjects, warnings = load_subjects(lead, students, (train_set, data))
     found = measure(subjects, train_set, data)

@@ -97,6 +97,8 @@ def stage_matrix(
 ) -> CKATable:
     """Return the minibatch CKA of all stages of the student with all stages of the teacher.
 
+    One process measures it, whatever the others do.
+
     Args:
         student: pixel normalisation and model, which names its stages.
         teacher: likewise.
@@ -108,6 +110,7 @@ def stage_matrix(
         _from_raw_pixels(*teacher),
         mixed_batches(data, CKA_IMAGES, CKA_BATCH_SIZE),
         *paths,
+        shared=False,
     )
     rows, columns = (tuple(f"stage{i}" for i in range(len(of_model))) for of_model in paths)
     return CKATable(table.values, rows, columns)

@@ -10,7 +10,6 @@ import detection
 # isort: split
 
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +41,6 @@ from pcka.engine.report import Card, Picture, Report, Section, Table
 from pcka.engine.report_pictures import class_figure
 from pcka.engine.report_sections import run_section
 from pcka.modes import evaluation_mode
-
-logger = logging.getLogger("detectron2.pcka")
 
 WEIGHTS = "model_final.pth"
 STUDENT, TEACHER = "student", "teacher"

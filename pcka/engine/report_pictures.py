@@ -106,6 +106,8 @@ def class_figure(
     sizes = [4 + step * i if named else 3.0 for i in range(len(accuracies), 0, -1)]
     for size, (name, by_class) in zip(sizes, accuracies.items()):
         points = [(v, row) for row, c in enumerate(order) if (v := by_class[c]) is not None]
+        if not points:
+            continue
         fill = "none" if named else "full"
         (line,) = axes.plot(*zip(*points), "o", fillstyle=fill, markersize=size, label=name)
         line.set_color(styles[name][0])

@@ -43,4 +43,6 @@ def test_classes_are_sorted_by_the_last_models_figure(classes):
     values = points.get_xdata().tolist()
     assert values == sorted(v for v in student if v is not None)
     labels = [label.get_text() for label in axes.get_yticklabels()]
+    figures = {"teacher": [None] * classes, "student": student}
+    assert class_figure(figures, names, STYLES).axes  # of whom nothing is known
     assert (labels[0] == "class1") == (classes == 3)  # without a figure: below; many have no names
