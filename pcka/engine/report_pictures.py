@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
@@ -91,8 +90,8 @@ def class_figure(
         styles: name -> colour and dash.
         unit: of the figures.
     """
-    last = list(accuracies.values())[-1]
-    order = sorted(range(len(classes)), key=lambda c: -1.0 if last[c] is None else last[c] or 0.0)
+    last = [-1.0 if figure is None else figure for figure in list(accuracies.values())[-1]]
+    order = sorted(range(len(classes)), key=last.__getitem__)
     named = len(classes) <= MOST_NAMES
     height = 0.9 + 0.24 * len(classes) if named else SIZE[1]
     figure = Figure(figsize=(SIZE[0], max(height, 2.0)), layout="constrained")
@@ -115,17 +114,13 @@ def class_figure(
     if high - low < LEAST_SPREAD:  # small differences look small
         middle = (low + high) / 2
         axes.set_xlim(middle - LEAST_SPREAD / 2, middle + LEAST_SPREAD / 2)
-    _label_rows(axes, [classes[index] for index in order] if named else None)
+    if named:
+        axes.set_yticks(range(len(order)), [classes[index] for index in order], fontsize="small")
+        axes.set_ylim(-0.6, len(order) - 0.4)
+    else:
+        axes.set_ylabel(f"classes, the worst of {list(accuracies)[-1]} below")
     axes.set(xlabel=unit)
     axes.grid(alpha=0.3)
     # Above the rows, where it can hide no point.
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     return figure
-
-
-def _label_rows(axes: Axes, names: Sequence[str] | None) -> None:
-    if names is None:
-        axes.set_ylabel("classes, the student's worst below")
-    else:
-        axes.set_yticks(range(len(names)), names, fontsize="small")
-        axes.set_ylim(-0.6, len(names) - 0.4)
