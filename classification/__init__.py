@@ -12,6 +12,6 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a c
     answer_help(PARSERS, Path(sys.argv[0]).stem, sys.argv[1:])
     # The commands need all of them; who imports a part, such as the models, what that imports.
     require_packages(
-        "fvcore", "matplotlib", "PIL", "scipy", "sklearn", "tensorboard", "torchvision", "tqdm",
-        "yaml", extra="train",
+        "fvcore", "jinja2", "matplotlib", "PIL", "scipy", "sklearn", "tensorboard", "torchvision",
+        "tqdm", "yaml", extra="train",
     )  # fmt: skip

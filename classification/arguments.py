@@ -123,6 +123,12 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="whose model it is (default: %(default)s)",
     )
     _add_recalibration(parser, "and write the model beside the weights, <name>_recalibrated.pth")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.html and report.json of the student beside its teacher there",
+    )
     return parser
 
 
@@ -136,6 +142,27 @@ def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
         metavar="N",
         help="estimate batch norm's running statistics anew on N training images (default: "
         f"%(const)s), {purpose}",
+    )
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """The command line of ``report.py``."""
+    parser = command_parser(
+        "Report on a classifier's run: report.html, which needs no other file, and report.json.",
+        "python classification/report.py output/run",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="OUTPUT_DIR of the run")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the report (default: the run's)"
+    )
+    add_device(parser)
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, which stands in the place of the run's."""
+    parser.add_argument(
+        "--device", default="", choices=("auto", "cpu", "cuda"), help="default: the run's"
     )
 
 
@@ -174,6 +201,7 @@ PARSERS = {
     "train": train_parser,
     "compare": compare_parser,
     "evaluate": evaluate_parser,
+    "report": report_parser,
     "export": export_parser,
     "demo": demo_parser,
 }

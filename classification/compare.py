@@ -109,8 +109,9 @@ def compare(
         methods: names of method files or of variants; the first is what the others are compared
             with.
         seeds: of the students' start, order and augmentation.
-        output: ``comparison.md``, ``.csv`` and ``.png`` go there too, and with GRADIENTS_EVERY
-            ``gradients.png``, of the first seed.
+        output: ``comparison.md``, ``.csv``, ``.tex`` and ``.png`` go there too, with REPORT
+            ``report.html`` and ``.json``, and with GRADIENTS_EVERY ``gradients.png``, of the first
+            seed.
         overrides: ``KEY VALUE`` pairs for all runs.
         variants: by name; what is not among them is a method file.
         together: so many students are trained side by side; they share the device's memory.
@@ -152,7 +153,22 @@ def compare(
             columns = cost_columns(measure_costs(by_method, output / "costs.json"))
             comparison.extra = {**comparison.extra, **columns}
             comparison.write(output)
+        if first.REPORT and comparison.results and rank() == 0:
+            _write_report(comparison, output)
     return comparison
+
+
+def _write_report(comparison: Comparison, output: Path) -> None:
+    from classification.comparison_report import make_comparison_report  # imports much
+    from pcka.engine.report import attempt
+
+    folders = {
+        method: {seed: output / method / f"seed{seed}" for seed in comparison.results[method]}
+        for method in comparison.methods
+        if method in comparison.results
+    }
+    make = partial(make_comparison_report, comparison, folders)
+    attempt(make, output, logger, "the same command")
 
 
 def _groups(

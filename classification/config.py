@@ -47,6 +47,7 @@ def default_config() -> CfgNode:
             "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
             "GRADIENTS_EVERY": 0,  # epochs between looks at each term's gradient; likewise; 0: none
             "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
+            "REPORT": True,  # write report.html and report.json at the end of a run
         }
     )
     cfg.DATA = CfgNode(
@@ -154,6 +155,7 @@ HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
     "SAVE_EVERY",
+    "REPORT",
     "GRADIENTS_EVERY",
     "CUDA_GRAPH",
     "DATA.ROOT",

@@ -14,13 +14,7 @@ from classification.batch_norm import recalibrate
 from classification.config import default_config, load_config, teachers_of
 from classification.data import load_evaluation_set, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import (
-    Classifier,
-    has_own_weights,
-    load_classifier,
-    named_model,
-    settings_of,
-)
+from classification.models import has_own_weights, model_of
 from classification.teacher import as_one
 from pcka.checkpoint import save_student
 from pcka.engine.arguments import take_pairs
@@ -33,7 +27,12 @@ logger = logging.getLogger("pcka")
 
 
 def evaluate(
-    cfg: CfgNode, *, role: str = "student", weights: str = "", recalibrated: int = 0
+    cfg: CfgNode,
+    *,
+    role: str = "student",
+    weights: str = "",
+    recalibrated: int = 0,
+    report: Path | None = None,
 ) -> dict[str, float]:
     """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
 
@@ -43,33 +42,52 @@ def evaluate(
         weights: checkpoint of the (first) model; "" takes the section's WEIGHTS.
         recalibrated: estimate batch norm's running statistics anew on so many training images,
             and write the model beside ``weights`` as ``<name>_recalibrated.pth``; 0: as it is.
+        report: folder for the report of the student beside its teacher; None: there is none.
 
     Raises:
-        ConfigError: no model or no weights, or several teachers to recalibrate.
+        ConfigError: no model or no weights, several teachers to recalibrate, or a report of one.
     """
+    if report is not None and role == "teacher":
+        raise ConfigError("--report: is of a student beside its teacher; leave --role out")
     device = choose_device(cfg.DEVICE)
     sections = [cfg[role.upper()]]
     if role == "teacher" and not weights:
         sections = [one.TEACHER for one in teachers_of(cfg)]
     for section in sections:
         _check_weights(section, role, weights)
+    if not recalibrated and report is not None:
+        return _reported(cfg, weights or cfg.STUDENT.WEIGHTS, report)
     if not recalibrated:
         data = load_evaluation_set(cfg).to(device)
-        models = [_model(section, role, weights, len(data.classes)) for section in sections]
+        given = {"role": role, "weights": weights}
+        models = [model_of(section, len(data.classes), **given) for section in sections]
         model = as_one(cfg, models).to(device)
         return accuracy(model, pixel_statistics(sections[0]).to(device), data)
     if len(sections) > 1:
         raise ConfigError(
             "--recalibrate-bn: takes one model, there are several teachers; name one by --weights"
         )
-    return _recalibrated(cfg, role, weights, recalibrated)
+    result, path = _recalibrated(cfg, role, weights, recalibrated)
+    return result if report is None else _reported(cfg, str(path), report)
 
 
-def _recalibrated(cfg: CfgNode, role: str, weights: str, images: int) -> dict[str, float]:
-    """Recalibrate a model on so many images, write it, and return its accuracies."""
+def _reported(cfg: CfgNode, weights: str, folder: Path) -> dict[str, float]:
+    """Write the report of the student, and return its accuracies."""
+    from classification.report import STUDENT, Material, make_report  # imports much
+
+    made = make_report(Material(cfg, {STUDENT: Path(weights) if weights else None}))
+    logger.info("report: %s", made.write(folder))
+    found = made.data["models"][STUDENT]
+    return {name: found[name] for name in ("top1", "top5") if name in found}
+
+
+def _recalibrated(
+    cfg: CfgNode, role: str, weights: str, images: int
+) -> tuple[dict[str, float], Path]:
+    """Recalibrate a model on so many images and write it; return its accuracies and its file."""
     device, section = choose_device(cfg.DEVICE), cfg[role.upper()]
     train_set, data = (one.to(device) for one in load_image_sets(cfg))
-    model = _model(section, role, weights, len(data.classes)).to(device)
+    model = model_of(section, len(data.classes), role=role, weights=weights).to(device)
     pixels = pixel_statistics(section).to(device)
     logger.info("as it is: %s", told(accuracy(model, pixels, data)))
     recalibrate(model, pixels, train_set, cfg, images)
@@ -77,7 +95,7 @@ def _recalibrated(cfg: CfgNode, role: str, weights: str, images: int) -> dict[st
     path = path.with_name(f"{path.stem}_recalibrated.pth")
     save_student(model, path)
     logger.info("recalibrated: %s", path)
-    return accuracy(model, pixels, data)
+    return accuracy(model, pixels, data), path
 
 
 def _check_weights(section: CfgNode, role: str, weights: str) -> None:
@@ -87,13 +105,6 @@ def _check_weights(section: CfgNode, role: str, weights: str) -> None:
             f"{role.upper()}: expected a model and its weights, got NAME {section.NAME!r} and "
             f"WEIGHTS {weights!r}; give --weights, or set {role.upper()}.NAME and .WEIGHTS"
         )
-
-
-def _model(section: CfgNode, role: str, weights: str, classes: int) -> Classifier:
-    weights, given = weights or section.WEIGHTS, {"role": role, **settings_of(section)}
-    if weights:
-        return load_classifier(section.NAME, weights, classes, **given)
-    return named_model(section.NAME, classes, **given)
 
 
 def told(result: dict[str, float]) -> str:
@@ -108,7 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     cfg = load_config(given.config_file, [*pairs, *given.overrides])
     with console_log():
         result = evaluate(
-            cfg, role=given.role, weights=given.weights, recalibrated=given.recalibrate_bn
+            cfg,
+            role=given.role,
+            weights=given.weights,
+            recalibrated=given.recalibrate_bn,
+            report=given.report,
         )
     print(told(result))
     return result

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from classification.data import ImageSet
+from classification.models import Classifier
 from pcka import distributed
-from pcka.analysis import layerwise_cka
+from pcka.analysis import CKATable, cka_matrix, layerwise_cka
+from pcka.analysis.predictions import BEST, Predictions
 from pcka.engine.progress import Progress
 from pcka.modes import evaluation_mode
 
@@ -18,28 +20,50 @@ CKA_IMAGES, CKA_BATCH_SIZE = 512, 128
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, float]:
-    """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
+def predict(
+    model: nn.Module, pixels: nn.Module, data: ImageSet, rank: int = 0, world_size: int = 1
+) -> Predictions:
+    """Return what a model says of the images ``rank``, ``rank + world_size``, … of a set.
 
-    Evaluated in float32 and evaluation mode; every module's mode is put back. Several processes
-    share the images and all get the figures.
+    In float32 and evaluation mode; every module's mode is put back.
 
     Args:
         model: (B, 3, S, S) -> logits (B, classes).
         pixels: the model's pixel normalisation.
         data: on the model's device.
+        rank: of this process, where several share the images.
+        world_size: their number.
     """
-    ranks = (1, 5) if len(data.classes) > 5 else (1,)
-    hits = torch.zeros(max(ranks), dtype=torch.int64, device=data.device)
-    part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    part = {"rank": rank, "world_size": world_size}
+    none = torch.zeros(0, len(data.classes), device=data.device)
+    said = [Predictions.of_logits(none, data.labels[:0])]  # a process may have no image
     with Progress("evaluating", len(data)) as bar, evaluation_mode(model):
         for images, labels, _ in data.evaluation_batches(**part):
-            predicted = model(pixels(images)).topk(max(ranks), dim=1).indices
-            hits += (predicted == labels[:, None]).sum(0)
-            bar.update(len(labels) * part["world_size"])
+            said.append(Predictions.of_logits(model(pixels(images)), labels))
+            bar.update(len(labels) * world_size)
+    return Predictions.joined(said)
+
+
+def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, float]:
+    """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
+
+    Several processes share the images and all get the figures.
+
+    Args:
+        model: as for :func:`predict`.
+        pixels: likewise.
+        data: likewise.
+    """
+    hits = predict(model, pixels, data, distributed.rank(), distributed.world_size()).hits()
     distributed.sum_over_processes(hits)
+    return percentages(hits, len(data), len(data.classes))
+
+
+def percentages(hits: Tensor, images: int, classes: int) -> dict[str, float]:
+    """What :func:`accuracy` returns, of :meth:`Predictions.hits`."""
     right_within = hits.cumsum(0).tolist()
-    return {f"top{rank}": 100 * right_within[rank - 1] / len(data) for rank in ranks}
+    ranks = (1, BEST) if classes > BEST else (1,)
+    return {f"top{rank}": 100 * right_within[rank - 1] / images for rank in ranks}
 
 
 def stage_alignment(
@@ -64,6 +88,32 @@ def stage_alignment(
         mixed_batches(data, CKA_IMAGES, CKA_BATCH_SIZE),
         {name: (f"model.{s}", f"model.{t}") for name, (s, t) in taps.items()},
     )
+
+
+def stage_matrix(
+    student: tuple[nn.Module, Classifier],
+    teacher: tuple[nn.Module, Classifier],
+    data: ImageSet,
+) -> CKATable:
+    """Return the minibatch CKA of all stages of the student with all stages of the teacher.
+
+    One process measures it, whatever the others do.
+
+    Args:
+        student: pixel normalisation and model, which names its stages.
+        teacher: likewise.
+        data: as for :func:`stage_alignment`.
+    """
+    paths = [[f"model.{path}" for path in model.stage_names] for _, model in (student, teacher)]
+    table = cka_matrix(
+        _from_raw_pixels(*student),
+        _from_raw_pixels(*teacher),
+        mixed_batches(data, CKA_IMAGES, CKA_BATCH_SIZE),
+        *paths,
+        shared=False,
+    )
+    rows, columns = (tuple(f"stage{i}" for i in range(len(of_model))) for of_model in paths)
+    return CKATable(table.values, rows, columns)
 
 
 def gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:

@@ -21,9 +21,8 @@ from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.data.batches import mixes
 from classification.models import (
     Classifier,
-    load_classifier,
+    model_of,
     named_model,
-    settings_of,
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
@@ -48,6 +47,7 @@ from pcka.engine.saved_state import check_fits, with_adapters
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
+    from pcka.engine.report import Report
 
 TRIED_IMAGES = 16  # that losses and teacher are tried on before a training
 
@@ -82,7 +82,7 @@ def run_experiment(
         except TrainingFailedError as error:  # raised once the process group is closed
             failure = error
         else:
-            return run.conclude()
+            return run.conclude(report=cfg.REPORT)
     raise failure
 
 
@@ -311,10 +311,16 @@ class Run:
             )
         return {}
 
-    def conclude(self) -> Result:
-        """Write what the run came to, in the first process; every one gets it."""
+    def conclude(self, *, report: bool = False) -> Result:
+        """Write what the run came to, in the first process; every one gets it.
+
+        Args:
+            report: write ``report.html`` and ``report.json``, too.
+        """
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
+            if report:
+                _write_report(self.trainer, self.files)
         return from_first_process(self.result)
 
 
@@ -331,11 +337,7 @@ def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
 
 
 def _build_student(cfg: CfgNode, classes: int) -> Classifier:
-    name, weights, settings = cfg.STUDENT.NAME, cfg.STUDENT.WEIGHTS, settings_of(cfg.STUDENT)
-    if weights:
-        student = load_classifier(name, weights, classes, role="student", **settings)
-    else:
-        student = named_model(name, classes, role="student", **settings)
+    student = model_of(cfg.STUDENT, classes, role="student")
     if cfg.STUDENT.BN_MOMENTUM:
         from classification.batch_norm import set_momentum  # few runs change it
 
@@ -373,10 +375,22 @@ def _prepare_distiller(
         try_losses(distiller, images, labels, for_teacher, indices=spaced.to(images.device))
 
 
+def _write_report(trainer: Trainer, files: RunFolder) -> None:
+    from classification.report import Material, make_report  # imports what no training needs
+    from pcka.engine.report import attempt
+
+    folder, sets = files.directory, (trainer.train_set, trainer.evaluation_set)
+
+    def make() -> Report:
+        return make_report(Material.of_run(folder), sets)
+
+    attempt(make, folder, files.logger, f"pcka report {folder}")
+
+
 def _write_result(trainer: Trainer, files: RunFolder, teacher_accuracy: float | None) -> Result:
     cfg = trainer.cfg
     metrics = read_metrics(files.metrics)
-    plot_curves(metrics, files.directory / "curves.png")
+    plot_curves(metrics, files.directory / "curves.png", teacher_accuracy)
     result = {
         "methods": list(cfg.DISTILL.METHODS),
         "student": cfg.STUDENT.NAME,

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from classification.config import config_from_text, default_config, teacher_name, teachers_of
 from classification.data import ImageSet, pixel_statistics
 from classification.evaluation import accuracy, is_guessing
-from classification.models import (
-    Classifier,
-    has_own_weights,
-    load_classifier,
-    named_model,
-    settings_of,
-)
+from classification.models import Classifier, has_own_weights, model_of
 from classification.models.taps import with_stages
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
@@ -138,14 +132,23 @@ def _with_weights(
     cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
 ) -> Classifier:
     """One teacher on the device that trains, with its weights and its stages."""
-    section, classes = cfg.TEACHER, len(image_sets[0].classes)
-    given = {"role": "teacher", **settings_of(section)}
-    if has_own_weights(section) and not (section.WEIGHTS or section.TRAIN):
-        model = named_model(section.NAME, classes, **given)
-    else:
-        weights = section.WEIGHTS or _trained_teacher(cfg, image_sets, train_run)
-        model = load_classifier(section.NAME, weights, classes, **given)
+    weights = ""
+    if _is_trained(cfg.TEACHER):
+        weights = str(_trained_teacher(cfg, image_sets, train_run))
+    model = model_of(cfg.TEACHER, len(image_sets[0].classes), role="teacher", weights=weights)
     return with_stages(model, cfg.DATA.IMAGE_SIZE).to(image_sets[1].device)
+
+
+def _is_trained(section: CfgNode) -> bool:
+    """Whether a teacher's weights come from a training of its own."""
+    return not section.WEIGHTS and (section.TRAIN or not has_own_weights(section))
+
+
+def teacher_file(cfg: CfgNode, train_set: ImageSet) -> Path | None:
+    """Return the file of a teacher's weights, be it there or not; None: its library has them."""
+    if _is_trained(cfg.TEACHER):
+        return teacher_run(cfg, train_set)[1]
+    return Path(cfg.TEACHER.WEIGHTS) if cfg.TEACHER.WEIGHTS else None
 
 
 def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> float:
@@ -281,7 +284,8 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     silent = flatten(run)
     add_sections(run.DISTILL, run.DISTILL.METHODS)
     for key in (
-        "DEVICE", "CHANNELS_LAST", "AUTOCAST", "CUDA_GRAPH", "LOG_EVERY", "SAVE_EVERY", "IMPORTS"
+        "DEVICE", "CHANNELS_LAST", "AUTOCAST", "CUDA_GRAPH", "LOG_EVERY", "SAVE_EVERY", "REPORT",
+        "IMPORTS",
     ):  # fmt: skip
         run[key] = cfg[key]
     run.SEED = cfg.TEACHER.SEED

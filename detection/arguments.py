@@ -80,6 +80,25 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def report_parser() -> argparse.ArgumentParser:
+    """The command line of ``report.py``."""
+    parser = command_parser(
+        "Report on a detector's run: report.html, which needs no other file, and report.json.",
+        "python detection/report.py output/pcka --teacher",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="OUTPUT_DIR of the run")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the report (default: the run's)"
+    )
+    parser.add_argument(
+        "--teacher",
+        action="store_true",
+        help="evaluate the teacher on the test set, too (one pass)",
+    )
+    _add_number(parser, "--images", 4, "that detections are drawn on")
+    return parser
+
+
 def demo_parser() -> argparse.ArgumentParser:
     """The command line of ``demo.py``; what it does not know are ``KEY VALUE`` pairs."""
     parser = command_parser("Distil a detector on scenes of digits.")
@@ -99,6 +118,7 @@ PARSERS = {
     "train_net": train_parser,
     "compare": compare_parser,
     "export": export_parser,
+    "report": report_parser,
     "demo": demo_parser,
 }
 

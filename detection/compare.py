@@ -7,12 +7,14 @@ one seed share the start of what they have in common and the order of the images
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from detection.arguments import compare_parser
@@ -25,11 +27,13 @@ from pcka.engine.comparison import HOW_TO_READ, Comparison
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import changed_settings
 
+logger = logging.getLogger("detectron2.pcka")
+
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
 PIXELS = "sem_seg"  # the task of classes of pixels
 PIXEL_METRICS = ("mIoU", "mACC", "pACC")  # intersection over union, accuracy by class, by pixel
-NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE")
+NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE", "REPORT")
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
 
@@ -44,8 +48,9 @@ def compare(
 ) -> Comparison:
     """Train each configuration with each seed into ``output/<its name>/seed<seed>``.
 
-    ``comparison.md``, ``.csv`` and ``.png`` in ``output`` are written anew after every run. A run
-    that fails is listed there, and the others go on.
+    ``comparison.md``, ``.csv``, ``.tex`` and ``.png`` in ``output`` are written anew after every
+    run, and with REPORT ``report.html`` and ``.json`` after the last. A run that fails is listed
+    there, and the others go on.
 
     Args:
         config_files: what is compared; the others stand beside the first.
@@ -74,7 +79,22 @@ def compare(
     if not comparison.results:
         reasons = [text for by_seed in comparison.failures.values() for text in by_seed.values()]
         raise TrainingFailedError("; ".join(reasons))
+    if load_config(str(config_files[0]), list(overrides)).REPORT:
+        _write_report(comparison, output)
     return comparison
+
+
+def _write_report(comparison: Comparison, output: Path) -> None:
+    from detection.comparison_report import make_comparison_report  # imports much
+    from pcka.engine.report import attempt
+
+    folders = {
+        name: {seed: output / name / f"seed{seed}" for seed in comparison.results[name]}
+        for name in comparison.methods
+        if name in comparison.results
+    }
+    make = partial(make_comparison_report, comparison, folders)
+    attempt(make, output, logger, "the same command")
 
 
 def empty_comparison(names: Sequence[str]) -> Comparison:

@@ -33,6 +33,7 @@ def detection_config() -> CfgNode:
     """
     cfg = get_cfg()
     cfg.IMPORTS = []  # modules that register parts of your own
+    cfg.REPORT = True  # write report.html and report.json at the end of a run
     cfg.DATASETS.COCO_TRAIN = CfgNode(
         {
             "NAME": "",  # what the set is to be called; "": there is none

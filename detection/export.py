@@ -97,7 +97,7 @@ def check_folder(folder: Path) -> None:
     if folder.suffix in OF_FILES or folder.is_file():
         raise ConfigError(
             f"--output: expected a folder, got {str(folder)!r}; {WEIGHTS} and a configuration go "
-            "into it. detectron2's tools/deploy/export_model.py makes ONNX and TorchScript of them"
+            "into it. ONNX is not written: docs/detection.md, What a run leaves, says why"
         )
     if any((folder / name).exists() for name in OF_RUNS) or _of_a_run(folder / YAML):
         raise ConfigError(

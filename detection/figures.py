@@ -84,6 +84,11 @@ class RestoreMetrics(HookBase):
 
 def plot_run(folder: str) -> None:
     """Draw ``curves.png`` of the ``metrics.json`` in a run's folder, without empty panels."""
+    plot_panels(run_panels(folder), Path(folder, "curves.png"), x="step")
+
+
+def run_panels(folder: str) -> list[Panel]:
+    """Losses, evaluations and CKA of the levels by step; some may be empty."""
     curves = read_metrics(Path(folder, "metrics.json"))
 
     def chosen(wanted: Callable[[str], bool]) -> dict[str, Points]:
@@ -91,12 +96,11 @@ def plot_run(folder: str) -> None:
 
     losses = chosen(lambda key: "loss" in key and key != "total_loss")
     alignments = chosen(lambda key: key.startswith("cka/"))
-    panels = [
+    return [
         Panel("Weighted loss terms", "loss", losses),
         Panel("Evaluations", "%", chosen(lambda key: key.endswith(EVALUATED))),
         Panel("Teacher\N{EN DASH}student CKA of the levels", "CKA", alignments, top=1.02),
     ]
-    plot_panels(panels, Path(folder, "curves.png"), x="step")
 
 
 def read_metrics(path: Path) -> dict[str, Points]:

@@ -17,6 +17,7 @@ CONFIG, RESULT, CHECKPOINT_TAG = "config.yaml", "result.json", "last_checkpoint"
 # What says where a run happens, how long, and how it is watched: the steps stay what they are.
 MAY_CHANGE = (
     "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "VIS_PERIOD", "CUDNN_BENCHMARK",
+    "REPORT",
     "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.CHECKPOINT_PERIOD", "TEST.", "DATASETS.TEST",
     "DATASETS.PROPOSAL_FILES_TEST", "DATASETS.COCO_TEST.", "DATASETS.VOC_TEST.",
     "DATASETS.YOLO_TEST.", "DATASETS.SEMSEG_TEST.", "DATASETS.DIGITS.TEST_IMAGES",

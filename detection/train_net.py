@@ -8,6 +8,7 @@ import detection  # answers --help, before what takes seconds to import
 
 import argparse
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import lock_folder
 from pcka.engine.run_folder import remove_temporaries, write_text
+
+logger = logging.getLogger("detectron2.pcka")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -72,7 +75,17 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
             results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
         if comm.is_main_process():
             write_result(results, Path(cfg.OUTPUT_DIR, RESULT))
+            if cfg.REPORT and not arguments.eval_only:
+                _write_report(Path(cfg.OUTPUT_DIR))
     return results
+
+
+def _write_report(folder: Path) -> None:
+    from detection.report import make_report  # imports what no training needs
+    from pcka.engine.report import attempt
+
+    again = f"python detection/report.py {folder}"
+    attempt(lambda: make_report(folder), folder, logger, again)
 
 
 def write_result(results: dict[str, Any], path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 # Subcommand -> module whose ``main`` it is, and what it does.
 COMMANDS = {
     "cka": ("classification.cka_map", "CKA of all layers of two classifiers"),
+    "report": ("classification.report", "what came of a classifier's run, as a page"),
     "doctor": ("classification.doctor", "will this machine, and this configuration, train?"),
 }
 

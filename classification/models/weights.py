@@ -117,6 +117,26 @@ def load_classifier(
     return model
 
 
+def model_of(
+    section: Mapping[str, Any], num_classes: int, *, role: str, weights: str | Path = ""
+) -> Classifier:
+    """Return the model of the section STUDENT or TEACHER, with the weights of a checkpoint if any.
+
+    Args:
+        section: names the model, and its checkpoint.
+        num_classes: classes of the data.
+        role: "student" or "teacher": whose section it is.
+        weights: checkpoint in the place of the section's own.
+
+    Raises:
+        ConfigError: as :func:`load_classifier`.
+    """
+    weights, given = weights or section["WEIGHTS"], {"role": role, **settings_of(section)}
+    if weights:
+        return load_classifier(section["NAME"], weights, num_classes, **given)
+    return named_model(section["NAME"], num_classes, **given)
+
+
 def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) -> int:
     """How many classes the classifier in a checkpoint tells apart.
 

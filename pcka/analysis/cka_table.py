@@ -43,10 +43,15 @@ class CKATable:
         atomic_write(lambda file: file.write(text.getvalue().encode()), path)
 
     def plot(self, path: str | Path, name_a: str = "a", name_b: str = "b", title: str = "") -> None:
+        """Write :meth:`figure`; the suffix of ``path`` picks the format."""
+        figure = self.figure(name_a, name_b, title)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+    def figure(self, name_a: str = "a", name_b: str = "b", title: str = "") -> Any:
         """Draw the table as a heatmap: the first layers at the bottom left, colours from 0 to 1.
 
         Args:
-            path: picture to write; its suffix picks the format.
             name_a: of the model of the rows.
             name_b: of the model of the columns.
             title: above the picture.
@@ -71,8 +76,7 @@ class CKATable:
         if max(rows, columns) <= _MOST_FIGURES:
             self._write_figures(axes)
         figure.colorbar(image, ax=axes, label="CKA")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        return figure
 
     def _write_figures(self, axes: Any) -> None:
         for row, values in enumerate(self.values.tolist()):

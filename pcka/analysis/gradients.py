@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+FAR = 1000.0
 
 
 class TermGradient(NamedTuple):
@@ -70,3 +73,25 @@ def _product(a: list[Tensor], b: list[Tensor]) -> float:
 
 def _ratio(value: float, by: float) -> float:
     return value / by if by > 0 else 0.0
+
+
+def far_apart(metrics: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """Yield a sentence where a term pulls :data:`FAR` times as hard at the student as another.
+
+    Args:
+        metrics: records of epochs, of which some hold ``gradient_share_<term>``; the last counts.
+    """
+    prefix = "gradient_share_"
+    measured = [record for record in metrics if any(key.startswith(prefix) for key in record)]
+    if not measured:
+        return
+    last = measured[-1]
+    shares = {key.removeprefix(prefix): v for key, v in last.items() if key.startswith(prefix)}
+    (weak, least), (strong, most) = (f(shares.items(), key=itemgetter(1)) for f in (min, max))
+    if most < FAR * least or not most:
+        return
+    apart = f"is {most / least:,.0f} times as long as" if least else "is everything beside"
+    yield (
+        f"the gradient of {strong} {apart} that of {weak} (epoch {last['epoch']:g}): the weaker "
+        "term teaches next to nothing; change the weights in the sections of DISTILL"
+    )

@@ -104,6 +104,8 @@ def cka_matrix(
     batches: Iterable[Any],
     layers_a: str | Sequence[str] | None = None,
     layers_b: str | Sequence[str] | None = None,
+    *,
+    shared: bool = True,
 ) -> CKATable:
     """Minibatch CKA of all layers of a model with all layers of another; see :class:`MinibatchCKA`.
 
@@ -119,6 +121,7 @@ def cka_matrix(
         layers_a: the rows: module paths as :class:`pcka.FeatureTap` takes them, or patterns such as
             ``"layer*.conv1"``; None: every layer that :func:`pcka.analysis.find_layers` finds.
         layers_b: the columns, likewise.
+        shared: all processes measure together; else each by itself, and need not wait for others.
 
     Raises:
         ValueError: a path that a model lacks, a pattern without a layer, a layer that gives no row
@@ -134,14 +137,15 @@ def cka_matrix(
             wanted = layers_a, layers_b
             chosen = [select_layers(*of, first) for of in zip(models.values(), wanted)]
         # One list for all processes, of which some may have no batch.
-        chosen = from_first_process(chosen)
+        chosen = from_first_process(chosen) if shared else chosen
         if chosen is None:
             raise ValueError(f"batches: expected one of at least {MIN_SAMPLES} samples, got none")
         result = MinibatchCKA(*chosen)
         with _gram_taps(model_a, model_b, *chosen) as grams:
             for images in () if first is None else chain([first], inputs):
                 result.update(*grams(images))
-    result.sum_over_processes()
+    if shared:
+        result.sum_over_processes()
     return result.compute()
 
 

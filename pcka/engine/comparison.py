@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tabulate import tabulate
 
 from pcka.distributed import rank
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.curves import method_style
 from pcka.engine.run_folder import write_text
 from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
@@ -81,14 +83,29 @@ class Comparison:
 
     def table(self) -> str:
         """The table in Markdown; columns that nobody has are left out."""
+        headings, rows = self.cells()
+        return tabulate(rows, headers=headings, tablefmt="github", disable_numparse=True)
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows of the table, without the columns that nobody has."""
         rows = self.rows()
         kept = [heading for heading in rows[0] if any(row[heading] for row in rows)]
-        return tabulate(
-            [[row[heading] for heading in kept] for row in rows],
-            headers=kept,
-            tablefmt="github",
+        return kept, [[row[heading] for heading in kept] for row in rows]
+
+    def latex(self) -> str:
+        r"""The table in LaTeX, which needs ``\usepackage{booktabs}``."""
+        headings, rows = self.cells()
+        align = ["left"] + ["right"] * (len(headings) - 1)
+        text = tabulate(
+            rows,
+            headers=headings,
+            tablefmt="latex_booktabs",
             disable_numparse=True,
+            colalign=align,
         )
+        # A minus before a figure, which a hyphen is not.
+        text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.replace("±", r"$\pm$"))
+        return f"% needs \\usepackage{{booktabs}}\n{text}\n"
 
     def markdown(self) -> str:
         """Heading, table and failures."""
@@ -109,24 +126,27 @@ class Comparison:
         return text.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Write ``comparison.md``, ``.csv`` and ``.png``, in the first process."""
+        """Write ``comparison.md``, ``.csv``, ``.tex`` and ``.png``, in the first process."""
         if rank() > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "comparison.md", self.markdown())
         write_text(folder / "comparison.csv", self.csv())
-        self._draw(folder / "comparison.png")
+        write_text(folder / "comparison.tex", self.latex())
+        self.figure().savefig(folder / "comparison.png", dpi=120)
 
-    def _draw(self, path: Path) -> None:
+    def figure(self) -> Figure:
         """Each run's first metric as a point, the means as bars."""
         methods = [method for method in reversed(self.methods) if self.values(method)]
         figure = Figure(figsize=(7, 0.9 + 0.32 * max(len(methods), 1)), layout="constrained")
         axes = figure.subplots()
         for row, method in enumerate(methods):
             values = list(self.values(method).values())
-            axes.plot(values, [row] * len(values), "o", alpha=0.6)
+            colour, _ = method_style(list(self.methods).index(method))
+            axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
             axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], "k-")
         axes.set_yticks(range(len(methods)), methods)
         axes.set_xlabel(f"{next(iter(self.metrics.values()))}: a point a seed, a bar the mean")
+        axes.set_ylim(-0.6, max(len(methods), 1) - 0.4)
         axes.grid(axis="x", alpha=0.3)
-        figure.savefig(path, dpi=120)
+        return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
+from types import MappingProxyType
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ Points = Sequence[tuple[float, float]]  # (step or epoch, value)
 # Okabe and Ito's palette, told apart by colour-blind readers too; black is kept for totals.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":")
+TEACHER_COLOUR = "#666666"
 _PANEL_INCHES = (5.0, 3.8)
 
 
@@ -30,6 +32,7 @@ class Panel(NamedTuple):
         best: name of the curve whose first maximum is marked.
         from_zero: whether the vertical axis shows 0.
         top: end of the vertical axis; None for one that fits.
+        across: name in the legend -> value of a line over the whole width.
     """
 
     title: str
@@ -39,6 +42,13 @@ class Panel(NamedTuple):
     best: str = ""
     from_zero: bool = True
     top: float | None = None
+    across: Mapping[str, float] = MappingProxyType({})
+
+
+def method_style(index: int) -> tuple[str, str]:
+    """Colour and dash of the ``index``-th method, term or stage, the same in every picture."""
+    # Both change together, so that the lines stay apart in grey too.
+    return _COLOURS[index % len(_COLOURS)], _LINES[index % len(_LINES)]
 
 
 def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str) -> bool:
@@ -54,32 +64,48 @@ def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str
         return False
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * len(drawn), height), layout="constrained")
-    last = max(points[-1][0] for panel in drawn for points in panel.curves.values())
+    last = max(map(_last, drawn))
     for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        _draw(axes, panel, x)
-        axes.set(title=panel.title, xlabel=x, ylabel=panel.unit)
-        axes.set_xlim(0, max(last, 1) * 1.02)  # the last point is drawn whole
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small" if len(panel.curves) <= len(_COLOURS) else "x-small")
+        _draw(axes, panel, x, last)
+        axes.set_title(panel.title)
     figure.savefig(path, dpi=120)
     return True
 
 
-def _draw(axes: Axes, panel: Panel, x: str) -> None:
+def panel_figure(panel: Panel, *, x: str) -> Figure:
+    """A panel that has curves as a picture of its own, without its title."""
+    figure = Figure(figsize=_PANEL_INCHES, layout="constrained")
+    _draw(figure.subplots(), panel, x, _last(panel))
+    return figure
+
+
+def _last(panel: Panel) -> float:
+    return max(points[-1][0] for points in panel.curves.values() if points)
+
+
+def _draw(axes: Axes, panel: Panel, x: str, last: float) -> None:
     names = [name for name in panel.curves if name != panel.total]
     for index, name in enumerate(names):
-        # Colour and dash change together, so that the lines stay apart in grey too.
-        style = _COLOURS[index % len(_COLOURS)], _LINES[index % len(_LINES)]
-        _draw_curve(axes, name, panel.curves[name], *style)
+        if panel.curves[name]:
+            _draw_curve(axes, name, panel.curves[name], *method_style(index))
     if panel.total in panel.curves:
         _draw_curve(axes, panel.total, panel.curves[panel.total], "black", "-")
     if panel.best in panel.curves:
         at, value = max(panel.curves[panel.best], key=itemgetter(1))
         label = f"best: {value:.2f}, {x} {at:g}"
         axes.plot(at, value, "*", color="black", markersize=11, label=label)
+    for name, value in panel.across.items():
+        label = f"{name}: {value:.2f}"
+        axes.axhline(value, color=TEACHER_COLOUR, linestyle=(0, (6, 3)), label=label)
     bottom, top = axes.get_ylim()
+    if top - bottom < 1e-9:  # of nothing but zeros
+        bottom, top = bottom - 0.05, top + 1
     axes.set_ylim(min(0, bottom) if panel.from_zero else bottom, panel.top or top)
+    axes.set(xlabel=x, ylabel=panel.unit)
+    axes.set_xlim(0, max(last, 1) * 1.02)  # the last point is drawn whole
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small" if len(panel.curves) <= len(_COLOURS) else "x-small")
 
 
 def _draw_curve(axes: Axes, name: str, points: Points, colour: str, dash: str) -> None:
@@ -93,8 +119,33 @@ def _draw_curve(axes: Axes, name: str, points: Points, colour: str, dash: str) -
     axes.axhline(value, color=colour, alpha=0.4, linestyle="--")
 
 
-def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw losses, accuracy, layer-wise CKA and gradients of a classifier's run by epoch.
+def plot_curves(
+    metrics: Sequence[Mapping[str, float]],
+    path: str | os.PathLike[str],
+    teacher_accuracy: float | None = None,
+) -> None:
+    """Draw the panels of :func:`classifier_panels` side by side.
+
+    Args:
+        metrics: as there.
+        path: picture to write; its suffix picks the format.
+        teacher_accuracy: as there.
+
+    Raises:
+        ValueError: as there, or nothing to draw.
+    """
+    if not plot_panels(classifier_panels(metrics, teacher_accuracy), path, x="epoch"):
+        keys = list(dict.fromkeys(key for entry in metrics for key in entry))
+        raise ValueError(
+            "metrics: nothing to draw; expected keys 'loss_...', 'accuracy', 'train_accuracy' or "
+            f"'cka_...', got {keys}"
+        )
+
+
+def classifier_panels(
+    metrics: Sequence[Mapping[str, float]], teacher_accuracy: float | None = None
+) -> list[Panel]:
+    """Losses, accuracy, layer-wise CKA and gradients of a classifier's run by epoch.
 
     A panel without a figure in any epoch is left out; an epoch may lack any figure.
 
@@ -103,10 +154,10 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
             ``accuracy_ema`` (of the averaged student) and ``train_accuracy``, in percent;
             ``cka_<layer>``, in [0, 1]; ``gradient_share_<term>`` and ``gradient_cosine_<term>``.
             Other keys are passed over.
-        path: picture to write; its suffix picks the format.
+        teacher_accuracy: percent; a line across. None: there is no teacher.
 
     Raises:
-        ValueError: an entry without ``epoch``, or nothing to draw.
+        ValueError: an entry without ``epoch``.
     """
     if any("epoch" not in entry for entry in metrics):
         raise ValueError("metrics: every entry must hold 'epoch'")
@@ -119,59 +170,59 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike[
     accuracies = {
         "evaluation": "accuracy", "averaged student": "accuracy_ema", "train": "train_accuracy"
     }  # fmt: skip
-    drawn = plot_panels(
-        [
-            Panel("Weighted loss terms", "loss", starting("loss_"), total="total"),
-            Panel(
-                "Top-1 accuracy",
-                "accuracy (%)",
-                {name: points[key] for name, key in accuracies.items() if key in points},
-                best="evaluation",
-                from_zero=False,
-            ),
-            Panel("Teacher\N{EN DASH}student CKA", "CKA", starting("cka_"), top=1.02),
-            Panel(
-                "Gradients: lengths", "share of the norms", starting("gradient_share_"), top=1.02
-            ),
-            Panel(
-                "Gradients: directions",
-                "cosine with cross-entropy's",
-                starting("gradient_cosine_"),
-            ),
-        ],
-        path,
-        x="epoch",
-    )
-    if not drawn:
-        raise ValueError(
-            "metrics: nothing to draw; expected keys 'loss_...', 'accuracy', 'train_accuracy' or "
-            f"'cka_...', got {keys}"
-        )
+    panels = [
+        Panel("Weighted loss terms", "loss", starting("loss_"), total="total"),
+        Panel(
+            "Top-1 accuracy",
+            "accuracy (%)",
+            {name: points[key] for name, key in accuracies.items() if key in points},
+            best="evaluation",
+            from_zero=False,
+            across={} if teacher_accuracy is None else {"teacher": teacher_accuracy},
+        ),
+        Panel("Teacher\N{EN DASH}student CKA", "CKA", starting("cka_"), top=1.02),
+        Panel("Gradients: lengths", "share of the norms", starting("gradient_share_"), top=1.02),
+        Panel("Gradients: directions", "cosine with cross-entropy's", starting("gradient_cosine_")),
+    ]
+    return [panel for panel in panels if panel.curves]
 
 
 def plot_gradients(
     runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]
 ) -> bool:
-    """Draw what each term pulls at the student, run beside run; return whether there was any.
+    """Write :func:`gradients_figure`, if there is any; return whether there was.
+
+    Args:
+        runs: as there.
+        path: picture to write; its suffix picks the format.
+    """
+    figure = gradients_figure(runs)
+    if figure is not None:
+        figure.savefig(path, dpi=120)
+    return figure is not None
+
+
+def gradients_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure | None:
+    """Draw what each term pulls at the student, run beside run; None where none was measured.
 
     Above, each term's share of the gradients' norms; below, its gradient's cosine with
     cross-entropy's, whose own is left out.
 
     Args:
-        runs: name -> metrics as for :func:`plot_curves`; runs without gradients are left out.
-        path: picture to write; its suffix picks the format.
+        runs: name -> metrics as for :func:`classifier_panels`; runs without gradients are left
+            out.
     """
     measured = {}
     for name, metrics in runs.items():
         if terms := list(dict.fromkeys(key for entry in metrics for key in _terms(entry))):
             measured[name] = terms
     if not measured:
-        return False
+        return None
     figure = Figure(figsize=(2.6 * len(measured) + 1, 5.2), layout="constrained")
     grid = figure.subplots(2, len(measured), squeeze=False, sharex=True, sharey="row")
     for (above, below), (name, terms) in zip(grid.T, measured.items(), strict=True):
         for index, term in enumerate(terms):
-            style = {"color": _COLOURS[index % len(_COLOURS)], "marker": ".", "label": term}
+            style = {"color": method_style(index)[0], "marker": ".", "label": term}
             for axes, kind in ((above, "share"), (below, "cosine")):
                 key = f"gradient_{kind}_{term}"
                 points = [(e["epoch"], e[key]) for e in runs[name] if key in e]
@@ -186,8 +237,7 @@ def plot_gradients(
     grid[1][0].set(ylabel="cosine with cross-entropy's")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return True
+    return figure
 
 
 def _terms(entry: Mapping[str, float]) -> list[str]:

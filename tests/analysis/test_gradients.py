@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pcka.analysis.gradients import TermGradient, term_gradients
+from pcka.analysis.gradients import TermGradient, far_apart, term_gradients
 
 
 @pytest.fixture
@@ -60,3 +60,28 @@ def test_gradients_too_small_for_float32_squares_are_measured(parameters):
 def test_a_reference_that_is_no_term_is_refused(parameters):
     with pytest.raises(ValueError, match="no term 'loss_ce', only loss_kd"):
         term_gradients({"loss_kd": plane(parameters, 1, 0)}, parameters, "loss_ce")
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        (
+            {"ce": 0.9995, "kd": 0.0004},
+            "the gradient of ce is 2,499 times as long as that of kd (epoch 4)",
+        ),
+        ({"ce": 0.0, "kd": 1.0}, "the gradient of kd is everything beside that of ce (epoch 4)"),
+        ({"ce": 0.99, "kd": 0.01}, None),
+        ({"ce": 1.0}, None),
+        ({"ce": 0.0, "kd": 0.0}, None),
+    ],
+)
+def test_a_term_that_pulls_a_thousand_times_as_hard_is_told(shares, said):
+    even = {"epoch": 2, "gradient_share_ce": 0.5, "gradient_share_kd": 0.5}
+    last = {"epoch": 4} | {f"gradient_share_{term}": share for term, share in shares.items()}
+    found = list(far_apart([even, last, {"epoch": 5, "loss_ce": 1.0}]))
+    assert len(found) == (said is not None)
+    assert all(text.startswith(said) for text in found)
+
+
+def test_without_measured_gradients_nothing_is_told():
+    assert list(far_apart([{"epoch": 1, "loss_ce": 1.0}])) == []

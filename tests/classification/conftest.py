@@ -76,6 +76,7 @@ def tiny_overrides(tmp_path):
             "DATA.TRAIN_IMAGES": 40,
             "SOLVER.EPOCHS": 2,
             "SOLVER.BATCH_SIZE": 10,
+            "REPORT": False,
             **keys,
         }
         return [str(word) for pair in values.items() for word in pair]

@@ -17,7 +17,7 @@ def test_a_trained_student_is_measured_as_it_was_in_training(tmp_path):
     words = [
         "--config-file", str(CONFIGS / "digits" / "resnet20_resnet8.yaml"),
         "OUTPUT_DIR", str(tmp_path), "TEACHER.NAME", "", "DATA.TRAIN_IMAGES", "200",
-        "DATA.IMAGE_SIZE", "16", "SOLVER.EPOCHS", "2", "SOLVER.EMA_DECAY", "0.9",
+        "DATA.IMAGE_SIZE", "16", "SOLVER.EPOCHS", "2", "SOLVER.EMA_DECAY", "0.9", "REPORT", "False",
     ]  # fmt: skip
     result = train.main(words)
     files = {"last": "last_accuracy", "best": "best_accuracy", "ema": "last_accuracy_ema"}

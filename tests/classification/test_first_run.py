@@ -249,7 +249,7 @@ def test_one_command_trains_saves_its_settings_and_goes_on(
     images = make_images()
     monkeypatch.chdir(tmp_path)
     words = ["--data", str(images), "--teacher", "resnet8", "--student", "resnet8"]
-    words += ["SOLVER.EPOCHS", "2", "DEVICE", "cpu"]
+    words += ["SOLVER.EPOCHS", "2", "DEVICE", "cpu", "REPORT", "False"]
     result = train.main(words)
     assert (result["methods"], result["epochs"]) == (["CE", "KD", "FCKA"], 2)
     assert (result["training_images"], result["evaluation_images"]) == (16, 4)

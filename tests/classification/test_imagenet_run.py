@@ -66,6 +66,7 @@ def arguments(root, tmp_path_factory, digits_config):
         "TEACHER.WEIGHTS": folder / "resnet34.pth",
         "TEACHER.ACCURACY": 0.0,
         "SOLVER.EPOCHS": 2,
+        "REPORT": False,
         "SOLVER.BATCH_SIZE": 8,
         "SOLVER.BASE_LR": 0.01,
     }

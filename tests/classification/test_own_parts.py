@@ -59,6 +59,7 @@ class Shrink(losses.Loss):
 KEYS = {
     "DATA.NAME": "colours_of_mine", "DATA.IMAGE_SIZE": 8, "STUDENT.NAME": "tiny_of_mine",
     "SOLVER.EPOCHS": 1, "SOLVER.BATCH_SIZE": 10, "DISTILL.METHODS": "[CE, SHRINK_MINE]",
+    "REPORT": False,
     "DISTILL.SHRINK_MINE.WEIGHT": 0.5, "DEVICE": "cpu", "DATA.CROP_PADDING": 0,
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ RECIPE = {
     "TEACHER.PIXEL_MEAN": "[0.1, 0.1, 0.1]",
     "TEACHER.PIXEL_STD": "[0.2, 0.2, 0.2]",
     "SOLVER.EPOCHS": 4,
+    "REPORT": False,
     "SOLVER.BASE_LR": 0.1,
     "SOLVER.MOMENTUM": 0.8,
     "SOLVER.NESTEROV": True,

@@ -25,6 +25,7 @@ SETTINGS = {
     "DATA.HOLDOUT": 101,  # no two processes can share them evenly
     "DATA.TRAIN_IMAGES": 100,
     "SOLVER.EPOCHS": EPOCHS,
+    "REPORT": False,
     "SOLVER.BATCH_SIZE": 20,
     "SOLVER.BASE_LR": 0.01,
     "DISTILL.RCKA.FEATURE_WEIGHTS": [0.7],
@@ -132,7 +133,7 @@ def train(folder, start, digits_config):
 @pytest.fixture(scope="module")
 def by_two(train, folder):
     """The folder of a run of two processes that nothing disturbed, and what it printed."""
-    return folder / "two", train("two", processes=2).succeed()
+    return folder / "two", train("two", processes=2, REPORT=True).succeed()
 
 
 def assert_learned_alike(ours, theirs):
@@ -171,6 +172,12 @@ def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(by_two, 
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     assert not list(run.glob(".*"))  # temporary files
+    # The first process measures alone, and no other waits in its place.
+    report = json.loads((run / "report.json").read_text())
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert report["models"]["student"]["top1"] == pytest.approx(last["accuracy"], abs=1.0)
+    assert report["cka"]["student"][3][3] == pytest.approx(last["cka_stage3"], abs=0.01)
+    assert printed.count("report: ") == 2  # the teacher's, too
 
 
 def test_two_processes_accumulate_clip_and_average_what_one_does(train, folder):

@@ -26,7 +26,7 @@ DIGITS = ROOT / "configs" / "classification" / "digits" / "resnet20_resnet8.yaml
 SMALL = [
     "DATA.TRAIN_IMAGES", "100", "DATA.HOLDOUT", "100", "DATA.IMAGE_SIZE", "16",
     "SOLVER.EPOCHS", "2", "SOLVER.BATCH_SIZE", "20", "TEACHER.NAME", "resnet8",
-    "TEACHER.EPOCHS", "1",
+    "TEACHER.EPOCHS", "1", "REPORT", "False",
 ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ SMALL = [
     "SOLVER.IMS_PER_BATCH", "2",
     "DISTILL.PCKA.PATCH_SIZES", "[4, 4, 2]",
     "SOLVER.CHECKPOINT_PERIOD", "2",
+    "REPORT", "False",
 ]  # fmt: skip
 PLAIN_DETECTRON2 = """
 import json, os, sys, torch

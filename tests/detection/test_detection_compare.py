@@ -60,9 +60,11 @@ def files(tmp_path):
 @pytest.fixture
 def trainings(monkeypatch):
     """The commands of the trainings, which write what a run leaves, but fail with seed 13."""
-    commands = []
+    commands, as_it_is = [], subprocess.run
 
-    def run(command, **_):
+    def run(command, **keywords):
+        if command[0] == "git":  # of the report, which says what it was made with
+            return as_it_is(command, **keywords)
         commands.append(command)
         config, *keys = command[command.index("--config-file") + 1 :]
         cfg = load_config(config, keys)
@@ -102,6 +104,29 @@ def test_masks_have_columns_where_every_run_has_them():
     columns = list(compared(with_masks).rows()[0])
     assert columns[2:8] == ["AP", "AP50", "AP75", "segm AP", "segm AP50", "segm AP75"]
     assert "segm" not in compared(with_few_masks).markdown()
+
+
+def test_the_report_has_the_table_the_curves_and_the_classes(files, trainings, tmp_path):
+    compare.compare(files, [3, 4], tmp_path)
+    for number, name in enumerate(("student", "pcka")):
+        for seed in (3, 4):
+            folder, ap = tmp_path / name / f"seed{seed}", 10.0 + seed + number
+            metrics = {"AP": ap, "AP50": ap, "AP75": ap, "AP-cat": 2 * ap, "AP-dog": None}
+            (folder / "result.json").write_text(json.dumps({"bbox": metrics}))
+            lines = [
+                {"iteration": step, "bbox/AP": ap * step, "cka/p3": ap / 20} for step in (1, 2)
+            ]
+            (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    comparison = compare.compare(files, [3, 4], tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["rows"] == comparison.rows()
+    assert data["cka"] == {"student": {"p3": 0.65}, "pcka": {"p3": 0.7}}
+    assert data["metrics"]["pcka"]["bbox"]["AP-cat"] == 28.0
+    page = (tmp_path / "report.html").read_text()
+    for text in ("2 detectors on some_set", "bbox/AP, mean over seeds", "bbox AP", "0.650"):
+        assert text in page
+    compare.compare(files, [3, 4], tmp_path / "quiet", ["REPORT", "False"])
+    assert not (tmp_path / "quiet" / "report.html").exists()
 
 
 def test_what_is_missing_is_trained_and_the_rest_is_kept(files, trainings, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.comparison import Comparison
+from pcka.engine.curves import method_style
 
 
 def result(last, best=None, **keys):
@@ -89,11 +90,36 @@ def test_the_markdown_is_a_table_under_its_heading(comparison):
     ]  # fmt: skip
 
 
+def test_the_latex_is_a_table_of_booktabs(comparison):
+    needs, begin, *lines, end, _ = comparison.latex().split("\n")
+    assert needs == r"% needs \usepackage{booktabs}"
+    assert (begin, end) == (r"\begin{tabular}{lrrrrr}", r"\end{tabular}")
+    assert [line for line in lines if "rule" in line] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    heading, _, kd, mixed, _ = (
+        [cell.strip() for cell in line.removesuffix(r"\\").split("&")]
+        for line in lines
+        if "rule" not in line
+    )
+    assert heading[2] == r"last epoch (\%)"
+    assert kd == [
+        "kd", "3", r"71.83 $\pm$ 1.04", r"71.83 $\pm$ 1.04", r"+1.83 $\pm$ 0.29", "above",
+    ]  # fmt: skip
+    assert mixed[0] == r"kd\_fcka" and mixed[4:] == [r"$-$0.33 $\pm$ 1.15", "not shown"]
+
+
+def test_a_methods_colour_is_that_of_all_pictures(comparison):
+    del comparison.results["ce"]  # all of its runs failed
+    (axes,) = comparison.figure().axes
+    points = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    colours = [method_style(index)[0] for index in (3, 2, 1)]  # from below
+    assert [line.get_color() for line in points] == colours
+
+
 def test_the_files_are_written_whole(comparison, tmp_path):
     comparison.add("ce", 10, result(69.5, best_epoch=3))
     comparison.write(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"comparison.md", "comparison.csv", "comparison.png"}
+    assert names == {f"comparison.{suffix}" for suffix in ("md", "csv", "tex", "png")}
     assert (tmp_path / "out" / "comparison.md").read_text() == comparison.markdown()
     with (tmp_path / "out" / "comparison.csv").open() as file:
         lines = list(csv.DictReader(file))

@@ -6,7 +6,13 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from pcka.engine.curves import plot_curves, plot_gradients
+from pcka.engine.curves import (
+    Panel,
+    classifier_panels,
+    panel_figure,
+    plot_curves,
+    plot_gradients,
+)
 
 METRICS = [
     {
@@ -70,6 +76,24 @@ def test_the_averaged_student_has_a_curve(drawn):
         [{"epoch": e, "accuracy": 10.0, "accuracy_ema": 20.0} for e in (1, 2)]
     ).values()
     assert lines(accuracy)["averaged student"] == [[1, 20], [2, 20]]
+
+
+def test_the_teachers_accuracy_is_a_line_across(tmp_path):
+    panels = {panel.title: panel for panel in classifier_panels(METRICS, 70.25)}
+    (axes,) = panel_figure(panels["Top-1 accuracy"], x="epoch").axes
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "teacher: 70.25"]
+    assert list(line.get_ydata()) == [70.25, 70.25]
+    assert axes.get_ylim()[1] > 70.25
+    assert not panels["Weighted loss terms"].across
+    assert not any(panel.across for panel in classifier_panels(METRICS))
+
+
+def test_methods_keep_their_colours_where_one_has_no_curve():
+    whole, missing = (
+        panel_figure(Panel("", "", {"kd": kd, "at": [(1, 2.0), (2, 3.0)]}), x="epoch").axes[0]
+        for kd in ([(1, 1.0), (2, 1.0)], [])
+    )
+    assert missing.get_lines()[0].get_color() == whole.get_lines()[1].get_color()
 
 
 def test_the_first_best_epoch_is_marked(drawn):

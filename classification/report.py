@@ -1,0 +1,254 @@
+"""The report of a classifier's run: ``python classification/report.py OUTPUT_DIR``.
+
+One HTML file with its pictures, and the same figures as JSON, of the student beside its teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from classification.arguments import report_parser
+from classification.batch_norm import lagging
+from classification.config import default_config, doubts, load_config, teacher_name, teachers_of
+from classification.data import ImageSet, load_image_sets, pixel_statistics, steps_per_epoch
+from classification.evaluation import is_guessing
+from classification.models import Classifier, model_of
+from classification.models.taps import with_stages
+from classification.report_figures import (
+    TEACHER,
+    Measured,
+    Subject,
+    as_data,
+    calibration_section,
+    class_section,
+    measure,
+    overview,
+    stage_section,
+    stage_tables,
+)
+from classification.teacher import ImageSets, as_one, teacher_file
+from pcka.analysis.gradients import far_apart
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError, flatten
+from pcka.engine.curves import classifier_panels, panel_figure
+from pcka.engine.environment import choose_device, describe_environment
+from pcka.engine.progress import console_log
+from pcka.engine.report import Card, Picture, Report, Section
+from pcka.engine.report_sections import run_section
+from pcka.engine.run_folder import read_metrics
+
+logger = logging.getLogger("pcka")
+
+CONFIG, STUDENT = "config.yaml", "student"
+STUDENTS = {STUDENT: "model_last.pth", "averaged student": "model_ema.pth"}  # of a run's folder
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a report is made of.
+
+    Attributes:
+        cfg: says data, models and losses.
+        students: name -> file of weights, None where the model has its own; the first is the one
+            that the page is about.
+        metrics: of the epochs; none where no training is known.
+        environment: of the training.
+    """
+
+    cfg: CfgNode
+    students: Mapping[str, Path | None]
+    metrics: Sequence[Mapping[str, float]] = ()
+    environment: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_run(cls, folder: Path, device: str = "") -> Material:
+        """What lies in the folder of a run.
+
+        Args:
+            folder: its ``OUTPUT_DIR``.
+            device: in the place of the key ``DEVICE``; "": as there.
+
+        Raises:
+            ConfigError: there is no run, or none whose student is saved.
+        """
+        config = folder / CONFIG
+        files = {name: folder / file for name, file in STUDENTS.items()}
+        for path in (config, files[STUDENT]):
+            if not path.is_file():
+                raise ConfigError(
+                    f"{folder}: expected the folder of a classifier's run, there is no "
+                    f"{path.name}; give the OUTPUT_DIR of one that has finished an epoch"
+                )
+        cfg = load_config(config, ["DEVICE", device] if device else [])
+        students: dict[str, Path | None] = {n: p for n, p in files.items() if p.is_file()}
+        return cls(cfg, students, read_metrics(folder / "metrics.jsonl"), _environment(folder))
+
+
+def _environment(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / "environment.json").read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def make_report(material: Material, image_sets: ImageSets | None = None) -> Report:
+    """Measure the models, and put the report together.
+
+    Args:
+        material: what it is made of.
+        image_sets: training and evaluation images where they are in memory already.
+
+    Raises:
+        ConfigError: data or weights that do not fit.
+    """
+    cfg, device = material.cfg, choose_device(material.cfg.DEVICE)
+    train_set, data = (one.to(device) for one in image_sets or load_image_sets(cfg))
+    students = {name: (cfg, path) for name, path in material.students.items()}
+    subjects, missing = load_subjects(cfg, students, (train_set, data))
+    found = measure(subjects, train_set, data)
+    tables = stage_tables(subjects, data)
+    name = next(iter(material.students))
+    warnings = [*missing, *run_doubts(material, subjects[name], found, name, (train_set, data))]
+    environment = describe_environment(cfg.SEED, device)
+    sections = [
+        overview(found, str(environment["device"]), len(data)),
+        *curve_sections(material.metrics, found),
+        class_section(found, data.classes),
+        calibration_section(found),
+        *([stage_section(tables)] if tables else []),
+        run_section(cfg, default_config(), material.environment or environment),
+    ]
+    taught = f" taught by {teacher_name(cfg)}" if cfg.TEACHER.NAME else ""
+    return Report(
+        title=f"{cfg.STUDENT.NAME}{taught}",
+        lead=f"{' + '.join(cfg.DISTILL.METHODS)} on {cfg.DATA.NAME}: {len(train_set):,} training "
+        f"and {len(data):,} evaluation images, {len(data.classes)} classes, "
+        f"{len(material.metrics) or 'an unknown number of'} epochs.",
+        cards=_cards(found, name),
+        warnings=warnings,
+        sections=sections,
+        data={
+            "kind": "classifier",
+            "student": cfg.STUDENT.NAME,
+            "teacher": teacher_name(cfg) or None,
+            "methods": list(cfg.DISTILL.METHODS),
+            "evaluation_images": len(data),
+            "classes": list(data.classes),
+            "models": as_data(found, data.classes),
+            "cka": {name: table.values.tolist() for name, table in tables.items()},
+            "metrics": list(material.metrics),
+            "config": flatten(cfg),
+            "environment": material.environment or environment,
+        },
+    )
+
+
+def load_subjects(
+    cfg: CfgNode, students: Mapping[str, tuple[CfgNode, Path | None]], image_sets: ImageSets
+) -> tuple[dict[str, Subject], list[str]]:
+    """Return teacher and students with their weights, and what to say of a teacher without.
+
+    Args:
+        cfg: says the teacher.
+        students: name -> configuration and file of weights, None where the model has its own.
+        image_sets: training and evaluation images, on the device.
+
+    Raises:
+        ConfigError: weights that are not the model's.
+    """
+    train_set, data = image_sets
+    subjects, missing = {}, []
+    if cfg.TEACHER.NAME:
+        each = teachers_of(cfg)
+        files = [teacher_file(one, train_set) for one in each]
+        absent = [str(path) for path in files if path is not None and not path.is_file()]
+        if absent:
+            missing = [f"The teacher is left out: there is no file {', '.join(absent)}."]
+        else:
+            given = zip(each, files)
+            models = [_model(one, "teacher", file, len(data.classes)) for one, file in given]
+            file = files[0] if len(files) == 1 else None
+            subjects[TEACHER] = _subject(as_one(cfg, models), cfg.TEACHER, file, data)
+    for name, (own, path) in students.items():
+        model = _model(own, "student", path, len(data.classes))
+        subjects[name] = _subject(model, own.STUDENT, path, data)
+    return subjects, missing
+
+
+def _model(cfg: CfgNode, role: str, weights: Path | None, classes: int) -> Classifier:
+    model = model_of(cfg[role.upper()], classes, role=role, weights=weights or "")
+    return with_stages(model, cfg.DATA.IMAGE_SIZE)
+
+
+def _subject(model: Classifier, section: CfgNode, file: Path | None, data: ImageSet) -> Subject:
+    return Subject(model.to(data.device), pixel_statistics(section).to(data.device), file)
+
+
+def run_doubts(
+    material: Material,
+    student: Subject,
+    found: Mapping[str, Measured],
+    name: str,
+    image_sets: ImageSets,
+) -> Iterator[str]:
+    """Yield what of a finished run is probably not as it was meant, a sentence or two each."""
+    cfg, (train_set, data) = material.cfg, image_sets
+    losses = [record["loss_total"] for record in material.metrics if "loss_total" in record]
+    at_chance = list(lagging(student.model, data, found[name].top1, losses))
+    yield from at_chance
+    for who in (TEACHER, name):
+        top1 = found[who].top1 if who in found else 100.0
+        if is_guessing(top1, len(data.classes), len(data)) and not (who == name and at_chance):
+            yield f"The {who} guesses: top-1 {top1:.2f} % of {len(data.classes)} classes."
+    if not material.metrics:
+        return
+    updates = cfg.SOLVER.EPOCHS * steps_per_epoch(train_set, cfg) // cfg.SOLVER.ACCUMULATE
+    yield from doubts(cfg, updates)
+    yield from far_apart(material.metrics)
+
+
+def _cards(found: Mapping[str, Measured], name: str) -> list[Card]:
+    own, teacher = found[name], found.get(TEACHER)
+    cards = [Card("top-1", f"{own.top1:.2f} %", name)]
+    if teacher is not None:
+        gap = own.top1 - teacher.top1
+        smaller = teacher.size.parameters / own.size.parameters
+        faster = teacher.milliseconds[1] / own.milliseconds[1]
+        cards += [
+            Card("teacher's top-1", f"{teacher.top1:.2f} %", f"student {gap:+.2f} points"),
+            Card("agreement", f"{own.said.agreement(teacher.said):.2f} %", "with the teacher"),
+            Card("parameters", f"{own.size.parameters:,}", f"{smaller:.1f} times fewer"),
+            Card("latency", f"{own.milliseconds[1]:.3g} ms", f"{faster:.1f} times faster"),
+        ]
+    return [*cards, Card("calibration error", f"{own.said.calibration_error():.3f}", "0 is best")]
+
+
+def curve_sections(
+    metrics: Sequence[Mapping[str, float]], found: Mapping[str, Measured]
+) -> list[Section]:
+    """The curves of a training, with the teacher's accuracy; none where there are none."""
+    teacher = found.get(TEACHER)
+    panels = classifier_panels(metrics, None if teacher is None else teacher.top1)
+    pictures = [Picture(panel.title, panel_figure(panel, x="epoch")) for panel in panels]
+    return [Section("Training", pictures=pictures)] if pictures else []
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Report as the arguments say; print and return the path of the page."""
+    given = report_parser().parse_args(arguments)
+    with console_log():
+        material = Material.of_run(given.run, given.device)
+        path = make_report(material).write(given.output or given.run)
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    run_command(main)

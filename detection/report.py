@@ -1,0 +1,378 @@
+"""The report of a detector's run: ``python detection/report.py OUTPUT_DIR``.
+
+One HTML file with its pictures, and the same figures as JSON.
+"""
+
+from __future__ import annotations
+
+import detection
+
+# isort: split
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader
+from torch import nn
+
+import detection.fcos
+import detection.meta_arch  # noqa: F401  (both register themselves)
+from detection.arguments import report_parser
+from detection.checkpoint import load_weights
+from detection.config import DISTILLED, build_student, load_config, teacher_config
+from detection.data import register_datasets
+from detection.evaluation import evaluate
+from detection.figures import read_metrics, run_panels
+from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, detections_figure
+from detection.preflight import usable_device
+from detection.settings import CONFIG, RESULT
+from pcka.engine.command import run_command
+from pcka.engine.config import ConfigError, flatten
+from pcka.engine.curves import TEACHER_COLOUR, method_style, panel_figure
+from pcka.engine.environment import describe_environment
+from pcka.engine.model_cost import ModelSize, latencies, model_size
+from pcka.engine.report import Card, Picture, Report, Section, Table
+from pcka.engine.report_pictures import class_figure
+from pcka.engine.report_sections import run_section
+from pcka.modes import evaluation_mode
+
+WEIGHTS = "model_final.pth"
+STUDENT, TEACHER = "student", "teacher"
+PER_CLASS = "AP-"
+HARDLY = 1.0  # AP, percent: below it a detector finds nothing to speak of
+
+Results = Mapping[str, Mapping[str, float | None]]  # task -> metric -> percent
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a detector costs.
+
+    Attributes:
+        size: of the model.
+        milliseconds: of one image, median.
+        file_bytes: of its file of weights.
+    """
+
+    size: ModelSize
+    milliseconds: float
+    file_bytes: int
+
+
+def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) -> Report:
+    """Measure the detectors of a run, and put the report together.
+
+    The metrics are those that the run came to; the student does not run over the test set again.
+
+    Args:
+        folder: ``OUTPUT_DIR`` of a finished run.
+        with_teacher: evaluate the teacher, too: one pass over the test set.
+        images: that detections are drawn on.
+
+    Raises:
+        ConfigError: no finished run, or weights that are not the detector's.
+    """
+    for name in (CONFIG, RESULT, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder}: expected the folder of a finished detector, there is no {name}; give "
+                "the OUTPUT_DIR of such a run"
+            )
+    cfg = load_config(str(folder / CONFIG), [])
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    register_datasets(cfg, training=False)
+    results = {STUDENT: read_result(folder)}
+    models, files, warnings = _models(cfg, folder)
+    if with_teacher and TEACHER in models:
+        results = {TEACHER: _evaluated(cfg, models[TEACHER]), **results}
+    found = _measure(cfg, models, files)
+    alignments = alignments_of(folder)
+    warnings += run_doubts(cfg, results[STUDENT])
+    environment = describe_environment(cfg.SEED, torch.device(cfg.MODEL.DEVICE))
+    taught = cfg.MODEL.META_ARCHITECTURE == DISTILLED
+    architecture = cfg.DISTILL.STUDENT if taught else cfg.MODEL.META_ARCHITECTURE
+    methods = " + ".join(cfg.DISTILL.METHODS) if taught else "without a teacher"
+    return Report(
+        title=f"{architecture} on {', '.join(cfg.DATASETS.TEST)}",
+        lead=f"{methods}, {cfg.SOLVER.MAX_ITER:,} steps of {cfg.SOLVER.IMS_PER_BATCH} images.",
+        cards=list(_cards(results, found, alignments)),
+        warnings=warnings,
+        sections=[
+            _metrics_section(results),
+            *_training_sections(folder),
+            *_class_sections(results),
+            _picture_section(cfg, models, images),
+            _cost_section(found, str(environment["device"])),
+            run_section(cfg, get_cfg(), environment),
+        ],
+        data={
+            "kind": "detector",
+            "student": architecture,
+            "methods": list(cfg.DISTILL.METHODS) if taught else [],
+            "metrics": results,
+            "cka": alignments,
+            "curves": read_metrics(folder / "metrics.json"),
+            "cost": {name: _cost_data(own) for name, own in found.items()},
+            "config": flatten(cfg),
+            "environment": environment,
+        },
+    )
+
+
+def read_result(folder: Path) -> Results:
+    """The metrics that a run came to."""
+    return json.loads((folder / RESULT).read_text())
+
+
+def alignments_of(folder: Path) -> dict[str, float]:
+    """Level -> CKA with the teacher, when a run measured it last."""
+    curves = read_metrics(folder / "metrics.json")
+    return {
+        key.removeprefix("cka/"): points[-1][1]
+        for key, points in sorted(curves.items())
+        if key.startswith("cka/")
+    }
+
+
+def _models(cfg: CfgNode, folder: Path) -> tuple[dict[str, nn.Module], dict[str, Path], list[str]]:
+    """The detectors with their weights, the teacher first, their files, and what to say of it."""
+    models, files, warnings = {}, {STUDENT: folder / WEIGHTS}, []
+    wanted = cfg.DISTILL.TEACHER
+    if cfg.MODEL.META_ARCHITECTURE == DISTILLED and wanted.CONFIG_FILE:
+        try:
+            file = Path(wanted.WEIGHTS)
+            if not file.is_file():
+                raise ConfigError(f"there is no file {wanted.WEIGHTS!r}")
+            own = teacher_config(cfg)
+            models[TEACHER] = build_student(own, "DISTILL.TEACHER").to(cfg.MODEL.DEVICE)
+            load_weights(models[TEACHER], str(file))
+            files[TEACHER] = file
+        except ValueError as error:  # a backbone alone, or a file that was moved
+            models.pop(TEACHER, None)
+            warnings = [f"The teacher is left out: {error}"]
+    models[STUDENT] = build_student(cfg).to(cfg.MODEL.DEVICE)
+    load_weights(models[STUDENT], str(files[STUDENT]))
+    return models, files, warnings
+
+
+def _evaluated(cfg: CfgNode, teacher: nn.Module) -> dict[str, Any]:
+    aside = cfg.clone()
+    aside.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "teacher"))
+    return evaluate(aside, teacher)
+
+
+class _OfImage(nn.Module):
+    """A detector as a function of an image tensor, which can be traced.
+
+    Args:
+        model: detectron2 detector.
+        entry: of the data loader; the image takes the place of its own.
+    """
+
+    def __init__(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.entry = entry
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Image ``(C, H, W)`` -> all tensors that the model finds in it."""
+        (found,) = self.model([{**self.entry, "image": image}])
+        fields = found["instances"].get_fields() if "instances" in found else found
+        return tuple(getattr(field, "tensor", field) for field in fields.values())
+
+
+def _measure(
+    cfg: CfgNode, models: Mapping[str, nn.Module], files: Mapping[str, Path]
+) -> dict[str, Measured]:
+    """Size and latency of every detector, on the first image of the test set."""
+    entry = next(iter(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])))
+    calls = {name: lambda model=model: model(entry) for name, model in models.items()}
+    with evaluation_mode(*models.values()):
+        times = latencies(calls, torch.device(cfg.MODEL.DEVICE))
+    return {
+        name: Measured(
+            model_size(_OfImage(model, entry[0]), entry[0]["image"]),
+            times[name],
+            files[name].stat().st_size,
+        )
+        for name, model in models.items()
+    }
+
+
+def run_doubts(cfg: CfgNode, results: Results) -> Iterator[str]:
+    """Yield what of a finished run is probably not as it was meant, a sentence or two each."""
+    solver = cfg.SOLVER
+    unreached = [str(step) for step in solver.STEPS if step >= solver.MAX_ITER]
+    if unreached and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        yield (
+            f"SOLVER.STEPS: the rate does not fall at {', '.join(unreached)}, beyond "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER}"
+        )
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        yield (
+            f"SOLVER.WARMUP_ITERS: the rate never reached its height in {solver.MAX_ITER} steps; "
+            f"the warm-up takes {solver.WARMUP_ITERS}"
+        )
+    for task, metrics in results.items():
+        value = metrics.get("AP")
+        if value is not None and value < HARDLY:
+            yield (
+                f"The student finds next to nothing ({task} AP {value:.2f}): train it longer "
+                "(SOLVER.MAX_ITER), or start it from weights (MODEL.WEIGHTS, DISTILL.INHERIT)"
+            )
+
+
+def _cards(
+    results: Mapping[str, Results],
+    found: Mapping[str, Measured],
+    alignments: Mapping[str, float],
+) -> Iterator[Card]:
+    teacher = results.get(TEACHER, {})
+    for task, metrics in results[STUDENT].items():
+        for metric in ("AP", "AP50", "mIoU"):
+            if metric in metrics:
+                theirs = teacher.get(task, {}).get(metric)
+                note = "" if theirs is None else f"teacher {theirs:.2f}"
+                yield Card(f"{task} {metric}", _text(metrics[metric]), note)
+    if alignments:
+        mean = sum(alignments.values()) / len(alignments)
+        yield Card("CKA with the teacher", f"{mean:.3f}", f"mean of {len(alignments)} levels")
+    own, other = found[STUDENT], found.get(TEACHER)
+    yield Card(
+        "parameters",
+        f"{own.size.parameters / 1e6:.1f} M",
+        "" if other is None else f"{other.size.parameters / own.size.parameters:.1f} times fewer",
+    )
+    yield Card(
+        "latency",
+        f"{own.milliseconds:.3g} ms",
+        "" if other is None else f"{other.milliseconds / own.milliseconds:.1f} times faster",
+    )
+
+
+def _metrics_section(results: Mapping[str, Results]) -> Section:
+    """COCO's figures, a table for each task."""
+    tables = []
+    for task, metrics in results[STUDENT].items():
+        names = [name for name in metrics if not name.startswith(PER_CLASS)]
+        rows = [
+            [who, *(_text(of_task.get(task, {}).get(name)) for name in names)]
+            for who, of_task in results.items()
+        ]
+        tables.append(Table([task, *names], rows))
+    return Section("Metrics", "In percent, on the test set.", tables=tables)
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def class_figures(
+    results: Mapping[str, Results],
+) -> Iterator[tuple[str, list[str], dict[str, list[float | None]]]]:
+    """Yield task, its classes, and name -> AP of each, where there is more than one class."""
+    tasks = dict.fromkeys(task for of_one in results.values() for task in of_one)
+    for task in tasks:
+        measured = {name: of_one[task] for name, of_one in results.items() if task in of_one}
+        keys = dict.fromkeys(
+            key for metrics in measured.values() for key in metrics if key.startswith(PER_CLASS)
+        )
+        if keys:
+            classes = [key.removeprefix(PER_CLASS) for key in keys]
+            yield task, classes, {
+                name: [_known(metrics.get(key)) for key in keys]
+                for name, metrics in measured.items()
+            }  # fmt: skip
+
+
+def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
+    """AP by class."""
+    styles = {TEACHER: (TEACHER_COLOUR, "--"), STUDENT: method_style(0)}
+    for task, classes, figures in class_figures(results):
+        rows = [
+            [name, *(_text(values[i]) for values in figures.values())]
+            for i, name in enumerate(classes)
+        ]
+        yield Section(
+            f"Classes ({task})",
+            pictures=[Picture("AP by class", class_figure(figures, classes, styles, "AP (%)"))],
+            folded={"AP of every class": Table(["class", *figures], rows)},
+        )
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _training_sections(folder: Path) -> list[Section]:
+    pictures = [
+        Picture(panel.title, panel_figure(panel, x="step"))
+        for panel in run_panels(str(folder))
+        if panel.curves
+    ]
+    return [Section("Training", pictures=pictures)] if pictures else []
+
+
+def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int) -> Section:
+    figure = detections_figure(cfg, models, images)
+    return Section(
+        "Detections",
+        f"The first images of the test set; of each the {MOST_DETECTIONS} surest detections of a "
+        f"score of {LEAST_SCORE} or more. A hit "
+        f"overlaps an object of its class by {LEAST_OVERLAP} or more (intersection over union).",
+        pictures=[Picture("Hits and misses", figure, wide=True, raster=True)],
+    )
+
+
+def _cost_section(found: Mapping[str, Measured], device: str) -> Section:
+    rows = [
+        [
+            name,
+            f"{own.size.parameters:,}",
+            "" if own.size.macs is None else f"{own.size.macs / 1e9:,.2f}",
+            f"{own.file_bytes / 2**20:,.1f}",
+            f"{own.milliseconds:.3g}",
+        ]
+        for name, own in found.items()
+    ]
+    return Section(
+        "Cost",
+        tables=[
+            Table(
+                ["", "parameters", "MACs (billions)", "file (MiB)", "ms an image"],
+                rows,
+                "MACs and latency on the first image of the test set, with all steps from its "
+                f"normalisation to the boxes, on this machine ({device}): median, warm, the models "
+                "in turns. A run's file holds its optimizer, too.",
+            )
+        ],
+    )
+
+
+def _cost_data(own: Measured) -> dict[str, Any]:
+    return {
+        "parameters": own.size.parameters,
+        "state_bytes": own.size.state_bytes,
+        "macs": own.size.macs,
+        "file_bytes": own.file_bytes,
+        "latency_ms": own.milliseconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Report as the arguments say; print and return the path of the page."""
+    given = report_parser().parse_args(arguments)
+    report = make_report(given.run, with_teacher=given.teacher, images=given.images)
+    path = report.write(given.output or given.run)
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    run_command(main)

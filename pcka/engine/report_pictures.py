@@ -1,0 +1,126 @@
+"""Pictures of what classifiers predict: confusion, reliability, accuracy by class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from pcka.analysis.predictions import Bin
+
+MOST_NAMES = 25  # classes of an axis that are named; more could not be read
+MOST_FIGURES = 12  # classes of a confusion whose shares are written into the cells
+LEAST_SPREAD = 10.0  # of an axis in percent
+SIZE = (5.0, 4.4)  # inches
+
+Style = tuple[str, str]  # colour, dash
+
+
+def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
+    """A heatmap of the share of each label's images (row) that got each prediction (column).
+
+    Args:
+        confusion: counts ``(C, C)``, by label and prediction.
+        classes: their names.
+    """
+    totals = confusion.sum(1, keepdims=True)
+    shares = 100 * confusion / np.maximum(totals, 1)
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    # By the root, so that a few per cent of errors can be seen beside the diagonal.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
+    axes.set(xlabel="predicted", ylabel="label")
+    if len(classes) <= MOST_NAMES:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize="x-small")
+        axes.set_yticks(range(len(classes)), classes, fontsize="x-small")
+    if len(classes) <= MOST_FIGURES:
+        for (row, column), share in np.ndenumerate(shares):
+            if confusion[row, column]:
+                colour = "white" if share > 40 else "black"
+                text = axes.text(column, row, f"{share:.0f}", color=colour, fontsize="xx-small")
+                text.set(ha="center", va="center")
+    figure.colorbar(image, ax=axes, label="share of the label's images (%)")
+    return figure
+
+
+def reliability_figure(bins: Mapping[str, Sequence[Bin]], styles: Mapping[str, Style]) -> Figure:
+    """Accuracy over confidence of each model above, and how many images lie there below.
+
+    Args:
+        bins: name -> intervals of confidence.
+        styles: name -> colour and dash.
+    """
+    figure = Figure(figsize=SIZE, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="calibrated")
+    for name, of_model in bins.items():
+        colour, dash = styles[name]
+        filled = [b for b in of_model if b.images]
+        points = [b.confidence for b in filled], [b.accuracy for b in filled]
+        above.plot(*points, color=colour, linestyle=dash, marker="o", markersize=4, label=name)
+        total = sum(b.images for b in of_model)
+        edges = [b.low for b in of_model] + [1.0]
+        shares = [100 * b.images / total for b in of_model]
+        below.stairs(shares, edges, color=colour, linestyle=dash)
+    above.set(ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    above.legend(fontsize="small")
+    below.set(xlabel="confidence", ylabel="images (%)")
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def class_figure(
+    accuracies: Mapping[str, Sequence[float | None]],
+    classes: Sequence[str],
+    styles: Mapping[str, Style],
+    unit: str = "accuracy (%)",
+) -> Figure:
+    """A row for each class with a point for each model, which a line joins.
+
+    Classes are sorted by the last model's figure, the best on top; of more than
+    :data:`MOST_NAMES` classes the axis counts them.
+
+    Args:
+        accuracies: name -> figure of each class in the classes' order; None: there is none.
+        classes: their names.
+        styles: name -> colour and dash.
+        unit: of the figures.
+    """
+    last = [-1.0 if figure is None else figure for figure in list(accuracies.values())[-1]]
+    order = sorted(range(len(classes)), key=last.__getitem__)
+    named = len(classes) <= MOST_NAMES
+    height = 0.9 + 0.24 * len(classes) if named else SIZE[1]
+    figure = Figure(figsize=(SIZE[0], max(height, 2.0)), layout="constrained")
+    axes = figure.subplots()
+    if named:
+        for row, index in enumerate(order):
+            known = [v for by_class in accuracies.values() if (v := by_class[index]) is not None]
+            axes.plot([min(known, default=0), max(known, default=0)], [row, row], color="#bbbbbb")
+    # The first ones larger and hollow, so that equal figures do not hide one another.
+    step = 3.0 if len(accuracies) <= 4 else 1.5
+    sizes = [4 + step * i if named else 3.0 for i in range(len(accuracies), 0, -1)]
+    for size, (name, by_class) in zip(sizes, accuracies.items()):
+        points = [(v, row) for row, c in enumerate(order) if (v := by_class[c]) is not None]
+        if not points:
+            continue
+        fill = "none" if named else "full"
+        (line,) = axes.plot(*zip(*points), "o", fillstyle=fill, markersize=size, label=name)
+        line.set_color(styles[name][0])
+    low, high = axes.get_xlim()
+    if high - low < LEAST_SPREAD:  # small differences look small
+        middle = (low + high) / 2
+        axes.set_xlim(middle - LEAST_SPREAD / 2, middle + LEAST_SPREAD / 2)
+    if named:
+        axes.set_yticks(range(len(order)), [classes[index] for index in order], fontsize="small")
+        axes.set_ylim(-0.6, len(order) - 0.4)
+    else:
+        axes.set_ylabel(f"classes, the worst of {list(accuracies)[-1]} below")
+    axes.set(xlabel=unit)
+    axes.grid(alpha=0.3)
+    # Above the rows, where it can hide no point.
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    return figure

@@ -1,0 +1,96 @@
+"""The report of a detector's run, on a real one."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from detection import report, train_net
+from detection.config import build_student, load_config, teacher_config
+from detection.figures import read_metrics
+from pcka.engine.config import ConfigError
+
+# Without norms, which maps of one pixel do not take.
+TEACHER = str(["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RETINANET.NORM", ""])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, arguments):
+    """The folder of a run that wrote its report, from a teacher in a file."""
+    folder = tmp_path_factory.mktemp("reported")
+    weights = folder / "teacher.pth"
+    keys = {"DISTILL.TEACHER.WEIGHTS": str(weights), "DISTILL.TEACHER.OPTS": TEACHER}
+    words = arguments(folder / "run", 4, *(word for pair in keys.items() for word in pair))
+    cfg = load_config(words[1], words[2:])
+    torch.manual_seed(0)
+    torch.save({"model": build_student(teacher_config(cfg)).state_dict()}, weights)
+    keys = "REPORT", "True", "DISTILL.LOG_PERIOD", "2", "SOLVER.STEPS", "[3, 9]"
+    train_net.main([*words, *keys])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def data(run):
+    """The content of its report.json."""
+    return json.loads((run / "report.json").read_text())
+
+
+def test_the_metrics_and_the_alignment_are_the_runs(run, data):
+    result = json.loads((run / "result.json").read_text())
+    assert data["metrics"] == {"student": result}
+    curves = read_metrics(run / "metrics.json")
+    assert set(data["cka"]) == {"p3", "p4", "p5"}
+    for level, value in data["cka"].items():
+        assert value == curves[f"cka/{level}"][-1][1]
+    losses = [key for key in data["curves"] if "loss" in key]
+    assert "loss_pcka_p3_rows" in losses
+
+
+def test_the_cost_of_both_detectors(run, data):
+    cfg = load_config(str(run / "config.yaml"), [])
+    for name, config in (("teacher", teacher_config(cfg)), ("student", cfg)):
+        model, found = build_student(config), data["cost"][name]
+        assert found["parameters"] == sum(p.numel() for p in model.parameters())
+        assert found["latency_ms"] > 0
+        # More than the backbone's first convolution, 7 x 7 on every second pixel of 128 x 128.
+        assert found["macs"] > 49 * 3 * model.backbone.bottom_up.stem.conv1.out_channels * 64**2
+    assert data["cost"]["teacher"]["macs"] > data["cost"]["student"]["macs"]
+    assert data["cost"]["student"]["file_bytes"] == (run / "model_final.pth").stat().st_size
+
+
+def test_the_page_holds_pictures_and_warnings(run, data):
+    page = (run / "report.html").read_text()
+    for title in ("RetinaNet on", "Weighted loss terms", "AP by class", "Hits and misses", "Cost"):
+        assert title in page
+    assert not re.findall(r'src="(?!data:)', page)
+    assert page.count("data:image/png") == 1  # photographs
+    assert any("does not fall at 9" in text for text in data["warnings"])
+    assert any("finds next to nothing" in text for text in data["warnings"])
+
+
+def test_the_command_evaluates_the_teacher_where_it_is_asked_to(run, data, tmp_path, capsys):
+    report.main([str(run), "--output", str(tmp_path), "--teacher", "--images", "1"])
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "report.html"))
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["metrics"]["student"] == data["metrics"]["student"]
+    assert again["metrics"]["teacher"]["bbox"].keys() == again["metrics"]["student"]["bbox"].keys()
+    assert (again["cka"], again["config"]) == (data["cka"], data["config"])
+
+
+def test_a_teacher_whose_file_is_gone_is_left_out_and_told(run):
+    weights = run.parent / "teacher.pth"
+    weights.rename(run.parent / "moved.pth")
+    try:
+        made = report.make_report(run, images=1)
+    finally:
+        (run.parent / "moved.pth").rename(weights)
+    assert made.data["cost"].keys() == {"student"}
+    assert made.warnings[0] == f"The teacher is left out: there is no file {str(weights)!r}"
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"finished detector, there is no config\.yaml"):
+        report.main([str(tmp_path)])
