@@ -21,7 +21,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor, nn
 
-from classification.batch_norm import running_norms
+from classification.batch_norm import USUAL_MOMENTUM, running_norms
 from classification.config import load_config
 from classification.data import Source
 from classification.data.folder import FOLDERS, has_test_folder
@@ -55,7 +55,6 @@ BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # below so
 LARGEST_BATCH = 256
 ADAMW_LR = 1e-3
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.2, 10_000
-USUAL_MOMENTUM = 0.1  # of batch norm
 LOOKED_AT = 256  # images that sizes and pixel statistics are taken from
 
 
