@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from classification.data import ImageSet
 from pcka.engine.config import ConfigError
 
+USUAL_MOMENTUM = 0.1  # torch's
 NEAR_CHANCE = 1.1  # at most so many times the accuracy of always naming the largest class
 FALLEN = 0.95  # of the first epoch's loss
 
@@ -76,9 +77,10 @@ def lagging(
     if not losses[-1] < FALLEN * losses[0]:
         return
     path, norm = min(norms.items(), key=lambda item: item[1].momentum or 1.0)
+    faster = f"; in a training they follow faster by STUDENT.BN_MOMENTUM {USUAL_MOMENTUM}"
     yield (
         f"the evaluation is at chance ({top1:.2f} %) although the loss falls (from {losses[0]:.4g} "
         f"to {losses[-1]:.4g}): the running statistics of batch norm may lag behind the weights "
-        f"(momentum {norm.momentum} at {path!r}). evaluate.py --recalibrate-bn estimates them "
-        "anew; in a training they follow faster by STUDENT.BN_MOMENTUM 0.1"
+        f"(momentum {norm.momentum} at {path!r}). evaluate.py --recalibrate-bn estimates them anew"
+        + (faster if (norm.momentum or 1.0) < USUAL_MOMENTUM else "")
     )

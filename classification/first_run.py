@@ -21,7 +21,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 from torch import Tensor, nn
 
-from classification.batch_norm import running_norms
+from classification.batch_norm import USUAL_MOMENTUM, running_norms
 from classification.config import load_config
 from classification.data import Source
 from classification.data.forms import FORMS, forms_in
@@ -53,8 +53,8 @@ LARGER_CENTRE = 256 / 224  # the shorter side beside the centre that is evaluate
 MOST_WORKERS = 16
 BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # below so many images
 LARGEST_BATCH = 256
+ADAMW_LR = 1e-3
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.2, 10_000
-USUAL_MOMENTUM = 0.1  # of batch norm
 LOOKED_AT = 256  # images that sizes and pixel statistics are taken from
 
 
@@ -121,7 +121,7 @@ def propose(
         student: name of a model.
         teacher: likewise; "" for a student by itself.
         weights: the teacher's checkpoint; "" trains it first, unless it comes with weights.
-        method: names the folder of the run.
+        method: what is trained by; it names the folder of the run, too.
         overrides: ``KEY VALUE`` pairs, which the proposal takes as they are.
 
     Raises:
@@ -138,7 +138,7 @@ def propose(
         "CHANNELS_LAST": True,
         "AUTOCAST": "auto",
     }
-    cfg = load_config(names, overrides)
+    cfg = load_config(names, overrides, method)
     cfg.defrost()
     draft = _Draft(cfg, {key for key, _ in pairs_of(overrides)}, names)
     draft.suggest("DATA.NAME", next(forms_in(cfg.DATA, "train"), "folder"))
@@ -279,19 +279,22 @@ def _spaced(images: int, count: int) -> list[int]:
 
 
 def _schedule(draft: _Draft, trained: int) -> None:
-    """Choose batch, learning rate and epochs by the number of images."""
+    """Choose batch, optimizer, learning rate and epochs by the number of images and the models."""
     solver = draft.cfg.SOLVER
     batch = draft.suggest("SOLVER.BATCH_SIZE", min(batch_size(trained), max(trained, 1)))
-    rate = draft.suggest("SOLVER.BASE_LR", 0.1 * min(1.0, batch / 128))
+    without = [role for role in _trained(draft) if not running_norms(draft.models[role])]
+    if without and not draft.cfg.DISTILL.DOT_DELTA:  # which is a form of SGD
+        draft.suggest("SOLVER.OPTIMIZER", "adamw")
+    optimizer = _adamw(draft, without) if solver.OPTIMIZER == "adamw" else _sgd(draft, batch)
     epochs = draft.suggest("SOLVER.EPOCHS", epochs_for(trained))
     draft.suggest("SOLVER.SCHEDULE", "cosine")
     draft.suggest("SOLVER.WARMUP_EPOCHS", round(0.05 * epochs, 2))
     draft.notes.append(
         f"training: SOLVER.EPOCHS {epochs} of {trained // batch:,} steps, BATCH_SIZE {batch}, "
-        f"BASE_LR {rate:g}, SCHEDULE {solver.SCHEDULE}"
+        f"{optimizer}, SCHEDULE {solver.SCHEDULE}"
     )
     _quicken(draft, trained // batch)
-    if draft.cfg.TEACHER.NAME and draft.cfg.TEACHER.TRAIN:
+    if "TEACHER" in _trained(draft):
         teacher_epochs = draft.suggest("TEACHER.EPOCHS", epochs)
         draft.notes.append(
             f"teacher: has no weights for these classes (--weights F gives them), and is trained "
@@ -300,12 +303,38 @@ def _schedule(draft: _Draft, trained: int) -> None:
         )
 
 
+def _trained(draft: _Draft) -> list[str]:
+    """The roles whose models are trained; both by the same settings."""
+    return [role for role in draft.models if role == "STUDENT" or draft.cfg.TEACHER.TRAIN]
+
+
+def _sgd(draft: _Draft, batch: int) -> str:
+    """Choose the learning rate of what has batch norms; return what to say of it."""
+    return f"BASE_LR {draft.suggest('SOLVER.BASE_LR', 0.1 * min(1.0, batch / 128)):g}"
+
+
+def _adamw(draft: _Draft, without: Sequence[str]) -> str:
+    """Choose AdamW's settings; return what to say of them.
+
+    Decay, what it spares, and clipping are those that ViT, DeiT, Swin and ConvNeXt are trained
+    with. So is the rate, at their batches of 1,024 images. It is not scaled by the batch: in so
+    few steps students learn less with smaller ones.
+    """
+    rate = draft.suggest("SOLVER.BASE_LR", ADAMW_LR)
+    decay = draft.suggest("SOLVER.WEIGHT_DECAY", 0.05)
+    draft.suggest("SOLVER.DECAY_NORMS_AND_BIASES", False)
+    clip = draft.suggest("SOLVER.CLIP_GRADIENTS", 1.0)
+    models = " and ".join(role.lower() for role in without)
+    why = f" (no batch norm in the {models})" if without else ""
+    told = f"BASE_LR {rate:g}, WEIGHT_DECAY {decay:g}, CLIP_GRADIENTS {clip:g}"
+    return f"OPTIMIZER adamw{why}, {told}"
+
+
 def _quicken(draft: _Draft, steps: int) -> None:
     """Let batch norms follow the batches that would take more than an epoch's steps to do so."""
-    for role, model in draft.models.items():
-        if role == "TEACHER" and not draft.cfg.TEACHER.TRAIN:
-            continue
-        slowest = min((n.momentum or 1.0 for n in running_norms(model).values()), default=1.0)
+    for role in _trained(draft):
+        norms = running_norms(draft.models[role]).values()
+        slowest = min((norm.momentum or 1.0 for norm in norms), default=1.0)
         if slowest < USUAL_MOMENTUM and slowest * steps < 1:
             momentum = draft.suggest(f"{role}.BN_MOMENTUM", USUAL_MOMENTUM)
             draft.notes.append(

@@ -68,7 +68,7 @@ def _rand_augmented(
     from classification.data.rand_augment import apply_each, operations  # slow to import
 
     times, magnitude = cfg.DATA.RANDAUGMENT
-    choice = operations(magnitude, cfg.DATA.IMAGE_SIZE)
+    choice = operations(magnitude, cfg.DATA.IMAGE_SIZE, train_set.device)
     stream = random_stream(cfg.SEED, epoch, RAND_AUGMENT_STREAM)
     chosen = share(torch.randint(len(choice), (len(train_set), times), generator=stream)).mT
     orders = chosen.argsort(stable=True).to(train_set.device)

@@ -14,11 +14,12 @@ LARGEST_SHEAR = 0.3
 LARGEST_SHIFT = 150 / 331  # share of the side
 LARGEST_ANGLE = 30.0  # degrees
 LARGEST_CHANGE = 0.9  # of the factors of colours
+AT_ONCE = 2**20  # bytes of images that a CPU transforms at once, so that they stay in its cache
 
 Operation = Callable[[Tensor], Tensor]
 
 
-def operations(magnitude: int, side: int) -> list[Operation]:
+def operations(magnitude: int, side: int, device: torch.device | str = "cpu") -> list[Operation]:
     """Return what RandAugment chooses from, with equal chances.
 
     The 14 operations, and what a magnitude means to each, are torchvision's: those of Cubuk et al.,
@@ -28,6 +29,7 @@ def operations(magnitude: int, side: int) -> list[Operation]:
     Args:
         magnitude: 0 (weakest) to 30.
         side: of the images, pixels.
+        device: of the images.
 
     Returns:
         Functions of images (B, 3, side, side), float32 in [0, 1].
@@ -38,21 +40,27 @@ def operations(magnitude: int, side: int) -> list[Operation]:
     change = LARGEST_CHANGE * strength
     bits = 8 - round(4 * strength)
 
-    def affine(images: Tensor, translate: Sequence[int], angles: Sequence[float]) -> Tensor:
+    def affine(translate: Sequence[int], angles: Sequence[float]) -> Operation:
         corner = [0.0, 0.0] if any(angles) else None
-        return transforms.affine(images, 0.0, list(translate), 1.0, list(angles), center=corner)
+        return _moving(
+            lambda images: transforms.affine(
+                images, 0.0, list(translate), 1.0, list(angles), center=corner
+            ),
+            *(side, device),
+        )
 
     def directed(sign: int) -> list[Operation]:
+        angle = sign * LARGEST_ANGLE * strength
         return [
-            lambda images: affine(images, (0, 0), (sign * shear, 0)),
-            lambda images: affine(images, (0, 0), (0, sign * shear)),
-            lambda images: affine(images, (sign * shift, 0), (0, 0)),
-            lambda images: affine(images, (0, sign * shift), (0, 0)),
-            lambda images: transforms.rotate(images, sign * LARGEST_ANGLE * strength),
+            affine((0, 0), (sign * shear, 0)),
+            affine((0, 0), (0, sign * shear)),
+            affine((sign * shift, 0), (0, 0)),
+            affine((0, sign * shift), (0, 0)),
+            _moving(lambda images: transforms.rotate(images, angle), side, device),
             lambda images: transforms.adjust_brightness(images, 1 + sign * change),
             lambda images: transforms.adjust_saturation(images, 1 + sign * change),
             lambda images: transforms.adjust_contrast(images, 1 + sign * change),
-            lambda images: transforms.adjust_sharpness(images, 1 + sign * change),
+            lambda images: sharpen(images, 1 + sign * change),
         ]
 
     others: list[Operation] = [
@@ -65,10 +73,48 @@ def operations(magnitude: int, side: int) -> list[Operation]:
     return [*directed(1), *directed(-1), *others, *others]
 
 
+def _moving(move: Operation, side: int, device: torch.device | str) -> Operation:
+    """Return an operation that takes each pixel from another place, or leaves it black.
+
+    Where from is asked of ``move`` once, by an image of the pixels' numbers: to compute it for
+    every image takes longer than all else.
+    """
+    numbers = torch.arange(1.0, side * side + 1).view(1, 1, side, side)
+    came_from = move(numbers).flatten().to(device)  # 0 is black
+    inside = (came_from > 0).to(numbers.dtype)
+    places = (came_from - inside).long()
+
+    def moved(images: Tensor) -> Tensor:
+        flat = images.flatten(2)
+        return flat.gather(2, places.expand_as(flat)).mul_(inside).view_as(images)
+
+    return moved
+
+
+def sharpen(images: Tensor, factor: float) -> Tensor:
+    """torchvision's ``adjust_sharpness`` without its convolution, which is slow on a CPU.
+
+    ``x + (1 - factor) (s - x)`` within [0, 1], where ``s = (b + 4 x) / 13`` and ``b`` is the sum of
+    the 3 x 3 pixels around; the outermost pixels stay.
+
+    Args:
+        images: (B, 3, S, S), float32 in [0, 1].
+        factor: 0 blurs, 1 changes nothing, 2 sharpens.
+    """
+    if min(images.shape[-2:]) <= 2:
+        return images
+    rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    share = (1 - factor) / 13
+    sharpened = images.clone()
+    sharpened[..., 1:-1, 1:-1].mul_(1 - 9 * share).add_(box, alpha=share).clamp_(0, 1)
+    return sharpened
+
+
 def apply_each(
     images: Tensor, chosen: Tensor, order: Tensor, choice: Sequence[Operation]
 ) -> Tensor:
-    """Transform every image by the operation that is chosen for it.
+    """Transform every image, in its place, by the operation that is chosen for it.
 
     Args:
         images: (B, 3, S, S), float32 in [0, 1].
@@ -76,8 +122,14 @@ def apply_each(
             without waiting for the device.
         order: ``chosen.argsort()``, on the images' device.
         choice: the operations.
+
+    Returns:
+        The images.
     """
+    at_once = len(images) if images.is_cuda else max(AT_ONCE // images[0].nbytes, 1)
     sizes = chosen.bincount(minlength=len(choice)).tolist()
-    groups = zip(choice, images[order].split(sizes), strict=True)
-    changed = torch.cat([operation(group) for operation, group in groups if len(group)])
-    return torch.empty_like(changed).index_copy_(0, order, changed)
+    for operation, group in zip(choice, order.split(sizes), strict=True):
+        for some in group.split(at_once):
+            if len(some):
+                images.index_copy_(0, some, operation(images[some]))
+    return images

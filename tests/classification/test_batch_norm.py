@@ -61,7 +61,14 @@ def test_a_model_without_running_statistics_is_refused(images, tiny_config):
 def test_an_evaluation_at_chance_beside_a_falling_loss_is_told(images):
     (text,) = lagging(norm_and_logits(), images, 60.0, [2.0, 1.5])
     assert "at chance (60.00 %)" in text and "momentum 0.001 at '0'" in text
-    assert "--recalibrate-bn" in text and "STUDENT.BN_MOMENTUM" in text
+    assert "--recalibrate-bn" in text and "STUDENT.BN_MOMENTUM 0.1" in text
+
+
+def test_a_momentum_that_a_model_has_already_is_not_advised(images):
+    model = norm_and_logits()
+    set_momentum(model, 0.1)
+    (text,) = lagging(model, images, 60.0, [2.0, 1.5])
+    assert "momentum 0.1 at '0'" in text and "STUDENT.BN_MOMENTUM" not in text
 
 
 @pytest.mark.parametrize(

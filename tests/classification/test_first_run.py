@@ -128,6 +128,78 @@ def test_batch_norms_that_follow_too_slowly_are_quickened(make_images):
     assert "STUDENT.BN_MOMENTUM" not in settings
 
 
+ADAMW = {
+    "SOLVER.OPTIMIZER": "adamw", "SOLVER.BASE_LR": 1e-3,
+    "SOLVER.WEIGHT_DECAY": 0.05, "SOLVER.DECAY_NORMS_AND_BIASES": False,
+    "SOLVER.CLIP_GRADIENTS": 1.0, "SOLVER.SCHEDULE": "cosine", "SOLVER.WARMUP_EPOCHS": 5.0,
+}  # fmt: skip
+SGD = {
+    "SOLVER.BASE_LR": 0.0125, "SOLVER.SCHEDULE": "cosine", "SOLVER.WARMUP_EPOCHS": 5.0,
+    "SOLVER.BATCH_SIZE": 16, "SOLVER.EPOCHS": 100,
+}  # fmt: skip
+
+
+def of_solver(settings):
+    return {key: value for key, value in settings.items() if key.startswith("SOLVER.")}
+
+
+@pytest.fixture
+def layer_norms(tmp_path, monkeypatch):
+    """Name of a model with a layer norm, as those of transformers."""
+    (tmp_path / "layer_norms.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    pool = nn.AdaptiveAvgPool2d(1)\n"
+        "    return nn.Sequential(pool, nn.Flatten(), nn.LayerNorm(3), nn.Linear(3, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "layer_norms:net"
+
+
+def test_a_student_without_batch_norms_is_trained_by_adamw(make_images, layer_norms):
+    settings, notes = propose(make_images(), layer_norms)
+    assert of_solver(settings) == {**SGD, **ADAMW}
+    (note,) = [note for note in notes if note.startswith("training: ")]
+    assert "OPTIMIZER adamw (no batch norm in the student)" in note
+    assert "BASE_LR 0.001, WEIGHT_DECAY 0.05, CLIP_GRADIENTS 1, SCHEDULE cosine" in note
+
+
+def test_so_is_a_teacher_without_them_that_is_trained_first_and_its_student_with_it(
+    make_images, layer_norms, tmp_path
+):
+    images = make_images()
+    settings, notes = propose(images, "resnet8", teacher=layer_norms)
+    assert settings["SOLVER.OPTIMIZER"] == "adamw"
+    assert any("(no batch norm in the teacher)" in note for note in notes)
+    torch.save(create_model(layer_norms, 2).state_dict(), weights := tmp_path / "teacher.pth")
+    settings, _ = propose(images, "resnet8", teacher=layer_norms, weights=str(weights))
+    assert of_solver(settings) == SGD
+
+
+def test_models_with_batch_norms_are_trained_by_sgd(make_images):
+    settings, notes = propose(make_images(), "resnet8", teacher="torchvision/mobilenet_v3_small")
+    assert of_solver(settings) == SGD
+    assert any("BATCH_SIZE 16, BASE_LR 0.0125, SCHEDULE cosine" in note for note in notes)
+
+
+@pytest.mark.parametrize(("method", "words"), [("kd_dot", ()), ("kd", ("SOLVER.OPTIMIZER", "sgd"))])
+def test_sgd_stays_where_it_is_asked_for_or_a_method_is_made_of_it(
+    make_images, layer_norms, tmp_path, method, words
+):
+    weights = save_teacher(tmp_path / "teacher.pth")
+    given = {"teacher": "resnet8", "weights": weights, "method": method, "overrides": words}
+    settings, _ = propose(make_images(), layer_norms, **given)
+    assert of_solver(settings) == SGD
+
+
+def test_adamw_that_is_asked_for_gets_a_rate_of_its_own(make_images):
+    words = ["SOLVER.OPTIMIZER", "adamw", "SOLVER.WEIGHT_DECAY", "0.1"]
+    settings, notes = propose(make_images(), "resnet8", overrides=words)
+    assert settings["SOLVER.BASE_LR"] == 1e-3
+    assert "SOLVER.WEIGHT_DECAY" not in settings
+    assert any("OPTIMIZER adamw, BASE_LR 0.001, WEIGHT_DECAY 0.1" in note for note in notes)
+
+
 def test_so_few_images_are_one_batch(make_images):
     settings, _ = propose(make_images(count=5), "resnet8")
     assert settings["SOLVER.BATCH_SIZE"] == 8  # of ten, two are held out
