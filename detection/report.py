@@ -21,8 +21,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader
 from torch import nn
 
-import detection.fcos
-import detection.meta_arch  # noqa: F401  (both register themselves)
+import detection.meta_arch  # noqa: F401  (registers itself)
 from detection.arguments import report_parser
 from detection.checkpoint import load_weights
 from detection.config import DISTILLED, build_student, load_config, teacher_config
