@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from detection.config import load_config
 from detection.figures import read_metrics
 from detection.preflight import usable_device
-from detection.report import alignments_of, class_figures, read_result
+from detection.report import alignments_of, class_figures, class_metric, read_result
 from detection.settings import CONFIG
 from pcka.engine.comparison import Comparison
 from pcka.engine.curves import Panel, method_style, panel_figure
@@ -39,7 +39,10 @@ def make_comparison_report(
     styles = {name: method_style(i) for i, name in enumerate(comparison.methods)}
     pictures = list(_curves(comparison, folders))
     by_class = [
-        Picture(f"{task} AP", class_figure(figures, classes, styles, "AP (%)"))
+        Picture(
+            f"{task} {class_metric(task)}",
+            class_figure(figures, classes, styles, f"{class_metric(task)} (%)"),
+        )
         for task, classes, figures in class_figures(results)
     ]
     return Report(

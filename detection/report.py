@@ -24,11 +24,19 @@ from torch import nn
 import detection.meta_arch  # noqa: F401  (registers itself)
 from detection.arguments import report_parser
 from detection.checkpoint import load_weights
-from detection.config import DISTILLED, build_student, load_config, teacher_config
+from detection.config import (
+    DISTILLED,
+    build_student,
+    load_config,
+    student_architecture,
+    teacher_config,
+)
 from detection.data import register_datasets
+from detection.data.targets import SEGMENTER
 from detection.evaluation import evaluate
 from detection.figures import read_metrics, run_panels
 from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, detections_figure
+from detection.pixel_pictures import pixels_figure
 from detection.preflight import usable_device
 from detection.settings import CONFIG, RESULT
 from pcka.engine.command import run_command
@@ -43,7 +51,7 @@ from pcka.modes import evaluation_mode
 
 WEIGHTS = "model_final.pth"
 STUDENT, TEACHER = "student", "teacher"
-PER_CLASS = "AP-"
+PIXELS = "sem_seg"  # the task of classes of pixels; the others are of objects
 HARDLY = 1.0  # AP, percent: below it a detector finds nothing to speak of
 
 Results = Mapping[str, Mapping[str, float | None]]  # task -> metric -> percent
@@ -256,10 +264,10 @@ def _cards(
 
 
 def _metrics_section(results: Mapping[str, Results]) -> Section:
-    """COCO's figures, a table for each task."""
+    """What the evaluation came to in all, a table for each task."""
     tables = []
     for task, metrics in results[STUDENT].items():
-        names = [name for name in metrics if not name.startswith(PER_CLASS)]
+        names = [name for name in metrics if "-" not in name]
         rows = [
             [who, *(_text(of_task.get(task, {}).get(name)) for name in names)]
             for who, of_task in results.items()
@@ -275,33 +283,44 @@ def _text(value: float | None) -> str:
 def class_figures(
     results: Mapping[str, Results],
 ) -> Iterator[tuple[str, list[str], dict[str, list[float | None]]]]:
-    """Yield task, its classes, and name -> AP of each, where there is more than one class."""
+    """Yield task, its classes, and name -> metric of each, where there is more than one class.
+
+    The metric is :func:`class_metric`.
+    """
     tasks = dict.fromkeys(task for of_one in results.values() for task in of_one)
     for task in tasks:
         measured = {name: of_one[task] for name, of_one in results.items() if task in of_one}
+        prefix = f"{class_metric(task)}-"
         keys = dict.fromkeys(
-            key for metrics in measured.values() for key in metrics if key.startswith(PER_CLASS)
+            key for metrics in measured.values() for key in metrics if key.startswith(prefix)
         )
         if keys:
-            classes = [key.removeprefix(PER_CLASS) for key in keys]
+            classes = [key.removeprefix(prefix) for key in keys]
             yield task, classes, {
                 name: [_known(metrics.get(key)) for key in keys]
                 for name, metrics in measured.items()
             }  # fmt: skip
 
 
+def class_metric(task: str) -> str:
+    """Name of what is measured class by class: of boxes and masks AP, of pixels IoU."""
+    return "IoU" if task == PIXELS else "AP"
+
+
 def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
-    """AP by class."""
+    """AP or IoU by class."""
     styles = {TEACHER: (TEACHER_COLOUR, "--"), STUDENT: method_style(0)}
     for task, classes, figures in class_figures(results):
         rows = [
             [name, *(_text(values[i]) for values in figures.values())]
             for i, name in enumerate(classes)
         ]
+        metric = class_metric(task)
+        figure = class_figure(figures, classes, styles, f"{metric} (%)")
         yield Section(
             f"Classes ({task})",
-            pictures=[Picture("AP by class", class_figure(figures, classes, styles, "AP (%)"))],
-            folded={"AP of every class": Table(["class", *figures], rows)},
+            pictures=[Picture(f"{metric} by class", figure)],
+            folded={f"{metric} of every class": Table(["class", *figures], rows)},
         )
 
 
@@ -319,6 +338,10 @@ def _training_sections(folder: Path) -> list[Section]:
 
 
 def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int) -> Section:
+    if student_architecture(cfg) == SEGMENTER:
+        figure = pixels_figure(cfg, models, images)
+        picture = Picture("The class of each pixel", figure, wide=True, raster=True)
+        return Section("Pixels", "The first images of the test set.", pictures=[picture])
     figure = detections_figure(cfg, models, images)
     return Section(
         "Detections",

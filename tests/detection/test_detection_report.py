@@ -94,3 +94,17 @@ def test_a_teacher_whose_file_is_gone_is_left_out_and_told(run):
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"finished detector, there is no config\.yaml"):
         report.main([str(tmp_path)])
+
+
+def test_a_segmenter_is_reported_by_its_pixels(tmp_path, arguments):
+    words = arguments(tmp_path / "run", 2, config="../digits_pixels/student")
+    results = train_net.main([*words, "REPORT", "True"])["sem_seg"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    for title in ("SemanticSegmentor on", "IoU by class", "The class of each pixel", "Cost"):
+        assert title in page
+    assert page.count("data:image/png") == 1
+    data = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert data["metrics"]["student"]["sem_seg"]["mIoU"] == pytest.approx(results["mIoU"])
+    (_, classes, figures) = next(report.class_figures(data["metrics"]))
+    assert len(classes) == 11
+    assert figures["student"][0] == pytest.approx(results[f"IoU-{classes[0]}"])
