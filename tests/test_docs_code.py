@@ -197,8 +197,9 @@ def check_settings(module: str, words: list[str], given: argparse.Namespace) -> 
 
 
 def named(file: object, stand_in: str) -> str:
-    """A configuration file, or one in place of `F` and of what a run leaves."""
-    return stand_in if not file or str(file) == "F" or "output/" in str(file) else str(file)
+    """A configuration file, or one in place of `F`, of what a run leaves and of a reader's own."""
+    own = "output/" in str(file) or "/" not in str(file)
+    return stand_in if not file or own else str(file)
 
 
 def settings(given: argparse.Namespace, pairs: list[str]) -> list[str]:
