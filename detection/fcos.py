@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import CfgNode, LazyCall, instantiate
-from detectron2.layers import ShapeSpec
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.fcos import FCOS as FCOSModel
 from detectron2.modeling.meta_arch.fcos import FCOSHead
@@ -14,7 +13,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from detection.lazy_backbone import lazy_backbone
+from detection.lazy import lazy_backbone, lazy_detector, lazy_head
 
 
 @META_ARCH_REGISTRY.register()
@@ -65,26 +64,9 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
         ConfigError: a backbone that a LazyConfig of detectron2's stages cannot describe.
     """
     keys = cfg.MODEL.FCOS
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    head = LazyCall(FCOSHead)(
-        input_shape=[LazyCall(ShapeSpec)(channels=channels) for _ in keys.IN_FEATURES],
-        conv_dims=[channels] * keys.NUM_CONVS,
-        num_classes=keys.NUM_CLASSES,
-        norm=keys.NORM,
-        prior_prob=keys.PRIOR_PROB,
-    )
-    return LazyCall(FCOSModel)(
-        backbone=lazy_backbone(cfg, "FCOS"),
-        head=head,
-        head_in_features=list(keys.IN_FEATURES),
-        num_classes=keys.NUM_CLASSES,
-        center_sampling_radius=keys.CENTER_SAMPLING_RADIUS,
-        focal_loss_alpha=keys.FOCAL_LOSS_ALPHA,
-        focal_loss_gamma=keys.FOCAL_LOSS_GAMMA,
-        test_score_thresh=keys.SCORE_THRESH_TEST,
-        test_topk_candidates=keys.TOPK_CANDIDATES_TEST,
-        test_nms_thresh=keys.NMS_THRESH_TEST,
-        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=list(cfg.MODEL.PIXEL_STD),
-    )
+    head, backbone = lazy_head(FCOSHead, cfg, keys), lazy_backbone(cfg, "FCOS")
+    lazy = lazy_detector(FCOSModel, backbone, head, cfg, keys)
+    lazy.center_sampling_radius = keys.CENTER_SAMPLING_RADIUS
+    lazy.focal_loss_alpha = keys.FOCAL_LOSS_ALPHA
+    lazy.focal_loss_gamma = keys.FOCAL_LOSS_GAMMA
+    return lazy

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, LazyCall, instantiate
-from detectron2.layers import ShapeSpec
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from detection.atss import atss_match
 from detection.gfl_model import GFLDetector, GFLHead
-from detection.lazy_backbone import lazy_backbone
+from detection.lazy import lazy_backbone, lazy_detector, lazy_head
 from pcka.distributed import average_over_processes
 from pcka.engine.config import ConfigError
 from pcka.losses.densekd import quality_focal
@@ -149,25 +148,8 @@ def lazy_gfl(cfg: CfgNode) -> DictConfig:
     for key in ("REG_MAX", "ATSS_TOPK", "NUM_CONVS"):
         if keys[key] < 1:
             raise ConfigError(f"MODEL.GFL.{key}: expected 1 or more, got {keys[key]}")
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    head = LazyCall(GFLHead)(
-        input_shape=[LazyCall(ShapeSpec)(channels=channels) for _ in keys.IN_FEATURES],
-        conv_dims=[channels] * keys.NUM_CONVS,
-        num_classes=keys.NUM_CLASSES,
-        norm=keys.NORM,
-        prior_prob=keys.PRIOR_PROB,
-        reg_max=keys.REG_MAX,
-    )
-    return LazyCall(GFLDetector)(
-        backbone=lazy_backbone(cfg, "GFL"),
-        head=head,
-        head_in_features=list(keys.IN_FEATURES),
-        num_classes=keys.NUM_CLASSES,
-        reg_max=keys.REG_MAX,
-        test_score_thresh=keys.SCORE_THRESH_TEST,
-        test_topk_candidates=keys.TOPK_CANDIDATES_TEST,
-        test_nms_thresh=keys.NMS_THRESH_TEST,
-        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=list(cfg.MODEL.PIXEL_STD),
-    )
+    head = lazy_head(GFLHead, cfg, keys)
+    head.reg_max = keys.REG_MAX
+    lazy = lazy_detector(GFLDetector, lazy_backbone(cfg, "GFL"), head, cfg, keys)
+    lazy.reg_max = keys.REG_MAX
+    return lazy

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, LazyCall, instantiate
-from detectron2.layers import ShapeSpec
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
@@ -15,7 +14,7 @@ from fvcore.nn import sigmoid_focal_loss, smooth_l1_loss
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from detection.lazy_backbone import lazy_backbone
+from detection.lazy import lazy_backbone, lazy_detector, lazy_head
 from detection.reppoints_model import RepPointsDetector, RepPointsHead
 from pcka.engine.config import ConfigError
 
@@ -199,25 +198,9 @@ def lazy_reppoints(cfg: CfgNode) -> DictConfig:
         raise ConfigError(
             f"MODEL.REPPOINTS.TRANSFORM: expected 'moment' or 'minmax', got {keys.TRANSFORM!r}"
         )
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    head = LazyCall(RepPointsHead)(
-        input_shape=[LazyCall(ShapeSpec)(channels=channels) for _ in keys.IN_FEATURES],
-        conv_dims=[channels] * keys.NUM_CONVS,
-        num_classes=keys.NUM_CLASSES,
-        norm=keys.NORM,
-        prior_prob=keys.PRIOR_PROB,
-        side=side,
-    )
-    return LazyCall(RepPointsDetector)(
-        backbone=lazy_backbone(cfg, "RepPoints", source="res5"),
-        head=head,
-        head_in_features=list(keys.IN_FEATURES),
-        num_classes=keys.NUM_CLASSES,
-        transform=keys.TRANSFORM,
-        test_score_thresh=keys.SCORE_THRESH_TEST,
-        test_topk_candidates=keys.TOPK_CANDIDATES_TEST,
-        test_nms_thresh=keys.NMS_THRESH_TEST,
-        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
-        pixel_std=list(cfg.MODEL.PIXEL_STD),
-    )
+    head = lazy_head(RepPointsHead, cfg, keys)
+    head.side = side
+    backbone = lazy_backbone(cfg, "RepPoints", source="res5")
+    lazy = lazy_detector(RepPointsDetector, backbone, head, cfg, keys)
+    lazy.transform = keys.TRANSFORM
+    return lazy

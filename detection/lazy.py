@@ -1,16 +1,57 @@
-"""ResNet and FPN of the detectors that a LazyConfig describes."""
+"""The detectors that a LazyConfig describes: ResNet, FPN, and a head as FCOS has it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 from detectron2.config import CfgNode, LazyCall
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from omegaconf import DictConfig
 
 from detection.pyramid import P6P7
 from pcka.engine.config import ConfigError
+
+
+def lazy_detector(
+    make: Callable[..., Any], backbone: DictConfig, head: DictConfig, cfg: CfgNode, keys: CfgNode
+) -> DictConfig:
+    """Return the LazyConfig of a detector with the parameters of detectron2's FCOS.
+
+    Args:
+        make: the detector's class.
+        backbone: of :func:`lazy_backbone`.
+        head: of :func:`lazy_head`.
+        cfg: the whole configuration.
+        keys: the detector's section of it.
+    """
+    return LazyCall(make)(
+        backbone=backbone,
+        head=head,
+        head_in_features=list(keys.IN_FEATURES),
+        num_classes=keys.NUM_CLASSES,
+        test_score_thresh=keys.SCORE_THRESH_TEST,
+        test_topk_candidates=keys.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=keys.NMS_THRESH_TEST,
+        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD),
+    )
+
+
+def lazy_head(make: Callable[..., Any], cfg: CfgNode, keys: CfgNode) -> DictConfig:
+    """Return the LazyConfig of a head with the parameters of detectron2's ``FCOSHead``."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return LazyCall(make)(
+        input_shape=[LazyCall(ShapeSpec)(channels=channels) for _ in keys.IN_FEATURES],
+        conv_dims=[channels] * keys.NUM_CONVS,
+        num_classes=keys.NUM_CLASSES,
+        norm=keys.NORM,
+        prior_prob=keys.PRIOR_PROB,
+    )
 
 
 def lazy_backbone(cfg: CfgNode, detector: str, *, source: str = "p5") -> DictConfig:
