@@ -145,7 +145,8 @@ def test_the_wheel_holds_the_library_alone(archives):
     assert {name.split("/")[0] for name in names} == {"pcka", "pcka-0.1.0.dist-info"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pcka").rglob("*.py")}
     libraries = {f"pcka/{name}.abi3.so" for name in ("_build_info", "_cpu")}
-    assert {n for n in names if n.startswith("pcka/")} == {*modules, *libraries, "pcka/py.typed"}
+    data = {"pcka/py.typed", "pcka/engine/report.html.jinja"}
+    assert {n for n in names if n.startswith("pcka/")} == modules | libraries | data
 
 
 def test_the_sdist_holds_the_repository(source, archives):
