@@ -316,7 +316,7 @@ def test_a_training_imports_few_modules_of_ours(tmp_path, arguments):
     assert done.returncode == 0, done.stderr[-3000:]
     modules = done.stdout.splitlines()[-1].split()
     assert "pcka.losses.pcka" in modules
-    assert len(modules) <= 69, modules
+    assert len(modules) <= 75, modules
 
 
 @pytest.mark.parametrize("methods", ["['PCKA']", "['CROSSKD', 'DENSEKD', 'FGD', 'MGD']"])
