@@ -11,6 +11,8 @@ from pathlib import Path
 from pcka.engine.arguments import Answer, add_runs, command_parser
 
 DIGITS = "configs/detection/digits"
+DEMO = "configs/detection/demo"
+DEMO_METHODS = ("student", "inherited", "pcka", "mimic")
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -105,11 +107,11 @@ def demo_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["student", "pcka"],
+        default=list(DEMO_METHODS),
         metavar="M",
-        help=f"files of {DIGITS} (default: student pcka)",
+        help=f"files of {DEMO} (default: {' '.join(DEMO_METHODS)})",
     )
-    _add_number(parser, "--steps", 150, "of a student; a teacher has twice")
+    _add_number(parser, "--steps", 200, "of a student; a teacher has twice")
     add_runs(parser, seeds=(0,), output="output/detection")
     return parser
 

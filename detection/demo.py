@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detection.arguments import demo_parser
+from detection.arguments import DEMO, demo_parser
 from detection.checkpoint import load_weights
 from detection.compare import CONFIG, WEIGHTS, compare, train
 from detection.config import PROJECT, build_student, load_config
@@ -19,7 +19,7 @@ from detection.data import register_datasets
 from detection.pictures import draw_detections
 from pcka.engine.command import run_command
 
-CONFIGS = PROJECT / "configs" / "detection" / "digits"
+CONFIGS = PROJECT / DEMO
 TEACHER_FACTOR = 2  # steps of the teacher over steps of a student
 DROPS = (0.7, 0.9)  # of the steps, after which the learning rate falls to a tenth
 

@@ -206,7 +206,7 @@ def gradients_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
     """Draw what each term pulls at the student, run beside run; None where none was measured.
 
     Above, each term's share of the gradients' norms; below, its gradient's cosine with
-    cross-entropy's, whose own is left out.
+    cross-entropy's, whose own is left out. A term looks the same in every run.
 
     Args:
         runs: name -> metrics as for :func:`classifier_panels`; runs without gradients are left
@@ -218,11 +218,13 @@ def gradients_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
             measured[name] = terms
     if not measured:
         return None
+    every_term = list(dict.fromkeys(term for terms in measured.values() for term in terms))
     figure = Figure(figsize=(2.6 * len(measured) + 1, 5.2), layout="constrained")
     grid = figure.subplots(2, len(measured), squeeze=False, sharex=True, sharey="row")
     for (above, below), (name, terms) in zip(grid.T, measured.items(), strict=True):
-        for index, term in enumerate(terms):
-            style = {"color": method_style(index)[0], "marker": ".", "label": term}
+        for term in terms:
+            colour, dash = method_style(every_term.index(term))
+            style = {"color": colour, "linestyle": dash, "marker": ".", "label": term}
             for axes, kind in ((above, "share"), (below, "cosine")):
                 key = f"gradient_{kind}_{term}"
                 points = [(e["epoch"], e[key]) for e in runs[name] if key in e]

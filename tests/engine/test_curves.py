@@ -153,6 +153,11 @@ def test_gradients_of_several_runs_stand_side_by_side(tmp_path, monkeypatch):
     assert lines(below)["kd"] == [[1, 0.1], [2, 0.2]]
     assert "ce" not in lines(below)
     assert lines(other_below)["fcka_last"] == [[2, -0.2]]
+    colours = {
+        (line.get_label(), line.get_color()) for axes in figures[0].axes for line in axes.lines
+    }
+    named = [label for label, _ in colours if not label.startswith("_")]
+    assert sorted(named) == ["ce", "fcka_last", "kd"]  # a term has one colour in all of them
 
 
 def test_without_gradients_there_is_no_picture_of_them(tmp_path):
