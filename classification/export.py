@@ -9,6 +9,7 @@ of any size. What its images and logits are stands in the file, but for ``.pth``
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,18 @@ from pcka.engine.arguments import take_pairs
 from pcka.engine.class_names import CLASSES_FILE, read_class_names
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
+from pcka.engine.progress import console_log
 from pcka.files import CheckpointError, atomic_write, load_file
 
 if TYPE_CHECKING:  # --help does not wait for it
     from torch import nn
 
+logger = logging.getLogger("pcka")
+
 ONNX = ".onnx"
 EXAMPLE_BATCH = 2  # not 1, which torch.export would take for a constant
+CHECKED_BATCH = 3  # not that of the example
+TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a difference that counts
 
 
 def export_student(
@@ -59,7 +65,7 @@ def export_student(
         ConfigError: another format, a normalisation without a graph, or a number of classes that
             neither configuration nor checkpoint says.
         ImportError: a package of the extra ``export`` that the format needs is not installed.
-        ValueError: weights that do not fill the student.
+        ValueError: weights that do not fill the student, or a graph whose logits differ from its.
     """
     output = Path(output)
     if output.suffix not in EXPORTED:
@@ -136,7 +142,7 @@ def _onnx_graph(
     import torch
     from torch import nn
 
-    for package in ("onnx", "onnxscript"):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
         optional_package(package)
     pixels = pixel_statistics(cfg.STUDENT) if with_normalization else nn.Identity()
     model = nn.Sequential(OrderedDict(pixels=pixels, model=student)).eval()
@@ -154,7 +160,29 @@ def _onnx_graph(
     graph = program.model_proto
     for key, value in about.items():
         graph.metadata_props.add(key=key, value=value)
-    return graph.SerializeToString()
+    content = graph.SerializeToString()
+    _check_graph(content, model, side)
+    return content
+
+
+def _check_graph(content: bytes, model: nn.Module, side: int) -> None:
+    """Compare a graph, run by onnxruntime, with the model that it was made of; tell by how much.
+
+    Raises:
+        ValueError: their logits of random images differ by more than rounding.
+    """
+    import torch
+
+    images = torch.rand(CHECKED_BATCH, 3, side, side, generator=torch.Generator().manual_seed(0))
+    session = optional_package("onnxruntime").InferenceSession(content)
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = model(images)
+    difference = (torch.from_numpy(logits) - expected).abs().max().item()
+    said = f"logits of {len(images)} random images differ from the model's by at most"
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"onnxruntime: the graph's {said} {difference:.1e}; nothing was written")
+    logger.info("onnxruntime: the graph's %s %.1e", said, difference)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -162,13 +190,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
     given = export_parser().parse_intermixed_args(words)
     cfg = load_config(given.config_file, [*pairs, *given.overrides])
-    path = export_student(
-        cfg,
-        given.weights,
-        given.output,
-        with_normalization=given.with_normalization,
-        recalibrated=given.recalibrate_bn,
-    )
+    for chatty in ("onnxscript", "onnx_ir"):  # they log each rewriting of the graph
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    with console_log():
+        path = export_student(
+            cfg,
+            given.weights,
+            given.output,
+            with_normalization=given.with_normalization,
+            recalibrated=given.recalibrate_bn,
+        )
     print(f"{path}: {cfg.STUDENT.NAME}, {path.stat().st_size / 1e6:.2f} MB")
     about = describe_student(cfg, given.weights, with_normalization=given.with_normalization)
     for key in ("image_size", "pixels", "classes"):

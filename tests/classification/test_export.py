@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import onnxruntime
@@ -120,6 +121,36 @@ def test_the_graph_gives_the_models_logits_for_any_batch(normalized, trained, we
         expected = trained((images - mean) / std if normalized else images)
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
     assert [file.name for file in tmp_path.glob("x*")] == ["x.onnx"]  # no weights beside it
+
+
+@pytest.mark.slow
+def test_a_graph_is_compared_with_its_model_before_it_is_written(
+    digits_config, weights, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "pcka")
+    path = tmp_path / "out.onnx"
+    words = ["--config-file", str(digits_config), "--weights", weights, "--output", str(path)]
+    export.main([*words, "STUDENT.NAME", "resnet8"])
+    (told,) = re.findall(r"images differ from the model's by at most (\S+)", caplog.text)
+    assert 0 <= float(told) < 1e-4
+    path.unlink()
+    normalize = (
+        torch.nn.functional.batch_norm
+    )  # the graph is made of it, the model then runs another
+
+    def after_the_graph(session):
+        monkeypatch.setattr(
+            "torch.nn.functional.batch_norm", lambda *a, **k: 2 * normalize(*a, **k)
+        )
+        return session
+
+    inference = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda content: after_the_graph(inference(content))
+    )
+    with pytest.raises(ValueError, match=r"onnxruntime: the graph's .*nothing was written"):
+        export.export_student(config(), weights, path)
+    assert not path.exists()
 
 
 def test_a_missing_package_is_named_with_the_extra(weights, tmp_path, monkeypatch):
