@@ -45,8 +45,8 @@ def default_config() -> CfgNode:
             "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
             "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
             "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
-            "GRADIENTS_EVERY": 0,  # epochs between looks at each term's gradient; likewise; 0: none
-            "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from; likewise
+            "GRADIENTS_EVERY": 0,  # epochs between two looks at each term's gradient; 0: none
+            "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from
             "REPORT": True,  # write report.html and report.json at the end of a run
         }
     )
@@ -55,9 +55,9 @@ def default_config() -> CfgNode:
             "NAME": "",  # folder | table | webdataset | huggingface | cifar10 | cifar100 | digits
             "ROOT": "data",  # folder of the data; digits needs none
             "TRAIN_PART": "",  # file, shards or split to train on; "": the usual (docs/data.md)
-            "TEST_PART": "",  # likewise, to evaluate on
+            "TEST_PART": "",  # file, shards or split to evaluate on; "": the usual
             "IMAGE_COLUMN": "",  # of a table (path) or huggingface (the one with images)
-            "LABEL_COLUMN": "",  # likewise (label; the one of classes); webdataset: field of .json
+            "LABEL_COLUMN": "",  # likewise (label; the one of classes); or shards: field of .json
             "NUM_CLASSES": 0,  # 0: as many as the data has; another count is refused
             "IMAGE_SIZE": 32,  # side of the square images, pixels
             "TRAIN_IMAGES": 0,  # 0: all; else a class-balanced subset of this many
@@ -68,7 +68,7 @@ def default_config() -> CfgNode:
             "RANDAUGMENT": [],  # [operations, magnitude 0 to 30], e.g. [2, 9]; []: none
             "ERASING": 0.0,  # probability that a random box of an image is erased
             "MIXUP": 0.0,  # > 0: pairs of images averaged, shares from Beta(MIXUP, MIXUP)
-            "CUTMIX": 0.0,  # likewise, by a box; with MIXUP each batch takes one of the two
+            "CUTMIX": 0.0,  # as MIXUP, by a box; with both, each batch takes one of the two
             "DOWNLOAD": False,  # cifar10 and cifar100: fetch what is missing
             "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
             "STREAM": False,  # read image files batch by batch; RandomResizedCrop
@@ -84,7 +84,7 @@ def default_config() -> CfgNode:
             "WEIGHTS": "",  # checkpoint to start from; "": a random start from SEED
             "BN_MOMENTUM": 0.0,  # weight of a batch in batch norm's statistics; 0: the model's own
             "PIXEL_MEAN": IMAGENET_MEAN,  # of the student's input, for pixels in [0, 1]
-            "PIXEL_STD": IMAGENET_STD,  # likewise, their deviations
+            "PIXEL_STD": IMAGENET_STD,  # standard deviation of each channel
         }
     )
     cfg.TEACHER = CfgNode(
@@ -95,7 +95,7 @@ def default_config() -> CfgNode:
             "WEIGHTS": "",  # the teacher's checkpoint
             "BN_MOMENTUM": 0.0,  # of its training, as the student's
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
-            "PIXEL_STD": IMAGENET_STD,  # likewise, their deviations
+            "PIXEL_STD": IMAGENET_STD,  # standard deviation of each channel
             "ACCURACY": 0.0,  # on the evaluation images, percent; one 2 points worse stops the run
             "TRAIN": False,  # with empty WEIGHTS: train the teacher first (CE), keep it for reuse
             "EPOCHS": 240,  # of that training; all else as in SOLVER

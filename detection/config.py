@@ -44,8 +44,8 @@ def detection_config() -> CfgNode:
     cfg.DATASETS.COCO_TEST = CfgNode(
         {
             "NAME": "",  # as above, of the images to evaluate on
-            "JSON": "",  # likewise; they take the place of DATASETS.TEST
-            "IMAGES": "",  # likewise
+            "JSON": "",  # COCO file to evaluate on; takes the place of DATASETS.TEST
+            "IMAGES": "",  # folder of its images
         }
     )
     cfg.DATASETS.VOC_TRAIN = CfgNode(

@@ -20,6 +20,7 @@ extensions = [
 ]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
+napoleon_use_rtype = False  # "A scalar: ..." stays one sentence
 napoleon_use_ivar = True  # an attribute that a docstring and a class both name stands once
 smartquotes = False  # two dashes are an option, and quotes are part of values
 html_theme = "furo"
