@@ -137,6 +137,7 @@ def default_config() -> CfgNode:
             "METHODS": ["CE"],  # the losses that are summed
             "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
             "RELATIVE": False,  # scale each of these terms to cross-entropy's value, then weigh it
+            "INHERIT": [],  # prefixes of the teacher's weights that the student starts from
             "DOT_DELTA": 0.0,  # SGD's momentum: less by this for the task, more for the teacher's
             "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
         }

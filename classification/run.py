@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from classification.config import (
     doubts,
@@ -39,6 +41,7 @@ from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
 from pcka.engine.distill import UntappedError, build_losses, numbered_stages
 from pcka.engine.environment import describe_environment
+from pcka.engine.inherit import inherit_weights
 from pcka.engine.launch import process_group
 from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
@@ -251,6 +254,8 @@ class Run:
             )
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
+        if self.saved is None and cfg.DISTILL.INHERIT:
+            _inherit(student, teacher, cfg.DISTILL.INHERIT)
         frozen = teacher.model if teacher else None
         theirs = cast(Classifier, frozen.model) if frozen else student
         taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
@@ -345,6 +350,13 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
     student = with_stages(student, cfg.DATA.IMAGE_SIZE)
     layout = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     return student.to(memory_format=layout)
+
+
+def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str]) -> None:
+    """Start a student from parts of its teacher."""
+    if teacher is None:
+        raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; TEACHER.NAME")
+    inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
 
 
 def _prepare_distiller(

@@ -66,12 +66,14 @@ class Teacher:
         accuracy: on the evaluation images, percent.
         norms: module path -> weight and bias of the batch norms that give features before their
             activation, as they were before the folding.
+        weights: by name, as they were before the folding.
         outputs: what is kept of what it said in earlier trainings; None where nothing is.
     """
 
     model: FrozenTeacher
     accuracy: float
     norms: dict[str, tuple[Tensor, Tensor]]
+    weights: dict[str, Tensor]
     outputs: KeptOutputs | None = None
 
 
@@ -108,7 +110,7 @@ def prepare_teacher(
         from classification.teacher_outputs import open_outputs  # few runs keep any
 
         outputs = open_outputs(cfg, model, train_set)
-    norms = _preactivation_norms(model)
+    norms, weights = _preactivation_norms(model), model.state_dict()
     stages = (*model.stage_names, *model.preactivation_names)
     frozen = FrozenTeacher(
         model,
@@ -125,7 +127,7 @@ def prepare_teacher(
             f"{stated:.2f} % is stated; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and PIXEL_STD, "
             "and the data, or state its accuracy on these (0: any)"
         )
-    return Teacher(frozen, top1, norms, outputs)
+    return Teacher(frozen, top1, norms, weights, outputs)
 
 
 def _with_weights(

@@ -1,51 +1,27 @@
-"""A student that starts from parts of its teacher."""
+"""The weights of a teacher's file, heads included, for a student that starts from parts of them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detection.checkpoint import SafeCheckpointer
 from pcka.engine.config import ConfigError
 
-logger = logging.getLogger("detectron2.pcka")
 
-
-def inherit_weights(student: nn.Module, teacher_weights: str, prefixes: Sequence[str]) -> list[str]:
-    """Copy the teacher's weights under ``prefixes`` where name and shape match; report them.
+def teacher_weights(student: nn.Module, file: str) -> dict[str, Tensor]:
+    """Return the weights of the teacher's file by name.
 
     Args:
-        student: takes the weights.
-        teacher_weights: the teacher's file or URL, which holds its heads as well.
-        prefixes: of the weights' names, e.g. ``"head."`` or ``"roi_heads.box_predictor."``.
-
-    Returns:
-        The names that were copied.
+        student: whose checkpoints are read in the same way.
+        file: a path or a URL.
 
     Raises:
-        ConfigError: no weights, or a prefix under which nothing matches.
+        ConfigError: there is no file.
     """
-    if not teacher_weights:
+    if not file:
         raise ConfigError("DISTILL.INHERIT: a teacher with random weights has none to inherit")
     checkpointer = SafeCheckpointer(student)
-    local = checkpointer.path_manager.get_local_path(teacher_weights)
+    local = checkpointer.path_manager.get_local_path(file)
     given = checkpointer._load_file(local)["model"]
-    own = student.state_dict()
-    copied: list[str] = []
-    for prefix in prefixes:
-        names = [name for name in own if name.startswith(prefix) and name in given]
-        fitting = [name for name in names if tuple(own[name].shape) == tuple(given[name].shape)]
-        if not fitting:
-            raise ConfigError(
-                f"DISTILL.INHERIT: under {prefix!r} no weight of the teacher has the student's "
-                f"name and shape ({len(names)} have the name); leave it out"
-            )
-        logger.info("Inherited %d of %d weights under %r", len(fitting), len(names), prefix)
-        copied += fitting
-    with torch.no_grad():
-        for name in copied:
-            own[name].copy_(torch.as_tensor(given[name]))
-    return copied
+    return {name: torch.as_tensor(value) for name, value in given.items()}

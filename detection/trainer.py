@@ -23,7 +23,7 @@ from detection.data.loader import training_loader
 from detection.data.targets import Entries, check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
 from detection.figures import MetricsState, RestoreMetrics, plot_run
-from detection.inherit import inherit_weights
+from detection.inherit import teacher_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
 from detection.schedule import build_schedule
@@ -32,6 +32,7 @@ from detection.teacher_checks import check_detections, check_features, check_pix
 from pcka.distributed import OWN_BUFFERS, average_buffers
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
+from pcka.engine.inherit import inherit_weights
 from pcka.files import CheckpointError
 from pcka.teacher import FrozenTeacher
 
@@ -85,7 +86,8 @@ class DetectionTrainer(SimpleTrainer):
         resumed = resume and self.checkpointer.has_checkpoint()
         found = self._load(resumed=resumed)
         if not resumed and cfg.DISTILL.INHERIT:
-            inherit_weights(student, teacher_config(cfg).MODEL.WEIGHTS, cfg.DISTILL.INHERIT)
+            given = teacher_weights(student, teacher_config(cfg).MODEL.WEIGHTS)
+            inherit_weights(student, given, cfg.DISTILL.INHERIT, logger)
         if not resumed and isinstance(model, DistilledDetector) and model.teacher is not None:
             _check_teacher(model.teacher, cfg, dataset)
         start = found["iteration"] + 1 if resumed else 0

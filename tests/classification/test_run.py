@@ -157,3 +157,36 @@ def test_a_shorter_cosine_is_told_of_no_prolonging(tiny_config):
     with pytest.raises(ConfigError) as refused:
         run_experiment(tiny_config("ce", **{**keys, "SOLVER.EPOCHS": 1}), resume=True)
     assert "train on" not in str(refused.value)
+
+
+def test_a_student_starts_with_the_weights_that_it_inherits(
+    tiny_config, tmp_path, random_teacher, assert_same_run
+):
+    inherits = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.INHERIT": "['fc.']", "SEED": 1}
+    still = {"SOLVER.BASE_LR": 0.0, "SOLVER.EPOCHS": 1, "SOLVER.SCHEDULE": "multistep"}
+    cfg = tiny_config("kd", "still", **inherits, **still)
+    run_experiment(cfg)
+    learned = torch.load(tmp_path / "still" / "model_last.pth", weights_only=True)
+    teacher = torch.load(random_teacher, weights_only=True)
+    assert torch.equal(learned["fc.weight"], teacher["fc.weight"])
+    assert not torch.equal(learned["conv1.weight"], teacher["conv1.weight"])
+    # A run that goes on keeps what it has learned of them.
+    keys = {**inherits, "SOLVER.SCHEDULE": "multistep"}
+    run_experiment(tiny_config("kd", "straight", **keys, **{"SOLVER.EPOCHS": 2}))
+    run_experiment(tiny_config("kd", "resumed", **keys, **{"SOLVER.EPOCHS": 1}))
+    run_experiment(tiny_config("kd", "resumed", **keys, **{"SOLVER.EPOCHS": 2}), resume=True)
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"DISTILL.INHERIT": "['head.']"}, r"under 'head.' no weight of the teacher has the"),
+        ({"DISTILL.INHERIT": "['fc.']", "TEACHER.NAME": ""}, r"there is no teacher to inherit"),
+    ],
+)
+def test_what_cannot_be_inherited_is_refused(tiny_config, random_teacher, keys, message):
+    method = "ce" if "TEACHER.NAME" in keys else "kd"
+    keys = {"TEACHER.WEIGHTS": random_teacher, **keys}
+    with pytest.raises(ConfigError, match=rf"DISTILL.INHERIT: {message}"):
+        run_experiment(tiny_config(method, **keys))
