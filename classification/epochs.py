@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -20,13 +21,13 @@ from classification.evaluation import (
     from_raw_pixels,
     mixed_batches,
 )
-from classification.models import model_of
 from classification.models.taps import model_taps
 from classification.report import Material, load_subjects
 from classification.report_figures import TEACHER, Subject
 from pcka.analysis import cka_matrix
 from pcka.analysis.layers import select_layers
-from pcka.engine.arguments import command_parser
+from pcka.checkpoint import load_weights
+from pcka.engine.arguments import command_parser, positive
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import numbered_stages
@@ -94,12 +95,12 @@ def cka_over_epochs(
     rows = []
     try:
         compared = _compared(student, teacher, layers, data)
+        early = student._replace(model=copy.deepcopy(student.model))
         for path in kept.values():
-            model = model_of(cfg.STUDENT, len(data.classes), role="student", weights=path)
-            early = student._replace(model=model.to(device))
+            load_weights(early.model, path)
             batches = mixed_batches(data, images, CKA_BATCH_SIZE)
             rows.append(_alike(early, student, teacher, compared, batches))
-    except ValueError as error:  # of the layers
+    except ValueError as error:  # of the layers, or of a damaged file
         raise ConfigError(f"{error}") from error
     names = (LAST, TEACHER) if compared.stages else (LAST,)
     values = torch.tensor(rows, dtype=torch.float64).permute(1, 2, 0)
@@ -189,7 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         "stages (default: the stages, each with the teacher's)",
     )
     parser.add_argument(
-        "--images", type=int, default=CKA_IMAGES, metavar="N", help="evenly spaced (%(default)s)"
+        "--images",
+        type=positive,
+        default=CKA_IMAGES,
+        metavar="N",
+        help="evenly spaced (%(default)s)",
     )
     parser.add_argument(
         "--output",

@@ -91,15 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, GramPair]:
                 "it; give the folder of a run with TEACHER.NAME"
             )
         device = choose_device(cfg.DEVICE)
-        sets = tuple(one.to(device) for one in load_image_sets(cfg))
+        train_set, data = (one.to(device) for one in load_image_sets(cfg))
         weights = given.weights or material.students[STUDENT]
-        subjects, missing = load_subjects(cfg, {STUDENT: (cfg, weights)}, sets)
+        subjects, missing = load_subjects(cfg, {STUDENT: (cfg, weights)}, (train_set, data))
         if missing:
             raise ConfigError(f"TEACHER.WEIGHTS: {missing[0]}")
-        models = (subjects[who].model for who in (STUDENT, TEACHER))
-        taps = model_taps(*models, cfg.DISTILL.TAPS)
+        student, teacher = (subjects[who].model for who in (STUDENT, TEACHER))
+        taps = model_taps(student, teacher, cfg.DISTILL.TAPS)
         names = chosen_taps(given.taps, list(taps)) if given.taps else numbered_stages(taps)
-        sample, classes = sorted_sample(sets[1], given.images or SAMPLES)
+        sample, classes = sorted_sample(data, given.images or SAMPLES)
         pairs = stage_grams(subjects, {name: taps[name] for name in names}, sample)
     write_grams(given.output or given.run / "grams", pairs, classes=classes)
     return pairs

@@ -72,14 +72,14 @@ def patch_grams(
         return patch_cka(a, b, patch_size=patch, group_by=group_by, center=center)
 
     alignment = aligned(student, teacher)
-    means = [
+    own, other = (
         _mean_of_units(
             patch_gram(x, patch_size=patch, group_by=group_by, center=center), aligned(x, x)
         )
         for x in (student.detach(), teacher)
-    ]
+    )
     (height, width), (p_h, p_w) = student.shape[2:], patch
-    return GramPair(*means, alignment, (-(-height // p_h), -(-width // p_w)))
+    return GramPair(own, other, alignment, (-(-height // p_h), -(-width // p_w)))
 
 
 @torch.no_grad()
@@ -99,15 +99,15 @@ def sample_grams(student: Tensor, teacher: Tensor, *, center: bool = True) -> Gr
     Raises:
         ValueError: as :func:`pcka.cka`.
     """
-    rows = [feature.detach().flatten(1) for feature in (student, teacher)]
-    alignment = cka(*rows, center=center)[None]
-    means = []
-    for x in rows:
+    rows, others = (feature.detach().flatten(1) for feature in (student, teacher))
+
+    def unit(x: Tensor) -> Tensor:
         # Samples are patches of one row each, of a map of one channel.
         patch = (1, x.shape[1])
         gram = patch_gram(x[None, None], patch_size=patch, group_by="batch", center=center)
-        means.append(_mean_of_units(gram, cka(x, x, center=center)[None]))
-    return GramPair(*means, alignment)
+        return _mean_of_units(gram, cka(x, x, center=center)[None])
+
+    return GramPair(unit(rows), unit(others), cka(rows, others, center=center)[None])
 
 
 def _mean_of_units(gram: Tensor, with_itself: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pcka.analysis.gram_figure import NOTHING, grams_figure
 from pcka.analysis.gram_pairs import GramPair
-from pcka.engine.arguments import command_parser
+from pcka.engine.arguments import command_parser, positive
 from pcka.engine.config import ConfigError
 from pcka.files import atomic_write
 
@@ -39,12 +40,15 @@ def grams_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=positive,
         metavar="N",
         help=f"detector: drawn one by one (1); classifier: in a Gram ({SAMPLES})",
     )
     parser.add_argument(
-        "--patch-size", type=int, metavar="P", help="detector: of all levels (default: the loss's)"
+        "--patch-size",
+        type=positive,
+        metavar="P",
+        help="detector: of all levels (default: the loss's)",
     )
     parser.add_argument(
         "--channel", type=int, metavar="C", help="detector: of this one (default: mean over all)"
@@ -84,7 +88,7 @@ def write_grams(
     each group.
     """
     picture, values = (Path(f"{path}{suffix}") for suffix in (".png", ".npz"))
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{name}.{part}": tensor.cpu().numpy()
         for name, pair in pairs.items()
         for part, tensor in (
