@@ -128,5 +128,6 @@ def test_without_the_trainers_the_command_says_how_to_get_them(monkeypatch):
 
 
 def test_every_subcommand_has_its_module():
-    assert set(cli.COMMANDS) == {"cka", "doctor", "report"}
+    assert set(cli.COMMANDS) == {"cka", "doctor", "epochs", "grams", "report"}
+    assert cli.OF_DETECTORS.keys() < cli.COMMANDS.keys()
     assert cka_map.main.__module__ == cli.COMMANDS["cka"][0]
