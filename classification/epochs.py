@@ -38,7 +38,7 @@ from pcka.engine.run_folder import kept_students
 
 logger = logging.getLogger("pcka")
 
-LAST = "last student"
+LAST, MOST_ALIKE = "last student", "most alike stage of the teacher"
 LEAST = 2  # epochs
 LAYER_IMAGES = 4  # that say which layers there are
 
@@ -102,7 +102,7 @@ def cka_over_epochs(
             rows.append(_alike(early, student, teacher, compared, batches))
     except ValueError as error:  # of the layers, or of a damaged file
         raise ConfigError(f"{error}") from error
-    names = (LAST, TEACHER) if compared.stages else (LAST,)
+    names = (LAST, TEACHER if layers is None else MOST_ALIKE)[: 1 + bool(compared.stages)]
     values = torch.tensor(rows, dtype=torch.float64).permute(1, 2, 0)
     return EpochCKA(tuple(kept), tuple(compared.layers), dict(zip(names, values)))
 

@@ -52,6 +52,8 @@ def grams_figure(
         for axes, values in zip(row[-3:], (teacher, student, student - teacher)):
             drawn = axes.imshow(values, vmin=-limit, vmax=limit, cmap=COLOURS)
             _part(axes, len(values), pair.grid, classes)
+            if axes is not row[-3]:
+                axes.set_yticks([])  # those of the first one
         titles = ["teacher", "student", "student \N{MINUS SIGN} teacher"]
         if not images:
             titles[0] = f"{name}: CKA {pair.cka:.3f}\nteacher"

@@ -49,9 +49,11 @@ def test_an_image_is_drawn_first_with_its_patches():
 def test_classes_are_named_in_their_middle_and_parted():
     (row,) = panels(grams_figure({"stage1": SAMPLED}, classes={"cat": 4, "dog": 3}), 3)
     for axes in row:
-        assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cat", "dog"]
-        assert axes.get_yticks().tolist() == [1.5, 5]
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat", "dog"]
+        assert axes.get_xticks().tolist() == [1.5, 5]
         assert {float(line.get_ydata()[0]) for line in axes.get_lines()} >= {3.5}
+    named = [[tick.get_text() for tick in axes.get_yticklabels()] for axes in row]
+    assert named == [["cat", "dog"], [], []]
 
 
 @pytest.mark.parametrize("classes", [40, 13])

@@ -111,7 +111,8 @@ def test_layers_are_compared_with_the_most_alike_stage_of_the_teacher(run, found
     assert chosen.layers == ("layer1", "layer2", "layer3", "layer1.0.conv1")
     own = chosen.values["last student"][:3]
     torch.testing.assert_close(own, found.values["last student"][1:], rtol=0, atol=1e-5)
-    assert (chosen.values["teacher"][:3] >= found.values["teacher"][1:] - 1e-5).all()
+    most_alike = chosen.values["most alike stage of the teacher"]
+    assert (most_alike[:3] >= found.values["teacher"][1:] - 1e-5).all()
     assert (tmp_path / "of.png").is_file() and (tmp_path / "of.csv").is_file()
 
 
