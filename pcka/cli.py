@@ -68,7 +68,10 @@ def _imported(name: str) -> Any:
 
 def _lacking(error: ModuleNotFoundError) -> str:
     if error.name == "detectron2":
-        return "pcka: detectors need detectron2; python tools/install_detectron2.py installs it"
+        return (
+            "pcka: detectors need detectron2; run pip install -e '.[detection]' in a clone of the "
+            "repository, then python tools/install_detectron2.py"
+        )
     return (
         f"pcka: there is no module {error.name!r}; the commands are part of the trainers: run "
         "pip install -e '.[train]' in a clone of the repository"
