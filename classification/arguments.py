@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from classification.catalog import catalog
-from pcka.engine.arguments import Answer, add_runs, command_parser
+from pcka.engine.arguments import Answer, add_runs, command_parser, positive
 
 EXPORTED = (".pth", ".safetensors", ".onnx")
 DIGITS = "configs/classification/digits/resnet20_resnet8.yaml"
@@ -94,7 +94,7 @@ def compare_parser() -> argparse.ArgumentParser:
     add_runs(parser, seeds=(0, 1, 2), output="output/comparison")
     parser.add_argument(
         "--together",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="students trained side by side (default: %(default)s)",
@@ -136,7 +136,7 @@ def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument(
         "--recalibrate-bn",
         nargs="?",
-        type=_positive,
+        type=positive,
         const=2048,
         default=0,
         metavar="N",
@@ -205,12 +205,6 @@ PARSERS = {
     "export": export_parser,
     "demo": demo_parser,
 }
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def _keys() -> str:

@@ -47,6 +47,7 @@ def default_config() -> CfgNode:
             "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
             "GRADIENTS_EVERY": 0,  # epochs between two looks at each term's gradient; 0: none
             "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from
+            "KEEP_EVERY": 0,  # epochs between two students that stay, epochs/0000.pth, ...; 0: none
             "REPORT": True,  # write report.html and report.json at the end of a run
         }
     )
@@ -156,6 +157,7 @@ HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
     "SAVE_EVERY",
+    "KEEP_EVERY",
     "REPORT",
     "GRADIENTS_EVERY",
     "CUDA_GRAPH",
@@ -263,6 +265,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "EVAL_EVERY": (1, None),
     "GRADIENTS_EVERY": (0, None),
     "SAVE_EVERY": (1, None),
+    "KEEP_EVERY": (0, None),
     "SEED": (0, 2**64 - 1),  # of torch's generators
     "DATA.IMAGE_SIZE": (1, None),
     "DATA.NUM_CLASSES": (0, None),

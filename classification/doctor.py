@@ -289,7 +289,10 @@ class Examination:
     def check_room(self) -> Verdict:
         """Free disk for the run's checkpoints, of which one more is there while it is written."""
         student = _bytes(self.trainer.distiller.student.state_dict())
-        return check_disk(self.cfg.OUTPUT_DIR, 2 * student + 2 * _bytes(self.trainer.state()))
+        every, epochs = self.cfg.KEEP_EVERY, self.cfg.SOLVER.EPOCHS
+        kept = len({*range(0, epochs, every), epochs}) if every else 0
+        needed = (2 + kept) * student + 2 * _bytes(self.trainer.state())
+        return check_disk(self.cfg.OUTPUT_DIR, needed)
 
     def _with_weights(self, cfg: CfgNode, folder: Path) -> CfgNode:
         """The configuration of a teacher that is there: nothing is trained for a look.

@@ -83,8 +83,8 @@ def stage_alignment(
         data: on the models' device.
     """
     return layerwise_cka(
-        _from_raw_pixels(*student),
-        _from_raw_pixels(*teacher),
+        from_raw_pixels(*student),
+        from_raw_pixels(*teacher),
         mixed_batches(data, CKA_IMAGES, CKA_BATCH_SIZE),
         {name: (f"model.{s}", f"model.{t}") for name, (s, t) in taps.items()},
     )
@@ -106,8 +106,8 @@ def stage_matrix(
     """
     paths = [[f"model.{path}" for path in model.stage_names] for _, model in (student, teacher)]
     table = cka_matrix(
-        _from_raw_pixels(*student),
-        _from_raw_pixels(*teacher),
+        from_raw_pixels(*student),
+        from_raw_pixels(*teacher),
         mixed_batches(data, CKA_IMAGES, CKA_BATCH_SIZE),
         *paths,
         shared=False,
@@ -160,6 +160,6 @@ def mixed_batches(data: ImageSet, images: int, batch_size: int) -> Iterator[Tens
         yield pixels
 
 
-def _from_raw_pixels(pixels: nn.Module, model: nn.Module) -> nn.Module:
+def from_raw_pixels(pixels: nn.Module, model: nn.Module) -> nn.Module:
     """Return one module of both, because each model has pixel statistics of its own."""
     return nn.Sequential(OrderedDict(pixels=pixels, model=model))

@@ -301,6 +301,7 @@ class Run:
         write_text(files.directory / "config.yaml", self.cfg.dump())
         files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
+        files.start_kept(epoch)
         for doubt in doubts(self.cfg, updates):
             files.logger.warning(doubt)
 

@@ -261,6 +261,8 @@ class Trainer:
 
     def start_epoch(self) -> None:
         """Forget the losses of the last epoch; no two processes draw the same masks in this one."""
+        if self.epoch == 0:
+            self._keep_student()
         self.window, self._gradients = LossWindow(), {}
         if rank() > 0:  # the first one goes on with its own, as if it were alone
             seed_everything(stream_seed(self.cfg.SEED, self.epoch, PROCESS_STREAM, rank()))
@@ -297,6 +299,7 @@ class Trainer:
         if evaluated and not self._told_of_chance:
             self._tell_of_chance(self.files, record["accuracy"])
         is_best = self.best["best_epoch"] == self.epoch
+        self._keep_student()  # before the state, after which it would be left out
         # After the first epoch, too, and with the best one: what is there can be gone on from.
         if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
             self._save_models(self.files)
@@ -305,6 +308,12 @@ class Trainer:
         if is_best:
             self.files.save_best(student)
         self._log(self.files, record, whole)
+
+    def _keep_student(self) -> None:
+        """Write it for good, where the epoch's is to stay."""
+        every = self.cfg.KEEP_EVERY
+        if self.files is not None and every and self._due(every):
+            self.files.keep(self.distiller.student, self.epoch)
 
     def _save_models(self, files: RunFolder) -> None:
         files.save_last(self.distiller.student)

@@ -35,10 +35,13 @@ from detection.data import register_datasets
 from detection.data.targets import SEGMENTER
 from detection.evaluation import evaluate
 from detection.figures import read_metrics, run_panels
+from detection.grams import level_grams
+from detection.levels import reads_levels
 from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, detections_figure
 from detection.pixel_pictures import pixels_figure
 from detection.preflight import usable_device
 from detection.settings import CONFIG, RESULT
+from pcka.analysis.gram_figure import grams_figure
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError, flatten
 from pcka.engine.curves import TEACHER_COLOUR, method_style, panel_figure
@@ -115,6 +118,7 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
             *_training_sections(folder),
             *_class_sections(results),
             _picture_section(cfg, models, images),
+            *(_gram_sections(cfg, folder / WEIGHTS) if TEACHER in models else []),
             _cost_section(found, str(environment["device"])),
             run_section(cfg, get_cfg(), environment),
         ],
@@ -349,6 +353,24 @@ def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int)
         f"score of {LEAST_SCORE} or more. A hit "
         f"overlaps an object of its class by {LEAST_OVERLAP} or more (intersection over union).",
         pictures=[Picture("Hits and misses", figure, wide=True, raster=True)],
+    )
+
+
+def _gram_sections(cfg: CfgNode, weights: Path) -> Iterator[Section]:
+    """What PCKA compares of each level, on the first image of the test set."""
+    if not reads_levels(cfg.DISTILL.METHODS):
+        return
+    try:
+        grams = level_grams(cfg, weights)
+    except ConfigError as error:
+        yield Section("Grams", f"There are none: {error}")
+        return
+    yield Section(
+        "Grams",
+        "How the patches of the first test image are alike: mean over channels of the centered "
+        "Grams, each of norm 1. Line and column i are patch i, row by row of the map. The CKA is "
+        "the mean over channels.",
+        pictures=[Picture("Grams of the levels", grams_figure(*grams), wide=True, raster=True)],
     )
 
 

@@ -6,14 +6,18 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Subcommand -> module whose ``main`` it is, and what it does.
 COMMANDS = {
     "cka": ("classification.cka_map", "CKA of all layers of two classifiers"),
+    "epochs": ("classification.epochs", "how the stages of a classifier came to be, over its run"),
+    "grams": ("classification.grams", "Grams of teacher and student, of a run of either kind"),
     "report": ("classification.report", "what came of a classifier's run, as a page"),
     "doctor": ("classification.doctor", "will this machine, and this configuration, train?"),
 }
+OF_DETECTORS = {"grams": "detection.grams"}  # subcommand -> module, where it is of such a run
 
 
 def main(arguments: Sequence[str] | None = None) -> object:
@@ -32,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> object:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     given = parser.parse_args(arguments)
-    return _imported(COMMANDS[given.command][0]).main(given.arguments)
+    module = COMMANDS[given.command][0]
+    if given.command in OF_DETECTORS and any(map(_is_detector, given.arguments)):
+        module = OF_DETECTORS[given.command]
+    return _imported(module).main(given.arguments)
 
 
 def script() -> NoReturn:
@@ -44,6 +51,14 @@ def script() -> NoReturn:
     run_command(main)
 
 
+def _is_detector(word: str) -> bool:
+    """Whether a word is the folder of a detector's run."""
+    try:
+        return "META_ARCHITECTURE" in Path(word, "config.yaml").read_text()
+    except (OSError, ValueError):
+        return False
+
+
 def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -52,6 +67,11 @@ def _imported(name: str) -> Any:
 
 
 def _lacking(error: ModuleNotFoundError) -> str:
+    if error.name == "detectron2":
+        return (
+            "pcka: detectors need detectron2; run pip install -e '.[detection]' in a clone of the "
+            "repository, then python tools/install_detectron2.py"
+        )
     return (
         f"pcka: there is no module {error.name!r}; the commands are part of the trainers: run "
         "pip install -e '.[train]' in a clone of the repository"

@@ -160,7 +160,7 @@ class Distiller(nn.Module):
             widths = own.shape[1], other.shape[1]
             if widths[0] != widths[1]:
                 self.adapters[tap] = fit(nn.Conv2d(*widths, 1), own)
-        adapted = self._at_one_shape(student, teacher)
+        adapted = self.at_one_shape(student, teacher)
         for loss in losses:
             self._check_logits(loss, student, teacher)
             loss.prepare(*(adapted if loss.same_shape else (student, teacher)), context)
@@ -265,7 +265,7 @@ class Distiller(nn.Module):
         ways: dict[tuple[bool, bool], list[Loss]] = {}
         for loss in self._losses():
             ways.setdefault(self._way(loss), []).append(loss)
-        adapted = self._at_one_shape(student, teacher)
+        adapted = self.at_one_shape(student, teacher)
         for way, losses in ways.items():
             at_one_shape, gathered = way
             given[way] = (*(adapted if at_one_shape else (student, teacher)), target)
@@ -273,10 +273,18 @@ class Distiller(nn.Module):
                 given[way] = _gathered(*given[way], _taps_of(losses))
         return given
 
-    def _at_one_shape(
+    def at_one_shape(
         self, student: Outputs, teacher: Outputs | None
     ) -> tuple[Outputs, Outputs | None]:
-        """Both models' outputs, the maps that losses compare at one shape brought to one."""
+        """Both models' outputs, the maps that losses compare at one shape brought to one.
+
+        The student's pass through their adapters, and where sizes differ both are pooled to the
+        smaller one: what such losses see.
+
+        Args:
+            student: as :meth:`observe_student` gives them.
+            teacher: as :meth:`observe_teacher` gives them.
+        """
         taps = _taps_of(loss for loss in self._losses() if loss.same_shape)
         if not taps or teacher is None:
             return student, teacher

@@ -33,7 +33,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks
 # Page and language -> the test that runs its blocks, and how many they are.
 RUN = {
     ("README.md", "python"): ("test_readme.py", 1),
-    ("docs/analysis.md", "python"): ("test_readme.py", 1),
+    ("docs/analysis.md", "python"): ("test_readme.py", 2),
     ("docs/classification.md", "python"): ("classification/test_own_models.py", 1),
     ("docs/data.md", "python"): ("classification/data/test_source.py", 1),
     ("docs/detection.md", "python"): ("detection/test_detection_export.py", 1),
@@ -228,7 +228,9 @@ def test_commands_are_such_as_the_programs_take(block, parsing, monkeypatch, cap
 
 
 # Those with arguments: one that is named without them is meant as a name.
-WITHIN = re.compile(r"`((?:python (?:-m )?[^\s`]+|pcka (?:cka|doctor)|make|torchrun) [^`…]+)`")
+WITHIN = re.compile(
+    r"`((?:python (?:-m )?[^\s`]+|pcka (?:cka|doctor|epochs|grams|report)|make|torchrun) [^`…]+)`"
+)
 INLINE = sorted(
     (str(page.relative_to(ROOT)), " ".join(command.split()))
     for page in PAGES

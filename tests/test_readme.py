@@ -44,16 +44,18 @@ def test_the_examples_run():
     exec(functions, names)
 
 
-def test_the_example_of_the_analysis_runs(tmp_path, monkeypatch):
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.DOTALL
-    )
+def test_the_examples_of_the_analysis_run(tmp_path, monkeypatch):
+    matrix, grams = examples("docs/analysis.md")
     monkeypatch.chdir(tmp_path)
     names = {
         "model_a": create_model("resnet8", 10),
         "model_b": create_model("resnet14", 10),
         "loader": [(torch.randn(8, 3, 16, 16), torch.arange(8))] * 2,
     }
-    exec(example, names)
+    exec(matrix, names)
     assert names["table"].values.shape == (3, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"cka.png", "cka.csv"}
+    names["student_map"], names["teacher_map"] = torch.randn(2, 2, 4, 64, 48)
+    exec(grams, names)
+    assert names["pair"].student.shape == (12, 12)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"cka.png", "cka.csv", "grams.png"}

@@ -34,7 +34,8 @@ MODULES = {
     "pcka.checkpoint": "LoadReport extract_state_dict check_values",
     "pcka.losses": "Loss StagewiseLoss LogitLoss Term Outputs Context build names defaults "
     "register standardized_logits DegenerateLevelWarning",
-    "pcka.analysis": "cka_matrix CKATable MinibatchCKA find_layers layerwise_cka u_centered_gram",
+    "pcka.analysis": "cka_matrix CKATable MinibatchCKA find_layers layerwise_cka u_centered_gram "
+    "patch_grams sample_grams GramPair grams_figure",
 }
 MARK = re.compile(r"^<!-- site: (.+?) -->$", re.MULTILINE)
 LINK = re.compile(r"\[([^][]+)\]\(([^)\s:#]+)\)")

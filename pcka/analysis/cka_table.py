@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,24 +59,28 @@ class CKATable:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figures = optional_package("matplotlib.figure", "train")
+        return tables_figure({title: self}, name_a, name_b)
+
+    @property
+    def inches(self) -> tuple[float, float]:
+        """Width and height that its cells and names need."""
         rows, columns = self.values.shape
         sides = [max(2.5, _INCHES * min(count, _MOST_LABELS)) for count in (columns, rows)]
         longest = [max(map(len, names)) for names in (self.layers_a, self.layers_b)]
-        # Room for the names, which stand upright below, and for the scale.
-        size = sides[0] + 0.07 * longest[0] + 1.6, sides[1] + 0.07 * longest[1] + 0.9
-        figure = figures.Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
+        # Room for the names, which stand upright below.
+        return sides[0] + 0.07 * longest[0] + 0.5, sides[1] + 0.07 * longest[1] + 0.9
+
+    def draw(self, axes: Any, name_a: str, name_b: str, title: str) -> Any:
+        """Draw :meth:`figure` into axes of matplotlib; return what a colour bar is of."""
         image = axes.imshow(
             self.values.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="magma"
         )
         _label(axes.set_xticks, self.layers_b, rotation=90)
         _label(axes.set_yticks, self.layers_a)
         axes.set(xlabel=name_b, ylabel=name_a, title=title)
-        if max(rows, columns) <= _MOST_FIGURES:
+        if max(self.values.shape) <= _MOST_FIGURES:
             self._write_figures(axes)
-        figure.colorbar(image, ax=axes, label="CKA")
-        return figure
+        return image
 
     def _write_figures(self, axes: Any) -> None:
         for row, values in enumerate(self.values.tolist()):
@@ -84,6 +88,28 @@ class CKATable:
                 colour = "black" if value > 0.6 else "white"
                 style = {"ha": "center", "va": "center", "color": colour, "fontsize": "x-small"}
                 axes.text(column, row, f"{value:.2f}", **style)
+
+
+def tables_figure(tables: Mapping[str, CKATable], name_a: str, name_b: str) -> Any:
+    """Draw tables of one shape side by side, with one scale; see :meth:`CKATable.figure`.
+
+    Args:
+        tables: title -> table.
+        name_a: of the rows.
+        name_b: of the columns.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figures = optional_package("matplotlib.figure", "train")
+    sizes = [table.inches for table in tables.values()]
+    size = sum(width for width, _ in sizes) + 1.1, max(height for _, height in sizes)
+    figure = figures.Figure(figsize=size, layout="constrained")
+    row = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (title, table) in zip(row, tables.items()):
+        image = table.draw(axes, name_a, name_b, title)
+    figure.colorbar(image, ax=list(row), label="CKA")
+    return figure
 
 
 def _label(set_ticks: Callable[..., object], names: Sequence[str], **style: Any) -> None:

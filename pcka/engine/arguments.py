@@ -50,6 +50,13 @@ def add_runs(parser: argparse.ArgumentParser, *, seeds: Sequence[int], output: s
     )
 
 
+def positive(text: str) -> int:
+    """The type of an option that takes a number of things."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 class Answer(argparse.Action):
     """An option that prints a text and ends, as ``--help`` does; ``const`` makes the text."""
 

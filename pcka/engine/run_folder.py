@@ -19,6 +19,7 @@ from pcka.files import atomic_save, atomic_write
 logger = logging.getLogger("pcka")
 
 CHECKPOINT = "checkpoint.pth"
+KEPT = "epochs"  # folder of the students of single epochs
 
 
 class RunFolder:
@@ -27,7 +28,8 @@ class RunFolder:
     A run's folder holds ``config.yaml``, ``classes.txt`` (in the order of the logits),
     ``environment.json``, ``log.txt``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.pth`` (to
     continue from), ``model_last.pth`` and ``model_best.pth`` (the bare student), ``model_ema.pth``
-    (where its weights are averaged) and, when finished, ``result.json`` and ``curves.png``.
+    (where its weights are averaged), the students of single epochs in ``epochs/`` (where they are
+    kept) and, when finished, ``result.json`` and ``curves.png``.
 
     Args:
         directory: made where it is missing.
@@ -60,6 +62,7 @@ class RunFolder:
                 "it with --resume, or choose another OUTPUT_DIR"
             )
         remove_temporaries(self.directory)
+        remove_temporaries(self.directory / KEPT)
         self._log = logging.FileHandler(self.directory / "log.txt")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.logger = logging.LoggerAdapter(logger, {"run": self})
@@ -101,6 +104,16 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._tensorboard = SummaryWriter(self.directory / "tensorboard", purge_step=epochs + 1)
 
+    def start_kept(self, epochs: int) -> None:
+        """Remove the students of epochs that will be trained anew: all but the first ``epochs``."""
+        for epoch, path in kept_students(self.directory).items():
+            if epoch > epochs or epochs == 0:
+                path.unlink()
+
+    def keep(self, student: nn.Module, epoch: int) -> None:
+        """Write the student of an epoch, ``epochs/0010.pth``, which stays."""
+        save_student(student, self.directory / KEPT / f"{epoch:04d}.pth")
+
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append one epoch to ``metrics.jsonl`` and TensorBoard."""
         with self.metrics.open("a") as file:
@@ -132,6 +145,12 @@ class RunFolder:
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file, never half."""
         write_text(self.directory / name, json.dumps(content, indent=2) + "\n")
+
+
+def kept_students(directory: Path) -> dict[int, Path]:
+    """Epoch -> weights of the students that a run kept (``KEEP_EVERY``), the first one first."""
+    files = (directory / KEPT).glob("*.pth")
+    return dict(sorted((int(path.stem), path) for path in files if path.stem.isdecimal()))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -127,6 +127,19 @@ def test_without_the_trainers_the_command_says_how_to_get_them(monkeypatch):
         cli.main(["cka"])
 
 
+def test_a_detectors_run_without_detectron2_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}")
+
+    def lack(name):
+        assert name == "detection.grams"
+        raise ModuleNotFoundError("no", name="detectron2")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lack)
+    with pytest.raises(ImportError, match=r"detectron2; run pip install .*install_detectron2\.py"):
+        cli.main(["grams", "--taps", "p3", "--", str(tmp_path)])
+
+
 def test_every_subcommand_has_its_module():
-    assert set(cli.COMMANDS) == {"cka", "doctor", "report"}
+    assert set(cli.COMMANDS) == {"cka", "doctor", "epochs", "grams", "report"}
+    assert cli.OF_DETECTORS.keys() < cli.COMMANDS.keys()
     assert cka_map.main.__module__ == cli.COMMANDS["cka"][0]

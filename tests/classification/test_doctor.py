@@ -190,6 +190,21 @@ def test_a_disk_too_small_is_named(setup, monkeypatch):
     assert status == FAIL and "make room, or choose another OUTPUT_DIR" in text
 
 
+def test_the_students_that_a_run_keeps_count_for_the_disk(setup, monkeypatch):
+    examination = Examination(setup / "config.yaml", ["SOLVER.EPOCHS", "3"], "")
+    examine(examination.checks())
+    monkeypatch.setattr(doctor, "check_disk", lambda _, needed: needed)
+    needed = []
+    for every in (0, 1, 2):
+        examination._cfg = examination.cfg.clone()
+        examination.cfg.defrost()
+        examination.cfg.KEEP_EVERY = every
+        needed.append(examination.check_room())
+    student = sum(t.nbytes for t in create_model("resnet8", 4).state_dict().values())
+    assert needed[1] - needed[0] == 4 * student  # epochs 0, 1, 2, 3
+    assert needed[2] - needed[0] == 3 * student  # 0, 2, 3
+
+
 def test_a_folder_that_holds_a_run_is_named(setup):
     (setup / "run").mkdir()
     (setup / "run" / "checkpoint.pth").touch()

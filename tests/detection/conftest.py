@@ -23,7 +23,8 @@ import detection.fcos
 import detection.gfl
 import detection.meta_arch
 import detection.reppoints  # noqa: F401  (they register themselves)
-from detection.config import PROJECT, load_config
+from detection import train_net
+from detection.config import PROJECT, build_student, load_config, teacher_config
 from detection.data.digits import digits_scenes
 
 DIGITS = PROJECT / "configs" / "detection" / "digits"
@@ -114,6 +115,23 @@ def arguments(small_arguments):
         return ["--config-file", file, *flags, *small_arguments(*keys)]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def taught_run(tmp_path_factory, arguments):
+    """The folder of a run that wrote its report, from a teacher in the file beside it."""
+    folder = tmp_path_factory.mktemp("reported")
+    weights = folder / "teacher.pth"
+    # Wider, so that there are adapters; without norms, which maps of one pixel do not take.
+    teacher = str(["MODEL.FPN.OUT_CHANNELS", 40, "MODEL.RETINANET.NORM", ""])
+    keys = ["DISTILL.TEACHER.WEIGHTS", str(weights), "DISTILL.TEACHER.OPTS", teacher]
+    words = arguments(folder / "run", 4, *keys)
+    cfg = load_config(words[1], words[2:])
+    torch.manual_seed(0)
+    torch.save({"model": build_student(teacher_config(cfg)).state_dict()}, weights)
+    more = "REPORT", "True", "DISTILL.LOG_PERIOD", "2", "SOLVER.STEPS", "[3, 9]"
+    train_net.main([*words, *more])
+    return folder / "run"
 
 
 @pytest.fixture

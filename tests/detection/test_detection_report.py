@@ -6,30 +6,17 @@ import json
 import re
 
 import pytest
-import torch
 
 from detection import report, train_net
 from detection.config import build_student, load_config, teacher_config
 from detection.figures import read_metrics
 from pcka.engine.config import ConfigError
 
-# Without norms, which maps of one pixel do not take.
-TEACHER = str(["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RETINANET.NORM", ""])
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, arguments):
+def run(taught_run):
     """The folder of a run that wrote its report, from a teacher in a file."""
-    folder = tmp_path_factory.mktemp("reported")
-    weights = folder / "teacher.pth"
-    keys = {"DISTILL.TEACHER.WEIGHTS": str(weights), "DISTILL.TEACHER.OPTS": TEACHER}
-    words = arguments(folder / "run", 4, *(word for pair in keys.items() for word in pair))
-    cfg = load_config(words[1], words[2:])
-    torch.manual_seed(0)
-    torch.save({"model": build_student(teacher_config(cfg)).state_dict()}, weights)
-    keys = "REPORT", "True", "DISTILL.LOG_PERIOD", "2", "SOLVER.STEPS", "[3, 9]"
-    train_net.main([*words, *keys])
-    return folder / "run"
+    return taught_run
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +52,9 @@ def test_the_page_holds_pictures_and_warnings(run, data):
     page = (run / "report.html").read_text()
     for title in ("RetinaNet on", "Weighted loss terms", "AP by class", "Hits and misses", "Cost"):
         assert title in page
+    assert "Grams of the levels" in page and "There are none" not in page
     assert not re.findall(r'src="(?!data:)', page)
-    assert page.count("data:image/png") == 1  # photographs
+    assert page.count("data:image/png") == 2  # photographs, of which the Grams have one
     assert any("does not fall at 9" in text for text in data["warnings"])
     assert any("finds next to nothing" in text for text in data["warnings"])
 
