@@ -6,13 +6,15 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-# Subcommand -> module whose ``main`` it is, and what it does.
+# Subcommand -> module whose ``main`` it is, and what it does. A star is the trainer that the
+# configuration file is for.
 COMMANDS = {
     "cka": ("classification.cka_map", "CKA of all layers of two classifiers"),
     "report": ("classification.report", "what came of a classifier's run, as a page"),
-    "doctor": ("classification.doctor", "will this machine, and this configuration, train?"),
+    "doctor": ("*.doctor", "will this machine, and this configuration, train?"),
 }
 
 
@@ -32,7 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> object:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     given = parser.parse_args(arguments)
-    return _imported(COMMANDS[given.command][0]).main(given.arguments)
+    return _imported(module_of(given.command, given.arguments)).main(given.arguments)
+
+
+def module_of(command: str, arguments: Sequence[str]) -> str:
+    """Return the module of a subcommand, by the configuration file among its arguments.
+
+    Raises:
+        ConfigError: a file that is for no trainer.
+    """
+    name, _ = COMMANDS[command]
+    parser = argparse.ArgumentParser(f"pcka {command}", add_help=False)
+    parser.add_argument("--config-file")
+    file = parser.parse_known_args(arguments)[0].config_file
+    if "*" not in name or not file:
+        return name.replace("*", "classification")
+    return name.replace("*", _imported("pcka.engine.trainers").trainer_of(Path(file), arguments))
 
 
 def script() -> NoReturn:

@@ -159,7 +159,8 @@ def check_command(words: list[str]) -> None:
             ["python", parsed.value.given.training_script, *parsed.value.given.training_script_args]
         )
     elif program == "pcka":
-        check_module(cli.COMMANDS[rest[0]][0], rest[1:])
+        files = [named(word, DIGITS) if word.endswith(".yaml") else word for word in rest]
+        check_module(cli.module_of(rest[0], files[1:]), rest[1:])
     elif program == "python":
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py").replace("/", ".")
         check_module(module, rest[2:] if rest[0] == "-m" else rest[1:])

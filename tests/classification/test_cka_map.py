@@ -129,4 +129,9 @@ def test_without_the_trainers_the_command_says_how_to_get_them(monkeypatch):
 
 def test_every_subcommand_has_its_module():
     assert set(cli.COMMANDS) == {"cka", "doctor", "report"}
-    assert cka_map.main.__module__ == cli.COMMANDS["cka"][0]
+    assert cka_map.main.__module__ == cli.module_of("cka", [])
+    assert cli.module_of("doctor", []) == "classification.doctor"
+    for trainer in ("classification", "detection"):
+        file = next((ROOT / "configs" / trainer).glob("digits/*.yaml"))
+        given = ["SEED", "1", "--config-file", str(file)]
+        assert cli.module_of("doctor", given) == f"{trainer}.doctor"
