@@ -318,6 +318,18 @@ def test_a_teacher_of_other_classes_or_without_its_head_teaches_by_its_maps(setu
     assert found["models and levels"][0] == PASS
 
 
+@pytest.mark.parametrize("form", ["VOC", "YOLO"])
+def test_boxes_of_other_formats_are_converted_aside(
+    small_arguments, own_boxes, own_keys, tmp_path, form
+):
+    aside, run = tmp_path / "aside", tmp_path / "run"
+    keys = small_arguments("OUTPUT_DIR", str(run), *own_keys(form, own_boxes(form)))
+    checks = Examination(str(DIGITS / "student.yaml"), keys, aside).checks()
+    found = {what: status for what, status, _ in examine(checks[:3])}
+    assert found["data"] == PASS and not run.exists()
+    assert len(list((aside / "annotations").iterdir())) == 2
+
+
 def test_a_student_without_teacher(findings_of):
     found = findings_of(config="student")
     assert found["teacher"] == (PASS, "none: the student learns without one")
