@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import classification  # noqa: F401  (answers --help, before what takes seconds to import)
+
+# isort: split
+
 import argparse
 import logging
 import tempfile

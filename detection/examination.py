@@ -167,7 +167,7 @@ class Examination:
         learns = "label images" if student_architecture(cfg) == SEGMENTER else _counted(train)
         text = (
             f"{len(train)} images with {learns} to train on, {len(self._test)} to evaluate on, of "
-            f"{classes} classes"
+            f"{classes} class{'es' * (classes != 1)}"
         )
         if not self._test:
             return Verdict(WARN, f"{text}; DATASETS.TEST is empty: nothing is evaluated")
