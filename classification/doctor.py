@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Finding]:
     checks = machine_checks()
     pair = given.data, given.student, given.teacher, given.weights
     if any((given.config_file, *pair, given.method, given.overrides)):
-        checks += Examination(lambda: _config_of(given)).checks()
+        checks += Examination(lambda: _config_of(given), proposes=not given.config_file).checks()
     return conclude(checks)
 
 
@@ -78,11 +78,14 @@ class Examination:
     """Checks of a configuration; each one needs what those before it found.
 
     Args:
-        load: returns the configuration; what it logs is told.
+        load: returns the configuration.
+        proposes: and logs what of it is proposed, which is told.
     """
 
-    def __init__(self, load: Callable[[], CfgNode]) -> None:
+    def __init__(self, load: Callable[[], CfgNode], *, proposes: bool = False) -> None:
         self._load = load
+        self._proposes = proposes
+        self._notes: list[str] = []
         self._cfg: CfgNode | None = None
         self._sets: tuple[ImageSet, ImageSet] | None = None
         self._sample: ImageSet | None = None
@@ -92,8 +95,10 @@ class Examination:
 
     def checks(self) -> list[tuple[str, Check]]:
         """In the order in which they are to be made."""
+        proposal = ("proposal", self._needing("configuration", self.show_proposal))
         return [
             ("configuration", self.check_configuration),
+            *([proposal] * self._proposes),
             ("models and taps", self._needing("configuration", self.check_models)),
             ("data", self._needing("configuration", self.check_data)),
             ("student's pixels", self._needing("data", self.check_student_pixels)),
@@ -133,7 +138,7 @@ class Examination:
 
     def check_configuration(self) -> Verdict:
         """Keys and values, the device, and an output folder without a run."""
-        with messages_of(logger, logging.INFO) as notes:
+        with messages_of(logger, logging.INFO) as self._notes:
             cfg = self._load()
         choose_device(cfg.DEVICE)
         self._cfg = cfg
@@ -143,8 +148,11 @@ class Examination:
                 f"OUTPUT_DIR: {cfg.OUTPUT_DIR!r} holds a run; --resume goes on with it, or choose "
                 "another folder",
             )
-        text = f"{', '.join(cfg.DISTILL.METHODS)} into {cfg.OUTPUT_DIR}"
-        return Verdict(PASS, "; ".join([text, *notes]))
+        return Verdict(PASS, f"{', '.join(cfg.DISTILL.METHODS)} into {cfg.OUTPUT_DIR}")
+
+    def show_proposal(self) -> Verdict:
+        """What a training would log of the settings that nobody gave."""
+        return Verdict(PASS, "; ".join(self._notes))
 
     def check_models(self) -> Verdict:
         """Both models can be made, weights are there, and losses find their taps."""

@@ -160,9 +160,8 @@ class Examination:
             _check_files(key, entries)
         classes = _check_classes(cfg)
         with lent_random_states():
-            for training, entries in ((False, self._test), (True, train)):
-                read = make_mapper(cfg, training=training)
-                self._batch = [read(entry) for entry in _spaced(entries, DECODED)]
+            _decoded(cfg, self._test, training=False)
+            self._batch = _decoded(cfg, train, training=True)
         self._train = train
         learns = "label images" if student_architecture(cfg) == SEGMENTER else _counted(train)
         text = (
@@ -316,6 +315,12 @@ def _level_shapes(
     theirs = model.distiller.observe_teacher(images, canvas)
     assert theirs is not None
     return {level: (ours[level].shape[1:], theirs.feature(level).shape[1:]) for level in ours}
+
+
+def _decoded(cfg: CfgNode, entries: Entries, *, training: bool) -> list[dict[str, Any]]:
+    """Some entries as a model takes them."""
+    read = make_mapper(cfg, training=training)
+    return [read(entry) for entry in _spaced(entries, DECODED)]
 
 
 def _check_files(key: str, entries: Entries) -> None:

@@ -251,8 +251,8 @@ def test_a_folder_and_two_names_are_looked_at_as_they_would_be_trained(setup, mo
     after = sorted(path for path in setup.rglob("*") if "__pycache__" not in str(path))
     assert after == before
     assert {status for status, _ in found.values()} <= {PASS, WARN}
-    told = found["configuration"][1]
-    assert told.startswith(f"CE, KD, FCKA into {setup / 'run'}; ")
+    assert found["configuration"] == (PASS, f"CE, KD, FCKA into {setup / 'run'}")
+    told = found["proposal"][1]
     assert "; data: 16 images of 4 classes; " in told
     assert "training: SOLVER.EPOCHS 100" in told and "method: kd_fcka" in told
     assert "reaches 100.00 % on 80 evaluation images" in found["teacher"][1]
