@@ -48,6 +48,14 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in OUTPUT_DIR, or start it"
     )
+    _add_method(parser)
+    parser.add_argument(
+        "--show-taps", action="store_true", help="print the taps of both models, and end"
+    )
+    return parser
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="",
@@ -55,10 +63,6 @@ def train_parser() -> argparse.ArgumentParser:
         help="what to train by: a name that --list prints (default: what the file says, or ce; "
         "with --data and --teacher kd_fcka)",
     )
-    parser.add_argument(
-        "--show-taps", action="store_true", help="print the taps of both models, and end"
-    )
-    return parser
 
 
 def _add_pair(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +149,26 @@ def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def doctor_parser() -> argparse.ArgumentParser:
+    """The command line of ``pcka doctor``, but for detectors and segmenters."""
+    parser = config_arguments(
+        "Will this machine, and this configuration, train? A line for each thing that is looked "
+        "at: ok, warn or FAIL with the way out, or - where it could not be looked at. The file may "
+        "be a detector's or a segmenter's as well, with KEY VALUE pairs alone beside it.",
+        "pcka doctor",
+        f"pcka doctor --config-file {DIGITS} --method kd_fcka",
+        "pcka doctor --data flowers --teacher torchvision/resnet34 \\\n"
+        "    --student torchvision/mobilenet_v3_small",
+        "pcka doctor --config-file configs/detection/digits/pcka.yaml \\\n"
+        "    DISTILL.TEACHER.WEIGHTS teacher.pth",
+        required=False,
+    )
+    parser.prog = "pcka doctor"
+    _add_pair(parser)
+    _add_method(parser)
+    return parser
+
+
 def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
@@ -201,6 +225,7 @@ PARSERS = {
     "train": train_parser,
     "compare": compare_parser,
     "evaluate": evaluate_parser,
+    "doctor": doctor_parser,
     "report": report_parser,
     "export": export_parser,
     "demo": demo_parser,

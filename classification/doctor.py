@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import statistics
+import classification  # noqa: F401  (answers --help, before what takes seconds to import)
+
+# isort: split
+
+import argparse
+import logging
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
 
-from classification.arguments import config_arguments
+from classification.arguments import doctor_parser
 from classification.config import doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy, is_guessing
 from classification.models import has_own_weights, named_model, without_weights
 from classification.models.taps import extra_taps, model_taps, tap_shapes
+from classification.pair import pair_settings
 from classification.pixel_checks import check_channels, check_normalisation
 from classification.run import Run, check_run, losses_of, untrained_pair
 from classification.teacher import PREFLIGHT_POINTS, Teacher, prepare_teacher, teacher_run
 from classification.trainer import Trainer
-from pcka.analysis.memory import peak_growth
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.doctor import (
@@ -36,17 +38,20 @@ from pcka.engine.doctor import (
     Finding,
     Verdict,
     check_disk,
-    examine,
+    conclude,
     machine_checks,
-    screen,
+    messages_of,
+    needing,
 )
 from pcka.engine.environment import choose_device
 from pcka.engine.preflight import is_constant
 from pcka.engine.run_folder import CHECKPOINT
+from pcka.engine.step_cost import seconds_of, step_cost, tensor_bytes
+
+logger = logging.getLogger("pcka")
 
 SAMPLE = 512  # evaluation images that the teacher is tried on
 DECODED = 32  # images that are looked at
-TIMED_STEPS = 5  # after one that warms up
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Finding]:
@@ -55,34 +60,32 @@ def main(arguments: Sequence[str] | None = None) -> list[Finding]:
     Raises:
         SystemExit: with 1, where a check failed.
     """
-    parser = config_arguments("Will this machine, and this configuration, train?", required=False)
-    parser.prog = "pcka doctor"
-    parser.add_argument("--method", default="", metavar="M", help="what is to be trained by")
-    given = parser.parse_intermixed_args(arguments)
+    given = doctor_parser().parse_intermixed_args(arguments)
     checks = machine_checks()
-    if given.config_file:
-        checks += Examination(given.config_file, given.overrides, given.method).checks()
-    findings = examine(checks)
-    print(screen(findings))
-    failed = sum(finding.status == FAIL for finding in findings)
-    warned = sum(finding.status == WARN for finding in findings)
-    print(f"\n{failed} of {len(findings)} checks failed, {warned} warn")
-    if failed:
-        raise SystemExit(1)
-    return findings
+    pair = given.data, given.student, given.teacher, given.weights
+    if any((given.config_file, *pair, given.method, given.overrides)):
+        checks += Examination(lambda: _config_of(given), proposes=not given.config_file).checks()
+    return conclude(checks)
+
+
+def _config_of(given: argparse.Namespace) -> CfgNode:
+    """The configuration that the arguments name, or propose, as for a training."""
+    settings, method = pair_settings(given, given.overrides, given.method)
+    return load_config(settings, given.overrides, method)
 
 
 class Examination:
     """Checks of a configuration; each one needs what those before it found.
 
     Args:
-        config_file: as :func:`classification.config.load_config` takes it.
-        overrides: likewise.
-        method: likewise.
+        load: returns the configuration.
+        proposes: and logs what of it is proposed, which is told.
     """
 
-    def __init__(self, config_file: str | Path, overrides: Sequence[str], method: str) -> None:
-        self._given = config_file, overrides, method
+    def __init__(self, load: Callable[[], CfgNode], *, proposes: bool = False) -> None:
+        self._load = load
+        self._proposes = proposes
+        self._notes: list[str] = []
         self._cfg: CfgNode | None = None
         self._sets: tuple[ImageSet, ImageSet] | None = None
         self._sample: ImageSet | None = None
@@ -92,8 +95,10 @@ class Examination:
 
     def checks(self) -> list[tuple[str, Check]]:
         """In the order in which they are to be made."""
+        proposal = ("proposal", self._needing("configuration", self.show_proposal))
         return [
             ("configuration", self.check_configuration),
+            *([proposal] * self._proposes),
             ("models and taps", self._needing("configuration", self.check_models)),
             ("data", self._needing("configuration", self.check_data)),
             ("student's pixels", self._needing("data", self.check_student_pixels)),
@@ -107,13 +112,11 @@ class Examination:
     def _needing(self, what: str, check: Check) -> Check:
         """The check, where what it needs was found."""
 
-        def guarded() -> Verdict:
+        def found() -> object:
             there = {"configuration": self._cfg, "data": self._sample, "step": self._trainer}
-            if there[what] is None:
-                return Verdict(SKIP, f"not looked at: needs the {what}")
-            return check()
+            return there[what]
 
-        return guarded
+        return needing(what, found, check)
 
     @property
     def cfg(self) -> CfgNode:
@@ -135,7 +138,8 @@ class Examination:
 
     def check_configuration(self) -> Verdict:
         """Keys and values, the device, and an output folder without a run."""
-        cfg = load_config(*self._given)
+        with messages_of(logger, logging.INFO) as self._notes:
+            cfg = self._load()
         choose_device(cfg.DEVICE)
         self._cfg = cfg
         if Path(cfg.OUTPUT_DIR, CHECKPOINT).exists():
@@ -145,6 +149,10 @@ class Examination:
                 "another folder",
             )
         return Verdict(PASS, f"{', '.join(cfg.DISTILL.METHODS)} into {cfg.OUTPUT_DIR}")
+
+    def show_proposal(self) -> Verdict:
+        """What a training would log of the settings that nobody gave."""
+        return Verdict(PASS, "; ".join(self._notes))
 
     def check_models(self) -> Verdict:
         """Both models can be made, weights are there, and losses find their taps."""
@@ -266,32 +274,23 @@ class Examination:
             trainer.read_losses()  # waits for the device
 
         step()
-        seconds = statistics.median(_seconds(step) for _ in range(TIMED_STEPS))
+        cost = step_cost(step, device)
         pixels = pixel_statistics(cfg.STUDENT).to(device)
         sample = self.sets[1]
-        evaluating = _seconds(lambda: accuracy(trainer.distiller.student, pixels, sample))
+        evaluating = seconds_of(lambda: accuracy(trainer.distiller.student, pixels, sample))
         assert self._sets is not None
         evaluating *= len(self._sets[1]) / len(sample)
-        epoch = seconds * trainer.steps_per_epoch + evaluating / cfg.EVAL_EVERY
-        peak = peak_growth(step, device)
-        text = (
-            f"{1e3 * seconds:.0f} ms and {peak / 2**20:.0f} MiB a step; {_duration(epoch)} an "
-            f"epoch, {_duration(epoch * cfg.SOLVER.EPOCHS)} the run"
-        )
-        if self._is_stand_in:
-            text += ", beside the teacher's training"
-        if peak > 0.9 * (total := _memory(device)):
-            return Verdict(
-                WARN, f"{text}; of {total / 2**20:.0f} MiB in all: lower SOLVER.BATCH_SIZE"
-            )
-        return Verdict(PASS, text)
+        epoch = cost.seconds * trainer.steps_per_epoch + evaluating / cfg.EVAL_EVERY
+        spans = {"an epoch": epoch, "the run": epoch * cfg.SOLVER.EPOCHS}
+        status, text = cost.verdict(spans, device, "SOLVER.BATCH_SIZE")
+        return Verdict(status, text + ", beside the teacher's training" * self._is_stand_in)
 
     def check_room(self) -> Verdict:
         """Free disk for the run's checkpoints, of which one more is there while it is written."""
-        student = _bytes(self.trainer.distiller.student.state_dict())
+        student = tensor_bytes(self.trainer.distiller.student.state_dict())
         every, epochs = self.cfg.KEEP_EVERY, self.cfg.SOLVER.EPOCHS
         kept = len({*range(0, epochs, every), epochs}) if every else 0
-        needed = (2 + kept) * student + 2 * _bytes(self.trainer.state())
+        needed = (2 + kept) * student + 2 * tensor_bytes(self.trainer.state())
         return check_disk(self.cfg.OUTPUT_DIR, needed)
 
     def _with_weights(self, cfg: CfgNode, folder: Path) -> CfgNode:
@@ -327,35 +326,6 @@ def _spaced(data: ImageSet, images: int) -> ImageSet:
 def _endless(trainer: Trainer) -> Any:
     while True:
         yield from trainer.batches()
-
-
-def _seconds(call: Any) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of the device, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _bytes(value: object) -> int:
-    """Of all tensors in nested containers."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 if __name__ == "__main__":

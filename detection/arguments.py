@@ -82,6 +82,20 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def doctor_parser() -> argparse.ArgumentParser:
+    """The command line of ``pcka doctor`` for detectors and segmenters."""
+    parser = command_parser(
+        "Will this machine, and this configuration of a detector or segmenter, train? A line for "
+        "each thing that is looked at: ok, warn or FAIL with the way out, or - where it could not "
+        "be looked at.",
+        f"pcka doctor --config-file {DIGITS}/pcka.yaml DISTILL.TEACHER.WEIGHTS teacher.pth",
+    )
+    parser.prog = "pcka doctor"
+    parser.add_argument("--config-file", metavar="F", required=True, help="YAML configuration")
+    _add_pairs(parser, "overrides")
+    return parser
+
+
 def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
@@ -120,6 +134,7 @@ PARSERS = {
     "train_net": train_parser,
     "compare": compare_parser,
     "export": export_parser,
+    "doctor": doctor_parser,
     "report": report_parser,
     "demo": demo_parser,
 }

@@ -92,8 +92,7 @@ class DistilledDetector(nn.Module):
         if not cfg.DISTILL.METHODS:
             return {"student": student, "teacher": None, "losses": [], "levels": {}}
         pixels = names_pixels(cfg.DISTILL.LEVELS)
-        with_head = cfg.DISTILL.TEACHER.HEAD or pixels or needs_head(cfg.DISTILL.METHODS)
-        teacher = build_teacher(cfg, with_head=with_head)
+        teacher = build_teacher(cfg, with_head=has_head(cfg))
         shapes = student.backbone.output_shape()
         teacher_shapes = cast(TeacherBackbone, teacher.model).output_shape()
         if pixels:
@@ -174,6 +173,16 @@ class DistilledDetector(nn.Module):
                     features[LEVEL] = head.features
                 student = replace(student, head=head, features=features)
         self.distiller.prepare_for(student, teacher)
+
+
+def has_head(cfg: CfgNode) -> bool:
+    """Whether a run's teacher has its head.
+
+    Raises:
+        ConfigError: a name that no loss has.
+    """
+    keys = cfg.DISTILL
+    return keys.TEACHER.HEAD or names_pixels(keys.LEVELS) or needs_head(keys.METHODS)
 
 
 def check_exportable(cfg: CfgNode) -> None:

@@ -11,13 +11,28 @@ from detectron2.modeling import BACKBONE_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.utils import comm
 
 import detection.backbones  # noqa: F401  (registers itself)
-from detection.config import DISTILLED, registered, student_architecture
+from detection.config import DISTILLED, load_config, registered, student_architecture
 from detection.data.targets import SEGMENTERS
+from detection.schedule import schedule_doubts
 from pcka.engine.config import ConfigError
+from pcka.engine.distill import check_methods
 
 logger = logging.getLogger("detectron2.pcka")
 
 AT_LEAST_1 = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.IMS_PER_BATCH")
+
+
+def read_run(config_file: str, overrides: list[str]) -> CfgNode:
+    """Return the configuration of a run, on a device that is there; refuse it as :func:`check_run`.
+
+    Args:
+        config_file: as of :func:`detection.config.load_config`.
+        overrides: likewise.
+    """
+    cfg = load_config(config_file, overrides)
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+    check_run(cfg)
+    return cfg
 
 
 def check_run(cfg: CfgNode) -> None:
@@ -28,11 +43,14 @@ def check_run(cfg: CfgNode) -> None:
     """
     if student_architecture(cfg) in SEGMENTERS:
         _check_segmenter(cfg)
+    check_methods(cfg.DISTILL.METHODS)
     registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     folder = Path(cfg.OUTPUT_DIR)
     if not cfg.OUTPUT_DIR or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"OUTPUT_DIR: expected a folder to write into, got {cfg.OUTPUT_DIR!r}")
     _check_numbers(cfg)
+    for doubt in schedule_doubts(cfg):
+        logger.warning(doubt)
     for key in ("PRECISE_BN", "AUG"):
         if cfg.TEST[key].ENABLED:
             raise ConfigError(f"TEST.{key}.ENABLED: not supported; set it to False")
@@ -76,13 +94,18 @@ def usable_device(name: str) -> str:
     return name
 
 
+def is_taught(cfg: CfgNode) -> bool:
+    """Whether a student learns from a teacher."""
+    return cfg.MODEL.META_ARCHITECTURE == DISTILLED and bool(cfg.DISTILL.METHODS)
+
+
 def check_teacher_file(cfg: CfgNode) -> None:
     """Refuse a teacher's file where the student's checkpoints are written; tell of a shared one.
 
     Raises:
         ConfigError: it lies in ``OUTPUT_DIR``, and would be replaced.
     """
-    if cfg.MODEL.META_ARCHITECTURE != DISTILLED or not cfg.DISTILL.METHODS:
+    if not is_taught(cfg):
         return
     path, folder = Path(cfg.DISTILL.TEACHER.WEIGHTS), Path(cfg.OUTPUT_DIR).resolve()
     if path.is_file() and folder in (path.parent.resolve(), path.resolve().parent):
@@ -106,11 +129,6 @@ def _check_numbers(cfg: CfgNode) -> None:
         raise ConfigError(
             f"DISTILL.LOG_PERIOD: expected steps, or 0 for never; got {cfg.DISTILL.LOG_PERIOD}"
         )
-    if (warmup := cfg.SOLVER.WARMUP_ITERS) >= cfg.SOLVER.MAX_ITER > 1:
-        logger.warning(
-            "SOLVER.WARMUP_ITERS: the rate rises over %d steps, and SOLVER.MAX_ITER ends the run "
-            "after %d, before it has its height; set fewer", warmup, cfg.SOLVER.MAX_ITER,
-        )  # fmt: skip
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(

@@ -40,6 +40,7 @@ from detection.levels import reads_levels
 from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, detections_figure
 from detection.pixel_pictures import pixels_figure
 from detection.preflight import usable_device
+from detection.schedule import schedule_doubts
 from detection.settings import CONFIG, RESULT
 from pcka.analysis.gram_figure import grams_figure
 from pcka.engine.command import run_command
@@ -218,18 +219,7 @@ def _measure(
 
 def run_doubts(cfg: CfgNode, results: Results) -> Iterator[str]:
     """Yield what of a finished run is probably not as it was meant, a sentence or two each."""
-    solver = cfg.SOLVER
-    unreached = [str(step) for step in solver.STEPS if step >= solver.MAX_ITER]
-    if unreached and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        yield (
-            f"SOLVER.STEPS: the rate does not fall at {', '.join(unreached)}, beyond "
-            f"SOLVER.MAX_ITER {solver.MAX_ITER}"
-        )
-    if solver.WARMUP_ITERS >= solver.MAX_ITER:
-        yield (
-            f"SOLVER.WARMUP_ITERS: the rate never reached its height in {solver.MAX_ITER} steps; "
-            f"the warm-up takes {solver.WARMUP_ITERS}"
-        )
+    yield from schedule_doubts(cfg)
     for task, metrics in results.items():
         value = metrics.get("AP")
         if value is not None and value < HARDLY:

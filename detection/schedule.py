@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier, WarmupParamScheduler, build_lr_scheduler
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
@@ -27,3 +29,20 @@ def build_schedule(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         keys.WARMUP_METHOD,
     )
     return LRMultiplier(optimizer, multiplier=warmed, max_iter=keys.MAX_ITER)
+
+
+def schedule_doubts(cfg: CfgNode) -> Iterator[str]:
+    """Yield what of a schedule is probably not meant, a sentence each."""
+    keys = cfg.SOLVER
+    unreached = [str(step) for step in keys.STEPS if step >= keys.MAX_ITER]
+    if unreached and keys.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        yield (
+            f"SOLVER.STEPS: the rate does not fall at {', '.join(unreached)}, beyond "
+            f"SOLVER.MAX_ITER {keys.MAX_ITER}"
+        )
+    if keys.WARMUP_ITERS >= keys.MAX_ITER > 1:
+        yield (
+            f"SOLVER.WARMUP_ITERS: the rate rises over {keys.WARMUP_ITERS} steps, and "
+            f"SOLVER.MAX_ITER ends the run after {keys.MAX_ITER}, before it has its height; set "
+            "fewer"
+        )

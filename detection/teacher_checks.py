@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import SemanticSegmentor
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from torch import Tensor, nn
 
@@ -25,6 +26,36 @@ logger = logging.getLogger("detectron2.pcka")
 TRIED_IMAGES = 16
 SAME_OBJECT = 0.5  # intersection over union
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
+
+
+def check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
+    """Try a teacher on a few images before a student learns from it.
+
+    Args:
+        teacher: of :func:`detection.teacher.build_teacher`, where it will run.
+        cfg: of the run.
+        dataset: of the run.
+
+    Returns:
+        What it finds in them, in words; "" where it has no head, or a random one.
+
+    Raises:
+        ConfigError: as :func:`check_features`, :func:`check_detections` and :func:`check_pixels`.
+    """
+    check_features(teacher, cfg, dataset)
+    detector = getattr(teacher.model, "detector", None)
+    if detector is None or cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
+        return ""
+    if gives_pixels(detector, dataset):
+        return check_pixels(teacher, cfg, dataset)
+    if isinstance(detector, SemanticSegmentor):  # and the set has boxes alone
+        return ""
+    return check_detections(teacher, cfg, dataset)
+
+
+def gives_pixels(detector: nn.Module, dataset: Entries) -> bool:
+    """Whether a detector gives classes of pixels, and the set has those to compare them with."""
+    return hasattr(detector, "sem_seg_head") and "sem_seg_file_name" in dataset[0]
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
@@ -83,7 +114,7 @@ def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> No
 
 
 @torch.no_grad()
-def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
+def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
     """Let a teacher with a head detect in a few images, and refuse one that finds no object.
 
     Args:
@@ -91,20 +122,25 @@ def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> 
         cfg: of the run; its images are read as for an evaluation.
         dataset: of the run; up to ``TRIED_IMAGES`` with objects are taken from all over it.
 
+    Returns:
+        How many it finds, in words.
+
     Raises:
         ConfigError: of none of their objects a box of the right class and half its overlap.
     """
     detect = cast(Any, teacher.model).detect
-    shown = _some([entry for entry in dataset if _objects(entry)])
+    shown = some([entry for entry in dataset if objects_of(entry)])
     found = asked = 0
     with lent_random_states():
         read = make_mapper(cfg, training=False)
         for entry in shown:
             given = read(entry)
             seen = detect(given["image"], given["height"], given["width"])
-            found += _found(seen.to("cpu"), _objects(entry))
-            asked += len(_objects(entry))
-    logger.info("The teacher finds %d of %d objects in %d images", found, asked, len(shown))
+            hits = found_objects(seen.to("cpu"), objects_of(entry))
+            found += int(hits.sum())
+            asked += len(hits)
+    told = f"finds {found} of {asked} objects in {len(shown)} images"
+    logger.info("The teacher %s", told)
     if asked and not found:
         wanted = cfg.DISTILL.TEACHER
         raise ConfigError(
@@ -112,10 +148,11 @@ def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> 
             f"in {len(shown)} images of DATASETS.TRAIN; were its classes, its anchors or its pixel "
             "statistics other ones?"
         )
+    return told
 
 
 @torch.no_grad()
-def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
+def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
     """Let a teacher give the classes of pixels in a few images, and refuse one that guesses.
 
     Args:
@@ -123,27 +160,21 @@ def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None
         cfg: of the run; its images are read as for an evaluation.
         dataset: of the run; up to ``TRIED_IMAGES`` are taken from all over it.
 
+    Returns:
+        Its mean intersection over union, in words.
+
     Raises:
         ConfigError: it gives other classes than the student has, or its mean intersection over
             union is no higher than that of the commonest class everywhere.
     """
     classify, labels = cast(Any, teacher.model).classify, Labels.of(cfg)
     counts = torch.zeros(labels.classes, labels.classes, dtype=torch.int64)  # truth, given
-    wanted, shown = cfg.DISTILL.TEACHER, _some(dataset)
+    wanted, shown = cfg.DISTILL.TEACHER, some(dataset)
     with lent_random_states():
         read = make_mapper(cfg, training=False)
         for entry in shown:
-            given = read(entry)
-            truth = torch.from_numpy(labels.read(entry["sem_seg_file_name"]).astype("int64"))
-            seen = classify(given["image"], *truth.shape).cpu()
-            counted = truth != labels.ignored
-            if (found := int(seen.max()) + 1) > labels.classes:
-                raise ConfigError(
-                    f"DISTILL.TEACHER: it gives a pixel the class {found - 1}, the student has "
-                    f"{labels.classes} classes; give both models the same"
-                )
-            pairs = truth[counted] * labels.classes + seen[counted]
-            counts += torch.bincount(pairs, minlength=counts.numel()).view_as(counts)
+            truth = read_truth(labels, entry)
+            counts += pixel_counts(classify(read(entry)["image"], *truth.shape), truth, labels)
     guess = torch.zeros_like(counts)
     guess[:, counts.sum(1).argmax()] = counts.sum(1)
     reached, guessed = (mean_iou(one) for one in (counts, guess))
@@ -154,6 +185,28 @@ def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None
             f"of DATASETS.TRAIN is {reached:.2f} %, and {guessed:.2f} % is reached by one class "
             "everywhere; were its classes or its pixel statistics other ones?"
         )
+    return f"has an mIoU of {reached:.2f} % in {len(shown)} images"
+
+
+def read_truth(labels: Labels, entry: dict[str, Any]) -> Tensor:
+    """The class of each pixel of an entry's image, ``(H, W)`` int64."""
+    return torch.from_numpy(labels.read(entry["sem_seg_file_name"]).astype("int64"))
+
+
+def pixel_counts(given: Tensor, truth: Tensor, labels: Labels) -> Tensor:
+    """Pixels by their true and their given class, ``(K, K)``.
+
+    Raises:
+        ConfigError: a class was given that the labels do not have.
+    """
+    given, counted = given.cpu(), truth != labels.ignored
+    if (found := int(given.max()) + 1) > labels.classes:
+        raise ConfigError(
+            f"DISTILL.TEACHER: it gives a pixel the class {found - 1}, the student has "
+            f"{labels.classes} classes; give both models the same"
+        )
+    pairs = truth[counted] * labels.classes + given[counted]
+    return torch.bincount(pairs, minlength=labels.classes**2).view(labels.classes, labels.classes)
 
 
 def mean_iou(counts: Tensor) -> float:
@@ -162,24 +215,31 @@ def mean_iou(counts: Tensor) -> float:
     Args:
         counts: ``(K, K)``, pixels by their true and their given class.
     """
+    found = class_ious(counts)
+    return float(100 * found.mean()) if len(found) else 0.0
+
+
+def class_ious(counts: Tensor) -> Tensor:
+    """Intersection over union of each class that is there, from 0 to 1; as :func:`mean_iou`."""
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     there = counts.sum(1) > 0
-    return float(100 * (counts.diagonal()[there] / union[there]).mean()) if there.any() else 0.0
+    return counts.diagonal()[there] / union[there]
 
 
-def _some(entries: Entries) -> Entries:
+def some(entries: Entries) -> Entries:
     """Up to ``TRIED_IMAGES``, from all over a set."""
     return entries[:: max(1, len(entries) // TRIED_IMAGES)][:TRIED_IMAGES]
 
 
-def _objects(entry: dict[str, Any]) -> list[dict[str, Any]]:
+def objects_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The annotations of an entry that a detector is to find."""
     return [one for one in entry.get("annotations", []) if not one.get("iscrowd", 0)]
 
 
-def _found(seen: Any, objects: list[dict[str, Any]]) -> int:
-    """How many objects have a detection of their class on them."""
+def found_objects(seen: Any, objects: list[dict[str, Any]]) -> Tensor:
+    """Which objects have a detection of their class on them, ``(M,)`` bool."""
     boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
     overlap = pairwise_iou(Boxes(torch.tensor(boxes, dtype=torch.float32)), seen.pred_boxes)
     classes = torch.tensor([one["category_id"] for one in objects])
     hits = (overlap >= SAME_OBJECT) & (classes[:, None] == seen.pred_classes)
-    return int(hits.any(1).sum())
+    return hits.any(1)

@@ -29,7 +29,7 @@ from detection.data import register_datasets
 from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
 from detection.launch import run
-from detection.preflight import check_run, check_teacher_file, usable_device
+from detection.preflight import check_teacher_file, read_run, usable_device
 from detection.settings import RESULT, check_resumed
 from detection.trainer import DetectionTrainer
 from pcka.engine.command import run_command
@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def configure(arguments: argparse.Namespace) -> CfgNode:
     """Return the frozen configuration of a run, with its data sets registered."""
-    cfg = load_config(arguments.config_file, arguments.opts)
-    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
-    check_run(cfg)
+    cfg = read_run(arguments.config_file, arguments.opts)
     if arguments.eval_only:  # leave the files of the run alone
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
     else:

@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, default_writers, hooks
 from detectron2.layers import ROIAlign, ROIAlignRotated
-from detectron2.modeling import SemanticSegmentor, build_model
+from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
@@ -20,21 +20,19 @@ from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
 from detection.config import DISTILLED, build_student, teacher_config
 from detection.data.loader import training_loader
-from detection.data.targets import Entries, check_test_sets, training_set
+from detection.data.targets import check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
 from detection.figures import MetricsState, RestoreMetrics, plot_run
 from detection.inherit import teacher_weights
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
 from detection.schedule import build_schedule
-from detection.teacher import TeacherDetector
-from detection.teacher_checks import check_detections, check_features, check_pixels
+from detection.teacher_checks import check_teacher
 from pcka.distributed import OWN_BUFFERS, average_buffers
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.inherit import inherit_weights
 from pcka.files import CheckpointError
-from pcka.teacher import FrozenTeacher
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -56,12 +54,13 @@ class DetectionTrainer(SimpleTrainer):
     Args:
         cfg: the run's configuration.
         resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
+        teacher_is_tried: by :func:`detection.teacher_checks.check_teacher`, and need not be again.
 
     Raises:
         ConfigError: a checkpoint that is damaged or of another configuration.
     """
 
-    def __init__(self, cfg: CfgNode, *, resume: bool) -> None:
+    def __init__(self, cfg: CfgNode, *, resume: bool, teacher_is_tried: bool = False) -> None:
         dataset = training_set(cfg)
         check_test_sets(cfg)
         if cfg.MODEL.META_ARCHITECTURE == DISTILLED:
@@ -88,8 +87,9 @@ class DetectionTrainer(SimpleTrainer):
         if not resumed and cfg.DISTILL.INHERIT:
             given = teacher_weights(student, teacher_config(cfg).MODEL.WEIGHTS)
             inherit_weights(student, given, cfg.DISTILL.INHERIT, logger)
-        if not resumed and isinstance(model, DistilledDetector) and model.teacher is not None:
-            _check_teacher(model.teacher, cfg, dataset)
+        teacher = model.teacher if isinstance(model, DistilledDetector) else None
+        if not resumed and not teacher_is_tried and teacher is not None:
+            check_teacher(teacher, cfg, dataset)
         start = found["iteration"] + 1 if resumed else 0
         if cfg.SOLVER.AMP.ENABLED:
             train_in_bfloat16(model)
@@ -180,17 +180,6 @@ class DetectionTrainer(SimpleTrainer):
         with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
         return without_nan(self.results)  # JSON, which the figures are written as, has no NaN
-
-
-def _check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
-    check_features(teacher, cfg, dataset)
-    whole = teacher.model
-    if not isinstance(whole, TeacherDetector) or cfg.DISTILL.TEACHER.RANDOM_WEIGHTS:
-        return
-    if hasattr(whole.detector, "sem_seg_head") and "sem_seg_file_name" in dataset[0]:
-        check_pixels(teacher, cfg, dataset)
-    elif not isinstance(whole.detector, SemanticSegmentor):
-        check_detections(teacher, cfg, dataset)
 
 
 class _AverageBuffers(HookBase):

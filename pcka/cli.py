@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Subcommand -> module whose ``main`` it is, and what it does.
+# Subcommand -> module whose ``main`` it is, and what it does. A star is the trainer that the
+# configuration file, or that of the run's folder, is for.
 COMMANDS = {
     "cka": ("classification.cka_map", "CKA of all layers of two classifiers"),
     "epochs": ("classification.epochs", "how the stages of a classifier came to be, over its run"),
-    "grams": ("classification.grams", "Grams of teacher and student, of a run of either kind"),
-    "report": ("classification.report", "what came of a classifier's run, as a page"),
-    "doctor": ("classification.doctor", "will this machine, and this configuration, train?"),
+    "grams": ("*.grams", "Grams of teacher and student, of a run of either kind"),
+    "report": ("*.report", "what came of a run, as a page"),
+    "doctor": ("*.doctor", "will this machine, and this configuration, train?"),
 }
-OF_DETECTORS = {"grams": "detection.grams"}  # subcommand -> module, where it is of such a run
 
 
 def main(arguments: Sequence[str] | None = None) -> object:
@@ -36,10 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> object:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     given = parser.parse_args(arguments)
-    module = COMMANDS[given.command][0]
-    if given.command in OF_DETECTORS and any(map(_is_detector, given.arguments)):
-        module = OF_DETECTORS[given.command]
-    return _imported(module).main(given.arguments)
+    return _imported(module_of(given.command, given.arguments)).main(given.arguments)
+
+
+def module_of(command: str, arguments: Sequence[str]) -> str:
+    """Return the module of a subcommand, by the configuration that its arguments name.
+
+    Raises:
+        ConfigError: a file that is for no trainer.
+    """
+    name, _ = COMMANDS[command]
+    if "*" not in name or (file := _configuration(arguments)) is None:
+        return name.replace("*", "classification")
+    return name.replace("*", _imported("pcka.engine.trainers").trainer_of(file, arguments))
+
+
+def _configuration(arguments: Sequence[str]) -> Path | None:
+    """The file of ``--config-file``, or that of a run's folder."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-file", type=Path)
+    if file := parser.parse_known_args(arguments)[0].config_file:
+        return file
+    of_folders = (Path(word, "config.yaml") for word in arguments)
+    return next((file for file in of_folders if file.is_file()), None)
 
 
 def script() -> NoReturn:
@@ -49,14 +68,6 @@ def script() -> NoReturn:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {_lacking(error)}")
     run_command(main)
-
-
-def _is_detector(word: str) -> bool:
-    """Whether a word is the folder of a detector's run."""
-    try:
-        return "META_ARCHITECTURE" in Path(word, "config.yaml").read_text()
-    except (OSError, ValueError):
-        return False
 
 
 def _imported(name: str) -> Any:

@@ -27,6 +27,7 @@ from detection.config import detection_config, load_config, section_defaults
 from pcka import cli, losses
 from pcka.engine.arguments import take_pairs
 from pcka.engine.config import flatten
+from pcka.engine.trainers import trainer_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
@@ -159,7 +160,9 @@ def check_command(words: list[str]) -> None:
             ["python", parsed.value.given.training_script, *parsed.value.given.training_script_args]
         )
     elif program == "pcka":
-        check_module(cli.COMMANDS[rest[0]][0], rest[1:])
+        files = [ROOT / named(word, DIGITS) for word in rest if word.endswith(".yaml")]
+        trainer = trainer_of(files[0]) if files else "classification"
+        check_module(cli.COMMANDS[rest[0]][0].replace("*", trainer), rest[1:])
     elif program == "python":
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py").replace("/", ".")
         check_module(module, rest[2:] if rest[0] == "-m" else rest[1:])

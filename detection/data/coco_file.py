@@ -145,7 +145,9 @@ def _check_files(where: str, pictures: list[dict[str, Any]], folder: Path) -> No
     missing = [n for n in names if n not in listed and not (folder / n).is_file()]
     if missing:
         counts = f"{len(missing)} of its {len(names)} images"
-        raise DamagedFileError(f"{where}: {counts} are not in {str(folder)!r}: {_listed(missing)}")
+        raise DamagedFileError(
+            f"{where}: {counts} are not in {str(folder)!r}: {first_names(missing)}"
+        )
 
 
 def _check_boxes(
@@ -167,7 +169,7 @@ def _check_boxes(
         )
     logger.warning(
         "%s: %d of its %d boxes have no area inside their image, and count as no object, in %s",
-        where, len(lost), len(placed), _listed(list(dict.fromkeys(lost))),
+        where, len(lost), len(placed), first_names(list(dict.fromkeys(lost))),
     )  # fmt: skip
 
 
@@ -181,7 +183,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _listed(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """The first few names of a list, for a message."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 

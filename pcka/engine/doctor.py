@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import platform
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +55,78 @@ class Finding(NamedTuple):
 Check = Callable[[], Verdict]
 
 
+def conclude(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
+    """Make the checks, print what they find and how many failed, and return the findings.
+
+    Raises:
+        SystemExit: with 1, where a check failed.
+    """
+    findings = examine(checks)
+    print(screen(findings))
+    failed = sum(finding.status == FAIL for finding in findings)
+    warned = sum(finding.status == WARN for finding in findings)
+    print(f"\n{failed} of {len(findings)} checks failed, {warned} warn")
+    if failed:
+        raise SystemExit(1)
+    return findings
+
+
+def needing(what: str, found: Callable[[], object], check: Check) -> Check:
+    """The check, which is made where what it needs was found before.
+
+    Args:
+        what: it needs.
+        found: returns that, or None.
+        check: to be made then.
+    """
+
+    def guarded() -> Verdict:
+        if found() is None:
+            return Verdict(SKIP, f"not looked at: needs the {what}")
+        return check()
+
+    return guarded
+
+
+def telling(check: Check, logger: logging.Logger, *categories: type[Warning]) -> Check:
+    """The check, whose verdict tells as well what a training would warn of.
+
+    Args:
+        check: that passes, or not.
+        logger: whose warnings are told, and shown nowhere else.
+        categories: of Python's warnings, likewise.
+    """
+
+    def told() -> Verdict:
+        with messages_of(logger) as logged, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            status, text = check()
+        doubts = logged + [str(w.message) for w in caught if issubclass(w.category, categories)]
+        if not doubts:
+            return Verdict(status, text)
+        return Verdict(WARN if status == PASS else status, "; ".join([text, *doubts]))
+
+    return told
+
+
+@contextmanager
+def messages_of(logger: logging.Logger, level: int = logging.WARNING) -> Iterator[list[str]]:
+    """Collect what a logger says, which is shown nowhere else meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    before = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(min(level, logger.getEffectiveLevel()))
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
+
+
 def examine(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
     """Make the checks one after the other; what a check raises is its verdict."""
     findings = []
@@ -77,14 +152,14 @@ def screen(findings: Iterable[Finding]) -> str:
     return "\n".join(lines)
 
 
-def machine_checks() -> list[tuple[str, Check]]:
-    """Of what is installed, and of the devices."""
+def machine_checks(*, for_detectors: bool = False) -> list[tuple[str, Check]]:
+    """Of what is installed, and of the devices; detectors cannot do without detectron2."""
     return [
         ("torch", check_torch),
         ("GPU", check_gpu),
         ("compiler", check_compiler),
         ("operators", check_operators),
-        ("detectron2", check_detectron2),
+        ("detectron2", lambda: check_detectron2(needed=for_detectors)),
     ]
 
 
@@ -163,10 +238,11 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
     return int(number[:-1]) == major and int(number[-1]) <= minor
 
 
-def check_detectron2() -> Verdict:
+def check_detectron2(*, needed: bool = False) -> Verdict:
     """Whether it is there for detection/, and can be imported beside the other packages."""
     if importlib.util.find_spec("detectron2") is None:
-        return Verdict(PASS, "not installed; detectors need it: python tools/install_detectron2.py")
+        text = "not installed; detectors need it: python tools/install_detectron2.py"
+        return Verdict(FAIL if needed else PASS, text)
     call = [sys.executable, "-c", _DETECTRON2_PROBE]
     ended = subprocess.run(call, capture_output=True, text=True)
     if ended.returncode != 0:
@@ -179,19 +255,22 @@ def check_detectron2() -> Verdict:
     return Verdict(PASS, f"{importlib.metadata.version('detectron2')}, imports")
 
 
-def check_disk(folder: str | Path, needed: int) -> Verdict:
+def check_disk(
+    folder: str | Path, needed: int, way_out: str = "make room, or choose another OUTPUT_DIR"
+) -> Verdict:
     """Whether there is room for what a run writes.
 
     Args:
         folder: that it is written into; it need not be there yet.
         needed: bytes.
+        way_out: what to do where there is no room.
     """
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     text = f"{_size(free)} free for {folder}, a run writes some {_size(needed)}"
     if free < needed:
-        return Verdict(FAIL, f"{text}; make room, or choose another OUTPUT_DIR")
+        return Verdict(FAIL, f"{text}; {way_out}")
     return Verdict(PASS if free > 2 * needed else WARN, text)
 
 

@@ -141,5 +141,16 @@ def test_a_detectors_run_without_detectron2_says_how_to_get_it(tmp_path, monkeyp
 
 def test_every_subcommand_has_its_module():
     assert set(cli.COMMANDS) == {"cka", "doctor", "epochs", "grams", "report"}
-    assert cli.OF_DETECTORS.keys() < cli.COMMANDS.keys()
-    assert cka_map.main.__module__ == cli.COMMANDS["cka"][0]
+    assert cka_map.main.__module__ == cli.module_of("cka", [])
+    for command in ("doctor", "grams", "report"):
+        assert cli.module_of(command, []) == f"classification.{command}"
+
+
+@pytest.mark.parametrize("trainer", ["classification", "detection"])
+def test_a_configuration_says_whose_subcommand_is_meant(trainer, tmp_path):
+    file = next((ROOT / "configs" / trainer).glob("digits/*.yaml"))
+    given = ["SEED", "1", "--config-file", str(file)]
+    assert cli.module_of("doctor", given) == f"{trainer}.doctor"
+    (tmp_path / "config.yaml").write_text(file.read_text())
+    for command in ("grams", "report"):
+        assert cli.module_of(command, ["--device", "cpu", str(tmp_path)]) == f"{trainer}.{command}"

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from classification import doctor
+from classification.config import load_config
 from classification.doctor import Examination
 from classification.evaluation import is_guessing
 from classification.models import create_model
@@ -89,7 +90,8 @@ def setup(tmp_path, monkeypatch):
 
 
 def findings_of(folder: Path, *overrides: object) -> dict[str, tuple[str, str]]:
-    examination = Examination(folder / "config.yaml", [str(word) for word in overrides], "")
+    file, words = folder / "config.yaml", [str(word) for word in overrides]
+    examination = Examination(lambda: load_config(file, words))
     return {what: (status, text) for what, status, text in examine(examination.checks())}
 
 
@@ -249,6 +251,43 @@ def test_the_command_prints_a_screen_and_ends_with_its_status(
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 100 for line in lines)
     assert lines[-1].endswith(f"{int(status or 0)} of 9 checks failed, 0 warn")
+
+
+def pair(folder: Path, *more: object) -> list[str]:
+    models = ["--teacher", "painted_for_doctor:Painted", "--student", "resnet8"]
+    weights = ["--weights", folder / "teacher.pth", "OUTPUT_DIR", folder / "run", "DEVICE", "cpu"]
+    return [str(word) for word in ("doctor", "--data", folder / "images", *models, *weights, *more)]
+
+
+def test_a_folder_and_two_names_are_looked_at_as_they_would_be_trained(setup, monkeypatch):
+    monkeypatch.setattr(doctor, "machine_checks", list)
+    before = sorted(path for path in setup.rglob("*") if "__pycache__" not in str(path))
+    found = {what: (status, text) for what, status, text in cli.main(pair(setup))}
+    after = sorted(path for path in setup.rglob("*") if "__pycache__" not in str(path))
+    assert after == before
+    assert {status for status, _ in found.values()} <= {PASS, WARN}
+    assert found["configuration"] == (PASS, f"CE, KD, FCKA into {setup / 'run'}")
+    told = found["proposal"][1]
+    assert "; data: 16 images of 4 classes; " in told
+    assert "training: SOLVER.EPOCHS 100" in told and "method: kd_fcka" in told
+    assert "reaches 100.00 % on 80 evaluation images" in found["teacher"][1]
+    assert ", fcka_" in found["a step"][1]
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "message"),
+    [
+        (["doctor", "--data", "{}/images"], "configuration", "--student: expected --config-file"),
+        (["doctor", "--data", "{}/no", "--student", "resnet8"], "configuration", "no"),
+        (["doctor", "--weights", "F"], "configuration", "--data and --student: expected"),
+    ],
+)
+def test_a_pair_that_is_not_whole_is_told(setup, monkeypatch, capsys, words, what, message):
+    monkeypatch.setattr(doctor, "machine_checks", list)
+    with pytest.raises(SystemExit):
+        cli.main([word.replace("{}", str(setup)) for word in words])
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"FAIL {what} .*{message}", text), text
 
 
 @pytest.mark.parametrize(

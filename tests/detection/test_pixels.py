@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch.nn import functional as F
 
-from detection import trainer
+from detection import teacher_checks, trainer
 from detection.config import build_student, teacher_config
 from detection.data import register_datasets
 from detection.data.targets import training_set
@@ -303,8 +303,8 @@ def test_a_teacher_is_tried_at_what_its_student_learns(
     register_datasets(cfg)
     asked = []
     for name in ("check_features", "check_pixels", "check_detections"):
-        monkeypatch.setattr(trainer, name, lambda *_, name=name: asked.append(name))
+        monkeypatch.setattr(teacher_checks, name, lambda *_, name=name: asked.append(name))
     inside = build_teacher(cfg, with_head=True)
     cfg.DISTILL.TEACHER.RANDOM_WEIGHTS = False
-    trainer._check_teacher(inside, cfg, training_set(cfg))
+    teacher_checks.check_teacher(inside, cfg, training_set(cfg))
     assert asked == ["check_features", *tried]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
-from detection.schedule import build_schedule
+from detection.schedule import build_schedule, schedule_doubts
 
 
 def _rates(name, warmup):
@@ -32,3 +32,18 @@ def test_a_polynomial_rate_falls_by_its_formula():
 
 def test_detectron2s_own_are_as_ever():
     assert _rates("WarmupMultiStepLR", 0) == pytest.approx([1.0] * 5 + [0.1] * 5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("SOLVER.STEPS", "(90, 900)"), "SOLVER.STEPS: the rate does not fall at 900, beyond"),
+        (("SOLVER.STEPS", "(90, 300)"), "does not fall at 300, beyond SOLVER.MAX_ITER 300"),
+        (("SOLVER.STEPS", "(900,)", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"), ""),
+        (("SOLVER.WARMUP_ITERS", "300"), "SOLVER.WARMUP_ITERS: the rate rises over 300 steps"),
+        ((), ""),
+    ],
+)
+def test_what_is_probably_not_meant_is_told(small_config, overrides, message):
+    told = " ".join(schedule_doubts(small_config("student", *overrides)))
+    assert message in told if message else not told

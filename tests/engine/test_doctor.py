@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 
 import pytest
 import torch
 
 import pcka
 from pcka.engine import doctor
-from pcka.engine.doctor import FAIL, PASS, WARN, Finding, Verdict, examine, runs_on, screen
+from pcka.engine.doctor import (
+    FAIL,
+    PASS,
+    SKIP,
+    WARN,
+    Finding,
+    Verdict,
+    conclude,
+    examine,
+    needing,
+    runs_on,
+    screen,
+    telling,
+)
 
 
 def test_what_a_check_raises_is_its_verdict():
@@ -31,6 +46,43 @@ def test_the_screen_has_a_column_of_texts_that_fit_it():
     assert lines[1].startswith("FAIL  longer  word word")
     assert len(lines) > 3 and all(len(line) <= 100 for line in lines)
     assert all(line.startswith(" " * 14 + "word") for line in lines[2:])
+
+
+def test_a_screen_ends_with_its_sum_and_the_status(capsys):
+    well, doubtful = (lambda: Verdict(PASS, "well")), (lambda: Verdict(WARN, "hm"))
+    assert conclude([("a", well), ("b", doubtful)]) == [("a", PASS, "well"), ("b", WARN, "hm")]
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 2 checks failed, 1 warn"
+    with pytest.raises(SystemExit) as end:
+        conclude([("a", well), ("b", lambda: Verdict(FAIL, "no"))])
+    assert end.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 checks failed, 0 warn"
+
+
+def test_a_check_is_made_where_what_it_needs_was_found():
+    found: list[int | None] = [None]
+    check = needing("data", lambda: found[0], lambda: Verdict(PASS, "well"))
+    assert check() == (SKIP, "not looked at: needs the data")
+    found[0] = 1
+    assert check() == (PASS, "well")
+
+
+@pytest.mark.parametrize(("status", "expected"), [(PASS, WARN), (FAIL, FAIL), (SKIP, SKIP)])
+def test_what_a_training_would_warn_of_is_told_and_shown_nowhere_else(
+    status, expected, caplog, recwarn
+):
+    log = logging.getLogger("pcka.doctors_test")
+
+    def check() -> Verdict:
+        log.warning("of %s", "the log")
+        log.info("nothing")
+        warnings.warn("of Python", UserWarning, stacklevel=1)
+        warnings.warn("another", FutureWarning, stacklevel=1)
+        return Verdict(status, "found")
+
+    assert telling(check, log, UserWarning)() == (expected, "found; of the log; of Python")
+    assert not caplog.messages and not recwarn.list
+    assert log.propagate and not log.handlers
+    assert telling(lambda: Verdict(PASS, "well"), log)() == (PASS, "well")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +154,15 @@ def test_a_detectron2_that_cannot_be_imported_is_named_with_its_repair(tmp_path,
     assert "gone_in_this_version" in text and "python tools/install_detectron2.py" in text
 
 
+def test_a_missing_detectron2_fails_where_a_detector_needs_it(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    assert doctor.check_detectron2().status == PASS
+    status, text = doctor.check_detectron2(needed=True)
+    assert status == FAIL and "python tools/install_detectron2.py" in text
+    checks = dict(doctor.machine_checks(for_detectors=True))
+    assert checks["detectron2"]() == (status, text)
+
+
 def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "DRIVER", tmp_path)
@@ -115,4 +176,5 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, tmp_path):
 def test_a_run_needs_room_in_the_first_folder_that_is_there(tmp_path):
     assert doctor.check_disk(tmp_path / "not" / "yet", 1).status == PASS
     status, text = doctor.check_disk(tmp_path, 1 << 60)
-    assert status == FAIL and "GiB free" in text
+    assert status == FAIL and "GiB free" in text and text.endswith("choose another OUTPUT_DIR")
+    assert doctor.check_disk(tmp_path, 1 << 60, "go").text.endswith("; go")

@@ -1,0 +1,44 @@
+"""Will this machine, and this detector's configuration, train? ``pcka doctor --config-file F``."""
+
+from __future__ import annotations
+
+import detection  # noqa: F401  (answers --help, before what takes seconds to import)
+
+# isort: split
+
+import argparse
+import importlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.arguments import doctor_parser
+from pcka.engine.command import run_command
+from pcka.engine.doctor import SKIP, Check, Finding, Verdict, conclude, machine_checks
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Finding]:
+    """Look as the arguments say; print a line a finding, and return them.
+
+    Raises:
+        SystemExit: with 1, where a check failed.
+    """
+    given = doctor_parser().parse_intermixed_args(arguments)
+    with tempfile.TemporaryDirectory() as aside:
+        return conclude(machine_checks(for_detectors=True) + _checks(given, Path(aside)))
+
+
+def _checks(given: argparse.Namespace, aside: Path) -> list[tuple[str, Check]]:
+    """Those of the configuration, where detectron2 can be imported."""
+    try:
+        importlib.import_module("detectron2.modeling")
+    except Exception:  # one of old meets much that is gone from the libraries of today
+        lacking = Verdict(SKIP, "not looked at: needs detectron2")
+        return [("configuration", lambda: lacking)]
+    from detection.examination import Examination
+
+    return Examination(given.config_file, given.overrides, aside).checks()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,202 @@
+"""Whether images reach both models as these expect them: channel order and pixel statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from detection.data.mapper import make_mapper
+from detection.data.pixels import Labels
+from detection.data.targets import Entries
+from detection.run_state import lent_random_states
+from detection.teacher import TeacherDetector
+from detection.teacher_checks import (
+    class_ious,
+    found_objects,
+    gives_pixels,
+    objects_of,
+    pixel_counts,
+    read_truth,
+    some,
+)
+from pcka.engine.doctor import FAIL, PASS, SKIP, WARN, Verdict
+from pcka.engine.pixel_trials import PixelInput, better_input, is_normal, numbers
+from pcka.engine.step_cost import seconds_of
+from pcka.teacher import FrozenTeacher
+
+LEAST_IMAGES = 4
+LONG_ENOUGH = 60.0  # seconds that all trials may take, where more than the least images are seen
+TRIALS = 9
+NEARER = 0.5  # of a distance, below which reversed means are taken for the ones that were meant
+FAR = 0.5  # deviations, of all channels together
+
+# Statistics that models are usually trained with, in the order RGB, for pixels up to 255.
+IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+USUAL = {
+    "ImageNet's": IMAGENET,
+    "those of Caffe's weights": (IMAGENET[0], [1.0] * 3),
+    "those for [-1, 1]": ([127.5] * 3, [127.5] * 3),
+    "those for [0, 1]": ([0.0] * 3, [255.0] * 3),
+    "those for [0, 255]": ([0.0] * 3, [1.0] * 3),
+}
+OTHER_ORDER = {"RGB": "BGR", "BGR": "RGB"}
+
+
+def image_statistics(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, ``(3,)``, of images ``(3, H_i, W_i)`` from 0 to 255."""
+    pixels = torch.cat([image.flatten(1) for image in images], dim=1).float()
+    std, mean = torch.std_mean(pixels, dim=1)
+    return mean, std
+
+
+def check_student(cfg: CfgNode, images: Sequence[Tensor]) -> Verdict:
+    """Whether the student's statistics bring the images near mean 0 and deviation 1.
+
+    Weights that Caffe trained are used with means alone; nothing is said of their deviations.
+
+    Args:
+        cfg: of the run.
+        images: ``(3, H_i, W_i)`` from 0 to 255, as the data loader gives them.
+    """
+    means, stds = image_statistics(images)
+    own, divided = torch.tensor(cfg.MODEL.PIXEL_MEAN), torch.tensor(cfg.MODEL.PIXEL_STD)
+    pixels = torch.cat([image.flatten(1) for image in images], dim=1).float()
+    std, mean = torch.std_mean((pixels - own[:, None]) / divided[:, None])
+    text = f"normalised, they have mean {mean:.2f} and deviation {std:.2f}"
+    measured = f"these images have {numbers(means.tolist())} and {numbers(stds.tolist())}"
+    order = cfg.INPUT.FORMAT
+    here, reversed_ = (((means - given) / stds).abs().sum() for given in (own, own.flip(0)))
+    if here > FAR and reversed_ < NEARER * here:
+        return Verdict(
+            WARN,
+            f"{text}; MODEL.PIXEL_MEAN fits the images better from its end to its beginning "
+            f"({measured}, in INPUT.FORMAT's order {order}): reverse PIXEL_MEAN and PIXEL_STD, or "
+            f"set INPUT.FORMAT {OTHER_ORDER.get(order, '')}",
+        )
+    as_caffe = cfg.MODEL.WEIGHTS and bool((divided == 1).all())
+    if as_caffe and abs(mean) < 1.5 * stds.max():
+        return Verdict(PASS, f"{text}, of PIXEL_STD 1 as for weights of Caffe's")
+    if is_normal(mean.item(), std.item()):
+        return Verdict(PASS, text)
+    return Verdict(
+        WARN,
+        f"{text}, far from 0 and 1; check MODEL.PIXEL_MEAN and PIXEL_STD ({measured}, in the order "
+        f"{order})",
+    )
+
+
+@torch.no_grad()
+def check_teacher_pixels(
+    teacher: FrozenTeacher, cfg: CfgNode, order: str, dataset: Entries
+) -> Verdict:
+    """Whether a teacher is better with swapped channels, or with other usual statistics.
+
+    Compared are the objects among as many of its surest detections as an image has objects, and the
+    intersection over union of each class in each image.
+
+    Args:
+        teacher: around a :class:`detection.teacher.TeacherDetector`, where it runs.
+        cfg: of the run; its images are read as for an evaluation.
+        order: of the teacher's channels, ``"RGB"`` or ``"BGR"``.
+        dataset: of the run.
+    """
+    whole = cast(TeacherDetector, teacher.model)
+    detector: Any = whole.detector
+    if not all(
+        isinstance(getattr(detector, f"pixel_{of}", None), Tensor) for of in ("mean", "std")
+    ):
+        return Verdict(SKIP, f"not looked at: {type(detector).__name__} holds no pixel statistics")
+    own = PixelInput(
+        *(getattr(detector, f"pixel_{of}").flatten().tolist() for of in ("mean", "std"))
+    )
+    tried = _Tried(whole, cfg, dataset)
+    step = 1 if order == "RGB" else -1
+    usual = {name: (mean[::step], std[::step]) for name, (mean, std) in USUAL.items()}
+    usual["these images' own"] = tried.statistics()
+    better = better_input(own, usual, OTHER_ORDER.get(order, "other order"), tried.score)
+    what = "of classes in pixels (mIoU)" if tried.labels else "of the objects"
+    ours = f"{better.ours:.2f} % {what} in {len(tried.images)} images"
+    if better.given is None:
+        return Verdict(
+            PASS, f"{ours}; no other channel order or usual statistics are clearly better"
+        )
+    kind, _, name = better.name.partition(": ")
+    text = f"{kind}: {better.reached:.2f} % with {name}, as configured {ours}; "
+    given = better.given
+    keys = [f"INPUT.FORMAT {OTHER_ORDER.get(order)}"] * given.swapped
+    if (given.mean, given.std) != (own.mean, own.std):
+        keys += [
+            f"MODEL.PIXEL_MEAN {numbers(given.mean)}",
+            f"MODEL.PIXEL_STD {numbers(given.std)}",
+        ]
+    return Verdict(
+        FAIL,
+        f"{text}set {' and '.join(keys)} in {cfg.DISTILL.TEACHER.CONFIG_FILE}, or by "
+        "DISTILL.TEACHER.OPTS",
+    )
+
+
+class _Tried:
+    """Images that a teacher is tried on, and how right it is on them.
+
+    Args:
+        teacher: a whole detector or segmenter.
+        cfg: of the run.
+        dataset: of the run.
+    """
+
+    def __init__(self, teacher: TeacherDetector, cfg: CfgNode, dataset: Entries) -> None:
+        self.teacher = teacher
+        of_pixels = gives_pixels(teacher.detector, dataset)
+        self.labels = Labels.of(cfg) if of_pixels else None
+        entries = dataset if of_pixels else [entry for entry in dataset if objects_of(entry)]
+        with lent_random_states():
+            read = make_mapper(cfg, training=False)
+            self.images = [(entry, read(entry)) for entry in some(entries)]
+        self._right(*self.images[0])  # warms up
+        seconds = max(seconds_of(lambda: self._right(*self.images[0])), 1e-3)
+        affordable = int(LONG_ENOUGH / (TRIALS * seconds))
+        self.images = self.images[: max(LEAST_IMAGES, affordable)]
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Those of the images, in the teacher's order."""
+        images = [given["image"] for _, given in self.images]
+        mean, std = image_statistics(images)
+        step = -1 if self.teacher.swap_channels else 1
+        return mean.tolist()[::step], std.tolist()[::step]
+
+    def score(self, given: PixelInput) -> Tensor:
+        """How right the teacher is on each object, or class in an image: ``(N,)`` from 0 to 1."""
+        with _taking(self.teacher, given):
+            return torch.cat([self._right(*one) for one in self.images])
+
+    def _right(self, entry: dict[str, Any], given: dict[str, Any]) -> Tensor:
+        if self.labels is not None:
+            truth = read_truth(self.labels, entry)
+            classes = self.teacher.classify(given["image"], *truth.shape)
+            return class_ious(pixel_counts(classes, truth, self.labels))
+        objects = objects_of(entry)
+        seen: Any = self.teacher.detect(given["image"], given["height"], given["width"]).to("cpu")
+        surest = seen.scores.argsort(descending=True)[: len(objects)]
+        return found_objects(seen[surest], objects)
+
+
+@contextmanager
+def _taking(teacher: TeacherDetector, given: PixelInput) -> Iterator[None]:
+    """Let a teacher detect with another input meanwhile."""
+    detector: Any = teacher.detector
+    before = detector.pixel_mean, detector.pixel_std, teacher.swap_channels
+    detector.pixel_mean, detector.pixel_std = (
+        torch.tensor(values).to(tensor).view_as(tensor)
+        for values, tensor in zip((given.mean, given.std), before)
+    )
+    teacher.swap_channels = before[2] != given.swapped
+    try:
+        yield
+    finally:
+        detector.pixel_mean, detector.pixel_std, teacher.swap_channels = before
