@@ -193,7 +193,8 @@ def test_a_disk_too_small_is_named(setup, monkeypatch):
 
 
 def test_the_students_that_a_run_keeps_count_for_the_disk(setup, monkeypatch):
-    examination = Examination(setup / "config.yaml", ["SOLVER.EPOCHS", "3"], "")
+    words = ["SOLVER.EPOCHS", "3"]
+    examination = Examination(lambda: load_config(setup / "config.yaml", words))
     examine(examination.checks())
     monkeypatch.setattr(doctor, "check_disk", lambda _, needed: needed)
     needed = []
