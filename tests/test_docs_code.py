@@ -161,7 +161,10 @@ def check_command(words: list[str]) -> None:
         )
     elif program == "pcka":
         files = [ROOT / named(word, DIGITS) for word in rest if word.endswith(".yaml")]
-        trainer = trainer_of(files[0]) if files else "classification"
+        # Of a run's folder nothing is known here; only a detector's report takes --teacher.
+        detectors = rest[0] == "report" and "--teacher" in rest
+        trainer = "detection" if detectors else "classification"
+        trainer = trainer_of(files[0]) if files else trainer
         check_module(cli.COMMANDS[rest[0]][0].replace("*", trainer), rest[1:])
     elif program == "python":
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py").replace("/", ".")
