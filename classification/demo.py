@@ -11,7 +11,7 @@ from classification.config import CONFIGS
 from pcka.engine.command import run_command
 from pcka.engine.progress import console_log
 
-METHODS = ("ce", "kd", "rcka_short", "kd_fcka")
+METHODS = ("ce", "kd", "kd_fcka", "dist", "dist_fitnet_fcka")
 SEEDS = (0, 1, 2)
 
 

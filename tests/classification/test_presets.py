@@ -32,6 +32,11 @@ def test_the_published_presets():
     short = preset("resnet56_resnet20", "rcka_short").DISTILL.RCKA
     assert [pytest.approx(10 / 15, abs=0.05)] == short.FEATURE_WEIGHTS
     assert short.INTRA_WEIGHT == short.INTER_WEIGHT == 1
+    best = preset("resnet56_resnet20", "dist_fitnet_fcka").DISTILL
+    assert best.METHODS == ["CE", "DIST", "FITNET", "FCKA"]
+    assert (best.CE.WEIGHT, best.DIST.WEIGHT, best.DIST.TEMPERATURE) == (1, 2, 4)
+    assert (best.FITNET.STAGES, best.FITNET.WEIGHTS) == (["last"], [10])
+    assert (best.FCKA.STAGES, best.FCKA.WEIGHTS) == (["last"], [10])
     shipped = preset("resnet56_resnet20", "kd_pkd_fcka").DISTILL
     assert shipped.METHODS == ["CE", "KD", "PKD", "FCKA"]
     assert (shipped.CE.WEIGHT, shipped.KD.WEIGHT) == (0.1, 0.9)
