@@ -173,8 +173,9 @@ def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
         "Report on a classifier's run: report.html, which needs no other file, and report.json.",
-        "python classification/report.py output/run",
+        "pcka report output/run",
     )
+    parser.prog = "pcka report"
     parser.add_argument("run", type=Path, metavar="RUN", help="OUTPUT_DIR of the run")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the report (default: the run's)"

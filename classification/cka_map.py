@@ -27,6 +27,7 @@ from classification.models import (
     settings_of,
 )
 from pcka.analysis import CKATable, cka_matrix
+from pcka.engine.arguments import command_parser
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.environment import choose_device
@@ -54,11 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> CKATable:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pcka cka",
-        description="CKA of all layers of two classifiers on the same images, as a heatmap (PNG) "
-        "and a table (CSV).",
+    parser = command_parser(
+        "CKA of all layers of two classifiers on the same images, as a heatmap (PNG) and a table "
+        "(CSV).",
+        "pcka cka --a output/ce --b output/kd",
+        "pcka cka --a resnet8 --weights-a model.pth --data digits --layers 'layer?'",
     )
+    parser.prog = "pcka cka"
     model = (
         "zoo's name, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
     )
@@ -77,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     for side in "ab":
         parser.add_argument(f"--layers-{side}", nargs="+", metavar="L", help=f"of {side} alone")
     parser.add_argument("--images", type=int, default=512, help="how many, evenly spaced (512)")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=128, help="images a batch (%(default)s)")
     parser.add_argument("--image-size", type=int, help="pixels; left out: the run's, or 32")
     parser.add_argument("--classes", type=int, help="of models without weights (1000; digits: 10)")
     parser.add_argument("--pretrained", action="store_true", help="weights of the model's library")
@@ -86,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--pixel-{key}", type=float, nargs=3, default=default, help=about)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--output", default="output/cka", metavar="PATH", help="of the files, without suffix"
+        "--output",
+        default="output/cka",
+        metavar="PATH",
+        help="of the files, without suffix (%(default)s)",
     )
     return parser
 
@@ -138,7 +144,9 @@ def _images(given: argparse.Namespace) -> ImageSet:
 
 def _of_folder(folder: Path, images: int, side: int) -> ImageSet:
     """Some image files in a folder, evenly spaced by their paths."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    walked = os.walk(folder, followlinks=True)  # as the trainers read folders
+    paths = (Path(parent, name) for parent, _, names in walked for name in names)
+    found = sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS)
     if not found:
         raise ConfigError(f"--data: no images in {str(folder)!r}; give a folder of image files")
     files = FilesOnDisk(folder, np.array([os.fsencode(path.relative_to(folder)) for path in found]))

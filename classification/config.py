@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ def default_config() -> CfgNode:
 
 # Steps of the paper's trainings on CIFAR-100: 240 epochs of 781 batches.
 RCKA_STEPS = 187_440
+
+# Taps that mean something whatever the losses read: stages, and those that a model has of its own.
+STAGE_TAP = re.compile(r"(stage\d+|last)(_preact)?|pooled")
 
 ADAMW_LR = 0.01  # a higher rate is hardly meant
 
@@ -346,6 +350,19 @@ def _without_effect(cfg: CfgNode) -> Iterator[str]:
     for key, (reason, without) in reasons.items():
         if without:
             yield f"{key}: has no effect here; it {reason}"
+    own = [name for name, *_ in distill.TAPS if not STAGE_TAP.fullmatch(str(name))]
+    read = {word for name in distill.METHODS for word in _words(distill.get(name, {}))}
+    if unread := [str(name) for name in own if name not in read]:
+        yield (
+            f"DISTILL.TAPS: no loss reads {', '.join(unread)}; name it in the STAGES of one, as in "
+            f'DISTILL.FCKA.STAGES "[{unread[0]}]"'
+        )
+
+
+def _words(settings: Mapping[str, object]) -> Iterator[object]:
+    """All values of a loss's section, and those in its lists."""
+    for value in settings.values():
+        yield from value if isinstance(value, list | tuple) else [value]
 
 
 def _check(cfg: CfgNode) -> None:

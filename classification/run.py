@@ -47,6 +47,7 @@ from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
 from pcka.engine.saved_state import check_fits, with_adapters
+from pcka.taps import FeatureTap
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
@@ -108,10 +109,21 @@ def check_losses(cfg: CfgNode) -> None:
         ConfigError: as :func:`losses_of` and :func:`untrained_pair`.
     """
     student, teacher = untrained_pair(cfg)
+    _check_own_taps(cfg, student, teacher)
     try:
         losses_of(cfg, model_taps(student, teacher or student, cfg.DISTILL.TAPS))
     except UntappedError as error:
         raise ConfigError(f"{error}; train.py --show-taps prints them with their shapes") from None
+
+
+def _check_own_taps(cfg: CfgNode, student: Classifier, teacher: Classifier | None) -> None:
+    """Refuse paths in ``DISTILL.TAPS`` that the models do not have, whether read or not."""
+    own = extra_taps(cfg.DISTILL.TAPS)
+    for role, side, model in (("student", 0, student), ("teacher", 1, teacher)):
+        if model is None:
+            continue
+        with naming(f"DISTILL.TAPS: {role}"):
+            FeatureTap(model, {name: pair[side] for name, pair in own.items()}).remove()
 
 
 def untrained_pair(cfg: CfgNode) -> tuple[Classifier, Classifier | None]:

@@ -100,8 +100,9 @@ def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
         "Report on a detector's run: report.html, which needs no other file, and report.json.",
-        "python detection/report.py output/pcka --teacher",
+        "pcka report output/pcka --teacher",
     )
+    parser.prog = "pcka report"
     parser.add_argument("run", type=Path, metavar="RUN", help="OUTPUT_DIR of the run")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the report (default: the run's)"

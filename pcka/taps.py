@@ -70,6 +70,10 @@ class _Reading(NamedTuple):
             raise ValueError(f"tap {name!r}: {self.module}: {error}") from error
 
 
+class TapError(RuntimeError):
+    """A tapped module did not run, ran twice, or what it gave was changed in place."""
+
+
 class FeatureTap:
     """Keeps what named modules of a model return, from one forward pass to the next ``pop``.
 
@@ -121,7 +125,7 @@ class FeatureTap:
         """A hook; each tensor's version is kept beside it."""
         feature = reading.pick(name, *given)
         if name in self._features:
-            raise RuntimeError(
+            raise TapError(
                 f"tap {name!r}: {reading.module} ran twice since the last pop(); call pop() after "
                 "each forward pass, and tap a module that runs once in it"
             )
@@ -133,12 +137,12 @@ class FeatureTap:
         """The features of the last forward pass by tap name; the tap forgets them.
 
         Raises:
-            RuntimeError: a tapped module did not run, or what it gave was changed in place since.
+            TapError: a tapped module did not run, or what it gave was changed in place since.
         """
         features, self._features = self._features, {}
         for name, reading in self._readings.items():
             if name not in features:
-                raise RuntimeError(
+                raise TapError(
                     f"tap {name!r}: {reading.module} did not run since the last pop(); run the "
                     "model first, and tap a module that its forward pass calls"
                 )
@@ -148,7 +152,7 @@ class FeatureTap:
                 if reading.is_input:
                     side = "input"
                     way_out = "build what changes it (often the module itself) with inplace=False"
-                raise RuntimeError(
+                raise TapError(
                     f"tap {name!r}: the {side} of {reading.module} was changed in place; {way_out}"
                 )
         return {name: features[name][0] for name in self._readings}

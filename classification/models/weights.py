@@ -153,8 +153,13 @@ def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) ->
         report = load_weights(model, weights, role=role, allow_partial=True)
     except CheckpointError as error:
         raise ConfigError(f"{role.upper()}.WEIGHTS: {error}") from error
-    last = f"{model.classifier_name}.weight"
-    return next((e.in_file[0] for e in report.mismatched if e.name == last and e.in_file), 2)
+    # A classifier is what has another first dimension than here, and nothing else that differs.
+    of_classes = [
+        entry.in_file[0]
+        for entry in report.mismatched
+        if entry.in_model[:1] == (2,) and entry.in_file and entry.in_file[1:] == entry.in_model[1:]
+    ]
+    return of_classes[-1] if of_classes else 2
 
 
 def _unread(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pcka.distiller import Distiller
 from pcka.engine.config import ConfigError
 from pcka.modes import evaluation_mode
+from pcka.taps import TapError
 from pcka.teacher import FrozenTeacher
 
 LARGEST = 1e6  # of a feature; those of trained models stay below 1e3
@@ -25,7 +26,7 @@ def naming(section: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, TapError) as error:
         raise ConfigError(f"{section}: {error}") from error
 
 

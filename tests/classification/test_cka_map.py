@@ -82,8 +82,11 @@ def test_a_folder_of_images_at_any_depth_and_a_model_with_itself(compare, tmp_pa
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (20, 16, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(path)
+    (tmp_path / "linked").mkdir()
+    for name in ("0", "1"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "images" / name)
     table = compare(
-        *("--a", "resnet8", "--weights-a", random_teacher, "--data", tmp_path / "images"),
+        *("--a", "resnet8", "--weights-a", random_teacher, "--data", tmp_path / "linked"),
         *("--image-size", 16, "--layers-b", "layer?"),
     )
     assert table.layers_b == ("layer1", "layer2", "layer3")

@@ -391,6 +391,13 @@ def test_a_setting_without_effect_is_told(tiny_config, key, value, more):
         assert list(doubts(tiny_config("kd", **keys, **{key: value}), 100)) == []
 
 
+def test_a_tap_that_no_loss_reads_is_told(tiny_config):
+    taps = {"DISTILL.TAPS": "[[mine, layer1, layer1], [stage4, layer2, layer2]]"}
+    (told,) = doubts(tiny_config("fcka", **taps), 100)
+    assert told.startswith("DISTILL.TAPS: no loss reads mine; name it in the STAGES of one")
+    assert not list(doubts(tiny_config("fcka", **taps, **{"DISTILL.FCKA.STAGES": "[mine]"}), 100))
+
+
 @pytest.mark.parametrize("text", ["{size: 32, drop: [0.1, a]}", "{'size': 32, 'drop': [0.1, 'a']}"])
 def test_keywords_of_a_model_are_any_mapping_in_a_file_and_on_the_command_line(tmp_path, text):
     path = write(tmp_path, f"TEACHER: {{KWARGS: {text}}}\n")

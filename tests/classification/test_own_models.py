@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from classification import cka_map
 from classification.config import load_config
 from classification.evaluate import evaluate
 from classification.export import export_student
@@ -165,5 +166,8 @@ def test_the_model_of_the_documentation_is_trained_and_its_taps_are_those_shown(
         words = tiny_overrides(**{"TEACHER.TRAIN": True, "SOLVER.EPOCHS": 1})
         file = ["--config-file", str(digits_config), "--method", "rcka_short"]
         assert main([*file, *words, *given])["student"] == "my_net:small"
+        run = words[words.index("OUTPUT_DIR") + 1]
+        table = cka_map.main(["--a", run, "--output", str(tmp_path / "cka")])
+        torch.testing.assert_close(table.values.diagonal(), torch.ones_like(table.values[0]))
     finally:
         sys.modules.pop("my_net", None)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from classification.models import create_model
 from classification.run import prepare_trainers, run_experiment
 from pcka.engine.config import ConfigError
-from pcka.engine.preflight import check_teaching
+from pcka.engine.preflight import check_teaching, naming
+from pcka.taps import FeatureTap
 from pcka.teacher import FrozenTeacher
 
 
@@ -42,8 +44,25 @@ def test_what_a_loss_refuses_of_the_models_names_the_section(tiny_config, random
     keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.AT.STAGES": "[pooled]"}
     with pytest.raises(ConfigError, match=r"^DISTILL: "):
         run_experiment(tiny_config("at", **keys))
-    with pytest.raises(ConfigError, match=r"^DISTILL: .* no module 'layr1'"):
+    with pytest.raises(ConfigError, match=r"^DISTILL.TAPS: student: .* no module 'layr1'"):
         run_experiment(tiny_config("at", **keys, **{"DISTILL.TAPS": "[[pooled, layr1, layer1]]"}))
+
+
+def test_a_path_that_no_loss_reads_is_refused_as_well(tiny_config, random_teacher):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.TAPS": "[[mine, layer1, layr2]]"}
+    with pytest.raises(ConfigError, match=r"^DISTILL.TAPS: teacher: .* no module 'layr2'"):
+        run_experiment(tiny_config("kd", **keys))
+
+
+def test_a_tap_that_cannot_be_read_ends_in_one_line():
+    relu = nn.ReLU()
+    model = nn.Sequential(relu, nn.Linear(2, 2), relu)
+    with (
+        pytest.raises(ConfigError, match=r"^DISTILL: tap 'mid': module '0' ran twice"),
+        naming("DISTILL"),
+        FeatureTap(model, {"mid": "0"}),
+    ):
+        model(torch.ones(1, 2))
 
 
 def test_trying_the_losses_changes_neither_models_nor_losses_nor_random_numbers(
