@@ -33,7 +33,7 @@ install: .venv/installed
 	touch $@
 
 docs: install
-	$(BIN)/python -W "ignore::FutureWarning" -m sphinx -W --keep-going -q -b html -c docs/site . build/site
+	$(BIN)/python -W "ignore::FutureWarning" -m sphinx -E -W --keep-going -q -b html -c docs/site . build/site
 	@echo "The site is in build/site/index.html"
 
 lint: install

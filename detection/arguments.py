@@ -12,7 +12,7 @@ from pcka.engine.arguments import Answer, add_runs, command_parser
 
 DIGITS = "configs/detection/digits"
 DEMO = "configs/detection/demo"
-DEMO_METHODS = ("student", "inherited", "pcka", "mimic")
+DEMO_METHODS = ("student", "inherited", "pcka", "pcka_mimic")
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -124,7 +124,14 @@ def demo_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(DEMO_METHODS),
         metavar="M",
-        help=f"files of {DEMO} (default: {' '.join(DEMO_METHODS)})",
+        help=f"files of --configs (default: {' '.join(DEMO_METHODS)})",
+    )
+    parser.add_argument(
+        "--configs",
+        type=Path,
+        default=Path(__file__).parents[1] / DEMO,
+        metavar="DIR",
+        help=f"folder of teacher.yaml and the methods (default: {DEMO})",
     )
     _add_number(parser, "--steps", 200, "of a student; a teacher has twice")
     add_runs(parser, seeds=(0,), output="output/detection")

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detection.arguments import DEMO, demo_parser
+from detection.arguments import demo_parser
 from detection.checkpoint import load_weights
 from detection.compare import CONFIG, WEIGHTS, compare, train
-from detection.config import PROJECT, build_student, load_config
+from detection.config import build_student, load_config
 from detection.data import register_datasets
 from detection.pictures import draw_detections
 from pcka.engine.command import run_command
 
-CONFIGS = PROJECT / DEMO
 TEACHER_FACTOR = 2  # steps of the teacher over steps of a student
 DROPS = (0.7, 0.9)  # of the steps, after which the learning rate falls to a tenth
 
@@ -30,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = given.output / f"steps{given.steps}"  # what is trained for longer is another run
     teacher = output / "teacher"
     longer = [*_schedule(TEACHER_FACTOR * given.steps), *overrides]
-    reached = train(CONFIGS / "teacher.yaml", 0, teacher, longer)
+    reached = train(given.configs / "teacher.yaml", 0, teacher, longer)
     taught = ["DISTILL.TEACHER.WEIGHTS", str(teacher / WEIGHTS)]
     comparison = compare(
-        [CONFIGS / f"{method}.yaml" for method in given.methods],
+        [given.configs / f"{method}.yaml" for method in given.methods],
         given.seeds,
         output,
         [*_schedule(given.steps), *taught, *overrides],

@@ -62,6 +62,7 @@ def grams_figure(
         extend = "max" if beyond else "neither"
         bar = figure.colorbar(drawn, ax=row[-1], extend=extend)
         bar.ax.tick_params(labelsize="x-small")
+        bar.set_label("similarity", fontsize="small")
     return figure
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from detection import compare, demo
+from detection.config import PROJECT
 from pcka.engine.command import TrainingFailedError
 
 METRICS = {"bbox": {"AP": 20.0, "AP50": 40.0, "AP75": 10.0}}
@@ -17,3 +18,25 @@ def test_runs_that_failed_are_listed_and_left_out_of_the_pictures(monkeypatch, t
     demo.main(["--output", str(tmp_path)])
     assert pictures == [["teacher", "student"]]
     assert "pcka, seed 0: out of memory" in capsys.readouterr().out
+
+
+def test_the_folder_of_the_configurations_can_be_another_one(monkeypatch, tmp_path):
+    trained, compared = [], []
+    monkeypatch.setattr(demo, "train", lambda file, *_: trained.append(file) or METRICS)
+
+    def one_run(files, *_):
+        compared.extend(files)
+        return compare.empty_comparison([file.stem for file in files])
+
+    monkeypatch.setattr(demo, "compare", one_run)
+    monkeypatch.setattr(demo, "_picture", lambda *_: None)
+    demo.main(["--output", str(tmp_path)])
+    folder = PROJECT / "configs" / "detection" / "demo"
+    assert [*trained, *compared] == [
+        folder / f"{name}.yaml"
+        for name in ("teacher", "student", "inherited", "pcka", "pcka_mimic")
+    ]
+    assert all(file.is_file() for file in compared)
+    compared.clear()
+    demo.main(["--output", str(tmp_path), "--configs", "own", "--methods", "pcka"])
+    assert [str(trained[-1]), *map(str, compared)] == ["own/teacher.yaml", "own/pcka.yaml"]
