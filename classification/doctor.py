@@ -199,7 +199,8 @@ class Examination:
         cfg = self.cfg
         if not cfg.TEACHER.NAME:
             return Verdict(PASS, "none: the student learns without one")
-        with tempfile.TemporaryDirectory() as folder:
+        # What the teacher's preparation logs, be it of a stand-in, the verdict says in its way.
+        with tempfile.TemporaryDirectory() as folder, messages_of(logger):
             lenient = self._with_weights(cfg.clone(), Path(folder))
             read = {path for _, path in extra_taps(cfg.DISTILL.TAPS).values()}
             self._teacher = prepare_teacher(lenient, self.sets, _never, read)

@@ -215,7 +215,7 @@ def test_a_folder_that_holds_a_run_is_named(setup):
     assert status == WARN and "holds a run; --resume goes on with it" in text
 
 
-def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup):
+def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup, caplog):
     cache = setup / "teachers"
     found = findings_of(
         setup, "TEACHER.WEIGHTS", "", "TEACHER.TRAIN", True, "TEACHER.CACHE_DIR", cache
@@ -223,6 +223,7 @@ def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup):
     assert found["teacher"] == (WARN, "is trained first, 240 epochs; not known yet")
     assert found["teacher's pixels"][0] == SKIP and found["a step"][0] == PASS
     assert not cache.exists()
+    assert "guesses" not in caplog.text  # of the one that stands in for it
 
 
 def test_what_needs_something_that_failed_is_not_looked_at(setup):
