@@ -333,7 +333,7 @@ def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
             f"DISTILL.RCKA: weights of {weight:g} beside {task:g} of cross-entropy are made for "
             f"trainings like the paper's, of {RCKA_STEPS:,} steps; in {steps:,} a student may "
             "learn less than from cross-entropy alone (docs/results.md). Take the method "
-            "kd_pkd_fcka, or rcka_short"
+            "dist_fitnet_fcka, or rcka_short"
         )
 
 

@@ -37,7 +37,7 @@ def test_the_examples_run():
     before = [parameter.clone() for parameter in names["student"].parameters()]
     exec(loop, names)
     assert names["terms"].keys() == {
-        "loss_ce", "loss_kd", "loss_pkd_last", "loss_fcka_last",
+        "loss_ce", "loss_dist", "loss_fitnet_last", "loss_fcka_last",
     }  # fmt: skip
     moved = [not torch.equal(a, b) for a, b in zip(before, names["student"].parameters())]
     assert all(moved)

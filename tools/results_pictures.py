@@ -37,6 +37,9 @@ LABELS = {
     "kd_sp1000": "KD + SP",
     "kd_at300": "KD + AT",
     "kd_pkd_fcka": "KD + PKD + feature CKA",
+    "dist_fitnet10": "DIST + FitNet",
+    "dist_pkd30_fcka10": "DIST + PKD + feature CKA",
+    "dist_fitnet_fcka": "DIST + FitNet + feature CKA",
 }
 SHOWN = (  # of the variants whose gradients were measured
     "fcka10",

@@ -359,7 +359,7 @@ def test_rcka_in_a_training_far_shorter_than_the_papers_is_told(tiny_config, met
     keys = {"SOLVER.SCHEDULE": "cosine"}
     found = list(doubts(tiny_config(method, **keys), steps))
     assert [doubt[: len(start)] for doubt, start in zip(found, told, strict=True)] == told
-    assert all("kd_pkd_fcka" in doubt and f"in {steps:,} " in doubt for doubt in found)
+    assert all("dist_fitnet_fcka" in doubt and f"in {steps:,} " in doubt for doubt in found)
 
 
 @pytest.mark.parametrize(
