@@ -101,6 +101,7 @@ def write_grams(
     atomic_write(lambda file: figure.savefig(file, format="png", dpi=110), picture)
     atomic_write(lambda file: np.savez_compressed(file, **arrays), values)
     for name, pair in pairs.items():
-        print(f"{name}: CKA {pair.cka:.4f} of {len(pair.student)} patches or images")
+        what = "images" if pair.grid is None else "patches"
+        print(f"{name}: CKA {pair.cka:.4f} of {len(pair.student)} {what}")
     print(f"{picture}, {values}")
     return [picture, values]

@@ -72,7 +72,7 @@ def test_the_values_of_the_command_are_numpys_on_the_maps_that_the_loss_sees(
         np.testing.assert_allclose(pair.student, own.mean(0), atol=1e-4)
         np.testing.assert_allclose(pair.teacher, other.mean(0), atol=1e-4)
         assert pair.cka == pytest.approx((own * other).sum((1, 2)).mean(), abs=1e-4)
-        assert f"{level}: CKA {pair.cka:.4f} of {len(own[0])} rows" in told
+        assert f"{level}: CKA {pair.cka:.4f} of {len(own[0])} patches" in told
     assert (tmp_path / "of" / "run.png").stat().st_size > 20_000
     with np.load(tmp_path / "of" / "run.npz") as values:
         assert np.array_equal(values["p4.student"], pairs["p4"].student)

@@ -21,7 +21,7 @@ def test_the_picture_and_its_values_are_written(tmp_path, capsys):
         assert set(values) == {"p3.teacher", "p3.student", "p3.cka"}
         assert np.array_equal(values["p3.student"], pair.student)
         assert np.array_equal(values["p3.cka"], pair.alignment)
-    assert f"p3: CKA {pair.cka:.4f} of 4 rows" in capsys.readouterr().out
+    assert f"p3: CKA {pair.cka:.4f} of 4 patches" in capsys.readouterr().out
 
 
 def test_taps_that_are_not_there_are_named():
