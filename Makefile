@@ -50,8 +50,9 @@ ctest: install
 	$(BIN)/cmake --build build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
+# A process a core, each of one thread; the tests of a file share what they prepare.
 pytest: install
-	$(BIN)/python -m pytest -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not exhaustive"
 
 test-models: install
 	$(BIN)/python -m pytest -m "" tests/classification/models/test_every_model.py

@@ -173,12 +173,15 @@ def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
         "Report on a classifier's run: report.html, which needs no other file, and report.json.",
-        "pcka report output/run",
+        "pcka report output/run --baseline output/ce",
     )
     parser.prog = "pcka report"
     parser.add_argument("run", type=Path, metavar="RUN", help="OUTPUT_DIR of the run")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the report (default: the run's)"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="another run to compare the student with"
     )
     add_device(parser)
     return parser
@@ -212,13 +215,7 @@ def export_parser() -> argparse.ArgumentParser:
 def demo_parser() -> argparse.ArgumentParser:
     """The command line of ``demo.py``."""
     parser = command_parser("Compare distillation methods on digits.")
-    parser.add_argument(
-        "output",
-        nargs="?",
-        type=Path,
-        default=Path("output/demo"),
-        help="folder (default: %(default)s)",
-    )
+    add_runs(parser, seeds=(0, 1, 2), output="output/demo")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Compare methods on handwritten digits, in minutes: ``python classification/demo.py [OUTPUT]``."""
+"""Compare methods on handwritten digits, in minutes: ``python classification/demo.py``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from pcka.engine.command import run_command
 from pcka.engine.progress import console_log
 
 METHODS = ("ce", "kd", "kd_fcka", "dist", "dist_fitnet_fcka")
-SEEDS = (0, 1, 2)
+EVAL_EVERY = 4  # epochs, of 20, which are shorter than an evaluation
 
 
-def run_demo(output: Path, overrides: Sequence[str] = (), seeds: Sequence[int] = SEEDS) -> str:
+def run_demo(output: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> str:
     """Train teacher and students that are not trained yet; return the table (Markdown).
 
     Args:
         output: a folder for each run and the comparison's files go there.
-        overrides: ``KEY VALUE`` pairs for all runs.
         seeds: of the students.
+        overrides: ``KEY VALUE`` pairs for all runs.
     """
-    words = ["TEACHER.CACHE_DIR", str(output / "teacher"), *overrides]
+    cache = str(output / "teacher")
+    words = ["TEACHER.CACHE_DIR", cache, "EVAL_EVERY", str(EVAL_EVERY), *overrides]
     config_file = CONFIGS / "digits" / "resnet20_resnet8.yaml"
     return compare(config_file, METHODS, seeds, output, words).markdown()
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     """Run the demo into the folder of the arguments; print and return the table."""
     given = demo_parser().parse_args(arguments)
     with console_log():
-        table = run_demo(given.output)
+        table = run_demo(given.output, given.seeds)
     print(table)
     return table
 

@@ -21,7 +21,7 @@ from classification.config import doubts, load_config
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy, is_guessing
 from classification.models import has_own_weights, named_model, without_weights
-from classification.models.taps import extra_taps, model_taps, tap_shapes
+from classification.models.taps import Reading, extra_taps, model_taps, read_taps, unlike_signs
 from classification.pair import pair_settings
 from classification.pixel_checks import check_channels, check_normalisation
 from classification.run import Run, check_run, losses_of, untrained_pair
@@ -162,16 +162,18 @@ class Examination:
         taps = model_taps(student, teacher or student, cfg.DISTILL.TAPS)
         read = sorted({tap for loss in losses_of(cfg, taps) for tap in loss.taps})
         looked_at = {*read, *extra_taps(cfg.DISTILL.TAPS)}
+        readings: list[dict[str, Reading]] = []
         for side, (role, model) in enumerate((("student", student), ("teacher", teacher))):
             if model is None:
                 continue
             try:
                 paths = {name: taps[name][side] for name in looked_at}
-                tap_shapes(model, paths, cfg.DATA.IMAGE_SIZE)
+                readings.append(read_taps(model, paths, cfg.DATA.IMAGE_SIZE))
             except (ValueError, RuntimeError) as error:
                 raise ConfigError(f"DISTILL.TAPS: {role}: {error}") from error
         pair = f"{cfg.TEACHER.NAME} -> {cfg.STUDENT.NAME}" if teacher else cfg.STUDENT.NAME
-        return Verdict(PASS, f"{pair}; taps: {', '.join(read) or 'none'}")
+        notes = unlike_signs(*readings) if teacher else []
+        return Verdict(PASS, "; ".join([f"{pair}; taps: {', '.join(read) or 'none'}", *notes]))
 
     def check_data(self) -> Verdict:
         """Both sets are there, their images can be decoded and differ."""

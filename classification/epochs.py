@@ -55,6 +55,19 @@ class Compared(NamedTuple):
     stages: Mapping[str, Sequence[str]]
 
 
+class _Alike(NamedTuple):
+    """What one student is like.
+
+    Attributes:
+        values: CKA of its layers with themselves in the last student and, if there is one, with
+            the teacher.
+        stages: of the teacher that the second values are of, by name.
+    """
+
+    values: list[list[float]]
+    stages: list[str]
+
+
 class _Beside(nn.ModuleDict):
     """Models that are given the same images."""
 
@@ -92,19 +105,25 @@ def cka_over_epochs(
     for text in missing:
         logger.warning(text)
     student, teacher = subjects[LAST], subjects.get(TEACHER)
-    rows = []
+    alike = []
     try:
         compared = _compared(student, teacher, layers, data)
         early = student._replace(model=copy.deepcopy(student.model))
         for path in kept.values():
             load_weights(early.model, path)
             batches = mixed_batches(data, images, CKA_BATCH_SIZE)
-            rows.append(_alike(early, student, teacher, compared, batches))
+            alike.append(_alike(early, student, teacher, compared, batches))
     except ValueError as error:  # of the layers, or of a damaged file
         raise ConfigError(f"{error}") from error
     names = (LAST, TEACHER if layers is None else MOST_ALIKE)[: 1 + bool(compared.stages)]
-    values = torch.tensor(rows, dtype=torch.float64).permute(1, 2, 0)
-    return EpochCKA(tuple(kept), tuple(compared.layers), dict(zip(names, values)))
+    values = torch.tensor([epoch.values for epoch in alike], dtype=torch.float64).permute(1, 2, 0)
+    partners = {MOST_ALIKE: list(zip(*(epoch.stages for epoch in alike)))}
+    return EpochCKA(
+        tuple(kept),
+        tuple(compared.layers),
+        dict(zip(names, values)),
+        partners if MOST_ALIKE in names else {},
+    )
 
 
 def _compared(
@@ -132,8 +151,7 @@ def _alike(
     teacher: Subject | None,
     compared: Compared,
     batches: Iterator[Tensor],
-) -> list[list[float]]:
-    """CKA of each layer with itself in the last student and, if there is one, with the teacher."""
+) -> _Alike:
     beside = {"last": from_raw_pixels(last.pixels, last.model)}
     if teacher is not None:
         beside["teacher"] = from_raw_pixels(teacher.pixels, teacher.model)
@@ -143,14 +161,15 @@ def _alike(
     model = from_raw_pixels(early.pixels, early.model)
     values = cka_matrix(model, _Beside(beside), batches, own, columns, shared=False).values
     with_last, with_teacher = values.split([len(own), len(stages)], dim=1)
-    rows = [with_last.diagonal().tolist()]
+    alike = _Alike([with_last.diagonal().tolist()], [])
     if compared.stages:
-        best = (
-            with_teacher[row, [stages.index(path) for path in paths]].max().item()
-            for row, paths in enumerate(compared.stages.values())
-        )
-        rows.append(list(best))
-    return rows
+        best = [
+            max((row[stages.index(path)], path) for path in paths)
+            for row, paths in zip(with_teacher.tolist(), compared.stages.values())
+        ]
+        alike.values.append([value for value, _ in best])
+        alike.stages.extend(path for _, path in best)
+    return alike
 
 
 def main(arguments: Sequence[str] | None = None) -> EpochCKA:
@@ -169,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> EpochCKA:
     picture, values = (Path(f"{path}{suffix}") for suffix in (".png", ".csv"))
     found.plot(picture)
     found.write_csv(values)
+    for name, partners in found.partners.items():
+        for layer, of_epochs, value in zip(found.layers, partners, found.values[name][:, -1]):
+            print(f"{layer}: {name} in the end: {of_epochs[-1]}, CKA {value:.3f}")
     print(f"CKA of {len(found.layers)} layers in {len(kept)} epochs: {picture}, {values}")
     return found
 

@@ -5,10 +5,10 @@ One HTML file with its pictures, and the same figures as JSON, of the student be
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from pcka.analysis.gradients import far_apart
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError, flatten
 from pcka.engine.curves import classifier_panels, panel_figure
-from pcka.engine.environment import choose_device, describe_environment
+from pcka.engine.environment import choose_device, describe_environment, saved_environment
 from pcka.engine.progress import console_log
 from pcka.engine.report import Card, Picture, Report, Section
 from pcka.engine.report_sections import run_section
@@ -47,6 +47,8 @@ from pcka.engine.run_folder import read_metrics
 logger = logging.getLogger("pcka")
 
 CONFIG, STUDENT = "config.yaml", "student"
+BASELINE = "baseline"
+SAME_IMAGES = ("NAME", "HOLDOUT", "SPLIT_SEED", "IMAGE_SIZE")  # keys of DATA that say which ones
 STUDENTS = {STUDENT: "model_last.pth", "averaged student": "model_ema.pth"}  # of a run's folder
 
 
@@ -60,12 +62,14 @@ class Material:
             that the page is about.
         metrics: of the epochs; none where no training is known.
         environment: of the training.
+        baseline: configuration and weights of a student that this one is compared with.
     """
 
     cfg: CfgNode
     students: Mapping[str, Path | None]
     metrics: Sequence[Mapping[str, float]] = ()
     environment: Mapping[str, Any] | None = None
+    baseline: tuple[CfgNode, Path | None] | None = None
 
     @classmethod
     def of_run(cls, folder: Path, device: str = "") -> Material:
@@ -88,14 +92,23 @@ class Material:
                 )
         cfg = load_config(config, ["DEVICE", device] if device else [])
         students: dict[str, Path | None] = {n: p for n, p in files.items() if p.is_file()}
-        return cls(cfg, students, read_metrics(folder / "metrics.jsonl"), _environment(folder))
+        return cls(cfg, students, read_metrics(folder / "metrics.jsonl"), saved_environment(folder))
 
+    def beside(self, folder: Path) -> Material:
+        """The same with the student of another run on the same images, to compare it with.
 
-def _environment(folder: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads((folder / "environment.json").read_text()))
-    except (OSError, ValueError):
-        return None
+        Raises:
+            ConfigError: no such run, or one on other images.
+        """
+        other = Material.of_run(folder)
+        for key in SAME_IMAGES:
+            own, theirs = self.cfg.DATA[key], other.cfg.DATA[key]
+            if own != theirs:
+                raise ConfigError(
+                    f"--baseline: {folder} was trained on other images, DATA.{key} is {theirs!r} "
+                    f"there and {own!r} here; give a run on the same ones"
+                )
+        return replace(self, baseline=(other.cfg, other.students[STUDENT]))
 
 
 def make_report(material: Material, image_sets: ImageSets | None = None) -> Report:
@@ -111,6 +124,8 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
     cfg, device = material.cfg, choose_device(material.cfg.DEVICE)
     train_set, data = (one.to(device) for one in image_sets or load_image_sets(cfg))
     students = {name: (cfg, path) for name, path in material.students.items()}
+    if material.baseline is not None:
+        students[BASELINE] = material.baseline
     subjects, missing = load_subjects(cfg, students, (train_set, data))
     found = measure(subjects, train_set, data)
     tables = stage_tables(subjects, data)
@@ -130,7 +145,7 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
         title=f"{cfg.STUDENT.NAME}{taught}",
         lead=f"{' + '.join(cfg.DISTILL.METHODS)} on {cfg.DATA.NAME}: {len(train_set):,} training "
         f"and {len(data):,} evaluation images, {len(data.classes)} classes, "
-        f"{len(material.metrics) or 'an unknown number of'} epochs.",
+        f"{_training(material.metrics)}.",
         cards=_cards(found, name),
         warnings=warnings,
         sections=sections,
@@ -148,6 +163,13 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
             "environment": material.environment or environment,
         },
     )
+
+
+def _training(metrics: Sequence[Mapping[str, float]]) -> str:
+    """How long a training was."""
+    seconds = sum(record.get("seconds", 0) for record in metrics)
+    took = f" in {timedelta(seconds=round(seconds))} hours" if seconds else ""
+    return f"{len(metrics) or 'an unknown number of'} epochs{took}"
 
 
 def load_subjects(
@@ -215,8 +237,11 @@ def run_doubts(
 
 
 def _cards(found: Mapping[str, Measured], name: str) -> list[Card]:
-    own, teacher = found[name], found.get(TEACHER)
+    own, teacher, baseline = found[name], found.get(TEACHER), found.get(BASELINE)
     cards = [Card("top-1", f"{own.top1:.2f} %", name)]
+    if baseline is not None:
+        gain = f"{own.top1 - baseline.top1:+.2f} points"
+        cards.append(Card("baseline's top-1", f"{baseline.top1:.2f} %", f"student {gain}"))
     if teacher is not None:
         gap = own.top1 - teacher.top1
         smaller = teacher.size.parameters / own.size.parameters
@@ -245,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = report_parser().parse_args(arguments)
     with console_log():
         material = Material.of_run(given.run, given.device)
+        if given.baseline is not None:
+            material = material.beside(given.baseline)
         path = make_report(material).write(given.output or given.run)
     print(path)
     return path

@@ -272,12 +272,25 @@ def calibration_section(found: Mapping[str, Measured]) -> Section:
     )
 
 
+def _pairing(name: str, own: int, theirs: int) -> str:
+    """Which stages losses and curves compare, where the two models have unlike many."""
+    if own == theirs:
+        return ""
+    first = max(own - theirs, 0)
+    return (
+        f" The {name} has {own} stages and the teacher {theirs}. Losses and curves count from the "
+        f"last ones: the {name}'s stage{first} is compared with the teacher's "
+        f"stage{first + theirs - own}, and so on."
+    )
+
+
 def stage_section(tables: Mapping[str, CKATable]) -> Section:
     """The CKA of the stages with the teacher's."""
     return Section(
         "Stages",
         "Minibatch CKA (unbiased) of every stage with every stage of the teacher, on up to 512 "
-        "evaluation images; stage0 is the stem.",
+        "evaluation images; stage0 is the stem."
+        + "".join(_pairing(name, *table.values.shape) for name, table in tables.items()),
         pictures=[
             Picture(f"CKA: {name}", table.figure(name, TEACHER)) for name, table in tables.items()
         ],

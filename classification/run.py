@@ -40,7 +40,7 @@ from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
 from pcka.engine.distill import UntappedError, build_losses, numbered_stages
-from pcka.engine.environment import describe_environment
+from pcka.engine.environment import ENVIRONMENT, describe_environment
 from pcka.engine.inherit import inherit_weights
 from pcka.engine.launch import process_group
 from pcka.engine.preflight import check_teaching, naming, try_losses
@@ -311,7 +311,7 @@ class Run:
         """Write down what is trained, now that nothing refuses it any more."""
         files.result.unlink(missing_ok=True)  # of a shorter run that goes on
         write_text(files.directory / "config.yaml", self.cfg.dump())
-        files.write_json("environment.json", describe_environment(self.cfg.SEED, device))
+        files.write_json(ENVIRONMENT, describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
         files.start_kept(epoch)
         for doubt in doubts(self.cfg, updates):

@@ -6,9 +6,14 @@ from fvcore.common.config import CfgNode
 from tabulate import tabulate
 
 from classification.config import teacher_name
-from classification.models.taps import model_taps, tap_shapes
+from classification.models.taps import model_taps, read_taps, unlike_signs
 from classification.run import untrained_pair
 from pcka.engine.config import ConfigError
+
+BEHIND = (
+    "So one lies before an activation and the other behind one. Where both models are of one kind, "
+    "tap both at the same place (DISTILL.TAPS)."
+)
 
 
 def tap_table(cfg: CfgNode) -> str:
@@ -16,15 +21,20 @@ def tap_table(cfg: CfgNode) -> str:
     student, teacher = untrained_pair(cfg)
     taps = model_taps(student, teacher or student, cfg.DISTILL.TAPS)
     heading, columns = ["tap"], [list(taps)]
+    readings = []
     for role, side, model in (("student", 0, student), ("teacher", 1, teacher)):
         if model is None:
             continue
         paths = {name: pair[side] for name, pair in taps.items()}
         try:
-            shapes = tap_shapes(model, paths, cfg.DATA.IMAGE_SIZE)
+            found = read_taps(model, paths, cfg.DATA.IMAGE_SIZE)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"DISTILL.TAPS: {role}: {error}") from error
         name = cfg.STUDENT.NAME if role == "student" else teacher_name(cfg)
         heading += [f"{role}: {name}", "shape"]
-        columns += [list(paths.values()), [shapes[name] for name in taps]]
-    return tabulate(list(zip(*columns)), heading, tablefmt="plain", disable_numparse=True)
+        columns += [list(paths.values()), [found[name].shape for name in taps]]
+        # Few losses read a stage before its activation; few models have such a place.
+        readings.append({n: r for n, r in found.items() if not n.endswith("_preact")})
+    table = tabulate(list(zip(*columns)), heading, tablefmt="plain", disable_numparse=True)
+    notes = unlike_signs(*readings) if len(readings) > 1 else []
+    return "\n".join([table, *notes, *([BEHIND] if notes else [])])

@@ -100,7 +100,7 @@ def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
         "Report on a detector's run: report.html, which needs no other file, and report.json.",
-        "pcka report output/pcka --teacher",
+        "pcka report output/pcka --teacher --baseline output/student",
     )
     parser.prog = "pcka report"
     parser.add_argument("run", type=Path, metavar="RUN", help="OUTPUT_DIR of the run")
@@ -111,6 +111,9 @@ def report_parser() -> argparse.ArgumentParser:
         "--teacher",
         action="store_true",
         help="evaluate the teacher on the test set, too (one pass)",
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="another run to compare the metrics with"
     )
     _add_number(parser, "--images", 4, "that detections are drawn on")
     return parser

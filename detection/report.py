@@ -46,7 +46,7 @@ from pcka.analysis.gram_figure import grams_figure
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError, flatten
 from pcka.engine.curves import TEACHER_COLOUR, method_style, panel_figure
-from pcka.engine.environment import describe_environment
+from pcka.engine.environment import describe_environment, saved_environment
 from pcka.engine.model_cost import ModelSize, latencies, model_size
 from pcka.engine.report import Card, Picture, Report, Section, Table
 from pcka.engine.report_pictures import class_figure
@@ -54,7 +54,7 @@ from pcka.engine.report_sections import run_section
 from pcka.modes import evaluation_mode
 
 WEIGHTS = "model_final.pth"
-STUDENT, TEACHER = "student", "teacher"
+STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
 PIXELS = "sem_seg"  # the task of classes of pixels; the others are of objects
 HARDLY = 1.0  # AP, percent: below it a detector finds nothing to speak of
 
@@ -76,7 +76,9 @@ class Measured:
     file_bytes: int
 
 
-def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) -> Report:
+def make_report(
+    folder: Path, *, with_teacher: bool = False, baseline: Path | None = None, images: int = 4
+) -> Report:
     """Measure the detectors of a run, and put the report together.
 
     The metrics are those that the run came to; the student does not run over the test set again.
@@ -84,28 +86,27 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
     Args:
         folder: ``OUTPUT_DIR`` of a finished run.
         with_teacher: evaluate the teacher, too: one pass over the test set.
+        baseline: ``OUTPUT_DIR`` of a run whose metrics stand beside these.
         images: that detections are drawn on.
 
     Raises:
         ConfigError: no finished run, or weights that are not the detector's.
     """
-    for name in (CONFIG, RESULT, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"{folder}: expected the folder of a finished detector, there is no {name}; give "
-                "the OUTPUT_DIR of such a run"
-            )
+    check_finished(folder)
     cfg = load_config(str(folder / CONFIG), [])
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     register_datasets(cfg, training=False)
     results = {STUDENT: read_result(folder)}
+    if baseline is not None:
+        results = {BASELINE: _baseline_result(baseline, cfg), **results}
     models, files, warnings = _models(cfg, folder)
     if with_teacher and TEACHER in models:
         results = {TEACHER: _evaluated(cfg, models[TEACHER]), **results}
     found = _measure(cfg, models, files)
     alignments = alignments_of(folder)
     warnings += run_doubts(cfg, results[STUDENT])
-    environment = describe_environment(cfg.SEED, torch.device(cfg.MODEL.DEVICE))
+    here = describe_environment(cfg.SEED, torch.device(cfg.MODEL.DEVICE))
+    environment = saved_environment(folder) or here
     taught = cfg.MODEL.META_ARCHITECTURE == DISTILLED
     architecture = cfg.DISTILL.STUDENT if taught else cfg.MODEL.META_ARCHITECTURE
     methods = " + ".join(cfg.DISTILL.METHODS) if taught else "without a teacher"
@@ -120,7 +121,7 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
             *_class_sections(results),
             _picture_section(cfg, models, images),
             *(_gram_sections(cfg, folder / WEIGHTS) if TEACHER in models else []),
-            _cost_section(found, str(environment["device"])),
+            _cost_section(found, str(here["device"])),
             run_section(cfg, get_cfg(), environment),
         ],
         data={
@@ -135,6 +136,32 @@ def make_report(folder: Path, *, with_teacher: bool = False, images: int = 4) ->
             "environment": environment,
         },
     )
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse a folder that is not that of a finished run.
+
+    Raises:
+        ConfigError: it names the file that is missing.
+    """
+    for name in (CONFIG, RESULT, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder}: expected the folder of a finished detector, there is no {name}; give "
+                "the OUTPUT_DIR of such a run"
+            )
+
+
+def _baseline_result(folder: Path, cfg: CfgNode) -> Results:
+    """The metrics of another run on the same test sets."""
+    check_finished(folder)
+    theirs = load_config(str(folder / CONFIG), []).DATASETS.TEST
+    if tuple(theirs) != tuple(cfg.DATASETS.TEST):
+        raise ConfigError(
+            f"--baseline: {folder} was evaluated on {', '.join(theirs)} and this run on "
+            f"{', '.join(cfg.DATASETS.TEST)}; give a run with the same DATASETS.TEST"
+        )
+    return read_result(folder)
 
 
 def read_result(folder: Path) -> Results:
@@ -234,12 +261,15 @@ def _cards(
     found: Mapping[str, Measured],
     alignments: Mapping[str, float],
 ) -> Iterator[Card]:
-    teacher = results.get(TEACHER, {})
     for task, metrics in results[STUDENT].items():
         for metric in ("AP", "AP50", "mIoU"):
             if metric in metrics:
-                theirs = teacher.get(task, {}).get(metric)
-                note = "" if theirs is None else f"teacher {theirs:.2f}"
+                others = {
+                    name: _text(results[name].get(task, {}).get(metric))
+                    for name in (TEACHER, BASELINE)
+                    if name in results
+                }
+                note = ", ".join(f"{name} {value}" for name, value in others.items() if value)
                 yield Card(f"{task} {metric}", _text(metrics[metric]), note)
     if alignments:
         mean = sum(alignments.values()) / len(alignments)
@@ -303,7 +333,11 @@ def class_metric(task: str) -> str:
 
 def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
     """AP or IoU by class."""
-    styles = {TEACHER: (TEACHER_COLOUR, "--"), STUDENT: method_style(0)}
+    styles = {
+        TEACHER: (TEACHER_COLOUR, "--"),
+        STUDENT: method_style(0),
+        BASELINE: method_style(1),
+    }
     for task, classes, figures in class_figures(results):
         rows = [
             [name, *(_text(values[i]) for values in figures.values())]
@@ -402,7 +436,9 @@ def _cost_data(own: Measured) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Report as the arguments say; print and return the path of the page."""
     given = report_parser().parse_args(arguments)
-    report = make_report(given.run, with_teacher=given.teacher, images=given.images)
+    report = make_report(
+        given.run, with_teacher=given.teacher, baseline=given.baseline, images=given.images
+    )
     path = report.write(given.output or given.run)
     print(path)
     return path

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: F401  (registers its paths)
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -34,6 +35,7 @@ from detection.settings import RESULT, check_resumed
 from detection.trainer import DetectionTrainer
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
+from pcka.engine.environment import ENVIRONMENT, describe_environment
 from pcka.engine.folder_lock import lock_folder
 from pcka.engine.run_folder import remove_temporaries, write_text
 
@@ -70,12 +72,20 @@ def _work(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.eval_only:
             results = _evaluate_only(cfg)
         else:
-            results = DetectionTrainer(cfg, resume=arguments.resume).train_all()
+            trainer = DetectionTrainer(cfg, resume=arguments.resume)
+            if comm.is_main_process():
+                _write_environment(cfg)
+            results = trainer.train_all()
         if comm.is_main_process():
             write_result(results, Path(cfg.OUTPUT_DIR, RESULT))
             if cfg.REPORT and not arguments.eval_only:
                 _write_report(Path(cfg.OUTPUT_DIR))
     return results
+
+
+def _write_environment(cfg: CfgNode) -> None:
+    found = describe_environment(cfg.SEED, torch.device(cfg.MODEL.DEVICE))
+    write_text(Path(cfg.OUTPUT_DIR, ENVIRONMENT), json.dumps(found, indent=2))
 
 
 def _write_report(folder: Path) -> None:

@@ -37,6 +37,7 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
 
     Raises:
         OSError: it cannot be written, for want of space or rights; the message names ``path``.
+        KeyboardInterrupt: Ctrl-C, whatever ``write`` makes of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +49,11 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save gives an error of its own, without the path, for what the file gave.
+        # torch.save gives an error of its own, without the path, for what the file gave; Ctrl-C
+        # in the midst of it, too.
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, f"{cause.strerror}; not written", str(path)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import re
 import resource
@@ -137,6 +138,29 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         atomic_save(lambda: None, path)
     assert load_file(path) == {"generation": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", range(1, 8))
+def test_ctrl_c_within_a_write_stays_ctrl_c(tmp_path, monkeypatch, write):
+    """torch.save alone makes a RuntimeError of most of them."""
+
+    class File(io.FileIO):
+        written = 0
+
+        def write(self, data):
+            self.written += 1
+            if self.written == write:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    path = tmp_path / "checkpoint.pth"
+    atomic_save({"generation": 1}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, mode: File(self, mode))
+        with pytest.raises(KeyboardInterrupt):
+            atomic_save({"w": torch.zeros(1000)}, path)
+    assert load_file(path) == {"generation": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 GENERATION_BYTES = 2**26  # takes long enough to write that the kill lands in the midst of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +60,43 @@ def with_stages(model: Classifier, side: int, *, checked: bool = False) -> Class
     return find_stages(model, side)
 
 
+class Reading(NamedTuple):
+    """What a tap reads of images of noise.
+
+    Attributes:
+        shape: "C x H x W".
+        is_signed: it has values below zero, so it is not what a ReLU gave.
+    """
+
+    shape: str
+    is_signed: bool
+
+
 @torch.no_grad()
-def tap_shapes(model: Classifier, paths: Mapping[str, str], side: int) -> dict[str, str]:
-    """Return tap name -> "C x H x W" of what is read there on images of ``side`` pixels."""
-    device = next(model.parameters()).device
+def read_taps(model: Classifier, paths: Mapping[str, str], side: int) -> dict[str, Reading]:
+    """Return tap name -> what is read there on images of ``side`` pixels."""
+    noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with evaluation_mode(model), FeatureTap(model, paths) as tap:
-        model(torch.zeros(2, 3, side, side, device=device))
-        return {name: " x ".join(map(str, x.shape[1:])) for name, x in tap.pop().items()}
+        model(noise.to(next(model.parameters()).device))
+        return {
+            name: Reading(" x ".join(map(str, x.shape[1:])), bool((x < 0).any()))
+            for name, x in tap.pop().items()
+        }
+
+
+def unlike_signs(student: Mapping[str, Reading], teacher: Mapping[str, Reading]) -> list[str]:
+    """What to say of taps that lie behind an activation in one model and before it in the other.
+
+    Args:
+        student: tap name -> reading.
+        teacher: likewise, of the same names.
+    """
+    notes = []
+    for role, own, other in (("student", student, teacher), ("teacher", teacher, student)):
+        found = [name for name in own if own[name].is_signed and not other[name].is_signed]
+        if found:
+            notes.append(f"{', '.join(found)}: below zero in the {role} alone")
+    return notes
 
 
 def extra_taps(entries: list[list[str]]) -> Taps:

@@ -40,13 +40,14 @@ def grams_figure(
     """
     figures = optional_package("matplotlib.figure", "train")
     columns = 3 + bool(images)
-    size = _INCHES * columns + 0.8, (_INCHES + 0.45) * len(pairs)
+    size = _INCHES * columns + 0.8, (_INCHES + 0.7) * len(pairs)
     figure = figures.Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(pairs), columns, squeeze=False)
-    for row, (name, pair) in zip(grid, pairs.items()):
+    parts = figure.subfigures(len(pairs), squeeze=False)[:, 0]
+    for part, (name, pair) in zip(parts, pairs.items()):
+        part.suptitle(f"{name}: CKA {pair.cka:.3f}")
+        row = part.subplots(1, columns)
         if images:
             _draw_image(row[0], images[name], pair.grid or (1, 1))
-            row[0].set_title(f"{name}: CKA {pair.cka:.3f}", fontsize="medium")
         teacher, student = (gram.double().cpu().numpy() for gram in (pair.teacher, pair.student))
         limit, beyond = _scale(teacher, student)
         for axes, values in zip(row[-3:], (teacher, student, student - teacher)):
@@ -54,13 +55,11 @@ def grams_figure(
             _part(axes, len(values), pair.grid, classes)
             if axes is not row[-3]:
                 axes.set_yticks([])  # those of the first one
-        titles = ["teacher", "student", "student \N{MINUS SIGN} teacher"]
-        if not images:
-            titles[0] = f"{name}: CKA {pair.cka:.3f}\nteacher"
+        titles = ("teacher", "student", "student \N{MINUS SIGN} teacher")
         for axes, title in zip(row[-3:], titles):
             axes.set_title(title, fontsize="medium")
         extend = "max" if beyond else "neither"
-        bar = figure.colorbar(drawn, ax=row[-1], extend=extend)
+        bar = part.colorbar(drawn, ax=row[-1], extend=extend)
         bar.ax.tick_params(labelsize="x-small")
         bar.set_label("similarity", fontsize="small")
     return figure

@@ -19,6 +19,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":")
 TEACHER_COLOUR = "#666666"
 _PANEL_INCHES = (5.0, 3.8)
+_MOST_ABREAST = 3  # panels of a row
 
 
 class Panel(NamedTuple):
@@ -52,10 +53,10 @@ def method_style(index: int) -> tuple[str, str]:
 
 
 def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str) -> bool:
-    """Draw the panels that have curves side by side; return whether there was any.
+    """Draw the panels that have curves, at most three abreast; return whether there was any.
 
     Args:
-        panels: from left to right; each curve has a point or more.
+        panels: in reading order; each curve has a point or more.
         path: picture to write; its suffix picks the format.
         x: what the horizontal axes count, from 0: ``"epoch"`` or ``"step"``.
     """
@@ -63,11 +64,16 @@ def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str
     if not drawn:
         return False
     width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * len(drawn), height), layout="constrained")
+    rows = -(-len(drawn) // _MOST_ABREAST)
+    columns = -(-len(drawn) // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     last = max(map(_last, drawn))
-    for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, axes in zip(drawn, places):
         _draw(axes, panel, x, last)
         axes.set_title(panel.title)
+    for axes in places:  # those that are left
+        axes.axis("off")
     figure.savefig(path, dpi=120)
     return True
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import pcka
 from pcka.distributed import world_size
 from pcka.engine.config import ConfigError
+
+ENVIRONMENT = "environment.json"  # in the folder of a run
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,9 +54,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def describe_environment(seed: int, device: torch.device) -> dict[str, object]:
-    """Return versions, build, commit, command line, seed and device of this process."""
+    """Return date, versions, build, commit, command line, seed and device of this process."""
     on_cuda = device.type == "cuda"
     return {
+        "date": datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds"),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "torchvision", "pcka")},
         "build_info": pcka.build_info(),
@@ -63,6 +69,14 @@ def describe_environment(seed: int, device: torch.device) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def saved_environment(folder: Path) -> dict[str, Any] | None:
+    """What a run wrote down of its environment (:data:`ENVIRONMENT`); None where it did not."""
+    try:
+        return dict(json.loads((folder / ENVIRONMENT).read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def _version(package: str) -> str | None:

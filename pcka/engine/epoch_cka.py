@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -25,20 +25,29 @@ class EpochCKA:
         epochs: in their order, the start being 0.
         layers: of the student.
         values: with what they are compared -> ``(layers, epochs)``, float64.
+        partners: where the most alike of several layers counts: its name -> which one it was, a
+            tuple of as many names as epochs for each layer.
     """
 
     epochs: tuple[int, ...]
     layers: tuple[str, ...]
     values: Mapping[str, Tensor]
+    partners: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
     def write_csv(self, path: Path) -> None:
-        """Write a row for each layer and what it is compared with, a column for each epoch."""
+        """Write a row for each layer and what it is compared with, a column for each epoch.
+
+        Rows of names follow, of those that were the most alike.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["with", "layer", *self.epochs])
         for name, table in self.values.items():
             for layer, row in zip(self.layers, table.tolist()):
                 writer.writerow([name, layer, *(f"{value:.6f}" for value in row)])
+        for name, found in self.partners.items():
+            for layer, others in zip(self.layers, found):
+                writer.writerow([f"{name}: which", layer, *others])
         write_text(path, text.getvalue())
 
     def plot(self, path: Path) -> None:

@@ -12,7 +12,7 @@ from pcka.engine.config import flatten
 from pcka.engine.curves import Points
 from pcka.engine.report import Card, Picture, Section, Table
 
-VERSIONS = ("python", "torch", "torchvision", "pcka", "device", "threads", "processes")
+VERSIONS = ("date", "python", "torch", "torchvision", "pcka", "device", "threads", "processes")
 
 
 def run_section(cfg: CfgNode, silent: CfgNode, environment: Mapping[str, Any]) -> Section:

@@ -107,6 +107,13 @@ def test_a_set_up_that_is_well_passes_every_check_and_leaves_nothing_behind(setu
     assert "a step" in texts["cost"] and "the run" in texts["cost"]
 
 
+def test_a_tap_behind_an_activation_in_one_model_alone_is_told(setup):
+    # The teacher's body has no activation; the student's stage ends with a ReLU.
+    status, text = findings_of(setup, "DISTILL.METHODS", "[CE, FCKA]")["models and taps"]
+    assert status == PASS
+    assert text.endswith("taps: last; last: below zero in the teacher alone")
+
+
 def bgr(folder: Path) -> None:
     torch.save(teacher_weights(swapped=True), folder / "teacher.pth")
 

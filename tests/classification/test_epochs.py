@@ -67,7 +67,7 @@ def unbiased(x: np.ndarray, y: np.ndarray) -> float:
 def features_of(path: Path, section, images) -> dict[str, np.ndarray]:
     model = load_classifier("resnet8", path, 10, role="student").eval().double()
     kept = {}
-    for name in ("layer1", "layer2", "layer3"):
+    for name in ("relu", "layer1", "layer2", "layer3"):
         model.get_submodule(name).register_forward_hook(
             lambda _, __, out, name=name: kept.__setitem__(name, out.flatten(1).numpy())
         )
@@ -105,15 +105,30 @@ def test_its_files_hold_the_same(run, found):
     assert found.values["teacher"][:, -1].tolist() == pytest.approx(last, abs=1e-4)
 
 
-def test_layers_are_compared_with_the_most_alike_stage_of_the_teacher(run, found, tmp_path):
+def test_layers_are_compared_with_the_most_alike_stage_of_the_teacher(
+    run, found, tmp_path, capsys, random_teacher
+):
+    name = "most alike stage of the teacher"
     words = ["--layers", "layer?", "layer1.0.conv1", "--output", str(tmp_path / "of"), "--images"]
     chosen = cli.main(["epochs", str(run), *words, "40"])
     assert chosen.layers == ("layer1", "layer2", "layer3", "layer1.0.conv1")
     own = chosen.values["last student"][:3]
     torch.testing.assert_close(own, found.values["last student"][1:], rtol=0, atol=1e-5)
-    most_alike = chosen.values["most alike stage of the teacher"]
+    most_alike = chosen.values[name]
     assert (most_alike[:3] >= found.values["teacher"][1:] - 1e-5).all()
-    assert (tmp_path / "of.png").is_file() and (tmp_path / "of.csv").is_file()
+    assert (tmp_path / "of.png").is_file()
+    # Each is named; the last layer's partner is found by hand.
+    cfg = load_config(run / "config.yaml")
+    (batch,) = load_evaluation_set(cfg).evaluation_batches(40)
+    student = features_of(run / "model_last.pth", cfg.STUDENT, batch.images)["layer3"]
+    teacher = features_of(random_teacher, cfg.TEACHER, batch.images)
+    closest = max(teacher, key=lambda path: unbiased(student, teacher[path]))
+    with open(tmp_path / "of.csv", newline="") as file:
+        rows = [row for row in csv.reader(file) if row[0] == f"{name}: which"]
+    assert [row[1] for row in rows] == list(chosen.layers)
+    assert rows[2][-1] == closest
+    told = f"layer3: {name} in the end: {closest}, CKA {most_alike[2, -1]:.3f}"
+    assert told in capsys.readouterr().out
 
 
 def test_a_teacher_whose_weights_are_gone_is_left_out_and_told(run, tmp_path, caplog, monkeypatch):

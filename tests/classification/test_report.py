@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from classification import report
 from classification.config import load_config
 from classification.data import load_image_sets, pixel_statistics
 from classification.models import create_model, load_classifier
+from classification.report_figures import stage_section
 from classification.run import run_experiment
 from pcka import cli
+from pcka.analysis import CKATable
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import read_metrics
 
@@ -161,6 +164,45 @@ def test_the_command_gives_the_same_figures_again(run, data, tmp_path, capsys):
     for model in (*data["models"].values(), *again["models"].values()):
         del model["latency_ms"]
     assert again == data
+
+
+def test_a_baseline_stands_beside_the_student(run, data, tiny_config, tmp_path, cfg):
+    same = {"DATA.IMAGE_SIZE": 16, "DATA.HOLDOUT": 60, "DATA.TRAIN_IMAGES": 100}
+    result = run_experiment(tiny_config("ce", "ce", **same, **{"TEACHER.NAME": "", "SEED": 5}))
+    words = [str(run), "--baseline", str(tmp_path / "ce"), "--output", str(tmp_path / "of")]
+    cli.main(["report", *words])
+    found = json.loads((tmp_path / "of" / "report.json").read_text())["models"]
+    assert found["baseline"]["top1"] == pytest.approx(result["last_accuracy"])
+    assert found["student"]["top1"] == data["models"]["student"]["top1"]
+    page = (tmp_path / "of" / "report.html").read_text()
+    gain = found["student"]["top1"] - result["last_accuracy"]
+    assert f"student {gain:+.2f} points" in page and "Confusion: baseline" in page
+
+
+def test_a_baseline_on_other_images_is_refused(run, tiny_config, tmp_path):
+    run_experiment(tiny_config("ce", "ce", **{"TEACHER.NAME": "", "DATA.HOLDOUT": 50}))
+    with pytest.raises(ConfigError, match=r"--baseline: .*ce .* DATA\.HOLDOUT is 50 .* 60 here"):
+        report.main([str(run), "--baseline", str(tmp_path / "ce")])
+
+
+def test_stages_that_are_compared_are_named_where_the_models_have_unlike_many():
+    def text(own, theirs):
+        layers = [tuple(f"stage{i}" for i in range(count)) for count in (own, theirs)]
+        return stage_section({"student": CKATable(torch.rand(own, theirs), *layers)}).text
+
+    assert text(4, 4).endswith("stage0 is the stem.")
+    assert "has 4 stages and the teacher 5" in text(4, 5)
+    assert "the student's stage0 is compared with the teacher's stage1" in text(4, 5)
+    assert "the student's stage2 is compared with the teacher's stage0" in text(5, 3)
+
+
+def test_the_page_tells_when_and_how_long_the_training_was(run, data):
+    page = (run / "report.html").read_text()
+    seconds = sum(record["seconds"] for record in data["metrics"])
+    assert f"3 epochs in 0:00:{round(seconds):02d} hours" in page
+    began = datetime.fromisoformat(json.loads((run / "environment.json").read_text())["date"])
+    assert str(began) in page
+    assert 0 < (run / "report.html").stat().st_mtime - began.timestamp() < 600
 
 
 def test_a_run_that_asks_for_none_has_none(tiny_config, tmp_path):

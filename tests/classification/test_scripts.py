@@ -35,7 +35,7 @@ def test_the_scripts_run_from_the_root(script):
 def test_the_demo_compares_all_methods_and_reuses_what_is_done(tiny_overrides, tmp_path):
     demo, overrides = tmp_path / "demo", tiny_overrides(**{"SOLVER.EPOCHS": 1})
     overrides += ["TEACHER.CACHE_DIR", str(demo / "teacher")]
-    table = run_demo(demo, overrides, seeds=(0, 1))
+    table = run_demo(demo, (0, 1), overrides)
     assert (demo / "comparison.md").read_text() == table
     assert table.startswith("resnet8 from resnet8 (")
     assert METHODS[0] == "ce"  # what the others are compared with
@@ -44,5 +44,5 @@ def test_the_demo_compares_all_methods_and_reuses_what_is_done(tiny_overrides, t
     assert (demo / "comparison.png").stat().st_size > 0
     trained = {path: path.stat().st_mtime_ns for path in demo.rglob("checkpoint.pth")}
     assert len(trained) == len(METHODS) * 2 + 1  # and the teacher
-    assert run_demo(demo, overrides, seeds=(0, 1)) == table
+    assert run_demo(demo, (0, 1), overrides) == table
     assert {path: path.stat().st_mtime_ns for path in trained} == trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -66,6 +67,37 @@ def test_the_command_evaluates_the_teacher_where_it_is_asked_to(run, data, tmp_p
     assert again["metrics"]["student"] == data["metrics"]["student"]
     assert again["metrics"]["teacher"]["bbox"].keys() == again["metrics"]["student"]["bbox"].keys()
     assert (again["cka"], again["config"]) == (data["cka"], data["config"])
+
+
+def test_a_baseline_stands_beside_the_student(run, data, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.yaml", "model_final.pth"):
+        shutil.copy(run / name, other)
+    (other / "result.json").write_text(json.dumps({"bbox": {"AP": 12.5, "AP50": 20.0}}))
+    made = report.make_report(run, baseline=other, images=1)
+    assert made.data["metrics"] == {
+        "baseline": {"bbox": {"AP": 12.5, "AP50": 20.0}}, **data["metrics"]
+    }  # fmt: skip
+    (table,) = made.sections[0].tables
+    assert [row[0] for row in table.rows] == ["baseline", "student"]
+    assert table.rows[0][1] == "12.50"
+    assert made.cards[0].note == "baseline 12.50"
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(
+        text.replace("- digits_scenes_test", "- digits_scenes_train")
+    )
+    with pytest.raises(ConfigError, match=r"--baseline: .*on digits_scenes_train and this"):
+        report.make_report(run, baseline=other)
+    (other / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"other: expected .* there is no result\.json"):
+        report.make_report(run, baseline=other)
+
+
+def test_the_page_says_with_what_it_was_trained(run, data):
+    saved = json.loads((run / "environment.json").read_text())
+    assert data["environment"] == saved
+    assert saved["date"] in (run / "report.html").read_text()
 
 
 def test_a_teacher_whose_file_is_gone_is_left_out_and_told(run):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from pcka.engine.curves import (
     panel_figure,
     plot_curves,
     plot_gradients,
+    plot_panels,
 )
 
 METRICS = [
@@ -121,6 +123,15 @@ def test_writes_a_picture_without_global_state(tmp_path):
     assert width > 2 * height > 400
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_more_than_three_panels_take_further_rows(tmp_path):
+    panels = [Panel(f"panel {i}", "CKA", {"stage1": [(0, 0.5), (1, 0.6)]}) for i in range(5)]
+    assert plot_panels(panels, tmp_path / "panels.png", x="epoch")
+    picture = image.imread(tmp_path / "panels.png")
+    assert picture.shape[:2] == (2 * 456, 3 * 600)
+    parts = [part for row in np.split(picture, 2) for part in np.split(row, 3, axis=1)]
+    assert [bool((part < 1).any()) for part in parts] == [True] * 5 + [False]
 
 
 def test_refusals(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -14,6 +16,15 @@ CUDA = pytest.param(
         reason="no GPU, or no CUDA operators",
     ),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def several_threads() -> Iterator[None]:
+    """Two threads at least, whatever `make test` gives a process: operators share their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", CUDA])

@@ -6,7 +6,7 @@ from torch import nn
 
 from classification.models import create_model
 from classification.models.stage_search import check_size, find_stages
-from classification.models.taps import tap_shapes
+from classification.models.taps import read_taps
 
 SIDE = 64
 
@@ -17,7 +17,7 @@ def found(model: nn.Module, side: int = SIDE) -> tuple[str, ...]:
 
 def shapes(model: nn.Module, side: int = SIDE) -> list[str]:
     paths = {path: path for path in model.stage_names}
-    return list(tap_shapes(model, paths, side).values())
+    return [reading.shape for reading in read_taps(model, paths, side).values()]
 
 
 @pytest.mark.parametrize(

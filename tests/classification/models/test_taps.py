@@ -8,6 +8,8 @@ from classification.models import create_model
 from classification.models.taps import (
     loss_context,
     model_taps,
+    read_taps,
+    unlike_signs,
 )
 from classification.run import check_losses, losses_of, untrained_pair
 from pcka.engine.config import ConfigError
@@ -186,3 +188,25 @@ def test_a_stage_without_a_norm_and_a_model_without_a_classifier_are_left_out(te
     assert context.teacher_classifier is None
     assert "stage0_preact" not in context.teacher_norms
     assert "stage1_preact" in context.teacher_norms
+
+
+class Stages(nn.Module):
+    """Two convolutions; the activation behind the second one is a function, or a module."""
+
+    def __init__(self, *, own_activations: bool) -> None:
+        super().__init__()
+        self.first, self.relu, self.second = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)
+        self.last = nn.ReLU() if own_activations else nn.Identity()
+
+    def forward(self, x):
+        return self.last(self.second(self.relu(self.first(x)))).relu().mean((2, 3))
+
+
+def test_a_tap_before_an_activation_is_told_from_one_behind_it():
+    torch.manual_seed(0)
+    paths = {"stage0": "relu", "stage1": "last"}
+    before, behind = (read_taps(Stages(own_activations=own), paths, 16) for own in (False, True))
+    assert [before[name].shape for name in paths] == ["4 x 14 x 14", "5 x 12 x 12"]
+    assert unlike_signs(before, behind) == ["stage1: below zero in the student alone"]
+    assert unlike_signs(behind, before) == ["stage1: below zero in the teacher alone"]
+    assert unlike_signs(before, before) == unlike_signs(behind, behind) == []
