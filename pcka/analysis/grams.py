@@ -9,8 +9,9 @@ from pcka.ops.reference import accumulation_dtype, without_autocast
 
 MIN_SAMPLES = 4  # unbiased HSIC is not defined below
 
-# Entries of the features that are centered at once: few enough to stay in a core's cache until
-# they are multiplied. A GPU, on which each step is a launch, takes all but the widest at once.
+# Entries of the features that are centered at once, for each thread: few enough to stay in the
+# cache until they are multiplied. A GPU, on which each step is a launch, takes all but the widest
+# at once.
 _CHUNK, _CHUNK_ON_GPU = 1 << 18, 1 << 24
 _BLOCK = 64  # rows of the Gram that are one product on a CPU
 
@@ -43,7 +44,9 @@ def u_centered_gram(feature: Tensor) -> Tensor:
 def _lower_gram(rows: Tensor) -> Tensor:
     """``H X X^T H`` below its diagonal, ``(N, D)`` -> ``(N, N)``: half of it is computed."""
     samples, dtype = len(rows), accumulation_dtype(rows.dtype)
-    chunk, block = (_CHUNK, _BLOCK) if rows.is_cpu else (_CHUNK_ON_GPU, samples)
+    chunk, block = _CHUNK_ON_GPU, samples
+    if rows.is_cpu:
+        chunk, block = _CHUNK * torch.get_num_threads(), _BLOCK
     gram = rows.new_zeros(samples, samples, dtype=dtype)
     weights = gram.new_full((samples,), 1 / samples)
     of_mean = gram.new_zeros(())
