@@ -1,9 +1,9 @@
 # make demo   from a fresh clone to distilled students, in one command
 # make test   every check: format, types, import contract, C++ tests, Python tests
-# make docs   the documentation as a site, in build/site/index.html; a warning fails it
-# make test-models   the few tests that `make test` leaves out: each model of torchvision and timm
-# make gpu-bundle   what tools/gpu_check.py needs on a GPU machine without network
-# All make .venv and compile the operators first. PYTHON=... names another interpreter.
+# make docs   the documentation as a site, in build/site/index.html; warnings are errors
+# make test-models   the tests that `make test` leaves out: every model of torchvision and timm
+# make gpu-bundle   what tools/gpu_check.py needs on a GPU machine without a network
+# All of them first create .venv and compile the operators. PYTHON=... selects the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -50,7 +50,7 @@ ctest: install
 	$(BIN)/cmake --build build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
-# A process a core, each of one thread; the tests of a file share what they prepare.
+# One process per core, of one thread each; the tests of a file share what they prepare.
 pytest: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not exhaustive"
 

@@ -1,8 +1,8 @@
-"""Compiles csrc/: C++ always, CUDA whenever nvcc and a CUDA build of torch are there.
+"""Compiles csrc/: C++ always, CUDA if nvcc and a CUDA build of torch are available.
 
-Environment: PCKA_SKIP_EXTENSION=1 compiles nothing (the eager reference serves every operator),
-PCKA_SKIP_CUDA=1 compiles no CUDA code, TORCH_CUDA_ARCH_LIST names the GPU architectures.
-Everything else about the package stands in pyproject.toml.
+Environment: PCKA_SKIP_EXTENSION=1 compiles nothing (every operator uses the eager reference),
+PCKA_SKIP_CUDA=1 compiles no CUDA code, TORCH_CUDA_ARCH_LIST sets the GPU architectures.
+All other package settings are in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 MINIMUM_TORCH = "2.10"  # whose stable ABI the operators use; also in pyproject.toml
-# Oldest to newest; code for 8.6 also runs on 8.9, and the PTX of the last on all that follow.
+# Oldest to newest; code for 8.6 also runs on 8.9, and the last one's PTX on all later ones.
 DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 DEFAULT_ARCHS_BEFORE_12_8 = "7.5;8.0;8.6;9.0+PTX"
 
@@ -49,7 +49,7 @@ class CudaToolkit:
 
     @property
     def root(self) -> str:
-        """The true root. An nvcc on PATH may be a wrapper that lies outside its toolkit."""
+        """The real root: an nvcc on PATH may be a wrapper outside its toolkit."""
         dryrun = subprocess.run(
             [self.nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
         ).stderr
@@ -57,7 +57,7 @@ class CudaToolkit:
         return os.path.realpath(found[1].strip() if found else Path(self.nvcc).parent.parent)
 
     def obstacle(self, torch_cuda: str) -> str | None:
-        """Why this toolkit cannot serve a torch of that CUDA version, if it cannot."""
+        """Why this toolkit cannot be used with a torch of that CUDA version; None if it can."""
         if self.version[0] == int(torch_cuda.split(".")[0]):
             return None
         major, minor = self.version
@@ -81,7 +81,7 @@ def use_toolkit(toolkit: CudaToolkit) -> None:
     """Point torch's build helpers, which read the environment when imported, at the toolkit."""
     os.environ["CUDA_HOME"] = toolkit.root
     archs = DEFAULT_ARCHS if toolkit.version >= (12, 8) else DEFAULT_ARCHS_BEFORE_12_8
-    # Set, not guessed from the GPU: the build must work where none is visible.
+    # Set, not detected from the GPU: the build must work without a visible one.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
 
 
@@ -99,7 +99,7 @@ def skip_reason() -> str | None:
 
 
 def compiled_archs() -> list[str]:
-    """What torch's build helpers make of TORCH_CUDA_ARCH_LIST, e.g. ["sm_80", "compute_90"]."""
+    """What torch's build helpers derive from TORCH_CUDA_ARCH_LIST, e.g. ["sm_80", "compute_90"]."""
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 
     codes = re.findall(r",code=(\w+)", " ".join(_get_cuda_arch_flags()))
@@ -143,7 +143,7 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
         say(f"{note}: compiling the CPU operators only")
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    # py_limited_api: no Python symbols, so one library serves every Python and torch.
+    # py_limited_api: no Python symbols, so one library works with every Python and torch.
     common = {"define_macros": [stable_abi_macro()], "py_limited_api": True}
     optimised = ["-O3", "-fvisibility=hidden"]
     built = [
@@ -176,6 +176,7 @@ ext_modules, cmdclass = extensions()
 setup(
     ext_modules=ext_modules,
     cmdclass=cmdclass,
-    # The operators' tag, e.g. cp310-abi3: they hold no symbol of Python, so any version loads them.
+    # The wheel's tag, e.g. cp310-abi3: the operators use no Python symbols, so any version loads
+    # them.
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )

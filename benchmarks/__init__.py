@@ -1,1 +1,1 @@
-"""Measurements, one script a claim; see README.md here."""
+"""Measurements, one script per claim; see README.md in this folder."""

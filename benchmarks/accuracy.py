@@ -1,16 +1,16 @@
-"""How accurate the operators are: errors against float64, beside those of eager PyTorch.
+"""Accuracy of the operators: errors against float64, compared with those of eager PyTorch.
 
-The reference is ``pcka.ops.reference`` in float64 on the same rounded inputs. Eager runs wholly in
-the dtype of the input, and once more on inputs widened to float32. Errors are root mean squares
-over the seeds:
+The reference is ``pcka.ops.reference`` in float64 on the same rounded inputs. Eager PyTorch runs
+entirely in the dtype of the input, and again on inputs widened to float32. Errors are root mean
+squares over the seeds:
 
 - alignment: ``|a - a64| / |a64|`` over the groups;
-- gradient: ``|g - g64| / |g64|``, of the mean alignment by the student;
+- gradient: ``|g - g64| / |g64|``, of the mean alignment with respect to the student;
 - direction: ``1 - cosine`` of the two gradients, which grows with the square of their distance.
 
-A ratio above 2 against either eager is flagged; where eager has no finite figure (float16
-overflows) there is none. In float16 the loss is scaled, as mixed-precision training does it against
-underflow, and the scale divided out again in float64.
+A ratio above 2 to either eager variant is flagged; if eager has no finite figure (float16
+overflows), there is none. In float16 the loss is scaled against underflow, as in mixed-precision
+training, and the scale is divided out in float64.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _LOSS_SCALE = {torch.float16: 4096.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the tables and write the files; returns the records."""
+    """Measure, print the tables and write the files; return the records."""
     parser = report.parser("Errors of the operators and of eager PyTorch against float64.")
     report.add_device(parser, default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def record(
     case: Case, dtype: torch.dtype, inputs: str, seeds: Sequence[int], device: str = "cpu"
 ) -> dict[str, Any]:
-    """``errors``: variant -> quantity -> error; ``ratios``: of the operator's to eager's."""
+    """Return ``errors``: variant -> quantity -> error, ``ratios``: the operator's to eager's."""
     each = [_errors(case, dtype, inputs, seed, device) for seed in seeds]
     errors = {
         variant: {
@@ -135,7 +135,7 @@ def _errors(
 
 
 def reference_of(case: Case) -> Alignment:
-    """The function of ``pcka.ops.reference`` for the case."""
+    """Return the function of ``pcka.ops.reference`` for the case."""
     if not isinstance(case, MapCase):
         return reference.cka
     patch, group_by, relation = (case.patch, case.patch), case.group_by, case.relation
@@ -151,10 +151,10 @@ def _evaluate(
     scale: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Alignments, and the gradient of their mean by the student, in float64.
+    """Return alignments, and their mean's gradient with respect to the student, in float64.
 
     ``dtype`` widens the inputs first; the gradient is still rounded to the student's own dtype,
-    as the cast's backward does it, but for float64.
+    as in the cast's backward, except for float64.
     """
     wide = [t if dtype is None else t.to(dtype) for t in (student, teacher)]
     leaf = wide[0].detach().requires_grad_()
@@ -181,7 +181,7 @@ def _relative(value: Tensor, exact: Tensor) -> float:
 
 
 def _angle(value: Tensor, exact: Tensor) -> float:
-    """``1 - cosine``, without the cancellation; 1 where the value has underflowed to zero."""
+    """Return ``1 - cosine``, without cancellation; 1 if the value has underflowed to zero."""
     if not value.any():
         return 1.0
     return 0.5 * float((value / value.norm() - exact / exact.norm()).square().sum())
@@ -192,12 +192,12 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 
 def _ratio(own: float, other: float) -> float | None:
-    """None where the other has no finite error, or none at all."""
+    """Return the ratio; None if the other error is zero or not finite."""
     return own / other if isfinite(other) and other > 0 else None
 
 
 def accuracy_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The operator's errors, each with its ratios to eager's in the input's dtype / in float32."""
+    """Return the operator's errors and their ratios to eager's in the input's dtype / float32."""
     rows = []
     for entry in records:
         row = [entry["case"]["name"], entry["case"]["dtype"], entry["inputs"]]
@@ -211,7 +211,7 @@ def accuracy_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
-    """The greatest ratio of each dtype and quantity, and how many rows are flagged."""
+    """Return the greatest ratio per dtype and quantity, and the number of flagged rows."""
     rows = []
     for dtype in map(dtype_name, DTYPES):
         for variant in ("eager", "eager float32"):
@@ -226,7 +226,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """The greatest ratio of the gradient's error over the kinds of input, by case."""
+    """Plot the greatest ratio of the gradient's error over the kinds of input, for each case."""
     worst: dict[tuple[str, str], dict[str, float]] = {}
     for entry in records:
         for variant, ratios in entry["ratios"].items():

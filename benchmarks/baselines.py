@@ -1,7 +1,8 @@
-"""What the operators are compared with, written plainly and without handicap.
+"""Baselines for the operators, written plainly and without handicap.
 
-The functions are differentiated by autograd and run in the dtype of their input; ``Products`` is
-what no implementation by matrix products can do without.
+The functions run in the dtype of their input and, except for ``strong_patch_cka``, are
+differentiated by autograd; ``Products`` is the work that no implementation based on matrix products
+can avoid.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def eager_cka(x: Tensor, y: Tensor) -> Tensor:
     """Centered CKA, ``(N, D_x), (N, D_y)`` -> scalar, or ``(G, N, D)`` twice -> ``(G,)``.
 
     The cosine of the two Grams (Zhou et al. 2024, Theorem 1). It divides by the norms before it
-    multiplies, without which float16 would overflow.
+    multiplies; otherwise float16 would overflow.
     """
     x, y = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
     return F.cosine_similarity((x @ x.mT).flatten(-2), (y @ y.mT).flatten(-2), dim=-1)
@@ -37,10 +38,10 @@ def eager_patch_cka(
 def loop_patch_cka(
     student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
 ) -> Tensor:
-    """As public implementations do: all patches at once, then one group after the other.
+    """All patches at once, then one group after another, as in public implementations.
 
-    What costs most is that each group is indexed, ``x[g]``: the backward of every index writes a
-    gradient of the size of all groups.
+    The main cost is indexing each group, ``x[g]``: the backward of every index writes a gradient of
+    the size of all groups.
     """
     x, y = (_patches(t, patch_size, group_by) for t in (student, teacher))
     return _one_by_one((x[g] for g in range(len(x))), y, relation)
@@ -49,7 +50,7 @@ def loop_patch_cka(
 def split_loop_patch_cka(
     student: Tensor, teacher: Tensor, *, patch_size: int, group_by: str, relation: str
 ) -> Tensor:
-    """A loop that knows autograd: the map is split once, and a group worked on from end to end."""
+    """A loop that suits autograd: the map is split once, and each group processed end to end."""
     x, y = (_each_group(t, patch_size, group_by) for t in (student, teacher))
     return _one_by_one(x, y, relation)
 
@@ -60,7 +61,7 @@ def _one_by_one(xs: Iterable[Tensor], ys: Iterable[Tensor], relation: str) -> Te
 
 
 def _resize(x: Tensor, patch: int) -> Tensor:
-    """``(B, C, H, W)`` up to the next multiple of the patch."""
+    """Resize ``(B, C, H, W)`` up to the next multiple of the patch size."""
     size = [-(-extent // patch) * patch for extent in x.shape[2:]]
     if list(x.shape[2:]) == size:
         return x
@@ -96,8 +97,8 @@ def strong_patch_cka(
 ) -> Tensor:
     """The best that eager code can do: the operator's own algebra, without its kernels.
 
-    The gradient is formed in the forward pass by its closed form, with one product for each
-    operand, and the cheaper Grams of the two sides are taken.
+    The forward pass computes the gradient in closed form, with one product per operand, and uses
+    the Grams of the cheaper side.
     """
     x, y = (_patches(t, patch_size, group_by) for t in (student, teacher))
     n, d = x.shape[1:]
@@ -110,9 +111,9 @@ def strong_patch_cka(
 
 
 class _ClosedForm(torch.autograd.Function):
-    """CKA of ``(G, m, k)`` twice over the ``m`` samples, with its gradient by the first.
+    """CKA of ``(G, m, k)`` twice over the ``m`` samples, with its gradient w.r.t. the first.
 
-    Direct: the ``m x m`` Grams. Otherwise ``<Z Z', W W'> = |Z' W|^2`` of the ``k x k`` ones.
+    Direct: by the ``m x m`` Grams; otherwise by the ``k x k`` ones, ``<Z Z', W W'> = |Z' W|^2``.
     """
 
     @staticmethod
@@ -143,20 +144,19 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """``(G,)`` of two batches of matrices; at least in float32, where bfloat16 would be coarse."""
+    """Return inner products ``(G,)`` of matrices, at least in float32: bfloat16 is too coarse."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     return torch.linalg.vecdot(a.flatten(1).to(wide), b.flatten(1).to(wide))
 
 
 class Products:
-    """The bare products of an alignment and its gradient, into memory that is there already.
+    """The bare products of an alignment and its gradient, into preallocated memory.
 
-    ``torch.bmm(out=)`` over all groups, on rows ``(G, N, D)`` that are cut, resized, centered and
-    contiguous. Of the two ways to form the alignment (``csrc/alignment.cpp``) it takes the one that
-    the operator takes:
+    ``torch.bmm(out=)`` over all groups, on rows ``(G, N, D)`` already cut, resized, centered and
+    contiguous. Of the two methods (``csrc/alignment.cpp``) it uses the operator's:
 
-    - direct: two Grams, and one product for each gradient;
-    - cross: two Grams and a cross-Gram, and two products for each gradient.
+    - direct: two Grams, and one product per gradient;
+    - cross: two Grams and a cross-Gram, and two products per gradient.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -180,6 +180,6 @@ class Products:
 
     @classmethod
     def flops_of(cls, case: Case) -> int:
-        """Multiplications and additions of all products."""
+        """Return the number of multiplications and additions of all products."""
         plan = cls(case, torch.float32, "meta").plan
         return sum(2 * left.numel() * right.shape[2] for left, right, _ in plan)

@@ -1,4 +1,4 @@
-"""What is measured: named maps and matrices at the sizes of real training."""
+"""The measured cases: named maps and matrices at the sizes of real training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Case:
     """A student and a teacher of one shape.
 
     Args:
-        name: what the command line and the tables call it.
-        shape: of either tensor.
-        dtype: of either tensor.
-        channels_last: the maps' memory layout.
-        both: gradients by the teacher's side too, as :func:`pcka.cka` gives them.
+        name: its name on the command line and in the tables.
+        shape: shape of both tensors.
+        dtype: dtype of both tensors.
+        channels_last: whether the maps have this memory layout.
+        both: whether the teacher gets a gradient too, as from :func:`pcka.cka`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def student_bytes(self) -> int:
-        """Bytes of the student; the teacher, and a gradient by either, have as many."""
+        """Bytes of the student; the teacher and each gradient have as many."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
@@ -52,7 +52,7 @@ class Case:
         raise NotImplementedError
 
     def inputs(self, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """Normal student and teacher; those that a gradient is wanted for require it."""
+        """Return random normal student and teacher; those that need a gradient require it."""
         generator = torch.Generator(device).manual_seed(seed)
         student, teacher = (
             torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
@@ -102,7 +102,7 @@ class MapCase(Case):
         return {"patch_size": self.patch, "group_by": self.group_by, "relation": self.relation}
 
     def quick(self) -> MapCase:
-        # Neither side a multiple of a patch, so that the resize is at work.
+        # Not both sides are multiples of the patch size, so that the resize runs.
         return replace(self, shape=(2, 3, 20, 30), patch=min(self.patch, 8))
 
     def describe(self) -> dict[str, object]:
@@ -126,7 +126,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The neck's maps of an 800 x 1333 image, which is padded to a multiple of 32: strides 4 to 32.
+# The neck's maps of an 800 x 1333 image, padded to a multiple of 32: strides 4 to 32.
 _LEVELS = {
     "p2": (2, 256, 200, 336),
     "p3": (2, 256, 100, 168),
@@ -165,8 +165,8 @@ CASES: dict[str, Case] = {
 }
 
 
-# The same levels as the configurations of configs/detection/coco cut them: P2 to P5 of two-stage
-# detectors, P3 to P6 of one-stage ones. Rows first: they are what every one of them aligns.
+# The same levels with the patch sizes of configs/detection/coco: P2 to P5 of two-stage detectors,
+# P3 to P6 of one-stage ones. Rows come first, because all these configurations align them.
 _PATCHES = {"p2": 16, "p3": 16, "p4": 16, "p5": 8, "p6": 4}
 _SIZES = {"p2": (200, 336), "p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21)}
 _ORDER = ("p3", "p2", "p4", "p5", "p6")
@@ -192,10 +192,10 @@ GPU_CASES: dict[str, MapCase] = {
 def select(
     patterns: Sequence[str], *, quick: bool = False, cases: Mapping[str, Case] = CASES
 ) -> list[Case]:
-    """The cases that match any of the shell patterns, in the order they are listed above.
+    """Return the cases that match any of the shell patterns, in the order listed above.
 
     Raises:
-        ValueError: a pattern that matches none.
+        ValueError: a pattern matches no case.
     """
     for pattern in patterns:
         if not fnmatch.filter(cases, pattern):

@@ -1,6 +1,6 @@
-"""What the device can do at most: bytes a second of a copy, operations a second of a product.
+"""The device's ceilings: bytes per second of a copy, operations per second of a product.
 
-``python -m benchmarks.ceilings --device cuda``. Random data: a GPU multiplies zeros faster.
+``python -m benchmarks.ceilings --device cuda``. Random data, because a GPU multiplies zeros faster.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def measure(device: str, *, quick: bool = False) -> dict[str, float]:
-    """GB/s of a copy (bytes read and written), TFLOP/s of square products by precision."""
+    """Return GB/s of a copy (bytes read and written), TFLOP/s of square products by precision."""
     size, side = (QUICK_COPY_BYTES, QUICK_SIDE) if quick else (COPY_BYTES, SIDE)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -57,7 +57,7 @@ def measure(device: str, *, quick: bool = False) -> dict[str, float]:
 
 @contextmanager
 def tensor_float32(enabled: bool) -> Iterator[None]:
-    """Whether float32 products on a GPU may round their operands to TF32."""
+    """Set whether float32 products on a GPU may round their operands to TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     try:

@@ -1,9 +1,9 @@
-"""How many training images a second the two kinds of image sets give.
+"""Training images per second of the two kinds of image sets.
 
-Streaming: JPEG files, by default made up at ImageNet's average size (500 x 375 pixels, some
+Streaming: JPEG files, by default generated at ImageNet's average size (500 x 375 pixels, about
 110 kB), decoded, cropped and resized to 224 pixels by 0, 1, 2, … worker processes. Resident: a set
-of CIFAR's shape, cropped and flipped in memory. The rate is that of a whole epoch, the start of the
-workers included; the seconds until the first batch stand beside it. A training step that takes
+of CIFAR's shape, cropped and flipped in memory. The rate is that of a whole epoch, including the
+start of the workers; the seconds until the first batch are given, too. A training step that takes
 longer than batch size / rate never waits for its images.
 """
 
@@ -31,12 +31,12 @@ from classification.data import ImageSet, ResidentSet, load_image_sets
 
 IMAGENET_SIZE = (500, 375)  # width and height, pixels
 CIFAR_SIDE = 32
-CLASSES = 2  # of the images that are made up
-GRAIN = 12.0  # standard deviation of their noise, which gives their files the size of photographs'
+CLASSES = 2  # of the generated images
+GRAIN = 12.0  # standard deviation of their noise, which makes the files as large as photographs
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the table and write the files; returns the records."""
+    """Measure, print the table and write the files; return the records."""
     options = _options(arguments)
     environment = {**report.start(options.device, options), "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,11 +78,11 @@ def _options(arguments: Sequence[str] | None) -> Namespace:
 
 
 class Epoch:
-    """One epoch over a set, again and again.
+    """One epoch over a set, repeatedly.
 
     Args:
-        data: to read.
-        cfg: of its batches.
+        data: the set to read.
+        cfg: configuration of its batches.
     """
 
     def __init__(self, data: ImageSet, cfg: CfgNode) -> None:
@@ -91,7 +91,7 @@ class Epoch:
         self.until_first: list[float] = []
 
     def run(self) -> None:
-        """Take every batch of epoch 0 to the device."""
+        """Load every batch of epoch 0 onto the device."""
         start = time.perf_counter()
         for step, batch in enumerate(self.data.training_batches(self.cfg, epoch=0)):
             if step == 0:
@@ -100,7 +100,7 @@ class Epoch:
         batch.images[0, 0, 0, 0].item()
 
     def record(self, name: str, seconds: Sequence[float]) -> dict[str, Any]:
-        """``seconds`` of each epoch, ``images_per_second`` and ``until_first_batch`` (spreads)."""
+        """Return ``seconds`` per epoch; ``images_per_second``, ``until_first_batch`` (spreads)."""
         batch_size = self.cfg.SOLVER.BATCH_SIZE
         images = len(self.data) // batch_size * batch_size
         streams = self.cfg.DATA.STREAM
@@ -149,12 +149,12 @@ def _config(options: Namespace, **keys: object) -> CfgNode:
 
 
 def make_images(root: Path, images: int, seed: int) -> None:
-    """Write JPEG files of large smooth shapes under fine grain: ``train`` and one image to test.
+    """Write JPEG files of smooth shapes under fine grain: ``train``, and one per class in ``val``.
 
     Args:
         root: folder of the class-per-folder set.
-        images: to train on.
-        seed: of their pixels.
+        images: number of training images.
+        seed: seed of their pixels.
     """
     generator = np.random.RandomState(seed)
     width, height = IMAGENET_SIZE
@@ -170,7 +170,7 @@ def make_images(root: Path, images: int, seed: int) -> None:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One row a variant: images a second, seconds to the first batch, longest step it can feed."""
+    """Return a row per variant: images/s, seconds to the first batch, shortest step it can feed."""
     rows = []
     for record in records:
         rate, case = Spread(**record["images_per_second"]), record["case"]
@@ -186,7 +186,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """The streaming rate by number of workers, beside as many times the rate of one process."""
+    """Plot the streaming rate by number of workers."""
     streaming = [record for record in records if record["case"]["workers"] is not None]
     workers = [record["case"]["workers"] for record in streaming]
     rates = [Spread(**record["images_per_second"]) for record in streaming]

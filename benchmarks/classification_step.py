@@ -1,10 +1,10 @@
-"""A distilled classifier's training step, data included, against the same step written plainly.
+"""A distilled classifier's training step, data included, compared with a plainly written one.
 
 ``python -m benchmarks.classification_step [--blocks B] [--steps S]``. The plain step is what a
 straightforward script does: float32, NCHW, eager, the teacher's batch norms unfolded, images
-through per-image PIL transforms in two worker processes. Random images of CIFAR's size and count;
-random weights. Blocks of steps take turns, and a block's first steps do not count, because the
-plain loader's workers prefetch while others are timed.
+through per-image PIL transforms in two worker processes. Images are random, of CIFAR's size and
+count; weights are random. Blocks of steps take turns, and a block's first steps are not counted,
+because the plain loader's workers prefetch while others are timed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from pcka.taps import FeatureTap
 
 METHODS = ("kd", "rcka")
 TEACHER, STUDENT = "resnet56", "resnet20"
-SKIPPED = 5  # more than two workers prefetch
-Step = Callable[[], float]  # trains on one batch; seconds of it that were spent waiting for data
+SKIPPED = 5  # more batches than two workers prefetch
+Step = Callable[[], float]  # trains on one batch; returns the seconds spent waiting for data
 
 
 def random_images(
     images: int, classes: int, seed: int = 0, *, side: int = 32
 ) -> tuple[ResidentSet, ResidentSet]:
-    """Training images, of CIFAR's size unless another is asked for, and a few for evaluation."""
+    """Return random training images, of CIFAR's size by default, and a few for evaluation."""
     generator = torch.Generator().manual_seed(seed)
     names = tuple(map(str, range(classes)))
 
@@ -57,7 +57,7 @@ def random_images(
 
 
 def configure(method: str, folder: Path, *overrides: str, student: str = STUDENT) -> CfgNode:
-    """The recipe of CIFAR-100 for a pair, with random weights of the teacher in ``folder``."""
+    """Return CIFAR-100's recipe for a pair, with random weights of the teacher in ``folder``."""
     weights = folder / "teacher.pth"
     if not weights.exists():
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ def configure(method: str, folder: Path, *overrides: str, student: str = STUDENT
 
 
 class _PilImages(Dataset):
-    """Images as torchvision's CIFAR sets give them, one by one through PIL."""
+    """Images as in torchvision's CIFAR sets, one by one through PIL."""
 
     def __init__(self, images: ResidentSet) -> None:
         self._pixels = images.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -92,7 +92,7 @@ class _PilImages(Dataset):
 
 
 def plain_step(method: str, images: ResidentSet, batch_size: int, device: torch.device) -> Step:
-    """The step as a straightforward script has it."""
+    """Return the step of a straightforward script."""
     torch.manual_seed(0)
     student = create_model(STUDENT, 100).train().to(device)
     teacher = create_model(TEACHER, 100).eval().requires_grad_(False).to(device)
@@ -133,7 +133,7 @@ def plain_step(method: str, images: ResidentSet, batch_size: int, device: torch.
 
 
 def own_step(cfg: CfgNode, sets: ImageSets) -> Step:
-    """The step as ``classification/train.py`` has it."""
+    """Return the step of ``classification/train.py``."""
     (trainer,) = prepare_trainers([cfg], choose_device(cfg.DEVICE), sets)
 
     def forever() -> Iterator:
@@ -158,7 +158,7 @@ def own_step(cfg: CfgNode, sets: ImageSets) -> Step:
 def measure(
     steps: dict[str, Step], blocks: int, length: int, device: str = "cpu"
 ) -> dict[str, list[tuple]]:
-    """Name -> (seconds of a step, share of it in data), a mean of each block."""
+    """Return name -> (seconds per step, share of them spent on data), one mean per block."""
     figures: dict[str, list[tuple]] = {name: [] for name in steps}
     for _ in range(blocks):
         for name, step in steps.items():
@@ -174,7 +174,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[tuple]]]:
-    """Measure as the arguments say; print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15, help="counted steps of a block")

@@ -1,8 +1,8 @@
-"""Images a second of CIFAR trainings: eager, recorded as a CUDA graph, compiled, side by side.
+"""Images per second of CIFAR training: eager, recorded as a CUDA graph, compiled, side by side.
 
 ``python -m benchmarks.classification_throughput [--runs NAME...] [--seconds S] [--device cpu]``.
-The trainer's own steps, data and teacher included, on random images of CIFAR's size with a
-resnet56 of random weights as the teacher. A run trains one student or several side by side.
+Times the trainer's own steps, data and teacher included, on random images of CIFAR's size, with a
+resnet56 with random weights as the teacher. A run trains one student or several side by side.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from classification.run import Run as TrainingRun
 from classification.run import prepare
 from classification.sweep import SideBySide, Sweep
 
-IMAGES = 51_200  # an epoch of CIFAR-100's length
+IMAGES = 51_200  # about the length of a CIFAR-100 epoch
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Run:
     """Students that train side by side.
 
     Attributes:
-        methods: of each student.
+        methods: method of each student.
         student: their network; the teacher is a resnet56.
-        batch: images of a step.
-        graph: the step is recorded.
-        compile: and compiled before.
+        batch: images per step.
+        graph: whether the step is recorded.
+        compile: whether it is compiled first.
         settings: further ``KEY VALUE`` words.
     """
 
@@ -49,7 +49,7 @@ class Run:
     settings: tuple[str, ...] = ()
 
     def overrides(self) -> list[str]:
-        """As words of a command line."""
+        """Return the settings as words of a command line."""
         values = {
             "AUTOCAST": "auto",
             "CHANNELS_LAST": True,
@@ -80,7 +80,7 @@ QUICK_RUNS = ("kd, eager", "ce")
 
 
 def measure(run: Run, on: str, seconds: float, images: int, folder: Path) -> dict[str, float]:
-    """Milliseconds of a step, images a second (of each student, summed), and seconds to start."""
+    """Return milliseconds per step, images per second (summed over students), seconds to start."""
     sets = random_images(images, 100)
     cfgs = [configure(m, folder, *run.overrides()) for m in run.methods]
     device = torch.device(on)
@@ -93,7 +93,7 @@ def measure(run: Run, on: str, seconds: float, images: int, folder: Path) -> dic
     stream = _endless(beside)
 
     def advance(number: int) -> float:
-        """Seconds for so many steps."""
+        """Run ``number`` steps; return the seconds they took."""
         _synchronize(device)
         start = time.perf_counter()
         for step, inputs in zip(range(number), stream):
@@ -125,7 +125,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure each run in its turn, and print a table."""
+    """Measure one run after another, and print a table."""
     parser = report.parser("Images a second of CIFAR trainings.")
     report.add_device(parser)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), metavar="NAME")
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = replace(RUNS[name], batch=8) if options.quick else RUNS[name]
             try:
                 figures = measure(run, options.device, seconds, images, Path(folder))
-            except RuntimeError as error:  # the others are worth having
+            except RuntimeError as error:  # keep the results of the others
                 print(f"{name}: {error}", flush=True)
                 records.append({"run": name, **asdict(run), "error": str(error)})
             else:
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report.write(
                 options.output, "classification_throughput", environment, records, _lines(records)
             )
-            gc.collect()  # of graphs and their memory
+            gc.collect()  # frees graphs and their memory
     rows = [
         [r["run"], f"{r['ms_per_step']:.3f}", f"{r['images_per_second']:,.0f}"]
         for r in records
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The figures of each run in a line."""
+    """Return one line of figures per run."""
     return [
         f"{r['run']}: {r.get('error', '')}"
         if "error" in r

@@ -1,7 +1,7 @@
-"""Eager code through ``torch.compile``, and its compilation ahead of the timing.
+"""Eager code through ``torch.compile``, and its compilation ahead of timing.
 
-``python -m benchmarks.compiled`` compiles the cases of ``operators_gpu.py`` in processes side by
-side, into the cache of TORCHINDUCTOR_CACHE_DIR that they share with the one that times.
+``python -m benchmarks.compiled`` compiles the cases of ``operators_gpu.py`` in parallel
+processes, into the cache TORCHINDUCTOR_CACHE_DIR, which they share with the timing process.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ COMPILED = "compiled eager"
 
 
 def compiled_names(*, quick: bool) -> list[str]:
-    """Compilation takes longer than all the rest: the rows of the two largest levels alone."""
+    """Return the rows of the two largest levels only: compiling takes longer than all the rest."""
     names = [name for name in GPU_CASES if name.startswith(("p2_rows", "p3_rows"))]
     return names[:1] if quick else names
 
 
 def compiled_eager(case: Case, on: str) -> Alignment:
-    """The eager baseline, compiled for the case's one shape.
+    """Return the eager baseline, compiled for the case's single shape.
 
-    By Inductor on a GPU. On a CPU, where it is only to be seen that it runs, traced alone.
+    Inductor compiles it on a GPU. On a CPU it is only traced, to check that it runs.
     """
     assert isinstance(case, MapCase)
-    torch._dynamo.reset()  # else all shapes count as recompilations of one function
+    torch._dynamo.reset()  # otherwise all shapes count as recompilations of one function
     settings: dict[str, Any] = case.settings
     backend = "inductor" if on == "cuda" else "aot_eager"
     function = partial(eager_patch_cka, **settings)
@@ -42,7 +42,7 @@ def compiled_eager(case: Case, on: str) -> Alignment:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile the cases, each in a process of its own, or the one that is named in this one."""
+    """Compile the cases, each in its own process, or only the named one in this process."""
     parser = report.parser("Compile eager code ahead of its timing.")
     report.add_device(parser)
     parser.add_argument("--case", help="in this process")

@@ -1,15 +1,15 @@
 """What distillation adds to a detector's training step: ``python -m benchmarks.detection_step``.
 
-RetinaNet R101 -> R50, random weights and images. In every round, one after the
-other: the student's step alone, the teacher's backbone forward, and the distilled step of each
-method; medians over the rounds. The bound is student step + teacher forward, since both have to
-run whatever the method is. On a GPU each step lies between two synchronisations.
+RetinaNet R101 -> R50, random weights and images. Every round runs the student's step alone, the
+teacher's backbone forward, and the distilled step of each method in turn; results are medians over
+the rounds. The bound is student step + teacher forward, since both have to run whatever the method.
+On a GPU each step lies between two synchronisations.
 
-The peak of each is measured, on a CPU, as :mod:`benchmarks.memory` does it, before the timing, in
-a process of its own that has built the whole distilled model (Linux only); on a GPU it is what the
-allocator hands out at most. Weights and images are excluded in every row, the gradients of the
-weights are included. What a method's peak exceeds that of the student's step by is the memory that
-it adds, beyond the teacher's weights.
+On a CPU, the peak memory of each is measured before the timing, as in :mod:`benchmarks.memory`, in
+a separate process that has built the whole distilled model (Linux only); on a GPU it is the
+allocator's peak. Weights and images are excluded in every row, the gradients of the weights are
+included. The difference between the peaks of a method and of the student's step is the memory that
+the method adds, beyond the teacher's weights.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ METHODS = ("PCKA", "PKD", "CWD", "FITNET")
 STUDENT, TEACHER = "student step", "teacher forward"
 OBJECTS = 8
 WARM_UP_SIDE = 128
-WARM_UP_ROUNDS = 3  # TorchScript watches the first calls of the focal loss, and compiles it then
+WARM_UP_ROUNDS = 3  # TorchScript profiles the first calls of the focal loss, then compiles it
 MIB = 1 << 20
-# For a rehearsal: a detector small enough to take a step in a second.
+# For a rehearsal: a detector so small that a step takes a second.
 TINY = [
     "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64",
     "MODEL.FPN.OUT_CHANNELS", "16", "DISTILL.TEACHER.OPTS",
@@ -54,7 +54,7 @@ Step = Callable[[], Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure and print the tables; returns a record a batch size."""
+    """Measure and print the tables; return one record per batch size."""
     parser = report.parser("Cost of the distilled step.")
     report.add_device(parser, default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
@@ -91,7 +91,7 @@ def _record(
     given: argparse.Namespace,
     peaks: Mapping[str, int],
 ) -> dict[str, Any]:
-    """``steps``: name -> ``ms`` by round and ``peak_bytes``; also prints the table."""
+    """Return ``steps``: name -> ``ms`` by round and ``peak_bytes``; also print the table."""
     images = random_batch(batch, given.short_side, given.long_side)
     with EventStorage():
         steps = _steps(model, losses, images, given.autocast)
@@ -111,7 +111,7 @@ def _record(
 
 
 def _peak_on_gpu(model: Any, step: Step) -> int:
-    """Bytes beyond weights and images."""
+    """Return the peak bytes beyond weights and images."""
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -122,7 +122,7 @@ def _peak_on_gpu(model: Any, step: Step) -> int:
 
 
 def _summary(entry: Mapping[str, Any]) -> list[str]:
-    """A line a method: its step, the bound, and its share of the step."""
+    """Return one line per method: its step, the bound's parts, and its own share of the step."""
     medians = {name: statistics.median(step["ms"]) for name, step in entry["steps"].items()}
     own, other = medians.pop(STUDENT), medians.pop(TEACHER)
     return [
@@ -133,8 +133,8 @@ def _summary(entry: Mapping[str, Any]) -> list[str]:
 
 
 def measure(task: str) -> None:
-    """Print the peak growth of a step in bytes. Runs in a process of its own; ``task`` is JSON."""
-    warnings.simplefilter("ignore")  # levels that are too small for a patch while warming up
+    """Print the peak growth of a step in bytes. Runs in a separate process; ``task`` is JSON."""
+    warnings.simplefilter("ignore")  # of levels too small for a patch during the warm-up
     settings = json.loads(task)
     torch.set_num_threads(settings["threads"])
     model, losses = _build([settings["method"]], settings["opts"], "cpu")
@@ -146,7 +146,7 @@ def measure(task: str) -> None:
 
 
 def _peaks(given: argparse.Namespace) -> dict[str, int]:
-    """Step -> bytes, at batch 2."""
+    """Return step -> peak bytes, at batch 2."""
     models = {STUDENT: given.methods[0], TEACHER: given.methods[0], **{m: m for m in given.methods}}
     shared = {
         "size": [given.short_side, given.long_side],
@@ -170,7 +170,7 @@ def _config(method: str, opts: Sequence[str], on: str) -> CfgNode:
 
 
 def _build(methods: Sequence[str], opts: Sequence[str], on: str) -> tuple[Any, dict[str, Any]]:
-    """A distilled model, and the losses of each method for it."""
+    """Return a distilled model, and the losses of each method for it."""
     model: Any = build_model(_config(methods[0], opts, on)).train()
     losses = {methods[0]: model.distiller.losses}
     for method in methods[1:]:
@@ -181,7 +181,7 @@ def _build(methods: Sequence[str], opts: Sequence[str], on: str) -> tuple[Any, d
 def _steps(
     model: Any, losses: Mapping[str, Any], batch: list[dict[str, Any]], autocast: str | None
 ) -> dict[str, Step]:
-    """Name -> one step; all distilled steps share one student and one teacher."""
+    """Return name -> one step; all distilled steps share one student and one teacher."""
     images = [entry["image"] for entry in batch]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     step = model.student.backbone.size_divisibility
@@ -210,7 +210,7 @@ def _steps(
 
 
 def random_batch(number: int, short: int, long: int, *, classes: int = 80) -> list[dict[str, Any]]:
-    """Random images with random boxes, as detectron2's detectors take them in training."""
+    """Return random images with random boxes, as detectron2's detectors take them in training."""
     generator = torch.Generator().manual_seed(0)
     entries = []
     for _ in range(number):
@@ -225,7 +225,7 @@ def random_batch(number: int, short: int, long: int, *, classes: int = 80) -> li
 
 
 def _time(steps: Mapping[str, Step], rounds: int, on: str) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round; untimed rounds come first."""
+    """Return the milliseconds of each step in each round, after untimed rounds."""
     clock = device.timer(on)
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-(WARM_UP_ROUNDS if on == "cuda" else 1), rounds):
@@ -237,7 +237,7 @@ def _time(steps: Mapping[str, Step], rounds: int, on: str) -> dict[str, list[flo
 
 
 def _table(times: Mapping[str, Sequence[float]], peaks: Mapping[str, int]) -> str:
-    """Markdown; the ratio is that of a round to its bound, the student's step + the teacher's."""
+    """Return a Markdown table; ratios are to each round's student step + teacher forward."""
     bound = [sum(pair) for pair in zip(times[STUDENT], times[TEACHER])]
     rows = []
     for name, milliseconds in times.items():

@@ -1,4 +1,4 @@
-"""Timing and capture on the device that a figure is claimed for."""
+"""Timing and graph capture on the measured device."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from benchmarks.harness import Call, Timer, wall_clock
 
 
 def synchronize(device: str) -> None:
-    """Wait for what the device was given to do; a CPU has done it."""
+    """Wait until the device has finished its work; on a CPU, do nothing."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def timer(device: str) -> Timer:
-    """CUDA events on a GPU, the wall clock elsewhere."""
+    """Return a timer: CUDA events on a GPU, the wall clock elsewhere."""
     return event_clock if device == "cuda" else wall_clock
 
 
 def event_clock(call: Call, times: int) -> float:
-    """Mean seconds of one call between two CUDA events, the gaps between its kernels included."""
+    """Return the mean seconds of a call between two CUDA events, gaps between kernels included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -39,10 +39,10 @@ def event_clock(call: Call, times: int) -> float:
 
 
 def captured(call: Call) -> Call:
-    """Replay of the call as a CUDA graph: what the GPU needs, without the host's launches."""
+    """Return the call as a CUDA graph replay: the GPU's work, without the host's launches."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capture wants everything initialised, on another stream
+    with torch.cuda.stream(side):  # capture needs everything initialised, on a side stream
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -53,9 +53,9 @@ def captured(call: Call) -> Call:
 
 
 def launches(call: Call, device: str, steps: int = 2) -> list[dict[str, Any]]:
-    """What one call launches: ``kernel``, ``count`` of a call and ``microseconds`` of them all.
+    """Return what one call launches: ``kernel``, ``count`` and total ``microseconds`` per call.
 
-    On a CPU, which launches nothing, the operators of PyTorch stand in for kernels.
+    On a CPU, which launches nothing, PyTorch's operators stand in for kernels.
     """
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

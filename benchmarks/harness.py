@@ -1,4 +1,4 @@
-"""Interleaved timing, its statistics, and the tables they are printed in."""
+"""Interleaved timing, its statistics, and their tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Timer = Callable[[Call, int], float]  # (call, times) -> seconds of one call
 
 
 def wall_clock(call: Call, times: int) -> float:
-    """Mean seconds of one call."""
+    """Return the mean seconds of one call."""
     start = time.perf_counter()
     for _ in range(times):
         call()
@@ -28,11 +28,11 @@ def interleave(
     sample_seconds: float = 0.02,
     timer: Timer = wall_clock,
 ) -> dict[str, list[float]]:
-    """Time every call once a round, so that what slows the machine down slows all of them down.
+    """Time every call once per round, so that slowdowns of the machine affect all of them.
 
     Args:
         calls: variant -> what to time.
-        rounds: variant -> how many of the first rounds it takes part in.
+        rounds: variant -> number of rounds, from the first on, that it takes part in.
         sample_seconds: one sample repeats a short call for about this long.
         timer: measures one sample.
 
@@ -43,7 +43,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(max(rounds[name] for name in names)):
-        # Each round starts with another one, so that none always follows the same neighbour.
+        # Each round starts with a different call, so that none always follows the same neighbour.
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if turn < rounds[name]:
@@ -52,7 +52,7 @@ def interleave(
 
 
 def _times(call: Call, sample_seconds: float, timer: Timer) -> int:
-    """How often a sample repeats the call. Warms it up, too."""
+    """Return how often a sample repeats the call; also warm it up."""
     warm_up = timer(call, 1)
     if warm_up > 1:
         return 1
@@ -80,7 +80,7 @@ class Spread:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """Spread of the ratio round by round, over the rounds that both took part in."""
+    """Return the spread of the per-round ratios, over the rounds that both took part in."""
     return Spread.of([a / b for a, b in zip(over, under)])
 
 
@@ -108,7 +108,7 @@ def compare(
     sample_seconds: float = 0.02,
     timer: Timer = wall_clock,
 ) -> dict[str, Any]:
-    """Time all variants of one case: ``seconds``, ``median_ms`` and ``ratios``, for JSON.
+    """Time all variants of one case; return ``seconds``, ``median_ms`` and ``ratios``, for JSON.
 
     With ``loop_rounds=0`` the loops are left out.
     """
@@ -127,7 +127,7 @@ def compare(
 
 
 def timing_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One row a case: milliseconds of each variant, the ratios, and what ``figures`` add."""
+    """Return one row per case: milliseconds of each variant, the ratios, and any ``figures``."""
     variants = _keys(record["median_ms"] for record in records)
     ratios = _keys(record["ratios"] for record in records)
     figures = _keys(record.get("figures", {}) for record in records)
@@ -143,13 +143,13 @@ def timing_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column left-aligned."""
+    """Return a Markdown table with a left-aligned first column."""
     marks = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *rows)) + "\n"
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every key of any mapping, in order of first appearance."""
+    """Return the keys of all mappings, in order of first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 

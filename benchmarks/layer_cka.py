@@ -1,9 +1,9 @@
-"""CKA of all layers of two models beside packages that offer the same: values, time and memory.
+"""CKA of all layers of two models, compared with other packages: values, time and memory.
 
 ``python -m benchmarks.layer_cka [--rounds R] [--batches N]``. resnet56 against resnet32, every
 convolution and the classifier, on random images of CIFAR's size, batch 128; calls take turns. The
-packages ``torch_cka`` and ``pytorch-cka`` take part where they are installed. All three estimate
-HSIC without bias and sum it over the batches.
+packages ``torch_cka`` and ``pytorch-cka`` take part if they are installed. All three use the
+unbiased estimator of HSIC and sum it over the batches.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from pcka.analysis.memory import peak_growth
 
 MODELS = "resnet56", "resnet32"
 
-SLOW = "torch_cka"  # makes the Gram of a layer anew for each layer of the other model: one round
+SLOW = "torch_cka"  # recomputes a layer's Gram for each layer of the other model: one round
 Loader = DataLoader[Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Measure as the arguments say; print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs=2, default=MODELS, metavar="M")
     parser.add_argument("--batches", type=int, default=2)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     calls = {name: partial(METHODS[name][1], *models, loader, *layers) for name in found}
     a, b = (copy.deepcopy(model).double() for model in models)
     in_float64 = DataLoader(TensorDataset(images.double()), given.batch_size)
-    # The packages clamp their values; estimates without bias may come out below 0.
+    # The packages clamp their values; unbiased estimates may be below 0.
     exact = cka_matrix(a, b, in_float64, layers[0], layers[1]).values.clamp(0, 1)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -102,7 +102,7 @@ def _print(
 
 
 def cpu_seconds(call: Callable[[], object], times: int) -> float:
-    """Mean seconds that the process computes in a call: others at work do not lengthen them."""
+    """Return the mean CPU seconds of a call, which other processes do not lengthen."""
     start = time.process_time()
     for _ in range(times):
         call()
@@ -114,7 +114,7 @@ def _difference(values: Tensor, exact: Tensor) -> float:
 
 
 def _model(name: str) -> nn.Module:
-    """The model with batch norms that have seen images, so that no feature vanishes or explodes."""
+    """Return the model, its batch norms run on images so that no feature vanishes or explodes."""
     model = create_model(name, 100)
     with torch.no_grad():
         for _ in range(5):
@@ -138,7 +138,7 @@ def _with_torch_cka(
     a: nn.Module, b: nn.Module, loader: Loader, layers_a: list[str], layers_b: list[str]
 ) -> Tensor:
     package = importlib.import_module("torch_cka")
-    # It never takes its hooks off again.
+    # It never removes its hooks.
     copies = copy.deepcopy(a), copy.deepcopy(b)
     compared = package.CKA(*copies, "a", "b", layers_a, layers_b, device="cpu")
     compared.compare(loader)
@@ -157,7 +157,7 @@ def _with_pytorch_cka(
     return found
 
 
-# Name of the distribution -> the module that it installs, and how it is called.
+# Distribution name -> the module that it installs, and the function that calls it.
 METHODS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "pcka": ("pcka", _with_pcka),
     "pytorch-cka": ("cka", _with_pytorch_cka),

@@ -1,15 +1,15 @@
-"""How much memory forward + backward takes beyond its inputs, on a CPU.
+"""Memory that forward + backward takes beyond its inputs, on a CPU.
 
-Every variant and case has a process of its own, which warms up on a small case of the same kind.
-Then ``/proc/self/clear_refs`` sets the high-water mark of resident memory (VmHWM) back, and what it
-exceeds the resident memory before the one measured call (VmRSS) by is the peak. Inputs are
+Every variant and case runs in its own process, which warms up on a small case of the same kind.
+Then ``/proc/self/clear_refs`` resets the high-water mark of resident memory (VmHWM). The peak is
+the mark after the one measured call, minus the resident memory before it (VmRSS). Inputs are
 excluded, the gradient that the call returns is included.
 
-The C library's settings make resident memory follow what is live: every block of 64 KiB or more is
-a mapping of its own that goes back to the kernel when freed (a fixed MALLOC_MMAP_THRESHOLD_ also
+The C library's settings make resident memory follow live memory: every block of 64 KiB or more is a
+separate mapping that is returned to the kernel when freed (a fixed MALLOC_MMAP_THRESHOLD_ also
 stops the library from raising it), and one arena holds the rest. The matrix library's packing
-buffers count as far as they outgrow the warm-up's. The kernel counts pages in batches: take a MiB
-as noise.
+buffers count only as far as they outgrow those of the warm-up. The kernel counts pages in batches:
+treat a MiB as noise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MIB = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the table and write the files; returns the records."""
+    """Measure, print the table and write the files; return the records."""
     parser = report.parser("Peak extra memory of forward + backward, each in a fresh process.")
     report.add_cases(parser)
     options = parser.parse_args(arguments)
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def in_fresh_process(script: str, task: Mapping[str, Any]) -> int:
-    """The bytes that ``benchmarks.<script>.measure`` prints of a task, in a process of its own."""
+    """Return the bytes that ``benchmarks.<script>.measure`` prints for a task, in a new process."""
     call = f"from benchmarks import {script}; {script}.measure({json.dumps(task)!r})"
     path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
@@ -83,7 +83,7 @@ def in_fresh_process(script: str, task: Mapping[str, Any]) -> int:
 
 
 def measure(task: str) -> None:
-    """Print the peak growth in bytes. Runs in a process of its own; ``task`` is JSON."""
+    """Print the peak growth in bytes. Runs in a separate process; ``task`` is JSON."""
     settings = json.loads(task)
     torch.set_num_threads(settings["threads"])
     (case,) = select([settings["case"]], quick=settings["quick"])
@@ -99,7 +99,7 @@ def _warm_up(case: Case, name: str, seed: int) -> None:
 
 
 def memory_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """MiB: student, gradients, and of each variant the peak and its excess over the student."""
+    """Return MiB: student, gradients, and each variant's peak and its excess over the student."""
     rows = []
     for record in records:
         row = [record["case"]["name"]]

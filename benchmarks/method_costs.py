@@ -1,7 +1,7 @@
-"""What a training step of every method costs, relative to cross-entropy alone.
+"""Cost of every method's training step, relative to cross-entropy alone.
 
 ``python -m benchmarks.method_costs [--rounds R] [--methods M ...]``. resnet56 -> resnet20 on random
-images of CIFAR's size and count, batch 64, by the recipe's configuration; steps take turns.
+images of CIFAR's size and count, batch 64, in the recipe's configuration; steps take turns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pcka.engine.cost import Cost
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Cost]:
-    """Measure as the arguments say; print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", nargs="+", default=list(method_files()), metavar="M")
     parser.add_argument("--rounds", type=int, default=9)

@@ -1,7 +1,7 @@
-"""How fast the operators are on a CPU, beside loops, eager PyTorch and the bare products.
+"""Speed of the operators on a CPU, compared with loops, eager PyTorch and the bare products.
 
-Forward and backward of the mean alignment by the student. All variants of a case take turns in one
-process: times are medians over the rounds, ratios medians of the ratios within a round.
+Times forward and backward of the mean alignment with respect to the student. All variants of a case
+take turns in one process; times are medians over the rounds, ratios medians of per-round ratios.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.variants import timed_calls
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the table and write the files; returns the records."""
+    """Measure, print the table and write the files; return the records."""
     parser = report.parser("Time forward + backward of the operators and of their baselines.")
     report.add_cases(parser)
     report.add_rounds(parser, rounds=11, loop_rounds=3)
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def plot_times(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Time of each variant in multiples of the bare products."""
+    """Plot the time of each variant in multiples of the bare products."""
     times = [record["median_ms"] for record in records]
     report.plot_points(
         path,

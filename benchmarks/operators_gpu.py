@@ -1,16 +1,17 @@
-"""How fast the operators are on a GPU, beside eager and compiled PyTorch and the bare products.
+"""Speed of the operators on a GPU, compared with eager and compiled PyTorch and the bare products.
 
-Forward and backward of the mean alignment by the student, for the levels of an 800 x 1333 image as
-the detection configurations cut them. CUDA events time each variant twice: launched by the host,
-gaps included, and replayed as a CUDA graph, which leaves what the GPU needs. A call goes through
-several pairs of maps in turn, together larger than the cache. GB/s count the least traffic (both
-maps read, the gradient written), TFLOP/s the operations of the bare products; both stand beside
-the ceilings measured first. Memory is what the allocator hands out at most beyond what was there.
+Times forward and backward of the mean alignment with respect to the student, for the levels of an
+800 x 1333 image with the patch sizes of the detection configurations. CUDA events time each variant
+twice: launched by the host, gaps included, and replayed as a CUDA graph, which leaves only the
+GPU's work. A call goes through several pairs of maps in turn, together larger than the cache. GB/s
+count the minimum traffic (both maps read, the gradient written), TFLOP/s the operations of the bare
+products; both are compared with the ceilings, which are measured first. Memory is the allocator's
+peak beyond what was allocated before.
 
-Last, the profiler counts what each variant launches, and how long each kernel takes.
+Finally, the profiler counts what ``pcka`` and ``eager`` launch, and times each kernel.
 
-A variant that fails on a case (out of memory, say) is reported, and the rest goes on. Exits with 2
-where there is no GPU; ``--device cpu --quick`` shows that everything else runs.
+A variant that fails on a case (for example, out of memory) is reported, and the rest continues.
+Exits with 2 if there is no GPU; ``--device cpu --quick`` checks that everything else runs.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from benchmarks.harness import Call, compare, timing_table
 from benchmarks.variants import Alignment, alignments, step
 
 VARIANTS = ("pcka", "eager", "strong eager")
-CACHES = 4  # the maps of a call are at least so many times as large as the cache
-MOST_PAIRS = 8  # the small levels stay in the cache, where a training step has them, too
+CACHES = 4  # the maps of a call are at least this many times as large as the cache
+MOST_PAIRS = 8  # small levels stay in the cache, as they do in a training step
 SAMPLE_SECONDS = 0.01
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the table and write the files; returns the records."""
+    """Measure, print the table and write the files; return the records."""
     parser = report.parser("Time the operators and their baselines on a GPU.")
     report.add_cases(parser)
     report.add_device(parser)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         records.append(record(case, options, environment["ceilings"]))
         print(timing_table(records[-1:]), flush=True)
         report.write(options.output, "operators_gpu", environment, records, summary(records))
-    for case, entry in zip(cases, records):  # last: a profiler that once ran slows launches down
+    for case, entry in zip(cases, records):  # last: the profiler slows down all later launches
         if _is_profiled(case.name):
             entry["launches"] = _launches(case, options)
             report.write(options.output, "operators_gpu", environment, records, summary(records))
@@ -67,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _is_profiled(name: str) -> bool:
-    """The rows of every level at batch 2; at batch 16, and their columns, those of the largest."""
+    """Whether it is the rows of any level at batch 2, of P2 or P3 at 16, or the columns of P3."""
     return ("_rows_" in name and name.endswith("_2")) or name.startswith(
         ("p2_rows", "p3_rows", "p3_columns")
     )
 
 
 class Rotating:
-    """Steps on several pairs of maps, one after the other, so that no cache holds the next one."""
+    """Steps on several pairs of maps in turn, so that no cache holds the next pair."""
 
     def __init__(self, alignment: Alignment, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.alignment, self.pairs = alignment, pairs
@@ -85,7 +86,7 @@ class Rotating:
 
 
 def record(case: Case, options: Any, peaks: Mapping[str, float]) -> dict[str, Any]:
-    """Times of all variants of a case; ``failures``: variant -> why it has none."""
+    """Return the times of all variants of a case; ``failures``: variant -> why it has none."""
     on = options.device
     pairs = [case.inputs(options.seed + index, on) for index in range(_pairs(case, on))]
     failures: dict[str, str] = {}
@@ -136,7 +137,7 @@ def _alignments(case: Case, on: str, *, compiled: bool) -> dict[str, Alignment]:
 
 
 def _pairs(case: Case, on: str) -> int:
-    """How many pairs of maps a call goes through."""
+    """Return the number of pairs of maps that a call goes through."""
     if on != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -145,19 +146,19 @@ def _pairs(case: Case, on: str) -> int:
 
 @contextmanager
 def _reported(name: str, failures: dict[str, str]) -> Iterator[None]:
-    """Keep the first line of an exception instead of raising it, and give the memory back."""
+    """Record the first line of an exception instead of raising it, and free the memory."""
     try:
         yield
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         failures[name] = f"{type(error).__name__}: {line[:200]}"
         print(f"{name}: {failures[name]}", flush=True)
-        error.__traceback__ = None  # whose frames hold tensors
+        error.__traceback__ = None  # its frames hold tensors
         _empty_cache()
 
 
 def _runs(name: str, call: Call, on: str, failures: dict[str, str]) -> bool:
-    """Whether the call still works beside what the others hold."""
+    """Whether the call still works with the memory that the others hold."""
     with _reported(name, failures):
         call()
         device.synchronize(on)
@@ -172,7 +173,7 @@ def _empty_cache() -> None:
 
 
 def _check_room(needed: float) -> None:
-    """A capture that runs out of memory leaves the allocator unusable: refuse it before."""
+    """Refuse a capture that would run out of memory, which leaves the allocator unusable."""
     _empty_cache()
     free = torch.cuda.mem_get_info()[0] / (1 << 20)
     if 1.5 * needed > free:
@@ -180,7 +181,7 @@ def _check_room(needed: float) -> None:
 
 
 def _peak_memory(call: Call) -> float:
-    """MiB beyond the inputs, the gradient included."""
+    """Return the peak MiB beyond the inputs, the gradient included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -190,7 +191,7 @@ def _peak_memory(call: Call) -> float:
 
 
 def rates(case: Case, milliseconds: float, peaks: Mapping[str, float]) -> dict[str, float]:
-    """What the operator achieves, also in percent of the measured ceilings."""
+    """Return the rates that the operator achieves, also in percent of the measured ceilings."""
     gbs = (2 * case.student_bytes + case.gradient_bytes) / milliseconds / 1e6
     tflops = Products.flops_of(case) / milliseconds / 1e9
     return {
@@ -202,7 +203,7 @@ def rates(case: Case, milliseconds: float, peaks: Mapping[str, float]) -> dict[s
 
 
 def _launches(case: Case, options: Any) -> dict[str, list[dict[str, Any]]]:
-    """Variant -> its kernels."""
+    """Return variant -> its kernels."""
     pair, found, failures = case.inputs(options.seed, options.device), {}, dict[str, str]()
     for name in VARIANTS[:2]:
         call: Callable[[], object] = partial(step, alignments(case)[name], *pair)
@@ -213,7 +214,7 @@ def _launches(case: Case, options: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a case with rows: milliseconds as launched, and as a graph."""
+    """Return one line per case: milliseconds as launched, and as a graph."""
     lines = ["ms as launched / as a graph; last: launches of pcka, failures"]
     for entry in records:
         ms = entry["median_ms"]

@@ -1,4 +1,4 @@
-"""What the scripts share around their measurement: arguments, the machine, and files."""
+"""Shared by the scripts: arguments, description of the machine, and output files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "sve", "asimd", "bf16")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser of what every script takes."""
+    """Return a parser with the arguments of every script."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     result.add_argument("--seed", type=int, default=0)
@@ -55,7 +55,7 @@ def add_rounds(arguments: argparse.ArgumentParser, rounds: int, loop_rounds: int
 
 
 def _count(minimum: int) -> Callable[[str], int]:
-    """How argparse reads a number of ``minimum`` or more."""
+    """Return an argparse type for integers of ``minimum`` or more."""
 
     def count(text: str) -> int:
         if int(text) < minimum:
@@ -66,7 +66,7 @@ def _count(minimum: int) -> Callable[[str], int]:
 
 
 def effort(options: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of :func:`benchmarks.harness.compare` that say how long to measure."""
+    """Return the keywords of :func:`benchmarks.harness.compare` that set how long to measure."""
     if options.quick:
         return {"rounds": 2, "loop_rounds": 1, "sample_seconds": 0.0}
     return {"rounds": options.rounds, "loop_rounds": options.loop_rounds}
@@ -77,7 +77,7 @@ def chosen_cases(
     options: argparse.Namespace,
     cases: Mapping[str, Case] = CASES,
 ) -> list[Case]:
-    """The cases asked for; ends the script with a message where there are none of that name."""
+    """Return the requested cases; exit with a message if there are none of that name."""
     try:
         return select(options.cases, quick=options.quick, cases=cases)
     except ValueError as error:
@@ -85,11 +85,11 @@ def chosen_cases(
 
 
 def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Set threads and seed, print what the figures will be made with, and return it.
+    """Set threads and seed; print and return the environment of the measurement.
 
     Raises:
-        SystemExit: the operators are not compiled, so that there is nothing of theirs to measure;
-            with 2: a GPU is asked for and not there.
+        SystemExit: the operators are not compiled, so that there is nothing to measure; with 2: a
+            GPU is requested, but there is none.
     """
     if not pcka.build_info()["cuda_loaded" if device == "cuda" else "extension"]:
         raise SystemExit(f"the compiled operators are not in use on {device}: see the README")
@@ -111,7 +111,7 @@ def start(device: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _anywhere(word: str) -> str:
-    """A word of the command line as it says the same on every machine: no absolute path."""
+    """Return a word of the command line without an absolute path, the same on every machine."""
     path, root = Path(word), Path(__file__).resolve().parents[1]
     if not path.is_absolute():
         return word
@@ -133,7 +133,7 @@ def _heading(environment: Mapping[str, Any]) -> str:
 
 
 def _processor() -> dict[str, object]:
-    """Model and vector instructions, from ``/proc/cpuinfo`` where there is one."""
+    """Return model and vector instructions, from ``/proc/cpuinfo`` if it exists."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -156,9 +156,9 @@ def write(
     records: Sequence[Any],
     summary: Sequence[str] = (),
 ) -> None:
-    """``name.json`` with what is given, where an output folder is. ``summary``: a few lines.
+    """Write ``name.json`` if an output folder is given. ``summary``: a few lines.
 
-    Replaced as a whole, so that a script that is stopped leaves what it wrote last.
+    It is replaced as a whole, so that a script that is stopped leaves the last complete file.
     """
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def plot_points(
     series: Mapping[str, Sequence[float | None]],
     quantity: str,
 ) -> None:
-    """A row of points for each label, on a logarithmic axis; None, and 0, leave a gap."""
+    """Plot a row of points for each label, on a logarithmic axis; None and 0 leave a gap."""
     figure = Figure(figsize=(8, 1.5 + 0.28 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for (name, values), marker in zip(series.items(), "osD^v"):

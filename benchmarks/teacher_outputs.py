@@ -1,8 +1,8 @@
-"""What a step costs whose teacher is read from disk, beside one whose teacher runs.
+"""Cost of a step whose teacher is read from disk, compared with one whose teacher runs.
 
 ``python -m benchmarks.teacher_outputs [--rounds R]``. resnet56 -> resnet8 by KD on random images of
-CIFAR's size, batch 64, data included; steps take turns. Cross-entropy alone is what remains without
-a teacher.
+CIFAR's size, batch 64, data included; steps take turns. Cross-entropy alone is the cost without a
+teacher.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ STUDENT = "resnet8"
 
 
 def inputs_of(trainer: Trainer) -> Iterator[StepInputs]:
-    """The batches of the first epoch with what the teacher says of them, again and again."""
+    """Yield the batches of the first epoch with the teacher's outputs, repeatedly."""
     while True:
         yield from trainer.inputs(trainer.batches())
 
 
 def step(trainer: Trainer, inputs: Iterator[StepInputs]) -> None:
-    """One step, as ``classification/train.py`` has it."""
+    """Run one step, as in ``classification/train.py``."""
     trainer.step(next(inputs), 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
-    """Measure as the arguments say; print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--images", type=int, default=6_400)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
             for name, cfg in zip(variants, cfgs, strict=True)
         }
         keeping = trainers["from disk"]
-        for _ in keeping.inputs(keeping.batches()):  # what an earlier training leaves
+        for _ in keeping.inputs(keeping.batches()):  # stores what an earlier training would leave
             pass
         calls = {name: partial(step, t, inputs_of(t)) for name, t in trainers.items()}
         seconds = interleave(calls, dict.fromkeys(calls, given.rounds))

@@ -1,4 +1,4 @@
-"""The implementations that are compared, bound to a case."""
+"""The compared implementations, bound to a case."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Alignment = Callable[[Tensor, Tensor], Tensor]
 
 
 def alignments(case: Case) -> dict[str, Alignment]:
-    """Variant -> (student, teacher) -> alignments. Matrices are one group: nothing to loop over."""
+    """Return variant -> alignment function. Matrices are one group: nothing to loop over."""
     if not isinstance(case, MapCase):
         return {"eager": eager_cka, "pcka": pcka.cka}
     functions: dict[str, Callable[..., Tensor]] = {
@@ -41,16 +41,16 @@ def alignments(case: Case) -> dict[str, Alignment]:
 
 
 def step(alignment: Alignment, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward of the mean alignment: the gradients of whatever requires one."""
+    """Run forward and backward of the mean alignment; return the gradients that are required."""
     wanted = [t for t in (student, teacher) if t.requires_grad]
     return torch.autograd.grad(alignment(student, teacher).mean(), wanted)
 
 
 def timed_calls(case: Case, seed: int, device: str = "cpu") -> dict[str, Call]:
-    """Every variant as a call without arguments: the steps, and the bare products.
+    """Return every variant as a call without arguments: the steps, and the bare products.
 
-    Half-precision maps get the bare products in their own dtype as well, and the operator on
-    float32 maps.
+    Half-precision maps also get the bare products in their own dtype, and the operator on float32
+    maps.
     """
     student, teacher = case.inputs(seed, device)
     calls: dict[str, Call] = {

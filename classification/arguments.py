@@ -15,9 +15,9 @@ DIGITS = "configs/classification/digits/resnet20_resnet8.yaml"
 def config_arguments(
     description: str, *examples: str, required: bool = True
 ) -> argparse.ArgumentParser:
-    """Return a parser of ``--config-file F [KEY VALUE ...]``; use ``parse_intermixed_args``.
+    """Return a parser for ``--config-file F [KEY VALUE ...]``; use ``parse_intermixed_args``.
 
-    ``--list`` prints the configurations and methods that there are, ``--help-keys`` all keys.
+    ``--list`` prints the available configurations and methods, ``--help-keys`` all keys.
     """
     parser = command_parser(description, *examples)
     parser.add_argument("--config-file", metavar="F", required=required, help="YAML configuration")
@@ -66,7 +66,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pair(parser: argparse.ArgumentParser) -> None:
-    """Add what takes the place of a configuration file."""
+    """Add the options that replace a configuration file."""
     group = parser.add_argument_group("in the place of --config-file")
     group.add_argument(
         "--data", metavar="FOLDER", help="images: train/<class>/* and, if there is, test/<class>/*"
@@ -150,7 +150,7 @@ def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
 
 
 def doctor_parser() -> argparse.ArgumentParser:
-    """The command line of ``pcka doctor``, but for detectors and segmenters."""
+    """The command line of ``pcka doctor``, except for detectors and segmenters."""
     parser = config_arguments(
         "Will this machine, and this configuration, train? A line for each thing that is looked "
         "at: ok, warn or FAIL with the way out, or - where it could not be looked at. The file may "
@@ -188,7 +188,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device``, which stands in the place of the run's."""
+    """Add ``--device``, which overrides the run's."""
     parser.add_argument(
         "--device", default="", choices=("auto", "cpu", "cuda"), help="default: the run's"
     )
@@ -231,6 +231,6 @@ PARSERS = {
 
 
 def _keys() -> str:
-    from classification.help_keys import all_keys  # imports torch, as the keys of losses need it
+    from classification.help_keys import all_keys  # imports torch, for the losses' keys
 
     return all_keys()

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class AveragedStudent:
-    """A second student, whose weights follow those that are trained.
+    """A second student, whose weights track those of the trained one.
 
     ``average += (1 - decay) * (student - average)`` after every update, for parameters and for the
-    running statistics of batch norm; counters are copied. The work is the device's alone, so that
-    it can be part of a recorded step.
+    running statistics of batch norm; counters are copied. All work is on the device, so it can
+    be part of a recorded step.
 
     Args:
-        student: that is trained; where the average starts.
+        student: the trained student; the average starts from its weights.
 
     Attributes:
         model: the averaged student, without gradients.
@@ -25,7 +25,7 @@ class AveragedStudent:
     def __init__(self, student: nn.Module) -> None:
         self.model = copy.deepcopy(student).requires_grad_(False)
         ours, theirs = (m.state_dict(keep_vars=True) for m in (self.model, student))
-        # By identity: a weight that two modules share stands twice in a state.
+        # By identity: a weight shared by two modules appears twice in a state dict.
         pairs = {id(own): (own, theirs[name]) for name, own in ours.items()}.values()
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
@@ -33,14 +33,14 @@ class AveragedStudent:
         self._weight = torch.ones((), device=self._averaged[0][0].device)
 
     def set_decay(self, decay: float) -> None:
-        """Set what the next updates keep of the average."""
-        if decay != self._decay:  # mostly it stays
+        """Set the share of the average that the next updates keep."""
+        if decay != self._decay:  # avoids needless writes to the device
             self._decay = decay
             self._weight.fill_(1 - decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the student by a step."""
+        """Move the average one step towards the student."""
         ours, theirs = ([pair[i] for pair in self._averaged] for i in (0, 1))
         way = torch._foreach_sub(theirs, ours)
         torch._foreach_mul_(way, self._weight)
@@ -49,5 +49,5 @@ class AveragedStudent:
             own.copy_(counter)
 
     def tensors(self) -> list[Tensor]:
-        """All that :meth:`update` changes in place."""
+        """Return all tensors that :meth:`update` changes in place."""
         return [own for own, _ in (*self._averaged, *self._copied)]

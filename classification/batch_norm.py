@@ -1,4 +1,4 @@
-"""Running statistics of batch norm: how fast they follow, when they lag, and how to mend them."""
+"""Running statistics of batch norm: their momentum, when they lag, and how to re-estimate them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.optim.swa_utils import update_bn
 from classification.data import ImageSet
 from pcka.engine.config import ConfigError
 
-USUAL_MOMENTUM = 0.1  # torch's
-NEAR_CHANCE = 1.1  # at most so many times the accuracy of always naming the largest class
-FALLEN = 0.95  # of the first epoch's loss
+USUAL_MOMENTUM = 0.1  # torch's default
+NEAR_CHANCE = 1.1  # at most this many times the accuracy of always predicting the largest class
+FALLEN = 0.95  # share of the first epoch's loss
 
 
 def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the batch norms that are evaluated by running statistics, by their paths."""
+    """Return path -> batch norm, for those that use running statistics in evaluation mode."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -29,7 +29,7 @@ def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def set_momentum(model: nn.Module, momentum: float) -> None:
-    """Let running statistics follow the batches so fast: the share of a new batch in them."""
+    """Set the momentum of the running statistics: the weight of a new batch in them."""
     for norm in running_norms(model).values():
         norm.momentum = momentum
 
@@ -37,17 +37,17 @@ def set_momentum(model: nn.Module, momentum: float) -> None:
 def recalibrate(
     model: nn.Module, pixels: nn.Module, data: ImageSet, cfg: CfgNode, images: int
 ) -> None:
-    """Estimate the running statistics anew: their mean over batches as they are trained on.
+    """Re-estimate the running statistics: their mean over batches as in training.
 
     Args:
-        model: (B, 3, S, S) -> logits; changed in place, all but its running statistics kept.
+        model: (B, 3, S, S) -> logits; only its running statistics change, in place.
         pixels: the model's pixel normalisation.
         data: training images, on the model's device.
-        cfg: says the batches, as for a training.
-        images: at least so many, or all that there are.
+        cfg: determines the batches, as in training.
+        images: how many to use at least, or all if there are fewer.
 
     Raises:
-        ConfigError: a model without running statistics.
+        ConfigError: the model has no running statistics.
     """
     if not running_norms(model):
         raise ConfigError(
@@ -55,20 +55,20 @@ def recalibrate(
         )
     batches = data.training_batches(cfg, epoch=0)
     count = -(-images // cfg.SOLVER.BATCH_SIZE)
-    torch.manual_seed(cfg.SEED)  # of dropout, which is as in a training
+    torch.manual_seed(cfg.SEED)  # for dropout, which is active as in training
     update_bn((pixels(batch.images) for batch in islice(batches, count)), model)
 
 
 def lagging(
     model: nn.Module, data: ImageSet, top1: float, losses: Sequence[float]
 ) -> Iterator[str]:
-    """Yield what to say where an evaluation is at chance although the training learns.
+    """Yield a warning if evaluation is at chance although the loss falls.
 
     Args:
-        model: that was evaluated.
+        model: the evaluated model.
         data: the evaluation images.
         top1: accuracy, percent.
-        losses: sum of the losses in every epoch so far.
+        losses: total loss of every epoch so far.
     """
     chance = 100 * float(torch.bincount(data.labels).max()) / len(data)
     norms = running_norms(model)

@@ -1,4 +1,4 @@
-"""The configuration files and the methods that there are; quick to import."""
+"""The available configuration files and methods; quick to import."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 
 
 def method_files(config_file: str | Path | None = None) -> dict[str, Path]:
-    """Return name -> file of all methods; those beside the configuration file come first."""
+    """Return name -> file of all methods; those beside the configuration file take precedence."""
     folders = [CONFIGS] if config_file is None else [CONFIGS, Path(config_file).parent]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("methods/*.yaml"))}
 
 
 def catalog() -> str:
-    """Return the configuration files and the methods, a line each."""
+    """Return the configuration files and the methods, one per line."""
     runs = sorted(
         path
         for path in CONFIGS.rglob("*.yaml")

@@ -40,7 +40,7 @@ RUN_CONFIG, RUN_WEIGHTS = "config.yaml", "model_last.pth"
 
 
 def main(arguments: Sequence[str] | None = None) -> CKATable:
-    """Compare as the arguments say; write the heatmap and the values, and return them."""
+    """Compare as the arguments say; write the heatmap and the values, and return the table."""
     given = _parser().parse_args(arguments)
     with console_log():
         table, count = _measure(given)
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(given: argparse.Namespace) -> tuple[CKATable, int]:
-    """The table, and of how many images it is."""
+    """Return the table and the number of images used."""
     device = choose_device(given.device)
     data = _images(given).to(device)
     a = _model(given, given.a, given.weights_a, "a").to(device)
@@ -107,13 +107,13 @@ def _measure(given: argparse.Namespace) -> tuple[CKATable, int]:
     batches = mixed_batches(data, given.images, given.batch_size)
     try:
         table = cka_matrix(a, b, batches, *layers)
-    except ValueError as error:  # of the layers
+    except ValueError as error:  # about the layers
         raise ConfigError(str(error)) from error
     return table, min(given.images, len(data))
 
 
 def _run_of(word: str) -> CfgNode | None:
-    """The configuration of the run in a folder; None where ``word`` is no such folder."""
+    """Return the configuration of the run in a folder, or None if ``word`` is not such a folder."""
     file = Path(word, RUN_CONFIG)
     return load_config(file) if file.is_file() else None
 
@@ -122,7 +122,7 @@ def _images(given: argparse.Namespace) -> ImageSet:
     """The images to compare on.
 
     Raises:
-        ConfigError: none are named, or there are fewer than HSIC needs.
+        ConfigError: no images are named, or the folder holds none.
     """
     run, name = _run_of(given.a), given.data
     if name and name != "digits":
@@ -143,8 +143,8 @@ def _images(given: argparse.Namespace) -> ImageSet:
 
 
 def _of_folder(folder: Path, images: int, side: int) -> ImageSet:
-    """Some image files in a folder, evenly spaced by their paths."""
-    walked = os.walk(folder, followlinks=True)  # as the trainers read folders
+    """Return images of a folder, evenly spaced in the order of their paths."""
+    walked = os.walk(folder, followlinks=True)  # as the trainers do
     paths = (Path(parent, name) for parent, _, names in walked for name in names)
     found = sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS)
     if not found:
@@ -156,7 +156,7 @@ def _of_folder(folder: Path, images: int, side: int) -> ImageSet:
 
 
 def _model(given: argparse.Namespace, word: str, weights: str, side: str) -> nn.Module:
-    """A model that takes pixels in [0, 1], by its name or the folder of its run."""
+    """Return a model that takes pixels in [0, 1], given its name or the folder of its run."""
     run = _run_of(word)
     if run is not None:
         section, weights = run.STUDENT, weights or str(Path(word, RUN_WEIGHTS))
@@ -183,7 +183,7 @@ def _model(given: argparse.Namespace, word: str, weights: str, side: str) -> nn.
 
 @contextmanager
 def _naming(side: str) -> Iterator[None]:
-    """Name the options of this command, where the keys of a configuration are refused."""
+    """Name this command's options in errors about configuration keys."""
     try:
         yield
     except ConfigError as error:

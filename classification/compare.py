@@ -1,8 +1,9 @@
 """Compare methods over seeds: ``python classification/compare.py --config-file F --methods M ...``.
 
-Trains what is missing, and goes on where it was killed. Of each seed all methods are trained side
-by side: the same start, order and augmentation, and one teacher that runs once for all of them. On
-a GPU, which one small student leaves idle, the seeds are trained side by side as well.
+Trains missing runs and resumes interrupted ones. For each seed, all methods are trained side by
+side, with the same initial weights, image order and augmentation, and one teacher that runs once
+for all of them. On a GPU, which one small student leaves idle, the seeds are trained side by side
+as well.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from pcka.engine.launch import is_first, process_group
 from pcka.engine.progress import console_log
 from pcka.engine.run_folder import read_metrics, remove_temporaries
 
-if TYPE_CHECKING:  # --help does not wait for it
+if TYPE_CHECKING:  # keeps --help fast
     import torch
 
 logger = logging.getLogger("pcka")
@@ -56,7 +57,7 @@ AVERAGED = {"last_accuracy_ema": "averaged student (%)"}
 
 
 class Variant(NamedTuple):
-    """A method with settings of its own.
+    """A method with its own settings.
 
     Attributes:
         method: name of a method file.
@@ -68,16 +69,16 @@ class Variant(NamedTuple):
 
 
 def read_variants(path: str | Path) -> dict[str, Variant]:
-    """Return the variants of a YAML file by name, in its order.
+    """Return the variants of a YAML file by name, in file order.
 
-    Each is a mapping of keys to values, ``METHOD`` among them where its method file is not called
-    as the variant is::
+    Each one maps keys to values; ``METHOD`` names the method file if its name differs from the
+    variant's::
 
         kd:
         kd_fcka10: {METHOD: kd_fcka, DISTILL.FCKA.WEIGHTS: 10.0}
 
     Raises:
-        ConfigError: as :func:`pcka.engine.config.read_tree`, or what is no such mapping.
+        ConfigError: as :func:`pcka.engine.config.read_tree`, or an entry that is no such mapping.
     """
     variants = {}
     for name, settings in read_tree(Path(path)).items():
@@ -105,20 +106,18 @@ def compare(
     """Train each method with each seed into ``output/<method>/seed<seed>``, and compare them.
 
     Args:
-        config_file: data, student and teacher, or their settings by dotted keys.
-        methods: names of method files or of variants; the first is what the others are compared
-            with.
-        seeds: of the students' start, order and augmentation.
-        output: ``comparison.md``, ``.csv``, ``.tex`` and ``.png`` go there too, with REPORT
-            ``report.html`` and ``.json``, and with GRADIENTS_EVERY ``gradients.png``, of the first
-            seed.
+        config_file: file of data, student and teacher, or their settings by dotted keys.
+        methods: names of method files or variants; the others are compared with the first.
+        seeds: of the students' initial weights, image order and augmentation.
+        output: also receives ``comparison.md``, ``.csv``, ``.tex`` and ``.png``; with REPORT
+            ``report.html`` and ``.json``; with GRADIENTS_EVERY ``gradients.png`` of the first seed.
         overrides: ``KEY VALUE`` pairs for all runs.
-        variants: by name; what is not among them is a method file.
-        together: so many students are trained side by side; they share the device's memory.
-        costs: measure what a step of each method costs, once the runs are there.
+        variants: by name; all other methods are method files.
+        together: maximum number of students side by side; they share the device's memory.
+        costs: measure the cost of a step of each method once the runs are done.
 
     Raises:
-        ConfigError: a method named twice, or what ``run_side_by_side`` refuses.
+        ConfigError: a method or seed named twice, or as :func:`run_side_by_side`.
     """
     if len(set(methods)) != len(methods) or len(set(seeds)) != len(seeds):
         raise ConfigError(f"methods and seeds: expected each one once, got {methods} and {seeds}")
@@ -128,7 +127,7 @@ def compare(
         own = ["SEED", str(seed), "OUTPUT_DIR", str(output / method / f"seed{seed}")]
         return load_config(config_file, [*variant.overrides, *overrides, *own], variant.method)
 
-    # All of them before the first is trained, so that a wrong name costs no time.
+    # Configure all runs before training the first, so that a wrong name fails at once.
     cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
     first = cfgs[methods[0], seeds[0]]
     own_settings = {name for name, variant in variants.items() if variant != Variant(name)}
@@ -159,7 +158,7 @@ def compare(
 
 
 def _write_report(comparison: Comparison, output: Path) -> None:
-    from classification.comparison_report import make_comparison_report  # imports much
+    from classification.comparison_report import make_comparison_report  # heavy imports
     from pcka.engine.report import attempt
 
     folders = {
@@ -174,7 +173,7 @@ def _write_report(comparison: Comparison, output: Path) -> None:
 def _groups(
     methods: Sequence[str], seeds: Sequence[int], size: int, *, seeds_too: bool
 ) -> list[list[tuple[str, int]]]:
-    """Runs (method, seed) that are trained side by side: of one seed, or of several."""
+    """Group the runs (method, seed) to train side by side: of one seed, or of several."""
     by_seed = [[(method, seed) for method in methods] for seed in seeds]
     rows = [[run for row in by_seed for run in row]] if seeds_too else by_seed
     return [row[start : start + size] for row in rows for start in range(0, len(row), size)]
@@ -183,12 +182,12 @@ def _groups(
 def new_comparison(
     cfg: CfgNode, methods: Sequence[str], *, unpublished: Collection[str] = ()
 ) -> Comparison:
-    """A comparison without results, with the paper's figures where the setting is the paper's.
+    """Return a comparison without results, with the paper's figures if the setting is the paper's.
 
     Args:
         cfg: the setting.
-        methods: names.
-        unpublished: those of them that are not the method files of these names.
+        methods: their names.
+        unpublished: those that are not the method files of the same names.
     """
     accuracies = {m: published_accuracy(cfg, m) for m in methods if m not in unpublished}
     published = {method: value for method, value in accuracies.items() if value is not None}
@@ -202,7 +201,7 @@ def new_comparison(
 
 
 def heading(cfg: CfgNode, comparison: Comparison) -> str:
-    """What was compared, by one run's configuration and the results so far."""
+    """Describe what was compared, from one run's configuration and the results so far."""
     some = next((r for by_seed in comparison.results.values() for r in by_seed.values()), {})
     teacher = some.get("teacher_accuracy")
     taught = f" from {teacher_name(cfg)} ({teacher:.2f} %)" if teacher is not None else ""
@@ -216,11 +215,11 @@ def heading(cfg: CfgNode, comparison: Comparison) -> str:
 
 
 def published_accuracy(cfg: CfgNode, method: str) -> float | None:
-    """Return the paper's top-1 accuracy (%) of a method, or None where it has none.
+    """Return the paper's top-1 accuracy (%) of a method, or None if there is none.
 
     Args:
-        cfg: the setting; the paper's are the pairs of :data:`PUBLISHED` on all of CIFAR-100, by
-            its recipe.
+        cfg: the setting; the paper's are the pairs in :data:`PUBLISHED`, trained on all of
+            CIFAR-100 with its recipe.
         method: name of a method file.
     """
     table = yaml.safe_load(PUBLISHED.read_text())
@@ -252,15 +251,15 @@ def measure_costs(
     rounds: int = ROUNDS,
     image_sets: ImageSets | None = None,
 ) -> dict[str, Cost]:
-    """Measure what a step of each method costs; every round has one batch for all of them.
+    """Measure the cost of a step of each method; in each round, all methods share one batch.
 
-    A step is a batch and an update by it, whatever SOLVER.ACCUMULATE is.
+    A step is one batch and one update, regardless of SOLVER.ACCUMULATE.
 
     Args:
         cfgs: method -> configuration; they differ in ``DISTILL`` and ``OUTPUT_DIR`` only.
-        path: where the costs are kept, see :func:`pcka.engine.cost.kept_costs`.
-        rounds: timed steps of each method.
-        image_sets: training and evaluation images where they are in memory already.
+        path: file that stores the costs, see :func:`pcka.engine.cost.kept_costs`.
+        rounds: timed steps per method.
+        image_sets: training and evaluation images, if already in memory.
     """
     lead = next(iter(cfgs.values()))
     with process_group(lead.DEVICE) as device:
@@ -282,7 +281,7 @@ def _updating(cfg: CfgNode) -> CfgNode:
 
 
 def _settings(cfg: CfgNode, device: torch.device) -> str:
-    """What a step's cost depends on: all settings but the folders, and the machine."""
+    """Return a digest of what a step's cost depends on: machine and settings without folders."""
     same = cfg.clone()
     same.defrost()
     same.OUTPUT_DIR = same.DATA.ROOT = same.TEACHER.OUTPUTS = ""
@@ -305,7 +304,7 @@ def _measure(trainers: Mapping[str, Trainer], rounds: int) -> dict[str, Cost]:
     seconds = median_seconds(one_round(), rounds, lead.device)
     costs, batch = {}, next(batches)
     for method, trainer in trainers.items():
-        # A replay asks for no memory.
+        # A replay allocates no memory.
         step = partial(_step, trainer.update, _lessons(trainer, ""), batch)
         costs[method] = Cost(1000 * seconds[method] / images, peak_mebibytes(step, lead.device))
     return costs

@@ -30,12 +30,12 @@ from pcka.engine.report_sections import mean_curve, method_cards, run_section, t
 def make_comparison_report(
     comparison: Comparison, folders: Mapping[str, Mapping[int, Path]]
 ) -> Report:
-    """Measure the students of the first seed, and put the report together.
+    """Measure the students of the first seed and build the report.
 
     Args:
         comparison: with its results.
-        folders: method -> seed -> folder of a run that came to a result, in the table's order; one
-            of them or more.
+        folders: method -> seed -> folder of a run that produced a result, in the table's order; at
+            least one.
 
     Raises:
         ConfigError: data or weights that do not fit.
@@ -48,7 +48,7 @@ def make_comparison_report(
     device = choose_device(lead.DEVICE)
     there = lead.clone()
     there.defrost()
-    there.DATA.DOWNLOAD = False  # the runs had them; and no process waits for this one
+    there.DATA.DOWNLOAD = False  # the runs had the data, and no process would wait for a download
     train_set, data = (one.to(device) for one in load_image_sets(there))
     students = {m: (run.cfg, next(iter(run.students.values()))) for m, run in shown.items()}
     subjects, warnings = load_subjects(lead, students, (train_set, data))
@@ -95,7 +95,7 @@ def make_comparison_report(
 def _training(
     runs: Mapping[str, Mapping[int, Material]], teacher: float | None
 ) -> Iterator[Picture]:
-    """Accuracy by epoch, the mean over seeds, and the gradients of a seed."""
+    """Yield accuracy by epoch, averaged over seeds, and the gradients of one seed."""
     across = {} if teacher is None else {TEACHER: teacher}
     curves = {
         method: mean_curve([_points(run.metrics) for run in by_seed.values()])
@@ -115,7 +115,7 @@ def _points(metrics: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]
 
 
 def _stage_section(tables: Mapping[str, CKATable]) -> Section:
-    """CKA of the stages with the teacher's that stand at the same place from the end."""
+    """CKA of each stage with the teacher's stage at the same position from the end."""
     most = max(min(table.values.shape) for table in tables.values())
     rows = []
     for name, table in tables.items():

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from classification.catalog import CONFIGS as CONFIGS  # for those who import it from here
+from classification.catalog import CONFIGS as CONFIGS  # re-exported
 from classification.catalog import method_files
 from classification.data import check_name
 from classification.solver import check_dot, check_solver
@@ -32,23 +32,23 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 def default_config() -> CfgNode:
     """Return a fresh tree of all keys with their defaults.
 
-    The sections ``DISTILL.<NAME>`` come in by :func:`pcka.engine.distill.merge_settings`.
+    The sections ``DISTILL.<NAME>`` are added by :func:`pcka.engine.distill.merge_settings`.
     """
     cfg = CfgNode(
         {
             "SEED": 0,  # of the student's start, the image order and the augmentation
-            "IMPORTS": [],  # modules that register parts of your own; those of all files add up
-            "OUTPUT_DIR": "output/run",  # everything that a run writes lies in this folder
-            "DEVICE": "auto",  # auto (CUDA where there is one) | cpu | cuda
+            "IMPORTS": [],  # modules that register your own parts; lists of all files add up
+            "OUTPUT_DIR": "output/run",  # folder for everything that a run writes
+            "DEVICE": "auto",  # auto (CUDA if available) | cpu | cuda
             "CHANNELS_LAST": False,  # memory format of images, student and teacher
-            "AUTOCAST": "",  # "" (float32) | bfloat16 | auto: bfloat16 where the hardware has it
-            "COMPILE": False,  # torch.compile of both models: minutes at the start, faster steps
-            "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where it can be
-            "LOG_EVERY": 20,  # steps between two reads of the losses (each one a synchronisation)
-            "EVAL_EVERY": 1,  # epochs between two evaluations; the last epoch has one
-            "GRADIENTS_EVERY": 0,  # epochs between two looks at each term's gradient; 0: none
-            "SAVE_EVERY": 1,  # epochs between two checkpoints to resume from
-            "KEEP_EVERY": 0,  # epochs between two students that stay, epochs/0000.pth, ...; 0: none
+            "AUTOCAST": "",  # "" (float32) | bfloat16 | auto: bfloat16 if the hardware supports it
+            "COMPILE": False,  # torch.compile both models: takes minutes at the start, faster steps
+            "CUDA_GRAPH": True,  # CUDA: record the step once and replay it, where possible
+            "LOG_EVERY": 20,  # steps between reads of the losses (each one synchronises)
+            "EVAL_EVERY": 1,  # epochs between evaluations; the last epoch is always evaluated
+            "GRADIENTS_EVERY": 0,  # epochs between measurements of each term's gradient; 0: never
+            "SAVE_EVERY": 1,  # epochs between checkpoints to resume from
+            "KEEP_EVERY": 0,  # epochs between students that are kept, epochs/0000.pth, ...; 0: none
             "REPORT": True,  # write report.html and report.json at the end of a run
         }
     )
@@ -56,34 +56,34 @@ def default_config() -> CfgNode:
         {
             "NAME": "",  # folder | table | webdataset | huggingface | cifar10 | cifar100 | digits
             "ROOT": "data",  # folder of the data; digits needs none
-            "TRAIN_PART": "",  # file, shards or split to train on; "": the usual (docs/data.md)
-            "TEST_PART": "",  # file, shards or split to evaluate on; "": the usual
-            "IMAGE_COLUMN": "",  # of a table (path) or huggingface (the one with images)
-            "LABEL_COLUMN": "",  # likewise (label; the one of classes); or shards: field of .json
-            "NUM_CLASSES": 0,  # 0: as many as the data has; another count is refused
+            "TRAIN_PART": "",  # file, shards or split to train on; "": the default (docs/data.md)
+            "TEST_PART": "",  # file, shards or split to evaluate on; "": the default
+            "IMAGE_COLUMN": "",  # table (default: path), huggingface (default: the image column)
+            "LABEL_COLUMN": "",  # likewise (label; the class column); webdataset: field of .json
+            "NUM_CLASSES": 0,  # 0: taken from the data; any other count must match it
             "IMAGE_SIZE": 32,  # side of the square images, pixels
-            "TRAIN_IMAGES": 0,  # 0: all; else a class-balanced subset of this many
-            "HOLDOUT": 0,  # > 0: this many training images are held out and evaluated on (tuning)
-            "SPLIT_SEED": 0,  # of the choice of HOLDOUT and TRAIN_IMAGES, apart from SEED
+            "TRAIN_IMAGES": 0,  # 0: all; otherwise a class-balanced subset of this size
+            "HOLDOUT": 0,  # > 0: this many training images are held out for evaluation (tuning)
+            "SPLIT_SEED": 0,  # seed of the choice of HOLDOUT and TRAIN_IMAGES, independent of SEED
             "CROP_PADDING": 4,  # zero padding of the random crop, pixels; 0: none (not for STREAM)
             "FLIP": True,  # random horizontal flip
             "RANDAUGMENT": [],  # [operations, magnitude 0 to 30], e.g. [2, 9]; []: none
             "ERASING": 0.0,  # probability that a random box of an image is erased
-            "MIXUP": 0.0,  # > 0: pairs of images averaged, shares from Beta(MIXUP, MIXUP)
-            "CUTMIX": 0.0,  # as MIXUP, by a box; with both, each batch takes one of the two
-            "DOWNLOAD": False,  # cifar10 and cifar100: fetch what is missing
-            "MEMORY_GB": 8.0,  # images are resident as uint8; a larger set is refused
-            "STREAM": False,  # read image files batch by batch; RandomResizedCrop
-            "WORKERS": 4,  # STREAM: decoding processes of each training process; 0: itself
+            "MIXUP": 0.0,  # > 0: pairs of images are blended, weights from Beta(MIXUP, MIXUP)
+            "CUTMIX": 0.0,  # as MIXUP, by pasting a box; with both, each batch uses one of the two
+            "DOWNLOAD": False,  # cifar10 and cifar100: download what is missing
+            "MEMORY_GB": 8.0,  # images are held in memory as uint8; a larger set is refused
+            "STREAM": False,  # read image files batch by batch, with RandomResizedCrop
+            "WORKERS": 4,  # STREAM: decoding processes per training process; 0: it decodes itself
             "RESIZE": 0,  # evaluating image files: shorter side before the crop; 0: IMAGE_SIZE
         }
     )
     cfg.STUDENT = CfgNode(
         {
-            "NAME": "",  # zoo's name | torchvision/N | timm/N | hf/FOLDER | package.module:factory
-            "KWARGS": CfgNode(),  # keywords of the model's constructor, beside the classes
-            "LOGITS": "",  # key of the logits in what the model returns; "": found by themselves
-            "WEIGHTS": "",  # checkpoint to start from; "": a random start from SEED
+            "NAME": "",  # zoo name | torchvision/N | timm/N | hf/FOLDER | package.module:factory
+            "KWARGS": CfgNode(),  # keyword arguments of the model's constructor, besides classes
+            "LOGITS": "",  # key of the logits in the model's output; "": found automatically
+            "WEIGHTS": "",  # checkpoint to start from; "": random initialisation from SEED
             "BN_MOMENTUM": 0.0,  # weight of a batch in batch norm's statistics; 0: the model's own
             "PIXEL_MEAN": IMAGENET_MEAN,  # of the student's input, for pixels in [0, 1]
             "PIXEL_STD": IMAGENET_STD,  # standard deviation of each channel
@@ -91,72 +91,72 @@ def default_config() -> CfgNode:
     )
     cfg.TEACHER = CfgNode(
         {
-            "NAME": "",  # as the student's; "": no teacher
-            "KWARGS": CfgNode(),  # as the student's
-            "LOGITS": "",  # as the student's
+            "NAME": "",  # as for the student; "": no teacher
+            "KWARGS": CfgNode(),  # as for the student
+            "LOGITS": "",  # as for the student
             "WEIGHTS": "",  # the teacher's checkpoint
-            "BN_MOMENTUM": 0.0,  # of its training, as the student's
+            "BN_MOMENTUM": 0.0,  # of its training, as for the student
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
             "PIXEL_STD": IMAGENET_STD,  # standard deviation of each channel
-            "ACCURACY": 0.0,  # on the evaluation images, percent; one 2 points worse stops the run
+            "ACCURACY": 0.0,  # evaluation accuracy, percent; if over 2 points short, the run stops
             "TRAIN": False,  # with empty WEIGHTS: train the teacher first (CE), keep it for reuse
-            "EPOCHS": 240,  # of that training; all else as in SOLVER
-            "SEED": 0,  # of that training, so that runs of several SEEDs share a teacher
+            "EPOCHS": 240,  # epochs of that training; everything else as in SOLVER
+            "SEED": 0,  # seed of that training, so that runs with different SEEDs share a teacher
             "CACHE_DIR": "output/teachers",  # trained teachers, named by what determines them
-            "OTHERS": [],  # more teachers: mappings of keys of this section, NAME at least
-            "SHARES": [],  # of each teacher in the mean of their logits; []: equal
-            "OUTPUTS": "",  # folder: its outputs are kept there, and read by later runs; "": none
-            "OUTPUTS_GB": 50.0,  # a training whose outputs take more is refused
+            "OTHERS": [],  # further teachers: mappings of keys of this section, at least NAME
+            "SHARES": [],  # weight of each teacher in the mean of their logits; []: equal
+            "OUTPUTS": "",  # folder where its outputs are kept for later runs; "": none
+            "OUTPUTS_GB": 50.0,  # a run whose outputs would take more is refused
         }
     )
     cfg.SOLVER = CfgNode(
         {
             "EPOCHS": 240,  # passes over the training images
-            "BATCH_SIZE": 64,  # an incomplete last batch of an epoch is left out
-            "ACCUMULATE": 1,  # batches per update, by their mean; losses see one batch at a time
+            "BATCH_SIZE": 64,  # an incomplete last batch of an epoch is dropped
+            "ACCUMULATE": 1,  # batches per update (mean gradient); losses see one batch at a time
             "OPTIMIZER": "sgd",  # sgd | adamw
-            "BASE_LR": 0.05,  # the highest rate
+            "BASE_LR": 0.05,  # peak learning rate
             "MOMENTUM": 0.9,  # sgd
             "NESTEROV": False,  # sgd
-            "BETAS": [0.9, 0.999],  # adamw: decays of the averages of gradient and square
-            "EPS": 1e-8,  # adamw: added to the root of the square's average
-            "WEIGHT_DECAY": 5e-4,  # sgd: a part of the gradient; adamw: apart from it, by the rate
-            "DECAY_NORMS_AND_BIASES": True,  # False: no decay of parameters of one dimension
-            "CLIP_GRADIENTS": 0.0,  # greatest norm of the gradient of all that is trained; 0: any
-            "SCHEDULE": "multistep",  # multistep | cosine | onecycle; set at every update
+            "BETAS": [0.9, 0.999],  # adamw: decay of the averages of the gradient and its square
+            "EPS": 1e-8,  # adamw: added to the root of the averaged square
+            "WEIGHT_DECAY": 5e-4,  # sgd: added to the gradient; adamw: decoupled, times the rate
+            "DECAY_NORMS_AND_BIASES": True,  # False: no decay of one-dimensional parameters
+            "CLIP_GRADIENTS": 0.0,  # maximum norm of the whole gradient; 0: no clipping
+            "SCHEDULE": "multistep",  # multistep | cosine | onecycle; applied at every update
             "MILESTONES": [150, 180, 210],  # epochs after which the rate is multiplied by GAMMA
             "GAMMA": 0.1,  # see MILESTONES
             "MIN_LR": 0.0,  # cosine: the rate at EPOCHS
             "WARMUP_EPOCHS": 0.0,  # the rate rises linearly from 0 over these epochs
             "ONECYCLE_RISE": 0.3,  # onecycle: share of EPOCHS in which the rate rises
-            "ONECYCLE_DIV": 25.0,  # onecycle: from BASE_LR divided by this
-            "ONECYCLE_FINAL_DIV": 1e4,  # onecycle: at the end, by this once more
-            "EMA_DECAY": 0.0,  # of an average of the student's weights over updates; 0: none
+            "ONECYCLE_DIV": 25.0,  # onecycle: the initial rate is BASE_LR divided by this
+            "ONECYCLE_FINAL_DIV": 1e4,  # onecycle: the final rate is the initial one over this
+            "EMA_DECAY": 0.0,  # decay of a moving average of the student's weights; 0: none
         }
     )
     cfg.DISTILL = CfgNode(
         {
             "METHODS": ["CE"],  # the losses that are summed
             "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
-            "RELATIVE": False,  # scale each of these terms to cross-entropy's value, then weigh it
+            "RELATIVE": False,  # scale each of these terms to cross-entropy's value, then weight it
             "INHERIT": [],  # prefixes of the teacher's weights that the student starts from
-            "DOT_DELTA": 0.0,  # SGD's momentum: less by this for the task, more for the teacher's
-            "TAPS": [],  # [name, student's module path, teacher's], beside the models' own stages
+            "DOT_DELTA": 0.0,  # SGD's momentum: lower by this for the task, higher for the teacher
+            "TAPS": [],  # [name, student's module path, teacher's], besides the models' own stages
         }
     )
     return cfg
 
 
-# Steps of the paper's trainings on CIFAR-100: 240 epochs of 781 batches.
+# Steps of the paper's runs on CIFAR-100: 240 epochs of 781 batches.
 RCKA_STEPS = 187_440
 
-# Taps that mean something whatever the losses read: stages, and those that a model has of its own.
+# Taps that matter even if no loss reads them: stages, and a model's built-in taps.
 STAGE_TAP = re.compile(r"(stage\d+|last)(_preact)?|pooled")
 
-ADAMW_LR = 0.01  # a higher rate is hardly meant
+ADAMW_LR = 0.01  # a higher rate is probably a mistake
 
-# Keys that may differ between a run and its continuation: they change nothing that is computed.
-# (Another DATA.ROOT must hold the same images: the checkpoint knows their fingerprint.)
+# Keys that may differ between a run and its continuation: they do not affect the training.
+# (A different DATA.ROOT must hold the same images: the checkpoint stores their fingerprint.)
 HARMLESS_KEYS = (
     "OUTPUT_DIR",
     "LOG_EVERY",
@@ -184,16 +184,16 @@ def load_config(
     """Return the frozen configuration: defaults, the file (and its ``_BASE_``), overrides.
 
     Args:
-        config_file: YAML file of plain values (a tag that would run code is refused), or the values
-            that it would hold, by their dotted keys.
+        config_file: YAML file of plain values (tags that would run code are refused), or its values
+            by dotted keys.
         method: name of a file in the folder ``methods`` beside the configuration file, or else in
-            ``configs/classification/methods``. It says which losses are summed, whatever the
-            configuration file says, and their settings, where the configuration file does not.
+            ``configs/classification/methods``. It determines which losses are summed, overriding
+            the configuration file, and their settings, unless the configuration file sets them.
         overrides: ``KEY VALUE`` pairs of the command line, e.g. ``["SOLVER.EPOCHS", "8"]``.
 
     Raises:
-        ConfigError: unreadable file, unknown key (near matches are named), a value of another
-            type than the default, or values that contradict each other.
+        ConfigError: unreadable file, unknown key (near matches are named), a value whose type
+            differs from the default's, or contradictory values.
     """
     cfg = default_config()
     proposed = config_file if isinstance(config_file, Mapping) else {}
@@ -215,7 +215,7 @@ def load_config(
 
 
 def _refuse_saved(of_file: Mapping[str, object], source: str) -> None:
-    """A run's ``config.yaml`` says everything, and would leave nothing to a method."""
+    """Refuse a run's ``config.yaml``: it sets every key and would leave nothing to a method."""
     everything = flatten(default_config())
     if of_file.keys() >= {key for key in everything if key.startswith(("SOLVER.", "DATA."))}:
         raise ConfigError(
@@ -228,7 +228,7 @@ def method_file(method: str, config_file: str | Path | None = None) -> Path:
     """Return the file of a method for a configuration file.
 
     Raises:
-        ConfigError: no such method; those that there are, are named.
+        ConfigError: there is no such method; near matches, or else all methods, are named.
     """
     known = method_files(config_file)
     if method not in known:
@@ -237,7 +237,7 @@ def method_file(method: str, config_file: str | Path | None = None) -> Path:
 
 
 def config_from_text(text: str) -> CfgNode:
-    """Return the configuration that ``cfg.dump()`` wrote; keys that it lacks take their default."""
+    """Return the configuration that ``cfg.dump()`` wrote; missing keys take their default."""
     cfg = default_config()
     merge_settings(cfg, flatten(yaml.safe_load(text)), "the saved configuration")
     return cfg
@@ -246,11 +246,11 @@ def config_from_text(text: str) -> CfgNode:
 def changed_keys(old: CfgNode, new: CfgNode) -> list[str]:
     """Return the keys in which a continuation would differ from the run that it continues.
 
-    Other SOLVER.EPOCHS are harmless under a multistep schedule, whose rates do not depend on them;
-    under any other, or with a warm-up of the distillation, they would change what was trained.
+    A different SOLVER.EPOCHS is harmless under a multistep schedule, whose rates do not depend on
+    it; under any other, or with a distillation warm-up, it would change what was trained.
     """
     harmless = set(HARMLESS_KEYS)
-    # A run may end after fewer epochs only where each one was evaluated.
+    # A run may end after fewer epochs only if every epoch was evaluated.
     evaluated = new.EVAL_EVERY == 1 or new.SOLVER.EPOCHS >= old.SOLVER.EPOCHS
     if new.SOLVER.SCHEDULE == "multistep" and not new.DISTILL.WARMUP and evaluated:
         harmless.add("SOLVER.EPOCHS")
@@ -263,7 +263,7 @@ CHOICES = {
     "SOLVER.OPTIMIZER": ("sgd", "adamw"),
     "SOLVER.SCHEDULE": ("multistep", "cosine", "onecycle"),
 }
-# Key -> least and greatest value; None: no bound.
+# Key -> minimum and maximum; None: unbounded.
 RANGES: dict[str, tuple[float, float | None]] = {
     "LOG_EVERY": (1, None),
     "EVAL_EVERY": (1, None),
@@ -310,7 +310,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
 
 
 def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
-    """Yield what of a training of so many updates is probably not meant, a sentence or two each."""
+    """Yield warnings about probable mistakes in a run of ``steps`` updates, 1-2 sentences each."""
     solver, distill = cfg.SOLVER, cfg.DISTILL
     unreached = [str(m) for m in solver.MILESTONES if m >= solver.EPOCHS]
     if unreached and solver.SCHEDULE == "multistep":
@@ -338,7 +338,7 @@ def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
 
 
 def _without_effect(cfg: CfgNode) -> Iterator[str]:
-    """Yield the settings that the others leave without effect."""
+    """Yield warnings about settings that have no effect because of others."""
     solver, distill = cfg.SOLVER, cfg.DISTILL
     reasons = {
         "SOLVER.NESTEROV": ("is a form of sgd", solver.NESTEROV and solver.OPTIMIZER != "sgd"),
@@ -360,7 +360,7 @@ def _without_effect(cfg: CfgNode) -> Iterator[str]:
 
 
 def _words(settings: Mapping[str, object]) -> Iterator[object]:
-    """All values of a loss's section, and those in its lists."""
+    """Yield all values of a loss's section, with lists flattened."""
     for value in settings.values():
         yield from value if isinstance(value, list | tuple) else [value]
 
@@ -409,7 +409,7 @@ def _is_rand_augment(value: Sequence[Any]) -> bool:
 def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         for number in value if isinstance(value, list) else [value]:
-            # Infinite memory is no limit; elsewhere neither is a number to compute with.
+            # Infinite memory means no limit; otherwise NaN and infinity cannot be computed with.
             if isinstance(number, float) and not math.isfinite(number):
                 if key == "DATA.MEMORY_GB" and number > 0:
                     continue
@@ -425,10 +425,10 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def teachers_of(cfg: CfgNode) -> list[CfgNode]:
-    """Return a configuration for each teacher, see :func:`classification.teachers.each_teacher`."""
+    """Return one configuration per teacher, see :func:`classification.teachers.each_teacher`."""
     if not cfg.TEACHER.OTHERS and not cfg.TEACHER.SHARES:
         return [cfg]
-    from classification.teachers import each_teacher  # most runs have one
+    from classification.teachers import each_teacher  # most runs have one teacher
 
     return each_teacher(cfg)
 

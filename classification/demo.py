@@ -12,14 +12,14 @@ from pcka.engine.command import run_command
 from pcka.engine.progress import console_log
 
 METHODS = ("ce", "kd", "kd_fcka", "dist", "dist_fitnet_fcka")
-EVAL_EVERY = 4  # epochs, of 20, which are shorter than an evaluation
+EVAL_EVERY = 4  # epochs, out of 20; each is shorter than an evaluation
 
 
 def run_demo(output: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> str:
-    """Train teacher and students that are not trained yet; return the table (Markdown).
+    """Train the teacher and students that are missing; return the table (Markdown).
 
     Args:
-        output: a folder for each run and the comparison's files go there.
+        output: receives a folder per run and the comparison's files.
         seeds: of the students.
         overrides: ``KEY VALUE`` pairs for all runs.
     """
@@ -30,7 +30,7 @@ def run_demo(output: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) 
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    """Run the demo into the folder of the arguments; print and return the table."""
+    """Run the demo as the arguments say; print and return the table."""
     given = demo_parser().parse_args(arguments)
     with console_log():
         table = run_demo(given.output, given.seeds)

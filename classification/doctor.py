@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import classification  # noqa: F401  (answers --help, before what takes seconds to import)
+import classification  # noqa: F401  (answers --help before the slow imports)
 
 # isort: split
 
@@ -50,15 +50,15 @@ from pcka.engine.step_cost import seconds_of, step_cost, tensor_bytes
 
 logger = logging.getLogger("pcka")
 
-SAMPLE = 512  # evaluation images that the teacher is tried on
-DECODED = 32  # images that are looked at
+SAMPLE = 512  # evaluation images for the teacher checks
+DECODED = 32  # images that are decoded and inspected
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Finding]:
-    """Look as the arguments say; print a line a finding, and return them.
+    """Run the requested checks; print one line per finding, and return the findings.
 
     Raises:
-        SystemExit: with 1, where a check failed.
+        SystemExit: with status 1 if a check failed.
     """
     given = doctor_parser().parse_intermixed_args(arguments)
     checks = machine_checks()
@@ -69,17 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Finding]:
 
 
 def _config_of(given: argparse.Namespace) -> CfgNode:
-    """The configuration that the arguments name, or propose, as for a training."""
+    """Return the configuration that the arguments name, or that is proposed as for training."""
     settings, method = pair_settings(given, given.overrides, given.method)
     return load_config(settings, given.overrides, method)
 
 
 class Examination:
-    """Checks of a configuration; each one needs what those before it found.
+    """Checks of a configuration; each one builds on what earlier ones found.
 
     Args:
         load: returns the configuration.
-        proposes: and logs what of it is proposed, which is told.
+        proposes: whether ``load`` logs proposed settings, which are then reported.
     """
 
     def __init__(self, load: Callable[[], CfgNode], *, proposes: bool = False) -> None:
@@ -94,7 +94,7 @@ class Examination:
         self._trainer: Trainer | None = None
 
     def checks(self) -> list[tuple[str, Check]]:
-        """In the order in which they are to be made."""
+        """Return the checks in the order in which to run them."""
         proposal = ("proposal", self._needing("configuration", self.show_proposal))
         return [
             ("configuration", self.check_configuration),
@@ -110,7 +110,7 @@ class Examination:
         ]
 
     def _needing(self, what: str, check: Check) -> Check:
-        """The check, where what it needs was found."""
+        """Return the check, skipped unless what it needs was found."""
 
         def found() -> object:
             there = {"configuration": self._cfg, "data": self._sample, "step": self._trainer}
@@ -126,18 +126,18 @@ class Examination:
 
     @property
     def sets(self) -> tuple[ImageSet, ImageSet]:
-        """Training images, and the sample of those to evaluate on."""
+        """Training images, and the sample of the evaluation images."""
         assert self._sets is not None and self._sample is not None
         return self._sets[0], self._sample
 
     @property
     def trainer(self) -> Trainer:
-        """What made the step."""
+        """The trainer that ran the step."""
         assert self._trainer is not None
         return self._trainer
 
     def check_configuration(self) -> Verdict:
-        """Keys and values, the device, and an output folder without a run."""
+        """Check keys and values, the device, and that the output folder holds no run."""
         with messages_of(logger, logging.INFO) as self._notes:
             cfg = self._load()
         choose_device(cfg.DEVICE)
@@ -151,11 +151,11 @@ class Examination:
         return Verdict(PASS, f"{', '.join(cfg.DISTILL.METHODS)} into {cfg.OUTPUT_DIR}")
 
     def show_proposal(self) -> Verdict:
-        """What a training would log of the settings that nobody gave."""
+        """Report what training would log about the proposed settings."""
         return Verdict(PASS, "; ".join(self._notes))
 
     def check_models(self) -> Verdict:
-        """Both models can be made, weights are there, and losses find their taps."""
+        """Check that both models can be built, weights exist, and losses find their taps."""
         cfg = self.cfg
         check_run(cfg)
         student, teacher = untrained_pair(cfg)
@@ -176,7 +176,7 @@ class Examination:
         return Verdict(PASS, "; ".join([f"{pair}; taps: {', '.join(read) or 'none'}", *notes]))
 
     def check_data(self) -> Verdict:
-        """Both sets are there, their images can be decoded and differ."""
+        """Check that both sets exist, and that their images can be decoded and differ."""
         train, test = load_image_sets(self.cfg)
         device = choose_device(self.cfg.DEVICE)
         self._sets = train.to(device), test.to(device)
@@ -192,16 +192,16 @@ class Examination:
         return Verdict(PASS, text)
 
     def check_student_pixels(self) -> Verdict:
-        """Its statistics bring the pixels near mean 0 and deviation 1."""
+        """Check that the student's statistics bring pixels near mean 0 and standard deviation 1."""
         images, *_ = next(iter(_spaced(self.sets[1], DECODED).evaluation_batches(DECODED)))
         return check_normalisation("STUDENT", self.cfg.STUDENT, images)
 
     def check_teacher(self) -> Verdict:
-        """It is complete, and as accurate as is stated, or better than guessing."""
+        """Check that the teacher is complete, as accurate as stated, and better than guessing."""
         cfg = self.cfg
         if not cfg.TEACHER.NAME:
             return Verdict(PASS, "none: the student learns without one")
-        # What the teacher's preparation logs, be it of a stand-in, the verdict says in its way.
+        # Hides what the preparation logs, even about a stand-in: the verdict reports it.
         with tempfile.TemporaryDirectory() as folder, messages_of(logger):
             lenient = self._with_weights(cfg.clone(), Path(folder))
             read = {path for _, path in extra_taps(cfg.DISTILL.TAPS).values()}
@@ -228,7 +228,7 @@ class Examination:
         return Verdict(PASS, text + (f", {stated:.2f} % are stated" if stated else ""))
 
     def check_teacher_pixels(self) -> Verdict:
-        """No other order of the channels, and no other usual statistics, make it better."""
+        """Check that no other channel order or usual statistics improve the teacher."""
         if self._teacher is None or self._is_stand_in:
             reason = (
                 "there is none with weights" if self.cfg.TEACHER.NAME else "there is no teacher"
@@ -237,7 +237,7 @@ class Examination:
         return check_channels(self._teacher.model, self.cfg.TEACHER, self.sets[1])
 
     def check_step(self) -> Verdict:
-        """One step: its terms and gradients are finite."""
+        """Run one step and check that its loss terms and gradients are finite."""
         cfg, device = self.cfg, self.sets[0].device
         if cfg.TEACHER.NAME and self._teacher is None:
             return Verdict(SKIP, "not looked at: needs the teacher")
@@ -267,7 +267,7 @@ class Examination:
         return Verdict(PASS, f"{text}; gradients finite")
 
     def check_cost(self) -> Verdict:
-        """Time and memory of a step, and the time of the whole run."""
+        """Measure time and memory of a step, and estimate the time of the whole run."""
         cfg, trainer, device = self.cfg, self.trainer, self.sets[0].device
         batches = _endless(trainer)
 
@@ -289,7 +289,7 @@ class Examination:
         return Verdict(status, text + ", beside the teacher's training" * self._is_stand_in)
 
     def check_room(self) -> Verdict:
-        """Free disk for the run's checkpoints, of which one more is there while it is written."""
+        """Check disk space for the run's checkpoints, plus one that is being written."""
         student = tensor_bytes(self.trainer.distiller.student.state_dict())
         every, epochs = self.cfg.KEEP_EVERY, self.cfg.SOLVER.EPOCHS
         kept = len({*range(0, epochs, every), epochs}) if every else 0
@@ -297,9 +297,9 @@ class Examination:
         return check_disk(self.cfg.OUTPUT_DIR, needed)
 
     def _with_weights(self, cfg: CfgNode, folder: Path) -> CfgNode:
-        """The configuration of a teacher that is there: nothing is trained for a look.
+        """Return the configuration with an existing teacher: nothing is trained for a check.
 
-        One that is to be trained stands in as it is made.
+        A teacher that is yet to be trained is replaced by its untrained model.
         """
         cfg.defrost()
         cfg.TEACHER.ACCURACY = 0.0

@@ -1,4 +1,4 @@
-"""DOT: separate momenta of what the task and what the teacher teach (Zhao et al., ICCV 2023)."""
+"""DOT: separate momenta for the gradients of task and teacher (Zhao et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcka.distributed import average_over_processes
 
-# Of each parameter: the running sums of both gradients.
+# Per parameter: the running sums of both gradients.
 VELOCITIES = ("task", "taught")
 
 
@@ -19,18 +19,18 @@ class DistillationOriented(torch.optim.Optimizer):
 
     ``v_task <- (m - d) v_task + g_task + w p``, ``v_taught <- (m + d) v_taught + g_taught``, ``p <-
     p - lr (v_task + v_taught)``, with momentum ``m``, difference ``d`` and weight decay ``w`` (Zhao
-    et al., "DOT: A Distillation-Oriented Trainer", ICCV 2023). A parameter that one
-    of the two alone reaches (an adapter, say) has the momentum ``m``, as in the authors' public
-    code; with ``d = 0`` this is SGD.
+    et al., "DOT: A Distillation-Oriented Trainer", ICCV 2023). A parameter that only one of the two
+    gradients reaches (an adapter's, say) has momentum ``m``, as in the authors' public code; with
+    ``d = 0`` this is SGD.
 
-    :meth:`backward` comes before each :meth:`step`, in place of the loss's own. It averages the
-    gradients over all processes, of which DistributedDataParallel can average one alone.
+    Call :meth:`backward` before each :meth:`step`, instead of the loss's own. It averages both
+    gradients over all processes; DistributedDataParallel can only average one.
 
     Args:
-        parameters: what is trained, or groups of it, as torch's optimizers take them.
+        parameters: the trained parameters, or groups of them, as for torch's optimizers.
         lr: learning rate, a number or a scalar on the parameters' device.
         momentum: ``m``.
-        delta: ``d``, no greater than ``m``, and with ``m`` below 1.
+        delta: ``d``, at most ``m``; ``m + d`` must be below 1.
         weight_decay: ``w``.
     """
 
@@ -55,11 +55,11 @@ class DistillationOriented(torch.optim.Optimizer):
         self._taught: dict[nn.Parameter, Tensor | None] = {}
 
     def backward(self, task: Sequence[Tensor], taught: Sequence[Tensor]) -> None:
-        """Keep the gradients of two sums of terms for the next step; that of the task is added up.
+        """Compute the gradients of two sums of terms for the next step; the task's accumulates.
 
         Args:
-            task: scalars with a graph that need no teacher; there may be none.
-            taught: those that do; likewise.
+            task: scalars with a graph that need no teacher; may be empty.
+            taught: those that do; may be empty.
         """
         parameters = self._parameters()
         self._taught = {}
@@ -75,7 +75,7 @@ class DistillationOriented(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: backward() comes before
-        """Move every parameter that a gradient reached."""
+        """Update every parameter that a gradient reached."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradients = [parameter.grad, self._taught.get(parameter)]
@@ -83,7 +83,7 @@ class DistillationOriented(torch.optim.Optimizer):
                     self._move(parameter, gradients, group)
 
     def velocities(self) -> list[Tensor]:
-        """All that :meth:`step` changes beside the parameters."""
+        """Return all tensors that :meth:`step` changes besides the parameters."""
         return [self.state[p][name] for p in self._parameters() for name in VELOCITIES]
 
     def _move(
@@ -96,7 +96,7 @@ class DistillationOriented(torch.optim.Optimizer):
         for name, gradient, momentum in zip(VELOCITIES, gradients, momenta, strict=True):
             if gradient is not None:
                 self.state[parameter][name].mul_(momentum).add_(gradient + decay)
-                decay = 0.0  # once, by the first that there is
+                decay = 0.0  # applied once, with the first gradient
         parameter.sub_(group["lr"] * sum(self.state[parameter][name] for name in VELOCITIES))
 
     def _parameters(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""How a student's stages became what they are: ``pcka epochs OUTPUT_DIR``."""
+"""How a student's stages develop during training: ``pcka epochs OUTPUT_DIR``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("pcka")
 
 LAST, MOST_ALIKE = "last student", "most alike stage of the teacher"
 LEAST = 2  # epochs
-LAYER_IMAGES = 4  # that say which layers there are
+LAYER_IMAGES = 4  # to find out which layers there are
 
 
 class Compared(NamedTuple):
@@ -48,7 +48,7 @@ class Compared(NamedTuple):
 
     Attributes:
         layers: name -> path in the student.
-        stages: name -> paths in the teacher, of which the most alike counts; {}: no teacher.
+        stages: name -> paths in the teacher, of which the most similar counts; {}: no teacher.
     """
 
     layers: Mapping[str, str]
@@ -56,12 +56,12 @@ class Compared(NamedTuple):
 
 
 class _Alike(NamedTuple):
-    """What one student is like.
+    """Similarities of one student.
 
     Attributes:
-        values: CKA of its layers with themselves in the last student and, if there is one, with
-            the teacher.
-        stages: of the teacher that the second values are of, by name.
+        values: CKA of its layers with the same layers of the last student and, if there is one,
+            with the teacher.
+        stages: paths of the teacher's stages that the second values refer to.
     """
 
     values: list[list[float]]
@@ -69,7 +69,7 @@ class _Alike(NamedTuple):
 
 
 class _Beside(nn.ModuleDict):
-    """Models that are given the same images."""
+    """Models that receive the same images."""
 
     def forward(self, images: Tensor) -> None:
         for model in self.values():
@@ -82,17 +82,17 @@ def cka_over_epochs(
     layers: Sequence[str] | None = None,
     images: int = CKA_IMAGES,
 ) -> EpochCKA:
-    """CKA of the students of a run with the last of them, and with the teacher.
+    """Compute the CKA of a run's students with the last one, and with the teacher.
 
-    Minibatch CKA (:class:`pcka.analysis.MinibatchCKA`) on evaluation images, evenly spaced. A stage
-    is compared with the stage of the teacher that a loss would compare it with; one of ``layers``
-    with all of them, and the most alike counts.
+    Minibatch CKA (:class:`pcka.analysis.MinibatchCKA`) on evenly spaced evaluation images. A stage
+    is compared with the teacher's stage that a loss would compare it with; each of ``layers`` with
+    all stages, of which the most similar counts.
 
     Args:
-        material: of the run; a teacher whose weights are gone is left out.
+        material: of the run; a teacher whose weights are missing is left out.
         kept: epoch -> weights, two or more.
         layers: paths and patterns of the student; None: its stages.
-        images: how many.
+        images: their number.
 
     Raises:
         ConfigError: layers that the student does not have, weights that are not its own, or fewer
@@ -113,7 +113,7 @@ def cka_over_epochs(
             load_weights(early.model, path)
             batches = mixed_batches(data, images, CKA_BATCH_SIZE)
             alike.append(_alike(early, student, teacher, compared, batches))
-    except ValueError as error:  # of the layers, or of a damaged file
+    except ValueError as error:  # about the layers, or a damaged file
         raise ConfigError(f"{error}") from error
     names = (LAST, TEACHER if layers is None else MOST_ALIKE)[: 1 + bool(compared.stages)]
     values = torch.tensor([epoch.values for epoch in alike], dtype=torch.float64).permute(1, 2, 0)
@@ -173,7 +173,7 @@ def _alike(
 
 
 def main(arguments: Sequence[str] | None = None) -> EpochCKA:
-    """Compare as the arguments say; write the picture and the values, and return them."""
+    """Compare as the arguments say; write the picture and the values, and return the values."""
     given = _parser().parse_args(arguments)
     with console_log():
         material = Material.of_run(given.run, given.device)

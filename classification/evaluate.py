@@ -37,15 +37,16 @@ def evaluate(
     """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
 
     Args:
-        cfg: says the data, and the model and its pixel statistics in STUDENT or TEACHER.
-        role: "student" or "teacher", several of them as one.
-        weights: checkpoint of the (first) model; "" takes the section's WEIGHTS.
-        recalibrated: estimate batch norm's running statistics anew on so many training images,
+        cfg: gives the data and, in STUDENT or TEACHER, the model and its pixel statistics.
+        role: "student" or "teacher"; several teachers count as one.
+        weights: checkpoint of the model (of several teachers, of the first, which is then
+            evaluated alone); "" takes the section's WEIGHTS.
+        recalibrated: re-estimate batch norm's running statistics on this many training images,
             and write the model beside ``weights`` as ``<name>_recalibrated.pth``; 0: as it is.
-        report: folder for the report of the student beside its teacher; None: there is none.
+        report: folder for the report of the student beside its teacher; None: no report.
 
     Raises:
-        ConfigError: no model or no weights, several teachers to recalibrate, or a report of one.
+        ConfigError: no model or weights, several teachers to recalibrate, or a report on a teacher.
     """
     if report is not None and role == "teacher":
         raise ConfigError("--report: is of a student beside its teacher; leave --role out")
@@ -73,7 +74,7 @@ def evaluate(
 
 def _reported(cfg: CfgNode, weights: str, folder: Path) -> dict[str, float]:
     """Write the report of the student, and return its accuracies."""
-    from classification.report import STUDENT, Material, make_report  # imports much
+    from classification.report import STUDENT, Material, make_report  # heavy imports
 
     made = make_report(Material(cfg, {STUDENT: Path(weights) if weights else None}))
     logger.info("report: %s", made.write(folder))
@@ -84,7 +85,7 @@ def _reported(cfg: CfgNode, weights: str, folder: Path) -> dict[str, float]:
 def _recalibrated(
     cfg: CfgNode, role: str, weights: str, images: int
 ) -> tuple[dict[str, float], Path]:
-    """Recalibrate a model on so many images and write it; return its accuracies and its file."""
+    """Recalibrate a model and write it; return its accuracies and its file."""
     device, section = choose_device(cfg.DEVICE), cfg[role.upper()]
     train_set, data = (one.to(device) for one in load_image_sets(cfg))
     model = model_of(section, len(data.classes), role=role, weights=weights).to(device)
@@ -108,7 +109,7 @@ def _check_weights(section: CfgNode, role: str, weights: str) -> None:
 
 
 def told(result: dict[str, float]) -> str:
-    """The accuracies in a line."""
+    """Format the accuracies on one line."""
     return "  ".join(f"{name} {value:.2f} %" for name, value in result.items())
 
 

@@ -1,4 +1,4 @@
-"""Figures of a classifier: accuracy, alignment with a teacher, gradients of its loss terms."""
+"""Metrics of a classifier: accuracy, alignment with a teacher, gradients of its loss terms."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ CKA_IMAGES, CKA_BATCH_SIZE = 512, 128
 def predict(
     model: nn.Module, pixels: nn.Module, data: ImageSet, rank: int = 0, world_size: int = 1
 ) -> Predictions:
-    """Return what a model says of the images ``rank``, ``rank + world_size``, … of a set.
+    """Return a model's predictions on the images ``rank``, ``rank + world_size``, … of a set.
 
-    In float32 and evaluation mode; every module's mode is put back.
+    Runs in float32 and evaluation mode; every module's mode is restored.
 
     Args:
         model: (B, 3, S, S) -> logits (B, classes).
         pixels: the model's pixel normalisation.
         data: on the model's device.
-        rank: of this process, where several share the images.
-        world_size: their number.
+        rank: of this process, if several share the images.
+        world_size: number of processes.
     """
     part = {"rank": rank, "world_size": world_size}
     none = torch.zeros(0, len(data.classes), device=data.device)
@@ -47,7 +47,7 @@ def predict(
 def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, float]:
     """Return ``{"top1": percent}``, with ``top5`` where there are more than five classes.
 
-    Several processes share the images and all get the figures.
+    Several processes share the images, and all get the result.
 
     Args:
         model: as for :func:`predict`.
@@ -60,7 +60,7 @@ def accuracy(model: nn.Module, pixels: nn.Module, data: ImageSet) -> dict[str, f
 
 
 def percentages(hits: Tensor, images: int, classes: int) -> dict[str, float]:
-    """What :func:`accuracy` returns, of :meth:`Predictions.hits`."""
+    """Compute what :func:`accuracy` returns from :meth:`Predictions.hits`."""
     right_within = hits.cumsum(0).tolist()
     ranks = (1, BEST) if classes > BEST else (1,)
     return {f"top{rank}": 100 * right_within[rank - 1] / images for rank in ranks}
@@ -97,7 +97,7 @@ def stage_matrix(
 ) -> CKATable:
     """Return the minibatch CKA of all stages of the student with all stages of the teacher.
 
-    One process measures it, whatever the others do.
+    Runs in one process, independently of the others.
 
     Args:
         student: pixel normalisation and model, which names its stages.
@@ -117,15 +117,15 @@ def stage_matrix(
 
 
 def gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, float]:
-    """Return what ``metrics.jsonl`` says of the gradient of each term, on this process's batch.
+    """Return the entries of ``metrics.jsonl`` on each term's gradient, on this process's batch.
 
     Args:
         terms: ``loss_...`` -> scalar with a graph to the student.
-        student: whose parameters the gradients are taken in.
+        student: the gradients are taken with respect to its parameters.
     """
     from pcka.analysis.gradients import term_gradients  # few runs ask for it
 
-    task = "loss_ce"  # without it there are no cosines, which would be those with another term
+    task = "loss_ce"  # without it cosines are left out: they would refer to another term
     found = term_gradients(
         terms, student.parameters(), task if task in terms else next(iter(terms))
     )
@@ -138,19 +138,19 @@ def gradient_figures(terms: dict[str, Tensor], student: nn.Module) -> dict[str, 
 
 
 def is_guessing(top1: float, classes: int, images: int) -> bool:
-    """Whether an accuracy (percent) on so many images is hardly more than that of guessing."""
+    """Whether an accuracy (percent) on ``images`` images is hardly better than guessing."""
     chance = 100 / classes
     noise = 3 * (chance * (100 - chance) / images) ** 0.5
     return top1 < chance + noise + 0.05 * (100 - chance)
 
 
 def mixed_batches(data: ImageSet, images: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield some images of a set, evenly spaced, in batches (B, 3, S, S) of mixed classes.
+    """Yield evenly spaced images of a set in batches (B, 3, S, S) of mixed classes.
 
     Args:
         data: may be sorted by class.
-        images: how many, or all where there are fewer.
-        batch_size: of all batches but the last ones, which may be a little smaller.
+        images: how many, or all if there are fewer.
+        batch_size: of all batches but the last, which may be smaller.
     """
     spaced = torch.linspace(0, len(data) - 1, min(images, len(data))).long()
     # Neighbours in a sorted set share a class: deal the images out, so that batches are mixed.
@@ -161,5 +161,5 @@ def mixed_batches(data: ImageSet, images: int, batch_size: int) -> Iterator[Tens
 
 
 def from_raw_pixels(pixels: nn.Module, model: nn.Module) -> nn.Module:
-    """Return one module of both, because each model has pixel statistics of its own."""
+    """Return both as one module, because each model has its own pixel statistics."""
     return nn.Sequential(OrderedDict(pixels=pixels, model=model))

@@ -1,9 +1,10 @@
-"""Write a student for others: ``python classification/export.py --config-file F --weights W ...``.
+"""Export a student: ``python classification/export.py --config-file F --weights W ...``.
 
-``--output`` ends in ``.pth`` or ``.safetensors`` (the weights alone, under the names of the plain
-model, which ``create_model`` or torchvision's constructor loads) or in ``.onnx``: the graph from
-normalised pixels, or with ``--with-normalization`` from pixels in [0, 1], to logits, for batches
-of any size. What its images and logits are stands in the file, but for ``.pth``, and is printed.
+``--output`` ends in ``.pth`` or ``.safetensors`` (only the weights, under the names of the
+plain model, which ``create_model`` or torchvision's constructor loads) or in ``.onnx``: the graph
+from normalised pixels, or with ``--with-normalization`` from pixels in [0, 1], to logits, for
+batches of any size. What its images and logits are is printed and, except for ``.pth``, stored in
+the file.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from pcka.engine.config import ConfigError
 from pcka.engine.progress import console_log
 from pcka.files import CheckpointError, atomic_write, load_file
 
-if TYPE_CHECKING:  # --help does not wait for it
+if TYPE_CHECKING:  # keeps --help fast
     from torch import nn
 
 logger = logging.getLogger("pcka")
 
 ONNX = ".onnx"
-EXAMPLE_BATCH = 2  # not 1, which torch.export would take for a constant
-CHECKED_BATCH = 3  # not that of the example
-TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a difference that counts
+EXAMPLE_BATCH = 2  # not 1, which torch.export would treat as a constant
+CHECKED_BATCH = 3  # other than the example's
+TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below any difference that matters
 
 
 def export_student(
@@ -51,21 +52,21 @@ def export_student(
     with_normalization: bool = False,
     recalibrated: int = 0,
 ) -> Path:
-    """Write the student with the weights of a checkpoint as ``output``; return its path.
+    """Export the student with a checkpoint's weights to ``output``; return its path.
 
     Args:
-        cfg: STUDENT says the model and its pixel statistics, DATA.IMAGE_SIZE the side of the
-            graph's images. DATA.NUM_CLASSES 0 takes as many classes as the checkpoint has.
-        weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
-        output: file of one of ``EXPORTED``, written atomically.
+        cfg: STUDENT gives the model and its pixel statistics, DATA.IMAGE_SIZE the side of the
+            graph's images. DATA.NUM_CLASSES 0 takes the number of classes from the checkpoint.
+        weights: checkpoint in any layout that ``pcka.checkpoint`` supports.
+        output: file with a suffix of ``EXPORTED``, written atomically.
         with_normalization: the graph begins with the student's pixel normalisation.
-        recalibrated: estimate batch norm's running statistics anew on so many training images.
+        recalibrated: re-estimate batch norm's running statistics on this many training images.
 
     Raises:
-        ConfigError: another format, a normalisation without a graph, or a number of classes that
-            neither configuration nor checkpoint says.
+        ConfigError: an unknown format, normalisation without a graph, or a number of classes that
+            neither configuration nor checkpoint gives.
         ImportError: a package of the extra ``export`` that the format needs is not installed.
-        ValueError: weights that do not fill the student, or a graph whose logits differ from its.
+        ValueError: weights that do not fit the student, or a graph whose logits differ from its.
     """
     output = Path(output)
     if output.suffix not in EXPORTED:
@@ -93,16 +94,16 @@ def export_student(
 def describe_student(
     cfg: CfgNode, weights: str | Path, *, with_normalization: bool = False
 ) -> dict[str, str]:
-    """Return what who uses a student has to know, as files of ONNX and safetensors hold it.
+    """Return what users of a student must know, as stored in ONNX and safetensors files.
 
     Args:
         cfg: STUDENT and DATA.IMAGE_SIZE are read.
         weights: a file in the folder of a run, whose ``classes.txt`` names the classes.
-        with_normalization: whether the model takes pixels in [0, 1], and not normalised ones.
+        with_normalization: whether the model takes pixels in [0, 1] instead of normalised ones.
 
     Returns:
-        ``model``, ``image_size``, ``pixels`` (how they are made of RGB in [0, 1]) and, where they
-        are known, ``classes``, a JSON list in the order of the logits.
+        ``model``, ``image_size``, ``pixels`` (how they are made from RGB in [0, 1]) and, if known,
+        ``classes``, a JSON list in the order of the logits.
     """
     mean, std = list(cfg.STUDENT.PIXEL_MEAN), list(cfg.STUDENT.PIXEL_STD)
     about = {
@@ -156,7 +157,7 @@ def _onnx_graph(
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
-    assert program is not None  # by dynamo=True
+    assert program is not None  # guaranteed by dynamo=True
     graph = program.model_proto
     for key, value in about.items():
         graph.metadata_props.add(key=key, value=value)
@@ -166,10 +167,10 @@ def _onnx_graph(
 
 
 def _check_graph(content: bytes, model: nn.Module, side: int) -> None:
-    """Compare a graph, run by onnxruntime, with the model that it was made of; tell by how much.
+    """Compare a graph, run by onnxruntime, with its model; log the largest difference.
 
     Raises:
-        ValueError: their logits of random images differ by more than rounding.
+        ValueError: their logits on random images differ by more than rounding.
     """
     import torch
 
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, default_config())
     given = export_parser().parse_intermixed_args(words)
     cfg = load_config(given.config_file, [*pairs, *given.overrides])
-    for chatty in ("onnxscript", "onnx_ir"):  # they log each rewriting of the graph
+    for chatty in ("onnxscript", "onnx_ir"):  # they log every rewrite of the graph
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with console_log():
         path = export_student(

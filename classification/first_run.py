@@ -1,7 +1,8 @@
-"""Settings for two models and a folder of images, where nobody has written a configuration file.
+"""Settings for two models and a folder of images, without a configuration file.
 
-What is proposed depends on the images, the models and the keys that are given, and on nothing else:
-the same command proposes the same settings, and ``--resume`` goes on with them.
+The proposal depends only on the images, the models, the given keys and, for DATA.WORKERS, the
+number of CPU cores: the same command proposes the same settings, and ``--resume`` continues with
+them.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ from pcka.engine.environment import choose_device
 DEFAULT_METHOD = "kd_fcka"  # what docs/results.md recommends
 BASELINE = "ce"  # without a teacher
 
-SIDES = (32, 48, 64, 96, 128, 160, 192, 224)  # of images, pixels
-LARGER_CENTRE = 256 / 224  # the shorter side beside the centre that is evaluated, in streams
+SIDES = (32, 48, 64, 96, 128, 160, 192, 224)  # of the images, pixels
+LARGER_CENTRE = 256 / 224  # shorter side over the evaluated centre, when streaming
 MOST_WORKERS = 16
-BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # below so many images
+BATCH_SIZES = ((500, 16), (5_000, 32), (20_000, 64), (200_000, 128))  # (images below, batch size)
 LARGEST_BATCH = 256
 ADAMW_LR = 1e-3
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.2, 10_000
-LOOKED_AT = 256  # images that sizes and pixel statistics are taken from
+LOOKED_AT = 256  # images sampled for sizes and pixel statistics
 
 
 class Proposal(NamedTuple):
-    """What :func:`propose` found.
+    """The result of :func:`propose`.
 
     Attributes:
         settings: dotted key -> value, as a configuration file would hold them.
-        notes: what they are and where they come from, a line each.
+        notes: what they are and where they come from, one line each.
     """
 
     settings: dict[str, object]
@@ -72,11 +73,11 @@ class Proposal(NamedTuple):
 
 @dataclass
 class _Draft:
-    """A proposal that is being made.
+    """A proposal in the making.
 
     Attributes:
-        cfg: the defaults, what is given, and what is proposed so far.
-        given: the keys of the command line, which are left as they are.
+        cfg: the defaults with the given values and those proposed so far.
+        given: the keys of the command line, which are left unchanged.
     """
 
     cfg: CfgNode
@@ -85,7 +86,7 @@ class _Draft:
     notes: list[str] = field(default_factory=list)
 
     def suggest(self, key: str, value: Any) -> Any:
-        """Set a key unless it is given; return what holds."""
+        """Set a key unless it is given; return its value."""
         section, _, name = key.rpartition(".")
         node = self.cfg[section] if section else self.cfg
         if key not in self.given:
@@ -94,7 +95,7 @@ class _Draft:
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
-        """STUDENT and, where there is one, TEACHER -> the model as it is made."""
+        """STUDENT and, if there is one, TEACHER -> the untrained model."""
         sections = {role: self.cfg[role] for role in ("STUDENT", "TEACHER")}
         return {
             role: named_model(section.NAME, 2, role=role.lower(), **without_weights(section))
@@ -116,20 +117,20 @@ def propose(
 
     Args:
         folder: with ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), or another of
-            :data:`FORMS`; without a part to test on some of the training images are held out.
-            ``<class>/*`` alone is divided so, too.
+            :data:`FORMS`. Without a test part, or with ``<class>/*`` alone, some of the training
+            images are held out.
         student: name of a model.
-        teacher: likewise; "" for a student by itself.
+        teacher: likewise; "" trains the student without one.
         weights: the teacher's checkpoint; "" trains it first, unless it comes with weights.
-        method: what is trained by; it names the folder of the run, too.
-        overrides: ``KEY VALUE`` pairs, which the proposal takes as they are.
+        method: the method to train with; also part of the run folder's name.
+        overrides: ``KEY VALUE`` pairs, which the proposal leaves unchanged.
 
     Raises:
-        ConfigError: keys, names or data that a run would refuse, too.
+        ConfigError: keys, names or data that a run would refuse.
     """
     run_name = _file_name(Path(folder).resolve().name, student, method)
     names: dict[str, object] = {
-        "DATA.NAME": "folder",  # what else it may be is looked at below
+        "DATA.NAME": "folder",  # other forms are detected below
         "DATA.ROOT": str(folder),
         "STUDENT.NAME": student,
         "TEACHER.NAME": teacher,
@@ -154,12 +155,12 @@ def propose(
 
 
 def _has_to_learn(teacher: CfgNode, classes: int) -> bool:
-    """Whether a teacher has no weights for these classes yet."""
+    """Whether a teacher still lacks weights for these classes."""
     if teacher.WEIGHTS:
         return False
     if not has_own_weights(teacher):
         return True
-    if not teacher.NAME.startswith("timm/"):  # a folder of transformers says of which classes it is
+    if not teacher.NAME.startswith("timm/"):  # a transformers folder knows its classes
         return False
     model: Any = named_model(teacher.NAME, 2, role="teacher", **without_weights(teacher))
     return model.pretrained_cfg["num_classes"] != classes
@@ -170,7 +171,7 @@ def _file_name(*words: str) -> str:
 
 
 def _divide(draft: _Draft, source: Source) -> tuple[int, int]:
-    """Say what is trained and what is evaluated on; return the numbers of images."""
+    """Choose the training and evaluation images; return their numbers."""
     data, images = draft.cfg.DATA, len(source.labels)
     text = f"{images:,} images of {len(source.classes)} classes"
     text += f", DATA.NAME {data.NAME}" * (data.NAME != "folder")
@@ -185,7 +186,7 @@ def _divide(draft: _Draft, source: Source) -> tuple[int, int]:
 
 
 def _size(draft: _Draft, source: Source, images: int) -> None:
-    """Choose the images' side, and whether they stay in memory."""
+    """Choose the images' size, and whether they stay in memory."""
     data = draft.cfg.DATA
     why = ""
     if (learned := learned_with(draft.cfg.TEACHER).get("DATA.IMAGE_SIZE")) is not None:
@@ -218,13 +219,13 @@ def _shorter_side(source: FileSource) -> float:
         try:
             with Image.open(source.files.path(position)) as image:
                 sides.append(min(image.size))
-        except OSError:  # the run names the file when it decodes it
+        except OSError:  # the run reports the file when decoding it
             continue
     return float(np.median(sides)) if sides else SIDES[0]
 
 
 def _accepted(models: Mapping[str, nn.Module], wanted: int) -> int:
-    """The side that all models take: the wanted one, or that of models that take one alone."""
+    """Return a side that all models accept: the wanted one, or else a common fixed size."""
     for side in (wanted, 224, 256, 32):
         try:
             for model in models.values():
@@ -232,7 +233,7 @@ def _accepted(models: Mapping[str, nn.Module], wanted: int) -> int:
         except ValueError:
             continue
         return side
-    return wanted  # the run says which model refuses it
+    return wanted  # the run reports which model refuses it
 
 
 def _normalize(draft: _Draft, source: Source) -> None:
@@ -249,7 +250,7 @@ def _normalize(draft: _Draft, source: Source) -> None:
         if section.WEIGHTS or has_own_weights(section):
             found = stated_statistics(section)
         if section.WEIGHTS and not learned_with(section):
-            # A library states what its own weights were trained with, and this file is another.
+            # A library states the statistics of its own weights, not of this file.
             candidates = [one for one in (found, measured) if one is not None]
             labels = torch.from_numpy(source.labels)[chosen]
             device = choose_device(draft.cfg.DEVICE)
@@ -267,23 +268,23 @@ def _normalize(draft: _Draft, source: Source) -> None:
 
 
 def _pixels(source: Source, chosen: list[int], side: int) -> Tensor:
-    """Some of the training images, (M, 3, side, side) uint8."""
+    """Return the chosen training images, (M, 3, side, side) uint8."""
     if not isinstance(source, FileSource):
         return source.read(np.array(chosen))
     return torch.stack([cut_centre(source.files.open(one), side, side) for one in chosen])
 
 
 def _spaced(images: int, count: int) -> list[int]:
-    """Positions from all over a set, so that all classes of a sorted set are among them."""
+    """Return evenly spaced positions, so that all classes of a sorted set are among them."""
     return np.linspace(0, images - 1, min(count, images)).astype(int).tolist()
 
 
 def _schedule(draft: _Draft, trained: int) -> None:
-    """Choose batch, optimizer, learning rate and epochs by the number of images and the models."""
+    """Choose batch size, optimizer, learning rate and epochs from image count and models."""
     solver = draft.cfg.SOLVER
     batch = draft.suggest("SOLVER.BATCH_SIZE", min(batch_size(trained), max(trained, 1)))
     without = [role for role in _trained(draft) if not running_norms(draft.models[role])]
-    if without and not draft.cfg.DISTILL.DOT_DELTA:  # which is a form of SGD
+    if without and not draft.cfg.DISTILL.DOT_DELTA:  # a form of SGD
         draft.suggest("SOLVER.OPTIMIZER", "adamw")
     optimizer = _adamw(draft, without) if solver.OPTIMIZER == "adamw" else _sgd(draft, batch)
     epochs = draft.suggest("SOLVER.EPOCHS", epochs_for(trained))
@@ -304,21 +305,21 @@ def _schedule(draft: _Draft, trained: int) -> None:
 
 
 def _trained(draft: _Draft) -> list[str]:
-    """The roles whose models are trained; both by the same settings."""
+    """Return the roles whose models are trained, with the same settings."""
     return [role for role in draft.models if role == "STUDENT" or draft.cfg.TEACHER.TRAIN]
 
 
 def _sgd(draft: _Draft, batch: int) -> str:
-    """Choose the learning rate of what has batch norms; return what to say of it."""
+    """Choose the learning rate for models with batch norm; return its description."""
     return f"BASE_LR {draft.suggest('SOLVER.BASE_LR', 0.1 * min(1.0, batch / 128)):g}"
 
 
 def _adamw(draft: _Draft, without: Sequence[str]) -> str:
-    """Choose AdamW's settings; return what to say of them.
+    """Choose AdamW's settings; return their description.
 
-    Decay, what it spares, and clipping are those that ViT, DeiT, Swin and ConvNeXt are trained
-    with. So is the rate, at their batches of 1,024 images. It is not scaled by the batch: in so
-    few steps students learn less with smaller ones.
+    Weight decay, its exemptions and clipping are those that ViT, DeiT, Swin and ConvNeXt are
+    trained with; so is the learning rate, at their batches of 1,024 images. It is not scaled by
+    the batch size: in so few steps, students learn less with smaller rates.
     """
     rate = draft.suggest("SOLVER.BASE_LR", ADAMW_LR)
     decay = draft.suggest("SOLVER.WEIGHT_DECAY", 0.05)
@@ -331,7 +332,7 @@ def _adamw(draft: _Draft, without: Sequence[str]) -> str:
 
 
 def _quicken(draft: _Draft, steps: int) -> None:
-    """Let batch norms follow the batches that would take more than an epoch's steps to do so."""
+    """Raise the momentum of batch norms that would need more than an epoch to adapt."""
     for role in _trained(draft):
         norms = running_norms(draft.models[role]).values()
         slowest = min((norm.momentum or 1.0 for norm in norms), default=1.0)
@@ -344,10 +345,10 @@ def _quicken(draft: _Draft, steps: int) -> None:
 
 
 def batch_size(images: int) -> int:
-    """Small enough for some dozens of steps an epoch, large enough to relate samples in it."""
+    """Return a batch size: dozens of steps per epoch, yet enough samples to relate in a batch."""
     return next((batch for most, batch in BATCH_SIZES if images < most), LARGEST_BATCH)
 
 
 def epochs_for(images: int) -> int:
-    """``100 * (1000 / images)^(1/8)``, from 30 to 100: fewer passes over more images."""
+    """Return ``100 * (1000 / images)^(1/8)``, within 30 to 100: fewer epochs for more images."""
     return min(max(round(100 * (1000 / max(images, 1)) ** (1 / 8)), 30), 100)

@@ -21,15 +21,15 @@ from pcka.engine.progress import console_log
 from pcka.modes import evaluation_mode
 from pcka.taps import FeatureTap
 
-LEAST = 3  # images: of two centered CKA is 1 whatever they are
+LEAST = 3  # images: for two, centered CKA is always 1
 
 
 def sorted_sample(data: ImageSet, images: int) -> tuple[ImageSet, dict[str, int]]:
-    """Some images, sorted by class and evenly spaced in that order, and class -> how many.
+    """Return images sorted by class and evenly spaced in that order, and class -> their number.
 
     Args:
         data: in any order.
-        images: how many, or all where there are fewer.
+        images: how many, or all if there are fewer.
 
     Raises:
         ConfigError: fewer than 3 images.
@@ -50,12 +50,12 @@ def stage_grams(
     taps: Mapping[str, tuple[str, str]],
     sample: ImageSet,
 ) -> dict[str, GramPair]:
-    """The Grams of tapped features over all images of a sample.
+    """Return the Grams of tapped features over all images of a sample.
 
     Args:
         subjects: student and teacher.
         taps: name -> (student path, teacher path).
-        sample: whose features fit into memory, on the models' device.
+        sample: on the models' device; its features must fit into memory.
     """
     student, teacher = (
         _features(subjects[who], {name: pair[side] for name, pair in taps.items()}, sample)

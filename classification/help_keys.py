@@ -12,7 +12,7 @@ Keys with their defaults: KEY VALUE on the command line, or sections of a YAML f
 
 
 def keys() -> list[Key]:
-    """Every key but those of losses."""
+    """Return every key except those of losses."""
     texts = commented_keys(default_config)
     return [Key(name, value, texts[name]) for name, value in flatten(default_config()).items()]
 

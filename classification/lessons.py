@@ -1,4 +1,4 @@
-"""What the teacher says of a training's batches: asked once for all students that share them."""
+"""The teacher's outputs on training batches, computed once for all students that share them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pcka.taps import Observer
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
 
-AHEAD = 8  # batches that the teacher sees at once, where it is recorded
-AHEAD_IMAGES = 2048  # at once, at most
+AHEAD = 8  # batches per forward pass of a recorded teacher
+AHEAD_IMAGES = 2048  # per forward pass, at most
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class StepInputs:
         images: (B, 3, S, S), float32 in [0, 1].
         labels: (B,) int64, or (B, P) class probabilities of mixed images.
         indices: (B,) int64, positions in the training set.
-        teacher: the teacher's outputs on the same samples, or None where no loss needs them.
+        teacher: the teacher's outputs on the same samples, or None if no loss needs them.
     """
 
     images: Tensor
@@ -46,19 +46,19 @@ class StepInputs:
 
 
 class Lessons:
-    """What the teacher says of the batches of a training.
+    """The teacher's outputs on the batches of a training run.
 
-    Where a step can be a CUDA graph, the teacher is one too, and sees some batches ahead at once.
-    It does not run where what it says is kept on disk.
+    If a step can be a CUDA graph, so is the teacher, which then processes several batches at once,
+    ahead of the students. It does not run for batches whose outputs are kept on disk.
 
     Args:
-        cfg: AUTOCAST, CHANNELS_LAST, COMPILE, SOLVER.BATCH_SIZE and the teacher's statistics.
-        learners: of each batch of a step, the students that train on it.
-        device: that trains.
-        obstacle: why a step cannot be recorded, "" where nobody wants it; None where it can be.
-        ahead: batches at once, at most.
-        kept: what is kept of the teacher's outputs; None where nothing is.
-        seeds: of each batch of a step, its ``SEED``, for ``kept``.
+        cfg: AUTOCAST, CHANNELS_LAST, COMPILE, SOLVER.BATCH_SIZE and the teacher's pixel statistics.
+        learners: for each batch of a step, the students that train on it.
+        device: the training device.
+        obstacle: why a step cannot be recorded; "" if not requested, None if it can be.
+        ahead: batches per forward pass, at most.
+        kept: the teacher's outputs on disk; None if they are not kept.
+        seeds: the ``SEED`` of each batch of a step, for ``kept``.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Lessons:
     def over(
         self, steps: Iterable[Sequence[Batch]], epoch: int | None = None
     ) -> Iterator[list[StepInputs]]:
-        """Yield the batches of each step with what the teacher says of them.
+        """Yield the batches of each step with the teacher's outputs on them.
 
         Args:
-            steps: of each step, its batches.
-            epoch: that they are of, 0 for the first, where outputs of the teacher are kept.
+            steps: the batches of each step.
+            epoch: their epoch, 0 for the first; needed if the teacher's outputs are kept.
         """
         for group, taught in self._answers(steps, epoch):
             for step, outputs in zip(group, taught, strict=True):
@@ -102,10 +102,10 @@ class Lessons:
     def _answers(
         self, steps: Iterable[Sequence[Batch]], epoch: int | None
     ) -> Iterator[tuple[list[Sequence[Batch]], Iterable[list[Outputs | None]]]]:
-        """The steps in groups, with the teacher's outputs on the batches of each.
+        """Yield the steps in groups, with the teacher's outputs on the batches of each.
 
-        Of kept outputs, the teacher runs for a group of which something is missing. What it adds is
-        read as well, so that a training that goes on, and a later one, learn by the same bits.
+        With kept outputs, the teacher only runs for groups of which some are missing. What it adds
+        is read back, too, so that resumed and later runs train on the same bits.
         """
         kept = self._kept
         if self._observe is None or epoch is None or kept is None:
@@ -127,18 +127,18 @@ class Lessons:
         outputs_of.write()
 
     def _teach(self, group: list[Sequence[Batch]]) -> Iterable[list[Outputs | None]]:
-        """The outputs on the batches of some steps; None where nobody asks."""
+        """Return the outputs on the batches of some steps; None where they are not needed."""
         if self._observe is None:
             return [[None] * len(step) for step in group]
-        padded = group + group[-1:] * (self._ahead - len(group))  # a graph is of one shape
+        padded = group + group[-1:] * (self._ahead - len(group))  # a graph has one shape
         images = [batch.images for step in padded for batch in compress(step, self._taught)]
         outputs = self._ask(images[0] if len(images) == 1 else torch.cat(images))
         parts = _split(outputs, len(images), len(images[0]))
         return [[next(parts) if taught else None for taught in self._taught] for _ in group]
 
     def _answer(self, images: Tensor) -> Outputs:
-        """The teacher's outputs on images (B, 3, S, S) in [0, 1]."""
-        assert self._observe is not None  # else nobody asks
+        """Return the teacher's outputs on images (B, 3, S, S) in [0, 1]."""
+        assert self._observe is not None  # otherwise not called
         layout = torch.channels_last if self._cfg.CHANNELS_LAST else torch.contiguous_format
         with autocast(self._cfg.AUTOCAST, images.device):
             return self._observe(self._pixels(images).contiguous(memory_format=layout))
@@ -151,10 +151,10 @@ def _in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _shared_taps(students: Sequence[Distiller]) -> dict[str, str]:
-    """Tap name -> path in the teacher, of what all students read of it.
+    """Return tap name -> path in the teacher, for all that the students read.
 
     Raises:
-        ConfigError: students that mean different modules of the teacher by the same tap.
+        ConfigError: students use the same tap for different modules of the teacher.
     """
     paths: dict[str, str] = {}
     learners = [student for student in students if student.runs_teacher]
@@ -168,7 +168,7 @@ def _shared_taps(students: Sequence[Distiller]) -> dict[str, str]:
 
 
 def _shared_observer(students: Sequence[Distiller], compile: bool) -> Observer | None:
-    """The teacher with the taps of all students; None where none of them needs it."""
+    """Return the teacher with the taps of all students, or None if no student needs it."""
     teachers = [student.teacher for student in students if student.runs_teacher]
     if not teachers or teachers[0] is None:
         return None
@@ -176,7 +176,7 @@ def _shared_observer(students: Sequence[Distiller], compile: bool) -> Observer |
 
 
 def _split(outputs: Outputs, parts: int, size: int) -> Iterator[Outputs]:
-    """``parts`` pieces of ``size`` samples."""
+    """Yield ``parts`` pieces of ``size`` samples."""
     for start in range(0, parts * size, size):
         piece = slice(start, start + size)
         logits = None if outputs.logits is None else outputs.logits[piece]

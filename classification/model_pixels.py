@@ -1,4 +1,4 @@
-"""The pixel statistics of a model: measured on images, stated beside its weights, or found out."""
+"""The pixel statistics of a model: measured on images, stated with its weights, or inferred."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from classification.models import named_model, without_weights
 from pcka.engine.config import ConfigError, read_leaves
 from pcka.modes import evaluation_mode
 
-AT_ONCE = 32  # images through a model
-LEAST_STD = 0.01  # images of one grey have none
+AT_ONCE = 32  # images per forward pass
+LEAST_STD = 0.01  # uniform images have a deviation of 0
 
 
 class Statistics(NamedTuple):
-    """Pixel statistics, of red, green and blue in [0, 1], and where they come from."""
+    """Pixel statistics of red, green and blue in [0, 1], and their source."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -45,10 +45,10 @@ def measured_statistics(pixels: Tensor) -> Statistics:
 
 
 def stated_statistics(section: Mapping[str, Any]) -> Statistics | None:
-    """Return what is written down beside a model's weights; None where nothing is.
+    """Return the statistics stated with a model's weights, or None if there are none.
 
-    That is the configuration of the run that trained them, timm's of the model, or transformers'
-    of the folder.
+    They are stated by the configuration of the run that trained the weights, by timm's of the
+    model, or by transformers' of the folder.
 
     Args:
         section: STUDENT or TEACHER.
@@ -74,13 +74,13 @@ def _numbers(value: Any) -> list[float]:
 
 
 def learned_with(section: Mapping[str, Any]) -> dict[str, object]:
-    """Return the settings of the run that wrote a model's weights, by dotted keys; {} of others."""
+    """Return the settings of the run that wrote a model's weights, by dotted keys, or {}."""
     path = Path(section["WEIGHTS"]).parent / "config.yaml"
     if not section["WEIGHTS"] or not path.is_file():
         return {}
     try:
         settings = read_leaves(path)
-    except ConfigError:  # somebody else's file
+    except ConfigError:  # an unrelated file
         return {}
     return settings if settings.get("STUDENT.NAME") == section["NAME"] else {}
 
@@ -89,13 +89,13 @@ def learned_with(section: Mapping[str, Any]) -> dict[str, object]:
 def likeliest_statistics(
     model: nn.Module, pixels: Tensor, labels: Tensor, candidates: Sequence[Statistics]
 ) -> Statistics:
-    """Of some and of the usual statistics return those that a trained model fits best.
+    """Return which of the usual and further statistics suit a trained model best.
 
     Args:
         model: normalised images -> logits.
         pixels: (N, 3, S, S), uint8, on the model's device.
         labels: (N,) int64, likewise.
-        candidates: what else comes into question, such as those measured on the images.
+        candidates: further statistics to try, such as those measured on the images.
     """
     found = []
     distinct = {(*one.mean, *one.std): one for one in (*USUAL, *candidates)}

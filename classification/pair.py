@@ -1,4 +1,4 @@
-"""What a command line says of data and models: a file, or a folder and names."""
+"""Data and models of a command line: a configuration file, or a folder and model names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ logger = logging.getLogger("pcka")
 def pair_settings(
     given: argparse.Namespace, overrides: Sequence[str], method: str = ""
 ) -> tuple[Path | dict[str, object], str]:
-    """Return what a command line says of data and models, and the method.
+    """Return the data and models of a command line, and the method.
 
     Args:
-        given: ``config_file``, or in its place ``data``, ``student``, ``teacher`` and ``weights``.
+        given: ``config_file``, or instead ``data``, ``student``, ``teacher`` and ``weights``.
         overrides: its ``KEY VALUE`` pairs.
-        method: name of a method; "" stands for the recommended one where a pair is named here.
+        method: name of a method; with ``data``, "" is the recommended one or, without a teacher,
+            the baseline.
 
     Raises:
-        ConfigError: both, or neither, or what :func:`propose` refuses.
+        ConfigError: both or neither are given, or as :func:`propose`.
     """
     proposed = {"--data": given.data, "--student": given.student}
     also = {"--teacher": given.teacher, "--weights": given.weights}
@@ -55,7 +56,7 @@ def pair_settings(
         overrides=overrides,
     )
     if is_first():
-        # A comparison has methods of its own.
+        # A comparison has its own methods.
         chosen = [f"method: {method} (--method M; --list prints them)"] * ("method" in given)
         for note in (*proposal.notes, *chosen):
             logger.info(note)

@@ -1,4 +1,4 @@
-"""Whether images reach a model as it was trained on them: channel order and pixel statistics."""
+"""Check that images reach a model as in its training: channel order and pixel statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pcka.engine.doctor import FAIL, PASS, WARN, Verdict
 from pcka.engine.pixel_trials import PixelInput, better_input, is_normal, numbers
 from pcka.modes import evaluation_mode
 
-# Statistics that models are usually trained with, for pixels in [0, 1].
+# Usual training statistics, for pixels in [0, 1].
 USUAL = {
     "ImageNet's": (IMAGENET_MEAN, IMAGENET_STD),
     "CIFAR-10's": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
@@ -24,7 +24,7 @@ USUAL = {
 
 
 def check_normalisation(role: str, section: CfgNode, images: Tensor) -> Verdict:
-    """Whether a section's statistics bring images (B, 3, S, S) near mean 0 and deviation 1."""
+    """Check that a section's statistics bring images (B, 3, S, S) near mean 0 and deviation 1."""
     pixels = PixelNormalize(section.PIXEL_MEAN, section.PIXEL_STD).to(images.device)
     std, mean = torch.std_mean(pixels(images))
     text = f"normalised, they have mean {mean:.2f} and deviation {std:.2f}"
@@ -40,7 +40,7 @@ def check_normalisation(role: str, section: CfgNode, images: Tensor) -> Verdict:
 
 @torch.no_grad()
 def check_channels(model: nn.Module, section: CfgNode, data: ImageSet) -> Verdict:
-    """Whether a trained model is better with swapped channels, or with other usual statistics.
+    """Check whether a trained model does better with swapped channels or other usual statistics.
 
     Args:
         model: normalised images -> logits.
@@ -56,7 +56,7 @@ def check_channels(model: nn.Module, section: CfgNode, data: ImageSet) -> Verdic
     kind, _, name = found.name.partition(": ")
     text = f"{kind}: {found.reached:.2f} % with {name}, {found.ours:.2f} % as configured; "
     if better.swapped:
-        # The weights reversed, the statistics meet the channels in RGB order.
+        # With reversed weights, the statistics apply to channels in RGB order.
         stay = better.mean == own.mean[::-1] and better.std == own.std[::-1]
         also = "" if stay else ", reverse TEACHER.PIXEL_MEAN and PIXEL_STD"
         return Verdict(
@@ -69,7 +69,7 @@ def check_channels(model: nn.Module, section: CfgNode, data: ImageSet) -> Verdic
 
 
 def _right(model: nn.Module, given: PixelInput, data: ImageSet) -> Tensor:
-    """Which images are classified rightly, (N,) bool."""
+    """Return which images are classified correctly, (N,) bool."""
     pixels = PixelNormalize(given.mean, given.std).to(data.device)
     found = []
     with evaluation_mode(model):

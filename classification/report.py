@@ -1,6 +1,6 @@
 """The report of a classifier's run: ``python classification/report.py OUTPUT_DIR``.
 
-One HTML file with its pictures, and the same figures as JSON, of the student beside its teacher.
+One self-contained HTML file and the same figures as JSON, on the student and its teacher.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ logger = logging.getLogger("pcka")
 
 CONFIG, STUDENT = "config.yaml", "student"
 BASELINE = "baseline"
-SAME_IMAGES = ("NAME", "HOLDOUT", "SPLIT_SEED", "IMAGE_SIZE")  # keys of DATA that say which ones
+SAME_IMAGES = ("NAME", "HOLDOUT", "SPLIT_SEED", "IMAGE_SIZE")  # keys of DATA that determine them
 STUDENTS = {STUDENT: "model_last.pth", "averaged student": "model_ema.pth"}  # of a run's folder
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a report is made of.
+    """The input of a report.
 
     Attributes:
-        cfg: says data, models and losses.
-        students: name -> file of weights, None where the model has its own; the first is the one
-            that the page is about.
-        metrics: of the epochs; none where no training is known.
+        cfg: gives data, models and losses.
+        students: name -> weights file, or None if the model has its own; the report is about the
+            first one.
+        metrics: of the epochs; empty if the training is unknown.
         environment: of the training.
-        baseline: configuration and weights of a student that this one is compared with.
+        baseline: configuration and weights of a student to compare with.
     """
 
     cfg: CfgNode
@@ -73,14 +73,14 @@ class Material:
 
     @classmethod
     def of_run(cls, folder: Path, device: str = "") -> Material:
-        """What lies in the folder of a run.
+        """Read the folder of a run.
 
         Args:
             folder: its ``OUTPUT_DIR``.
-            device: in the place of the key ``DEVICE``; "": as there.
+            device: overrides the key ``DEVICE``, unless "".
 
         Raises:
-            ConfigError: there is no run, or none whose student is saved.
+            ConfigError: there is no run, or it has not saved a student.
         """
         config = folder / CONFIG
         files = {name: folder / file for name, file in STUDENTS.items()}
@@ -95,7 +95,7 @@ class Material:
         return cls(cfg, students, read_metrics(folder / "metrics.jsonl"), saved_environment(folder))
 
     def beside(self, folder: Path) -> Material:
-        """The same with the student of another run on the same images, to compare it with.
+        """Return a copy whose baseline is the student of another run on the same images.
 
         Raises:
             ConfigError: no such run, or one on other images.
@@ -112,11 +112,11 @@ class Material:
 
 
 def make_report(material: Material, image_sets: ImageSets | None = None) -> Report:
-    """Measure the models, and put the report together.
+    """Measure the models and build the report.
 
     Args:
-        material: what it is made of.
-        image_sets: training and evaluation images where they are in memory already.
+        material: the input.
+        image_sets: training and evaluation images, if already in memory.
 
     Raises:
         ConfigError: data or weights that do not fit.
@@ -166,7 +166,7 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
 
 
 def _training(metrics: Sequence[Mapping[str, float]]) -> str:
-    """How long a training was."""
+    """Describe the length of a training run."""
     seconds = sum(record.get("seconds", 0) for record in metrics)
     took = f" in {timedelta(seconds=round(seconds))} hours" if seconds else ""
     return f"{len(metrics) or 'an unknown number of'} epochs{took}"
@@ -175,15 +175,15 @@ def _training(metrics: Sequence[Mapping[str, float]]) -> str:
 def load_subjects(
     cfg: CfgNode, students: Mapping[str, tuple[CfgNode, Path | None]], image_sets: ImageSets
 ) -> tuple[dict[str, Subject], list[str]]:
-    """Return teacher and students with their weights, and what to say of a teacher without.
+    """Return teacher and students with their weights, and a warning if the teacher has none.
 
     Args:
-        cfg: says the teacher.
-        students: name -> configuration and file of weights, None where the model has its own.
+        cfg: gives the teacher.
+        students: name -> configuration and weights file, None if the model has its own.
         image_sets: training and evaluation images, on the device.
 
     Raises:
-        ConfigError: weights that are not the model's.
+        ConfigError: weights that do not fit the model.
     """
     train_set, data = image_sets
     subjects, missing = {}, []
@@ -220,7 +220,7 @@ def run_doubts(
     name: str,
     image_sets: ImageSets,
 ) -> Iterator[str]:
-    """Yield what of a finished run is probably not as it was meant, a sentence or two each."""
+    """Yield warnings about what probably went wrong in a finished run, a sentence or two each."""
     cfg, (train_set, data) = material.cfg, image_sets
     losses = [record["loss_total"] for record in material.metrics if "loss_total" in record]
     at_chance = list(lagging(student.model, data, found[name].top1, losses))
@@ -258,7 +258,7 @@ def _cards(found: Mapping[str, Measured], name: str) -> list[Card]:
 def curve_sections(
     metrics: Sequence[Mapping[str, float]], found: Mapping[str, Measured]
 ) -> list[Section]:
-    """The curves of a training, with the teacher's accuracy; none where there are none."""
+    """Return the training curves with the teacher's accuracy; no section if there are none."""
     teacher = found.get(TEACHER)
     panels = classifier_panels(metrics, None if teacher is None else teacher.top1)
     pictures = [Picture(panel.title, panel_figure(panel, x="epoch")) for panel in panels]
@@ -266,7 +266,7 @@ def curve_sections(
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Report as the arguments say; print and return the path of the page."""
+    """Report as the arguments say; print and return the path of the HTML file."""
     given = report_parser().parse_args(arguments)
     with console_log():
         material = Material.of_run(given.run, given.device)

@@ -1,4 +1,4 @@
-"""What a report says of classifiers: their figures, and the page's sections of them."""
+"""The measurements of classifiers for a report, and the sections that show them."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from pcka.engine.report_pictures import (
 )
 from pcka.modes import evaluation_mode
 
-TEACHER = "teacher"  # the name of the one that the others are compared with
+TEACHER = "teacher"  # name of the model that the others are compared with
 LATENCY_BATCHES = (1, 64)
-TRAINING_IMAGES = 2048  # at most so many are predicted
-WHOLE_CONFUSION = 200  # classes at most, for the JSON to hold all of it
-MOST_PAIRS = 30  # of classes that are taken for one another
+TRAINING_IMAGES = 2048  # predicted, at most
+WHOLE_CONFUSION = 200  # classes, at most, for the JSON to hold the whole matrix
+MOST_PAIRS = 30  # of confused classes
 
 
 class Subject(NamedTuple):
-    """A model that a report is of, on the device that it is measured on.
+    """A model of a report, on the device that it is measured on.
 
     Attributes:
         model: with its stages.
         pixels: its pixel normalisation.
-        file: of its weights; None where it has none.
+        file: its weights file; None if it has none.
     """
 
     model: Classifier
@@ -55,11 +55,11 @@ class Measured:
     """The figures of one model.
 
     Attributes:
-        said: of the evaluation images.
-        seen: of training images.
+        said: predictions on the evaluation images.
+        seen: predictions on training images.
         size: of the model.
         milliseconds: batch size -> median latency.
-        file_bytes: of its file of weights; None where there is none.
+        file_bytes: of its weights file; None if there is none.
     """
 
     said: Predictions
@@ -70,21 +70,21 @@ class Measured:
 
     @property
     def top1(self) -> float:
-        """Percent right of the evaluation images."""
+        """Percentage of evaluation images classified correctly."""
         return _percentages(self.said)["top1"]
 
     @property
     def top5(self) -> float | None:
-        """Percent whose label is among the best five; None where there are no more classes."""
+        """Percentage whose label is among the top five; None with five classes or fewer."""
         return _percentages(self.said).get("top5")
 
     @property
     def training_top1(self) -> float:
-        """Percent right of the training images."""
+        """Percentage of training images classified correctly."""
         return _percentages(self.seen)["top1"]
 
     def agreement(self, found: Mapping[str, Measured]) -> float | None:
-        """Percent of the evaluation images that the teacher predicts alike; None of itself."""
+        """Percentage of evaluation images predicted like the teacher; None for the teacher."""
         teacher = found.get(TEACHER)
         return None if teacher is None or teacher is self else self.said.agreement(teacher.said)
 
@@ -97,12 +97,12 @@ def _percentages(said: Predictions) -> dict[str, float]:
 def measure(
     subjects: Mapping[str, Subject], train_set: ImageSet, evaluation_set: ImageSet
 ) -> dict[str, Measured]:
-    """Measure every model; one pass each over the evaluation images.
+    """Measure every model, in one pass each over the evaluation images.
 
     Args:
         subjects: by name.
-        train_set: of which at most :data:`TRAINING_IMAGES`, evenly spaced and not augmented, are
-            predicted.
+        train_set: at most :data:`TRAINING_IMAGES` of it are predicted, evenly spaced and not
+            augmented.
         evaluation_set: on the models' device.
     """
     spaced = torch.linspace(0, len(train_set) - 1, min(TRAINING_IMAGES, len(train_set))).long()
@@ -136,7 +136,7 @@ def _latencies(
 
 
 def stage_tables(subjects: Mapping[str, Subject], data: ImageSet) -> dict[str, CKATable]:
-    """Name -> CKA of the model's stages (rows) with the teacher's, where both have stages."""
+    """Name -> CKA of the model's stages (rows) with the teacher's, if both have stages."""
     teacher = subjects.get(TEACHER)
     if teacher is None or not teacher.model.stage_names or len(data) < MIN_SAMPLES:
         return {}
@@ -148,7 +148,7 @@ def stage_tables(subjects: Mapping[str, Subject], data: ImageSet) -> dict[str, C
 
 
 def styles_of(names: Sequence[str]) -> dict[str, Style]:
-    """Colour and dash of each model: the teacher's own, the others' as in all pictures."""
+    """Return each model's colour and dash: the teacher's own, the others' as in all figures."""
     others = [name for name in names if name != TEACHER]
     return {TEACHER: (TEACHER_COLOUR, "--")} | {
         name: method_style(index) for index, name in enumerate(others)
@@ -156,7 +156,7 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
 
 
 def as_data(found: Mapping[str, Measured], classes: Sequence[str]) -> dict[str, Any]:
-    """What ``report.json`` says of each model."""
+    """Return the entries of ``report.json`` on each model."""
     return {name: _as_data(of_model, found, classes) for name, of_model in found.items()}
 
 
@@ -182,7 +182,7 @@ def _as_data(own: Measured, found: Mapping[str, Measured], classes: Sequence[str
 
 
 def overview(found: Mapping[str, Measured], device: str, images: int, text: str = "") -> Section:
-    """The models beside one another: accuracy, size and speed."""
+    """The models side by side: accuracy, size and speed."""
     seen = len(next(iter(found.values())).seen)
     accuracy, cost = [], []
     for name, own in found.items():
@@ -219,7 +219,7 @@ def overview(found: Mapping[str, Measured], device: str, images: int, text: str 
 def class_section(
     found: Mapping[str, Measured], classes: Sequence[str], *, confusions: bool = True
 ) -> Section:
-    """Accuracy by class, and what is taken for what."""
+    """Accuracy by class, and which classes are confused."""
     by_class = {name: own.said.class_accuracy() for name, own in found.items()}
     counted = {name: own.said.confusion() for name, own in found.items()}
     images = next(iter(counted.values())).sum(1).tolist()
@@ -257,12 +257,12 @@ def _lists(*tensors: torch.Tensor) -> list[list[int]]:
 
 
 def as_text(value: float | None, unit: float = 1.0, digits: int = 2) -> str:
-    """A figure in a unit; nothing where there is none."""
+    """Format a figure in a unit; empty if there is none."""
     return "" if value is None else f"{value / unit:,.{digits}f}"
 
 
 def calibration_section(found: Mapping[str, Measured]) -> Section:
-    """How far confidence is accuracy."""
+    """How well confidence matches accuracy."""
     bins = {name: own.said.reliability() for name, own in found.items()}
     return Section(
         "Calibration",
@@ -273,7 +273,7 @@ def calibration_section(found: Mapping[str, Measured]) -> Section:
 
 
 def _pairing(name: str, own: int, theirs: int) -> str:
-    """Which stages losses and curves compare, where the two models have unlike many."""
+    """Say which stages losses and curves compare if the models have different numbers of them."""
     if own == theirs:
         return ""
     first = max(own - theirs, 0)

@@ -1,4 +1,4 @@
-"""A run from its configuration to its result: what it starts or goes on from, and its files."""
+"""A run from its configuration to its result: what it starts or resumes from, and its files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
     from pcka.engine.report import Report
 
-TRIED_IMAGES = 16  # that losses and teacher are tried on before a training
+TRIED_IMAGES = 16  # on which losses and teacher are tried before training
 
 
 def run_experiment(
@@ -61,17 +61,17 @@ def run_experiment(
 ) -> Result:
     """Train as configured into OUTPUT_DIR; return the content of ``result.json``.
 
-    Under ``torchrun`` all processes train together, and the first one alone writes.
+    Under ``torchrun`` all processes train together, and only the first one writes.
 
     Args:
-        cfg: as :func:`classification.config.load_config` gives it.
+        cfg: as returned by :func:`classification.config.load_config`.
         resume: continue the run in OUTPUT_DIR after its last complete epoch (or start it). A
-            finished run is not touched.
-        image_sets: training and evaluation images where they are in memory already.
+            finished run is left untouched.
+        image_sets: training and evaluation images, if already in memory.
 
     Raises:
-        ConfigError: a run that is there already without ``resume``, a continuation under another
-            configuration, or data, weights or losses that do not go together.
+        ConfigError: an existing run without ``resume``, a continuation with a different
+            configuration, or data, weights or losses that do not fit together.
         TrainingFailedError: a loss that is not finite.
     """
     check_run(cfg)
@@ -91,10 +91,10 @@ def run_experiment(
 
 
 def check_run(cfg: CfgNode) -> None:
-    """Refuse what would fail later, before data is read or a teacher trained.
+    """Refuse what would fail later, before reading data or training a teacher.
 
     Raises:
-        ConfigError: weights that are not there, or as :func:`check_losses`.
+        ConfigError: missing weights, or as :func:`check_losses`.
     """
     check_teacher(cfg)
     if cfg.STUDENT.WEIGHTS and not Path(cfg.STUDENT.WEIGHTS).is_file():
@@ -103,7 +103,7 @@ def check_run(cfg: CfgNode) -> None:
 
 
 def check_losses(cfg: CfgNode) -> None:
-    """Refuse losses that refuse their settings, or whose taps the models do not have.
+    """Refuse losses with invalid settings, or whose taps the models do not have.
 
     Raises:
         ConfigError: as :func:`losses_of` and :func:`untrained_pair`.
@@ -127,10 +127,10 @@ def _check_own_taps(cfg: CfgNode, student: Classifier, teacher: Classifier | Non
 
 
 def untrained_pair(cfg: CfgNode) -> tuple[Classifier, Classifier | None]:
-    """Return student and teacher as they are made, of two classes, with their stages.
+    """Return student and teacher untrained, with two classes and their stages.
 
     Raises:
-        ConfigError: an unknown model, one that refuses its keywords, or images of this size.
+        ConfigError: an unknown model, or one that refuses its keywords or images of this size.
     """
     student = _untrained(cfg, "STUDENT")
     if not cfg.TEACHER.NAME:
@@ -155,12 +155,12 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     """Return the losses of a configuration, see :func:`pcka.engine.distill.build_losses`.
 
     Args:
-        cfg: ``DISTILL``, ``TEACHER.NAME`` and what ``DATA`` mixes are read.
+        cfg: ``DISTILL``, ``TEACHER.NAME`` and the mixing keys of ``DATA`` are read.
         taps: what the losses may name as stages.
 
     Raises:
-        ConfigError: as there, a loss that needs a teacher where there is none, or one that refuses
-            mixed images where ``DATA`` mixes them.
+        ConfigError: as there, or a loss that is for detectors, needs a teacher without there being
+            one, or refuses mixed images although ``DATA`` mixes them.
     """
 
     def unfit(loss: losses.Loss) -> str | None:
@@ -186,13 +186,13 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
 def prepare(
     runs: Sequence[Run], device: torch.device, image_sets: ImageSets | None = None
 ) -> Iterator[Trainer]:
-    """Yield what trains each student, from its start or what was saved.
+    """Yield the trainer of each student, at its start or its saved state.
 
-    Each one draws from the random state that it is yielded with.
+    Each one draws from the random state at the time it is yielded.
 
     Args:
-        runs: that share data and teacher.
-        image_sets: training and evaluation images where they are in memory already.
+        runs: with the same data and teacher.
+        image_sets: training and evaluation images, if already in memory.
     """
     lead = runs[0].cfg
     train_set, evaluation_set = image_sets or load_image_sets(lead)
@@ -207,7 +207,7 @@ def prepare(
 def prepare_trainers(
     cfgs: Sequence[CfgNode], device: torch.device, image_sets: ImageSets | None = None
 ) -> list[Trainer]:
-    """:func:`prepare` what trains each student from its start, without files."""
+    """Return the trainer of each student at its start, without files; see :func:`prepare`."""
     return list(prepare([Run(cfg) for cfg in cfgs], device, image_sets))
 
 
@@ -216,11 +216,11 @@ class Run:
     """One student's run, from its folder to its result.
 
     Attributes:
-        files: None in all processes but the first.
-        saved: the state to go on from.
-        result: where the run was finished before.
+        files: None in all processes except the first.
+        saved: the state to resume from.
+        result: set if the run was finished before.
         teacher_accuracy: percent.
-        trainer: once it is prepared.
+        trainer: set once it is prepared.
     """
 
     cfg: CfgNode
@@ -232,7 +232,7 @@ class Run:
 
     @classmethod
     def open(cls, cfg: CfgNode, resume: bool, stack: ExitStack) -> Run:
-        """Lock the run's folder and read what is there, in the first process; tell the others."""
+        """Lock and read the run's folder in the first process, and share the contents with all."""
         files, saved, result = None, None, None
         if rank() == 0:
             with ExitStack() as opened:
@@ -257,7 +257,7 @@ class Run:
         return cls(cfg, files, saved, result)
 
     def prepare(self, sets: ImageSets, teacher: Teacher | None, device: torch.device) -> Trainer:
-        """Build student, losses and trainer, and go on from what was saved."""
+        """Build student, losses and trainer, and restore the saved state, if any."""
         cfg, (train_set, evaluation_set) = self.cfg, sets
         if self.saved is not None and self.saved["images"] != [s.fingerprint for s in sets]:
             raise ConfigError(
@@ -308,8 +308,8 @@ class Run:
     def _start_files(
         self, files: RunFolder, epoch: int, updates: int, device: torch.device
     ) -> None:
-        """Write down what is trained, now that nothing refuses it any more."""
-        files.result.unlink(missing_ok=True)  # of a shorter run that goes on
+        """Write down what is trained, now that all checks have passed."""
+        files.result.unlink(missing_ok=True)  # of a shorter run that is extended
         write_text(files.directory / "config.yaml", self.cfg.dump())
         files.write_json(ENVIRONMENT, describe_environment(self.cfg.SEED, device))
         files.start_metrics(epoch)
@@ -318,7 +318,7 @@ class Run:
             files.logger.warning(doubt)
 
     def _followed(self, taps: Taps, evaluation_set: ImageSet) -> Taps:
-        """The stages whose CKA is measured after every epoch, on the evaluation images."""
+        """Return the stages whose CKA is measured at every evaluation."""
         if len(evaluation_set) >= MIN_SAMPLES:
             return {name: taps[name] for name in numbered_stages(taps)}
         if self.files is not None:
@@ -330,10 +330,10 @@ class Run:
         return {}
 
     def conclude(self, *, report: bool = False) -> Result:
-        """Write what the run came to, in the first process; every one gets it.
+        """Write the run's result in the first process; return it in all.
 
         Args:
-            report: write ``report.html`` and ``report.json``, too.
+            report: also write ``report.html`` and ``report.json``.
         """
         if self.trainer is not None and self.files is not None:
             self.result = _write_result(self.trainer, self.files, self.teacher_accuracy)
@@ -343,7 +343,7 @@ class Run:
 
 
 def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
-    """Train the teacher's own run, or go on with it; return the file of its last epoch."""
+    """Train the teacher in its own run, or resume it; return the weights of its last epoch."""
     try:
         run_experiment(cfg, resume=True, image_sets=image_sets)
     except ConfigError as error:
@@ -366,7 +366,7 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
 
 
 def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str]) -> None:
-    """Start a student from parts of its teacher."""
+    """Initialise a student from parts of its teacher."""
     if teacher is None:
         raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; TEACHER.NAME")
     inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
@@ -379,7 +379,7 @@ def _prepare_distiller(
     train_set: ImageSet,
     kept: KeptOutputs | None,
 ) -> None:
-    """Size the adapters by some images from all over the set; try teacher and losses on them."""
+    """Size the adapters by evenly spaced training images; try teacher and losses on them."""
     spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
     pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
     if mixes(cfg.DATA):
@@ -396,12 +396,12 @@ def _prepare_distiller(
         kept.check_size(cfg, distiller, said)
     logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
     check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
-    if not cfg.COMPILE:  # else the first step tries the losses: to compile for them takes minutes
+    if not cfg.COMPILE:  # otherwise the first step tries the losses: compiling takes minutes
         try_losses(distiller, images, labels, for_teacher, indices=spaced.to(images.device))
 
 
 def _write_report(trainer: Trainer, files: RunFolder) -> None:
-    from classification.report import Material, make_report  # imports what no training needs
+    from classification.report import Material, make_report  # imports that training does not need
     from pcka.engine.report import attempt
 
     folder, sets = files.directory, (trainer.train_set, trainer.evaluation_set)

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run already, and whether a run may go on from it."""
+"""The existing contents of a run's folder, and whether a run may resume from them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ BEST = {"best_accuracy", "best_epoch"}
 
 
 def load_state(cfg: CfgNode, path: Path) -> dict:
-    """Return the state that a run goes on from; refuse that of another one."""
+    """Return the state that a run resumes from; refuse that of a different run."""
     saved = load_checked(path, PARTS | {"ema": dict} if cfg.SOLVER.EMA_DECAY else PARTS)
     if lacking := BEST - saved["best"].keys():
         raise refusal(path, f"its 'best' has no {', '.join(sorted(lacking))}")
     try:
         of_saved = config_from_text(saved["config"])
-    except Exception as error:  # damaged text makes YAML and the merging raise nearly anything
+    except Exception as error:  # damaged text makes YAML and the merge raise nearly anything
         raise refusal(path, f"its configuration cannot be read ({error})") from error
     if changed := changed_keys(of_saved, cfg):
         way_out = "continue it with its config.yaml, or choose another OUTPUT_DIR"
@@ -55,7 +55,7 @@ def load_state(cfg: CfgNode, path: Path) -> dict:
 
 
 def _prolonged(old: CfgNode, new: CfgNode) -> str:
-    """How a student is trained on whose schedule has come to its end."""
+    """Say how to train a student further after its schedule has ended."""
     last = Path(new.OUTPUT_DIR) / "model_last.pth"
     solver = old.SOLVER
     return (
@@ -67,11 +67,11 @@ def _prolonged(old: CfgNode, new: CfgNode) -> str:
 
 
 def result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
-    """Return what a finished run came to whose checkpoint was removed since, to save room.
+    """Return the result of a finished run whose checkpoint was removed to save space.
 
     Raises:
-        ConfigError: it was another run, or did not finish: it can neither be taken for this one
-            nor continued, and to train it anew would overwrite it.
+        ConfigError: it is a different or unfinished run, which can be neither taken for this one
+            nor continued; training anew would overwrite it.
     """
     result, config = files.read_result(), files.directory / "config.yaml"
     if (

@@ -1,4 +1,4 @@
-"""The section SOLVER: what steps the weights, by which rate, and what else goes by the update."""
+"""The section SOLVER: the optimizer, its learning rate, and what else is scheduled by update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pcka.engine.config import ConfigError
 
 
 def check_solver(solver: CfgNode) -> None:
-    """Refuse values of the section that contradict each other.
+    """Refuse contradictory values of the section.
 
     Raises:
         ConfigError: the key is named.
@@ -44,7 +44,7 @@ def check_solver(solver: CfgNode) -> None:
 
 
 def check_dot(solver: CfgNode, delta: float) -> None:
-    """Refuse a difference of two momenta beside what has no place for it.
+    """Refuse settings that DOT, with its two momenta, cannot be combined with.
 
     Args:
         solver: the section.
@@ -68,7 +68,7 @@ def check_dot(solver: CfgNode, delta: float) -> None:
 
 
 def build_optimizer(cfg: CfgNode, trained: nn.Module) -> Optimizer:
-    """Return the fused optimizer of all parameters of a module.
+    """Return the optimizer of all parameters of a module, fused except for DOT.
 
     Args:
         cfg: the section ``SOLVER`` is read.
@@ -91,7 +91,7 @@ def build_optimizer(cfg: CfgNode, trained: nn.Module) -> Optimizer:
 
 
 def _exempt(trained: nn.Module) -> set[int]:
-    """Parameters of one dimension, and what the student names as timm's models do."""
+    """Return the ids of 1-D parameters and of those in the student's ``no_weight_decay()``."""
     student: Any = getattr(trained, "student", trained)
     named: Collection[str] = getattr(student, "no_weight_decay", set)()
     told = {id(p) for name, p in student.named_parameters() if name in named}
@@ -99,17 +99,17 @@ def _exempt(trained: nn.Module) -> set[int]:
 
 
 def read_rate_from(rate: Tensor, optimizer: Optimizer) -> None:
-    """Let an optimizer read its rate from the device, so that a recorded step reads it anew."""
+    """Make an optimizer read its rate from the device, so that a recorded step sees changes."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-        if "capturable" in group:  # where the state says another one, of another device
+        if "capturable" in group:  # a loaded state may say otherwise, from another device
             group["capturable"] = rate.is_cuda
 
 
 def optimizer_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Return what a step changes besides the parameters, as a first step starts from it.
+    """Return the state that a step changes besides the parameters.
 
-    It is made where it is missing, so that it is there to be put back after a recording.
+    Missing state is created as a first step starts from it, to be restored after a recording.
     """
     if isinstance(optimizer, DistillationOriented):
         return optimizer.velocities()
@@ -132,7 +132,7 @@ def _state_names(group: dict) -> tuple[str, ...]:
 
 
 def _step(parameter: Tensor) -> Tensor:
-    """AdamW counts the steps of each parameter."""
+    """Return the step counter that AdamW keeps per parameter."""
     return torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
@@ -142,13 +142,13 @@ def learning_rate(cfg: CfgNode, progress: float, update: float = 0.0) -> float:
     ``BASE_LR`` times ``GAMMA^(milestones passed)`` (multistep), or from ``BASE_LR`` to ``MIN_LR``
     by ``(1 + cos(pi * progress / EPOCHS)) / 2`` (cosine); both times ``progress / WARMUP_EPOCHS``
     while that is below 1. One-cycle is torch's ``OneCycleLR`` with cosines and a constant momentum:
-    from ``BASE_LR / ONECYCLE_DIV`` up to ``BASE_LR`` and down to the ``ONECYCLE_FINAL_DIV``-th part
-    of where it began.
+    from ``BASE_LR / ONECYCLE_DIV`` up to ``BASE_LR`` and down to the initial rate divided by
+    ``ONECYCLE_FINAL_DIV``.
 
     Args:
         cfg: the section ``SOLVER`` is read.
         progress: epochs trained so far, with a fraction within an epoch.
-        update: the part of an epoch that an update takes; one-cycle ends with the last one.
+        update: the fraction of an epoch per update; one-cycle ends with the last update.
     """
     solver = cfg.SOLVER
     if solver.SCHEDULE == "onecycle":
@@ -173,12 +173,12 @@ def _one_cycle(solver: CfgNode, progress: float, update: float) -> float:
 
 
 def _falling_cosine(passed: float, whole: float) -> float:
-    """From 1 at the start to 0 when the whole has passed."""
+    """Return a half cosine: 1 at 0, 0 at ``whole``."""
     return (1 + math.cos(math.pi * passed / whole)) / 2
 
 
 def distillation_scale(cfg: CfgNode, progress: float) -> float:
-    """Return the factor of the distillation terms: linear up to 1 in the share ``WARMUP`` of a run.
+    """Return the factor of the distillation terms: linear up to 1 over the share ``WARMUP``.
 
     Args:
         cfg: ``DISTILL.WARMUP`` and ``SOLVER.EPOCHS`` are read.
@@ -189,9 +189,9 @@ def distillation_scale(cfg: CfgNode, progress: float) -> float:
 
 
 def average_decay(cfg: CfgNode, updates: int) -> float:
-    """Return the decay of the average of the student's weights after so many updates before.
+    """Return the decay of the average of the student's weights after ``updates`` updates.
 
-    ``min(EMA_DECAY, 1 - (1 + updates)^(-2/3))``, as timm's ``ModelEmaV3`` with its warm-up: the
-    average begins with the first weights that were trained, and a short run averages as well.
+    ``min(EMA_DECAY, 1 - (1 + updates)^(-2/3))``, as in timm's ``ModelEmaV3`` with warm-up: the
+    average starts from the first trained weights, and short runs average as well.
     """
     return min(cfg.SOLVER.EMA_DECAY, 1 - (1 + updates) ** (-2 / 3))

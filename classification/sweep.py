@@ -1,6 +1,6 @@
-"""Students side by side: one teacher and one reading of the images for all of them.
+"""Students trained side by side: one teacher and one pass over the images for all of them.
 
-Each student draws random numbers as if it were alone; this file alone juggles random states.
+Each student draws random numbers as if it were alone; only this file switches random states.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pcka.engine.cuda_graph import Recorded
 from pcka.engine.launch import process_group
 from pcka.engine.random_state import capture_random_state, restore_random_state
 
-OWN_KEYS = ("SEED", "IMPORTS", "STUDENT.", "DISTILL.", "OUTPUT_DIR")  # of each run side by side
+OWN_KEYS = ("SEED", "IMPORTS", "STUDENT.", "DISTILL.", "OUTPUT_DIR")  # may differ between the runs
 
 
 def run_side_by_side(
     cfgs: Sequence[CfgNode], *, resume: bool = False, image_sets: ImageSets | None = None
 ) -> list[Result | TrainingFailedError]:
-    """Train several students on one teacher as ``run_experiment`` would train each alone.
+    """Train several students with one teacher, each as ``run_experiment`` would train it alone.
 
-    For all runs of one seed the batches are made once and the teacher runs once, which is much
-    faster than one after the other; on a GPU all students are trained at the same time.
+    For all runs with the same seed, batches are made once and the teacher runs once, which is much
+    faster than one after the other; on a GPU, all students are trained at the same time.
 
     Args:
-        cfgs: configurations that differ in :data:`OWN_KEYS` only.
+        cfgs: configurations that differ only in :data:`OWN_KEYS`.
         resume: as in :func:`classification.run.run_experiment`, for each run.
         image_sets: likewise.
 
@@ -71,7 +71,7 @@ class Sweep:
     Students that have completed the same number of epochs are trained side by side.
 
     Attributes:
-        failures: why a student was given up.
+        failures: why students were given up.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Sweep:
         self.failures: dict[Trainer, TrainingFailedError] = {}
 
     def add(self, trainer: Trainer) -> None:
-        """Take in a student, whose random state is that of this moment."""
+        """Add a student with the current random state."""
         self._random[trainer] = capture_random_state()
 
     def train(self) -> None:
@@ -101,7 +101,7 @@ class Sweep:
             self._train_epoch(beside)
 
     def failure_of(self, trainer: Trainer | None) -> TrainingFailedError | None:
-        """Why a student was given up, if it was."""
+        """Return why a student was given up, or None if it was not."""
         return None if trainer is None else self.failures.get(trainer)
 
     @contextmanager
@@ -117,7 +117,7 @@ class Sweep:
 
     @contextmanager
     def _failing(self, trainer: Trainer) -> Iterator[None]:
-        """Keep why a student fails; the others go on."""
+        """Record why a student fails; the others continue."""
         try:
             yield
         except TrainingFailedError as error:
@@ -149,9 +149,9 @@ class Sweep:
 class SideBySide:
     """The steps of students that are trained side by side.
 
-    Students of one ``SEED`` share their batches, and what the teacher says of them. On a CUDA
-    device the whole step of all students is one graph, each student on a stream of its own; where
-    that cannot be, one student is updated after the other.
+    Students with the same ``SEED`` share their batches and the teacher's outputs on them. On a CUDA
+    device, the whole step of all students is one graph, with each student on its own stream; if
+    that is not possible, the students are updated one after the other.
     """
 
     def __init__(self, trainers: tuple[Trainer, ...], sweep: Sweep) -> None:
@@ -162,7 +162,7 @@ class SideBySide:
         self._seed_of = [seeds.index(trainer.cfg.SEED) for trainer in trainers]
         self._first_of_seed = [group[0] for group in by_seed]
         obstacles = [t.obstacle for t in trainers if t.obstacle is not None]
-        obstacle = max(obstacles, default=None)  # one that is told, where there is one
+        obstacle = max(obstacles, default=None)  # a non-empty one, which is reported, if any
         lead = trainers[0]
         learners = [[trainer.distiller for trainer in group] for group in by_seed]
         self._lessons = Lessons(
@@ -184,15 +184,15 @@ class SideBySide:
         return [trainer for trainer in self.trainers if trainer not in self._sweep.failures]
 
     def batches(self) -> Iterator[tuple[Batch, ...]]:
-        """The epoch's batches, one for each ``SEED``."""
+        """The epoch's batches, one per ``SEED``."""
         return zip(*(first.batches() for first in self._first_of_seed), strict=True)
 
     def inputs(self, batches: Iterable[Sequence[Batch]]) -> Iterator[list[StepInputs]]:
-        """The batches of each step with what the teacher says of them."""
+        """The batches of each step with the teacher's outputs on them."""
         return self._lessons.over(batches, self.trainers[0].epoch)
 
     def step(self, inputs: list[StepInputs], step: int) -> None:
-        """Update every student that still trains, by the inputs of its ``SEED``."""
+        """Update every student that still trains, with the inputs of its ``SEED``."""
         for trainer in self.trainers:
             trainer.set_schedule(step)
         update = self._in_turn if self.trainers[0].measures_gradients else self._update
@@ -205,7 +205,7 @@ class SideBySide:
         return [tensor for trainer in self.trainers for tensor in trainer.changed_tensors()]
 
     def _on_streams(self, inputs: list[StepInputs]) -> list[Tensor]:
-        """Every student's update on its own stream; their loss terms."""
+        """Update every student on its own stream; return their loss terms."""
         terms, current = [], torch.cuda.current_stream()
         for trainer, seed, stream in zip(self.trainers, self._seed_of, self._streams, strict=True):
             stream.wait_stream(current)
@@ -216,7 +216,7 @@ class SideBySide:
         return terms
 
     def _in_turn(self, inputs: list[StepInputs]) -> list[Tensor | None]:
-        """The update of every student that still trains, one after the other."""
+        """Update every student that still trains, one after the other; return their loss terms."""
         terms: list[Tensor | None] = []
         for trainer, seed in zip(self.trainers, self._seed_of, strict=True):
             if trainer in self._sweep.failures:

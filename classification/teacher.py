@@ -1,4 +1,4 @@
-"""The teacher: from a file, or from a training of its own."""
+"""The teacher: from a file, or from its own training run."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pcka")
 
-PREFLIGHT_POINTS = 2.0  # how far a teacher may stay under the accuracy that its config states
-HASHED = 12  # digits in the names of kept teachers
-WAITING_SECONDS = 2.0  # between two looks at whether another run has trained the teacher
+PREFLIGHT_POINTS = 2.0  # how far a teacher may fall short of its stated accuracy
+HASHED = 12  # hash digits in the names of kept teachers
+WAITING_SECONDS = 2.0  # between checks whether another run has trained the teacher
 
 ImageSets = tuple[ImageSet, ImageSet]
 
-# What a training by cross-entropy depends on, besides its images.
+# What training with cross-entropy depends on, besides its images.
 DETERMINING = (
     "SEED", "CHANNELS_LAST", "AUTOCAST", "DATA.CROP_PADDING", "DATA.FLIP", "DATA.RANDAUGMENT",
     "DATA.ERASING", "DATA.MIXUP", "DATA.CUTMIX",
 )  # fmt: skip
 DETERMINING_SECTIONS = ("STUDENT.", "SOLVER.")
-# Those of them that came later: where they say nothing, a teacher is known by what it was.
+# Those added later: at their defaults they are not hashed, so that older teachers are found.
 SINCE = (
     "STUDENT.KWARGS", "STUDENT.LOGITS", "STUDENT.BN_MOMENTUM",
     "SOLVER.ACCUMULATE", "SOLVER.OPTIMIZER", "SOLVER.BETAS",
@@ -62,12 +62,12 @@ class Teacher:
     """A teacher that is ready to teach.
 
     Attributes:
-        model: on the device that trains, its batch norms folded.
+        model: on the training device, with its batch norms folded.
         accuracy: on the evaluation images, percent.
-        norms: module path -> weight and bias of the batch norms that give features before their
-            activation, as they were before the folding.
-        weights: by name, as they were before the folding.
-        outputs: what is kept of what it said in earlier trainings; None where nothing is.
+        norms: module path -> weight and bias, before folding, of the batch norms that give
+            features before their activation.
+        weights: by name, before folding.
+        outputs: its outputs on disk; None if they are not kept.
     """
 
     model: FrozenTeacher
@@ -83,25 +83,25 @@ def prepare_teacher(
     train_run: Callable[[CfgNode, ImageSets], Path],
     tapped: Collection[str] = (),
 ) -> Teacher | None:
-    """Return the teacher with its weights, or None where the configuration names none.
+    """Return the teacher with its weights, or None if the configuration names none.
 
     Args:
         cfg: of the students.
-        image_sets: training and evaluation images, on the device that trains.
-        train_run: trains the teacher's own run where one is asked for and not there yet, and
-            returns the file of its weights.
-        tapped: paths in the teacher that are read beside its stages.
+        image_sets: training and evaluation images, on the training device.
+        train_run: trains the teacher in its own run, if requested and not done yet, and returns
+            its weights file.
+        tapped: paths in the teacher that are read besides its stages.
 
     Raises:
-        ConfigError: a teacher without weights, one that is more than two points less accurate than
-            ``TEACHER.ACCURACY`` says, or a folder ``TEACHER.OUTPUTS`` of another training.
+        ConfigError: a teacher without weights, one that falls more than two points short of
+            ``TEACHER.ACCURACY``, or a folder ``TEACHER.OUTPUTS`` of a different training.
     """
     if not cfg.TEACHER.NAME:
         return None
     train_set, evaluation_set = image_sets
     each = teachers_of(cfg)
     models = [_with_weights(one, image_sets, train_run) for one in each]
-    if len(each) > 1:  # one may be the weak one
+    if len(each) > 1:  # to show whether one is weak
         for one, member in zip(each, models, strict=True):
             _measured(one.TEACHER.NAME, member, one.TEACHER, evaluation_set)
     model = as_one(cfg, models)
@@ -133,7 +133,7 @@ def prepare_teacher(
 def _with_weights(
     cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
 ) -> Classifier:
-    """One teacher on the device that trains, with its weights and its stages."""
+    """Return one teacher on the training device, with its weights and stages."""
     weights = ""
     if _is_trained(cfg.TEACHER):
         weights = str(_trained_teacher(cfg, image_sets, train_run))
@@ -142,19 +142,19 @@ def _with_weights(
 
 
 def _is_trained(section: CfgNode) -> bool:
-    """Whether a teacher's weights come from a training of its own."""
+    """Whether a teacher's weights come from its own training run."""
     return not section.WEIGHTS and (section.TRAIN or not has_own_weights(section))
 
 
 def teacher_file(cfg: CfgNode, train_set: ImageSet) -> Path | None:
-    """Return the file of a teacher's weights, be it there or not; None: its library has them."""
+    """Return a teacher's weights file, existing or not, or None if its library has them."""
     if _is_trained(cfg.TEACHER):
         return teacher_run(cfg, train_set)[1]
     return Path(cfg.TEACHER.WEIGHTS) if cfg.TEACHER.WEIGHTS else None
 
 
 def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> float:
-    """The accuracy (percent) of a model with the pixel statistics of a section."""
+    """Measure and log a model's accuracy (percent) with the pixel statistics of a section."""
     top1 = accuracy(model, pixel_statistics(section).to(data.device), data)["top1"]
     logger.info("teacher %s: accuracy %.2f %%", name, top1)
     if is_guessing(top1, len(data.classes), len(data)):
@@ -167,7 +167,7 @@ def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> 
 
 
 def as_one(cfg: CfgNode, models: Sequence[Classifier]) -> Classifier:
-    """Return the model of all teachers, which :func:`classification.config.teachers_of` lists."""
+    """Return all teachers of :func:`classification.config.teachers_of` as one model."""
     if len(models) == 1:
         return models[0]
     from classification.teachers import joined
@@ -183,9 +183,9 @@ def _preactivation_norms(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 def _trained_teacher(
     cfg: CfgNode, image_sets: ImageSets, train_run: Callable[[CfgNode, ImageSets], Path]
 ) -> Path:
-    """Return the file of the finished teacher; train it, or go on training it, if there is none.
+    """Return the file of the finished teacher; train it, or resume its training, if it is missing.
 
-    Of several runs that need the same teacher one trains it, and the others wait.
+    If several runs need the same teacher, one trains it and the others wait.
     """
     run, weights = teacher_run(cfg, image_sets[0])
     folder = Path(run.OUTPUT_DIR)
@@ -208,7 +208,7 @@ def _trained_teacher(
         try:
             trained = train_run(run, image_sets)
         except FolderInUseError:
-            if world_size() > 1:  # the first process alone knows
+            if world_size() > 1:  # only the first process knows
                 raise
             continue  # another run was quicker
         if rank() == 0:
@@ -217,14 +217,14 @@ def _trained_teacher(
 
 
 def _nearest_kept(run: CfgNode, weights: Path) -> tuple[Path, str] | None:
-    """A kept teacher of the same name with the fewest other settings, and these."""
+    """Return the kept teacher of this name with the fewest different settings, and these."""
     kept = []
     stem = glob.escape(weights.stem.rpartition("-")[0])
     for path in sorted(weights.parent.glob(f"{stem}-{'?' * HASHED}.pth")):
         config = path.with_suffix("") / "config.yaml"
         if not config.is_file():
             continue
-        with suppress(ConfigError):  # of a project whose keys were others
+        with suppress(ConfigError):  # of a version with other keys
             differing = changed_settings(config_from_text(config.read_text()), run)
             kept.append((path, list(filter(_determines, differing))))
     if not kept:
@@ -234,7 +234,7 @@ def _nearest_kept(run: CfgNode, weights: Path) -> tuple[Path, str] | None:
 
 
 def _determines(key: str) -> bool:
-    """Whether a setting makes another teacher."""
+    """Whether a different value of a setting makes a different teacher."""
     return key in DETERMINING or key.startswith(DETERMINING_SECTIONS)
 
 
@@ -265,7 +265,7 @@ def _keep(trained: Path, weights: Path) -> None:
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Refuse teachers that are not there and are not to be trained either."""
+    """Refuse teachers whose weights are missing and that are not to be trained."""
     for teacher in [one.TEACHER for one in teachers_of(cfg) if one.TEACHER.NAME]:
         if not (teacher.WEIGHTS or has_own_weights(teacher) or teacher.TRAIN):
             raise ConfigError(
@@ -279,8 +279,8 @@ def check_teacher(cfg: CfgNode) -> None:
 def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     """Return the configuration that trains the teacher, and the file for the finished weights.
 
-    The teacher is the "student" of a run by cross-entropy alone. Folder and file are named by
-    a hash of all that determines the weights, the training images included.
+    The teacher is the "student" of a run with cross-entropy alone. Folder and file are named by a
+    hash of everything that determines the weights, including the training images.
     """
     run = default_config()
     silent = flatten(run)
@@ -295,7 +295,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
     run.SOLVER = cfg.SOLVER.clone()
     run.defrost()
     run.SOLVER.EPOCHS = cfg.TEACHER.EPOCHS
-    run.SOLVER.EMA_DECAY = 0.0  # it teaches with the weights that were trained
+    run.SOLVER.EMA_DECAY = 0.0  # it teaches with the trained weights, not an average
     for key in ("NAME", "KWARGS", "LOGITS", "BN_MOMENTUM", "PIXEL_MEAN", "PIXEL_STD"):
         run.STUDENT[key] = cfg.TEACHER[key]
     determining = {
@@ -305,7 +305,7 @@ def teacher_run(cfg: CfgNode, train_set: ImageSet) -> tuple[CfgNode, Path]:
         if key not in SINCE or value != silent[key]
     }
     text = json.dumps([determining, train_set.fingerprint], sort_keys=True)
-    model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # within the folder
+    model = cfg.TEACHER.NAME.removeprefix("hf/").strip("./~") or "model"  # stay within the folder
     name = f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:HASHED]}"
     run.OUTPUT_DIR = str(Path(cfg.TEACHER.CACHE_DIR) / name)
     run.freeze()

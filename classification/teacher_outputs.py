@@ -1,12 +1,12 @@
-"""What a teacher says of a training's images, kept on disk for later trainings on the same ones.
+"""A teacher's outputs on training images, kept on disk for later runs on the same images.
 
 An augmented image depends on (SEED, epoch, image) and the keys of DATA. So do the teacher's outputs
-on it, whatever the student, the losses, the batch and the number of processes are::
+on it, regardless of student, losses, batch and number of processes::
 
     FOLDER/manifest.json                   what else they depend on: teacher, images, keys
     FOLDER/seed0/epoch0001/<digest>.pth    indices (M,), and the outputs on these images
 
-A file is written whole or not at all. What is missing is asked of the teacher, and added.
+Files are written atomically. Missing outputs are computed by the teacher and added.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from pcka.losses import Loss, Outputs
 logger = logging.getLogger("pcka")
 
 MANIFEST = "manifest.json"
-PART_BYTES = 2**28  # outputs in memory before they are written
+PART_BYTES = 2**28  # outputs held in memory before they are written
 
 # Keys of the teacher and its arithmetic, besides its weights.
 TEACHER_KEYS = tuple(
     f"TEACHER.{key}" for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD", "SHARES")
 )
-# Keys of DATA without a part in what a training image looks like. Others of later versions count.
+# Keys of DATA that do not affect training images. Keys added later are taken to affect them.
 UNSEEN = tuple(
     f"DATA.{key}"
     for key in (
@@ -54,7 +54,7 @@ UNSEEN = tuple(
 
 @dataclass(frozen=True)
 class KeptOutputs:
-    """The outputs on the training images, of several ``SEED``s.
+    """The outputs on the training images, for several ``SEED``s.
 
     Attributes:
         folder: ``TEACHER.OUTPUTS``.
@@ -65,18 +65,18 @@ class KeptOutputs:
     images: int
 
     def epoch(self, seed: int, epoch: int, taps: Mapping[str, str]) -> EpochOutputs:
-        """What is kept of an epoch.
+        """Return the kept outputs of an epoch.
 
         Args:
             seed: of the training.
             epoch: 0 for the first.
-            taps: tap name -> path in the teacher, of what is read beside the logits.
+            taps: tap name -> path in the teacher, read besides the logits.
         """
         folder = self.folder / f"seed{seed}" / f"epoch{epoch + 1:04d}"
         return EpochOutputs(folder, self.images, taps)
 
     def check_size(self, cfg: CfgNode, distiller: Distiller, outputs: Outputs) -> None:
-        """Say how much the outputs of a training will take, and refuse more than is allowed.
+        """Log how much space the outputs of a training will take; refuse more than is allowed.
 
         Args:
             cfg: SOLVER.EPOCHS and TEACHER.OUTPUTS_GB are read.
@@ -84,7 +84,7 @@ class KeptOutputs:
             outputs: of its teacher on some images.
 
         Raises:
-            ConfigError: what takes most, and the losses that read it, are named.
+            ConfigError: too much; the largest output and the losses that read it are named.
         """
         epochs, allowed = cfg.SOLVER.EPOCHS, cfg.TEACHER.OUTPUTS_GB
         tensors = {path: outputs.features[tap] for tap, path in distiller.teacher_paths.items()}
@@ -110,12 +110,12 @@ class KeptOutputs:
 class EpochOutputs:
     """The teacher's outputs on the images of one epoch, by their positions in the training set.
 
-    What is read is what was kept, bit for bit, in dtype and order in memory.
+    Outputs are read bit for bit as they were kept, including dtype and memory layout.
 
     Args:
         folder: of the files.
         images: number of training images.
-        taps: tap name -> path in the teacher. Files that lack one of the paths are left alone.
+        taps: tap name -> path in the teacher. Files that lack one of the paths are ignored.
 
     Raises:
         ConfigError: a damaged file.
@@ -123,20 +123,20 @@ class EpochOutputs:
 
     def __init__(self, folder: Path, images: int, taps: Mapping[str, str]) -> None:
         self._folder, self._taps = folder, dict(taps)
-        self._part = torch.full((images,), -1)  # of each image, -1: nothing is kept
+        self._part = torch.full((images,), -1)  # of each image; -1: nothing is kept
         self._row = torch.zeros(images, dtype=torch.int64)  # of each image in its part
         self._parts: dict[int, Outputs] = {}  # features by path
-        self._fresh: dict[int, Tensor] = {}  # positions of the parts that are in memory alone
+        self._fresh: dict[int, Tensor] = {}  # positions of the parts that are only in memory
         self._fresh_bytes = 0
         for file in sorted(folder.glob("*.pth")):
             self._open(file)
 
     def knows(self, positions: Tensor) -> bool:
-        """Whether the outputs on all images at ``positions``, (B,) int64, are there."""
+        """Whether the outputs on all images at ``positions``, (B,) int64, are available."""
         return bool((self._part[positions] >= 0).all())
 
     def read(self, positions: Tensor) -> Outputs:
-        """The outputs on the images at ``positions``, (B,) int64, which are all known."""
+        """Return the outputs on the images at ``positions``, (B,) int64, all of which are known."""
         parts, rows = self._part[positions], self._row[positions]
         numbers = parts.unique().tolist()
         if len(numbers) == 1:
@@ -150,9 +150,9 @@ class EpochOutputs:
         return Outputs(outputs.logits, by_tap)
 
     def keep(self, positions: Tensor, outputs: Outputs) -> None:
-        """Keep the outputs on the images at ``positions``, (B,) int64, those that are there aside.
+        """Keep the outputs on the images at ``positions``, (B,) int64, except known ones.
 
-        They are written once there are many, and by :meth:`write`.
+        They are written once there are many, or by :meth:`write`.
         """
         new = (self._part[positions] < 0).nonzero().flatten()
         if not len(new):
@@ -166,7 +166,7 @@ class EpochOutputs:
             self.write()
 
     def write(self) -> None:
-        """Write what is in memory alone."""
+        """Write what is only in memory."""
         if not self._fresh:
             return
         indices = torch.cat(list(self._fresh.values()))
@@ -181,7 +181,7 @@ class EpochOutputs:
         self._open(file)
 
     def _open(self, file: Path) -> None:
-        """Map a file into memory, where it has all that is read."""
+        """Memory-map a file, if it has everything that is read."""
         try:
             content: Any = load_file(file, mmap=True)
             indices, outputs = content["indices"], Outputs(content["logits"], content["features"])
@@ -203,46 +203,46 @@ class EpochOutputs:
 
 
 class StepOutputs:
-    """The outputs on all batches of a step: of one epoch, each batch of another ``SEED``.
+    """The outputs on all batches of a step: of one epoch, each batch with a different ``SEED``.
 
     Args:
-        kept: of each batch; None where nobody asks the teacher.
+        kept: for each batch; None where the teacher is not needed.
     """
 
     def __init__(self, kept: Sequence[EpochOutputs | None]) -> None:
         self._kept = kept
 
     def knows(self, positions: Sequence[Tensor]) -> bool:
-        """Whether all that is asked for is there.
+        """Whether all outputs that are needed are available.
 
         Args:
-            positions: of each batch, of its images in the training set, (B,) int64.
+            positions: for each batch, those of its images in the training set, (B,) int64.
         """
         pairs = zip(self._kept, positions, strict=True)
         return all(kept is None or kept.knows(where) for kept, where in pairs)
 
     def keep(self, positions: Sequence[Tensor], outputs: Sequence[Outputs | None]) -> None:
-        """Keep what the teacher says of each batch."""
+        """Keep the teacher's outputs on each batch."""
         for kept, where, of_teacher in zip(self._kept, positions, outputs, strict=True):
             if kept is not None and of_teacher is not None:
                 kept.keep(where, of_teacher)
 
     def read(self, positions: Sequence[Tensor], device: torch.device) -> list[Outputs | None]:
-        """The outputs on each batch, on the device that trains."""
+        """Return the outputs on each batch, on the training device."""
         return [
             None if kept is None else _on_device(kept.read(where), device)
             for kept, where in zip(self._kept, positions, strict=True)
         ]
 
     def write(self) -> None:
-        """Write what is in memory alone."""
+        """Write what is only in memory."""
         for kept in self._kept:
             if kept is not None:
                 kept.write()
 
 
 def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOutputs:
-    """Return what is in ``TEACHER.OUTPUTS``, once it is sure that it is of this training.
+    """Return the outputs in ``TEACHER.OUTPUTS``, after checking that they fit this training.
 
     Args:
         cfg: of the students.
@@ -260,7 +260,7 @@ def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOut
     from_first_process(None)  # wait for it
     try:
         read = json.loads((folder / MANIFEST).read_text())
-        # A key that is younger than the folder had its default.
+        # A key that is newer than the folder had its default.
         theirs = {key: v for key, v in flatten(default_config()).items() if key in ours} | read
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
@@ -278,7 +278,7 @@ def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOut
 
 
 def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
-    """Begin an empty folder; one that holds something stays as it is."""
+    """Write the manifest of an empty folder; leave any other folder as it is."""
     try:
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             return
@@ -289,7 +289,7 @@ def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
 
 
 def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, object]:
-    """What the outputs depend on beside SEED and epoch, by the key that it comes from."""
+    """Return what the outputs depend on besides SEED and epoch, by configuration key."""
     values = flatten(cfg)
     seen = [key for key in values if key.startswith("DATA.") and key not in UNSEEN]
     # A mixed image depends on the others of its batch.
@@ -298,7 +298,7 @@ def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, 
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    # Of the others' weights there is the digest, wherever they lie.
+    # The digest covers the others' weights, wherever their files are.
     others = [{**other, "WEIGHTS": ""} for other in cfg.TEACHER.OTHERS]
     return {
         "TEACHER.OTHERS": others,
@@ -319,9 +319,9 @@ def _users(distiller: Distiller, path: str) -> str:
 def with_positions(
     steps: Iterable[Sequence[Batch]],
 ) -> Iterator[tuple[Sequence[Batch], list[Tensor]]]:
-    """Yield each step with its batches' positions in memory of the host.
+    """Yield each step with its batches' positions in host memory.
 
-    From a CUDA device they are copied one step ahead, so that nobody waits for the work between.
+    From a CUDA device they are copied one step ahead, so that nothing waits for the work between.
     """
     before: tuple[Sequence[Batch], Callable[[], list[Tensor]]] | None = None
     for step in steps:
@@ -334,7 +334,7 @@ def with_positions(
 
 
 def _copied(positions: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Begin to copy; what is returned waits for the copies, and gives them."""
+    """Start copying; return a function that waits for the copies and returns them."""
     copies = [indices.to("cpu", non_blocking=True) for indices in positions]
     if not any(indices.is_cuda for indices in positions):
         return lambda: copies
@@ -351,13 +351,13 @@ def _copied(positions: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
 def _on_device(outputs: Outputs, device: torch.device) -> Outputs:
     if device.type != "cuda":
         return outputs
-    # From pinned memory: nobody waits for the copy.
+    # From pinned memory, so that nothing waits for the copy.
     moved: Outputs = map_tensors(lambda x: x.pin_memory().to(device, non_blocking=True), outputs)
     return moved
 
 
 def _rows(outputs: Outputs, rows: Tensor) -> Outputs:
-    """The outputs on some of the samples, (M,) int64."""
+    """Return the outputs on the samples at ``rows``, (M,) int64."""
     taken: Outputs = map_tensors(
         lambda x: _in_order(lambda dim, dense: dense.index_select(dim, rows), x), outputs
     )
@@ -365,7 +365,7 @@ def _rows(outputs: Outputs, rows: Tensor) -> Outputs:
 
 
 def _joined(parts: Sequence[Outputs]) -> Outputs:
-    """The outputs on the samples of all parts, in their order."""
+    """Return the outputs on the samples of all parts, in order."""
 
     def join(tensors: Collection[Tensor]) -> Tensor:
         return _in_order(lambda dim, *dense: torch.cat(dense, dim), *tensors)
@@ -377,9 +377,9 @@ def _joined(parts: Sequence[Outputs]) -> Outputs:
 
 
 def _in_order(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(dim, *tensors)`` on samples along ``dim``; the result lies in memory as they do.
+    """Return ``function(dim, *tensors)``, samples along ``dim``, in the tensors' memory layout.
 
-    What sums over a map may give another last bit where the map lies otherwise (channels last).
+    Sums over a map may differ in the last bit if its layout differs (channels last).
     """
     strides = tensors[0].stride()
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])

@@ -1,4 +1,4 @@
-"""Several teachers as one: a configuration of each, and their joint model."""
+"""Several teachers as one: a configuration for each, and their joint model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from classification.models.registry import Classifier
 from pcka.engine.config import ConfigError, flatten, merge_leaves
 from pcka.teacher import Ensemble
 
-FIRST = "members.0."  # how paths in the first teacher begin
-JOINT = ("OTHERS", "SHARES", "OUTPUTS", "OUTPUTS_GB", "ACCURACY")  # keys of all together
+FIRST = "members.0."  # prefix of paths in the first teacher
+JOINT = ("OTHERS", "SHARES", "OUTPUTS", "OUTPUTS_GB", "ACCURACY")  # keys of all teachers together
 
 
 def each_teacher(cfg: CfgNode) -> list[CfgNode]:
-    """Return a configuration for each teacher, in whose TEACHER there is no other.
+    """Return one configuration per teacher, each with that teacher alone.
 
-    What an entry of ``TEACHER.OTHERS`` does not say is as ``TEACHER`` says it, but for KWARGS,
-    LOGITS and WEIGHTS, which have their defaults.
+    Keys missing in an entry of ``TEACHER.OTHERS`` are as in ``TEACHER``, except for KWARGS, LOGITS
+    and WEIGHTS, which take their defaults.
 
     Raises:
-        ConfigError: an entry that is no mapping of keys of a teacher, NAME among them, or shares
-            that do not fit.
+        ConfigError: no first teacher, an entry that is not a mapping of teacher keys including
+            NAME, or shares that do not fit.
     """
     others, shares = cfg.TEACHER.OTHERS, cfg.TEACHER.SHARES
     if not cfg.TEACHER.NAME:
@@ -53,7 +53,7 @@ def _alone(cfg: CfgNode) -> CfgNode:
 
 
 def _other(first: CfgNode, source: str, entry: object) -> CfgNode:
-    """The first teacher's configuration with what another one says of itself."""
+    """Return the first teacher's configuration, overridden by the entry of another one."""
     if not isinstance(entry, Mapping) or not entry.get("NAME"):
         raise ConfigError(
             f"{source}: expected keys of a teacher, as in {{NAME: resnet56, WEIGHTS: file}}, got "
@@ -68,13 +68,13 @@ def _other(first: CfgNode, source: str, entry: object) -> CfgNode:
 
 
 def joined(cfg: CfgNode, models: Sequence[Classifier]) -> Classifier:
-    """Return the models of :func:`each_teacher` as one that takes the first one's images.
+    """Return the models of :func:`each_teacher` as one that takes the first one's inputs.
 
     Its stages are the first one's.
 
     Args:
         cfg: with ``TEACHER.OTHERS``.
-        models: of ``classification.models``, the first one with its stages.
+        models: from ``classification.models``, the first one with its stages.
     """
     sections = [one.TEACHER for one in each_teacher(cfg)]
     inputs = [_from_first(sections[0], section) for section in sections]
@@ -87,7 +87,7 @@ def joined(cfg: CfgNode, models: Sequence[Classifier]) -> Classifier:
 
 
 def _from_first(first: CfgNode, own: CfgNode) -> PixelNormalize:
-    """Pixels as the first teacher has them, normalised by the statistics of another.
+    """Return the map from the first teacher's normalised pixels to those of another.
 
     ``(x - (m - m_1) / s_1) / (s / s_1)`` with ``x = (p - m_1) / s_1`` is ``(p - m) / s``.
     """

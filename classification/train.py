@@ -1,6 +1,6 @@
 """Train a classifier: ``python classification/train.py --config-file F --method M [KEY VALUE]``.
 
-Several processes: ``torchrun --nproc-per-node N classification/train.py ...``.
+With several processes: ``torchrun --nproc-per-node N classification/train.py ...``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger("pcka")
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """Train as the arguments say; return the content of ``result.json``.
 
-    With ``--show-taps`` nothing is trained, and there is none.
+    With ``--show-taps``, nothing is trained and the result is empty.
     """
     given = train_parser().parse_intermixed_args(arguments)
     with console_log():
         pair, method = pair_settings(given, given.overrides, given.method)
         cfg = load_config(pair, given.overrides, method)
         if given.show_taps:
-            from classification.show_taps import tap_table  # a training does not
+            from classification.show_taps import tap_table  # not needed for training
 
             print(tap_table(cfg))
             return {}

@@ -1,4 +1,4 @@
-"""Training one student: its loop, its steps, its figures, and the state that it goes on from."""
+"""Training one student: its loop, steps and metrics, and the state that it resumes from."""
 
 from __future__ import annotations
 
@@ -50,28 +50,28 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Trainer:
-    """Trains ``distiller.student`` and writes an epoch's state and figures when it is complete.
+    """Trains ``distiller.student`` and writes state and metrics after every epoch.
 
-    On a CUDA device the step is recorded as a graph and replayed where that can be: it then costs
-    the device's work alone, not the time that Python takes to launch it.
+    On a CUDA device, the step is recorded as a graph and replayed where possible: it then costs
+    only the device's work, not the time that Python takes to launch it.
 
     Args:
         cfg: the run's configuration.
-        distiller: on the device that trains, its losses prepared.
-        taps: stage name -> (student path, teacher path), followed by CKA; empty without a teacher.
+        distiller: on the training device, with its losses prepared.
+        taps: stage name -> (student path, teacher path), tracked by CKA; empty without a teacher.
         train_set: on that device.
         evaluation_set: on that device.
-        files: of the run; None in all processes but the first, which alone writes.
-        kept: what is kept of the teacher's outputs; None where nothing is.
+        files: of the run; None in all processes except the first, which is the only one to write.
+        kept: the teacher's outputs on disk; None if they are not kept.
 
     Attributes:
         epoch: number of epochs completed.
         best: accuracy (percent) and number of the best epoch so far.
-        seconds: of all epochs, their evaluation included.
-        average: of the student's weights; None where none is asked for.
-        measures_gradients: the step that comes looks at the gradient of each term.
-        kind: whether the step that comes begins a group of batches that make an update together,
-            and whether it ends one.
+        seconds: of all epochs, including evaluation.
+        average: of the student's weights; None if not requested.
+        measures_gradients: whether the next step measures the gradient of each term.
+        kind: whether the next step begins a group of batches that share an update, and whether it
+            ends one.
     """
 
     cfg: CfgNode
@@ -94,7 +94,7 @@ class Trainer:
         self.kind = (True, True)
         self._gradients: dict[str, float] = {}
         self._pixels = pixel_statistics(cfg.STUDENT).to(self.device)
-        # On the device, so that a recorded step reads what is written here: the learning rate,
+        # On the device, so that a recorded step reads their current values: the learning rate,
         # and the factor of the distillation terms.
         self._rate = torch.zeros((), device=self.device)
         self._scale = torch.zeros((), device=self.device)
@@ -125,7 +125,7 @@ class Trainer:
             self.train_epoch()
 
     def train_epoch(self) -> None:
-        """Train one epoch, and evaluate and write it."""
+        """Train one epoch, evaluate, and write the results."""
         self.start_epoch()
         with self.pace() as pace:
             for step, inputs in enumerate(self.inputs(pace.watch(self.batches()))):
@@ -136,22 +136,22 @@ class Trainer:
         self.finish_epoch(pace.figures())
 
     def step(self, inputs: StepInputs, step: int) -> None:
-        """Learn by this process's part of a batch, the epoch's ``step``-th, counted from 0."""
+        """Train on this process's part of the epoch's ``step``-th batch, counted from 0."""
         self.set_schedule(step)
         update = self.update if self.measures_gradients else self._update
         self.keep_losses(update(inputs).clone())
 
     def update(self, inputs: StepInputs) -> Tensor:
-        """A batch's gradient and, where it ends its group, the step of the optimizer.
+        """Compute a batch's gradient and, if it ends its group, step the optimizer.
 
-        It is work on the device alone, which can be recorded and replayed.
+        All work is on the device, so it can be recorded and replayed.
 
         Returns:
-            The loss terms, their sum, and where gradients are clipped their norm, ``(T,)``
-            float32; for :meth:`keep_losses`.
+            The loss terms, their sum and, if gradients are clipped, their norm, ``(T,)`` float32,
+            for :meth:`keep_losses`.
         """
         begins, ends = self.kind
-        if begins:  # gradients that are added to stay where they are, for all that is recorded
+        if begins:  # accumulated gradients keep their memory, for recorded steps
             self.optimizer.zero_grad(set_to_none=ends)
         with nullcontext() if ends else self._apart():
             values = self._backward(inputs)
@@ -164,12 +164,12 @@ class Trainer:
         return values
 
     def _apart(self) -> AbstractContextManager:
-        """Other processes do not hear of the gradients yet."""
+        """Do not synchronise gradients with other processes yet."""
         model = self._model
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _backward(self, inputs: StepInputs) -> Tensor:
-        """Add a batch's part of the gradient; its loss terms and their sum."""
+        """Add a batch's part of the gradient; return its loss terms and their sum."""
         layout = torch.channels_last if self.cfg.CHANNELS_LAST else torch.contiguous_format
         images = self._pixels(inputs.images).contiguous(memory_format=layout)
         with autocast(self.cfg.AUTOCAST, self.device):
@@ -193,9 +193,10 @@ class Trainer:
         return torch.cat([values.detach(), total.detach()[None]]).float()
 
     def _clipped_norm(self, values: Tensor) -> Tensor:
-        """Clip the gradients where they are whole; their norm before, so that means are right.
+        """Clip the gradients once they are complete; return their norm before clipping.
 
-        Of the batches of a group the last one stands for all, and the others have 0.
+        So that means over batches are right, the last batch of a group returns the norm times the
+        group's size, the others 0.
         """
         self._terms += ("gradient_norm",)
         if not self.kind[1]:
@@ -205,13 +206,13 @@ class Trainer:
         return self.cfg.SOLVER.ACCUMULATE * norm.float()[None]
 
     def set_schedule(self, step: int) -> None:
-        """Set what the step of the epoch trains with, and whether gradients are measured in it."""
+        """Set the schedules for a step of the epoch, and whether it measures gradients."""
         cfg, group, steps = self.cfg, self.cfg.SOLVER.ACCUMULATE, self.steps_per_epoch
-        first = step - step % group  # of the batches that make the update
+        first = step - step % group  # batch of the update
         self.kind = (step == first, step + 1 == first + group)
         progress = self.epoch + first / steps
         values = learning_rate(cfg, progress, group / steps), distillation_scale(cfg, progress)
-        if values != self._scheduled:  # mostly they stay
+        if values != self._scheduled:  # avoids needless writes to the device
             self._rate.fill_(values[0])
             self._scale.fill_(values[1])
             self._scheduled = values
@@ -227,7 +228,7 @@ class Trainer:
         self.window.add(self._terms, terms)
 
     def read_losses(self) -> dict[str, float]:
-        """The means of the epoch so far; waits for the device and for all processes.
+        """Return the means of the epoch so far; waits for the device and for all processes.
 
         Raises:
             TrainingFailedError: a loss is not finite.
@@ -244,7 +245,7 @@ class Trainer:
         return augmented_batches(self.train_set, self.cfg, self.epoch, rank(), world_size())
 
     def inputs(self, batches: Iterable[Batch]) -> Iterator[StepInputs]:
-        """The batches with what the teacher says of them."""
+        """The batches with the teacher's outputs on them."""
         return (inputs for (inputs,) in self._lessons.over(zip(batches), self.epoch))
 
     @cached_property
@@ -255,33 +256,32 @@ class Trainer:
         )  # fmt: skip
 
     def pace(self) -> Pace:
-        """What times the epoch and shows how far it is."""
+        """Return what times the epoch and shows its progress."""
         desc = f"epoch {self.epoch + 1}/{self.cfg.SOLVER.EPOCHS}"
         return Pace(desc, self.steps_per_epoch, self.cfg.SOLVER.BATCH_SIZE)
 
     def start_epoch(self) -> None:
-        """Forget the losses of the last epoch; no two processes draw the same masks in this one."""
+        """Reset the losses, and make all processes draw different masks in this epoch."""
         if self.epoch == 0:
             self._keep_student()
         self.window, self._gradients = LossWindow(), {}
-        if rank() > 0:  # the first one goes on with its own, as if it were alone
+        if rank() > 0:  # the first one continues with its own state, as if alone
             seed_everything(stream_seed(self.cfg.SEED, self.epoch, PROCESS_STREAM, rank()))
         self.distiller.train()
 
     def finish_epoch(self, figures: dict[str, float]) -> None:
-        """Evaluate and write the epoch; :meth:`restore` mends what a kill leaves undone.
+        """Evaluate and write the epoch; :meth:`restore` completes what a kill leaves undone.
 
         Args:
-            figures: of the epoch, beside the losses: its ``seconds`` and whatever else is to be
-                written down.
+            figures: of the epoch, besides the losses: its ``seconds`` and anything else to record.
 
         Raises:
-            TrainingFailedError: the last step broke the student.
+            TrainingFailedError: a loss, or the student after the last step, is not finite.
         """
         start = time.perf_counter()
         means = self.read_losses()
         student = self.distiller.student
-        average_buffers(student)  # before the check, which then finds the same in all processes
+        average_buffers(student)  # before the check, so that all processes find the same
         if self.average is not None:
             average_buffers(self.average.model)
         self._check_student(means)
@@ -299,8 +299,8 @@ class Trainer:
         if evaluated and not self._told_of_chance:
             self._tell_of_chance(self.files, record["accuracy"])
         is_best = self.best["best_epoch"] == self.epoch
-        self._keep_student()  # before the state, after which it would be left out
-        # After the first epoch, too, and with the best one: what is there can be gone on from.
+        self._keep_student()  # before the state: a resumed run would not write it
+        # Also after the first and every best epoch, so that what is there can be resumed.
         if self._due(self.cfg.SAVE_EVERY) or self.epoch == 1 or is_best:
             self._save_models(self.files)
             self.files.save_state(self.state())
@@ -310,7 +310,7 @@ class Trainer:
         self._log(self.files, record, whole)
 
     def _keep_student(self) -> None:
-        """Write it for good, where the epoch's is to stay."""
+        """Write the student permanently, if this epoch's is to be kept."""
         every = self.cfg.KEEP_EVERY
         if self.files is not None and every and self._due(every):
             self.files.keep(self.distiller.student, self.epoch)
@@ -329,7 +329,7 @@ class Trainer:
             self._told_of_chance = True
 
     def _due(self, every: int) -> bool:
-        """Whether what is done every so many epochs, and after the last one, is to be done."""
+        """Whether something done every ``every`` epochs, and after the last one, is due."""
         return self.epoch % every == 0 or self.epoch == self.cfg.SOLVER.EPOCHS
 
     def _evaluated(self) -> dict[str, float]:
@@ -350,7 +350,7 @@ class Trainer:
         return figures | {f"cka_{stage}": value for stage, value in aligned.items()}
 
     def _check_student(self, means: dict[str, float]) -> None:
-        """Refuse to keep a student that the last step broke: no loss has seen it yet."""
+        """Refuse to keep a student that the last step broke, which no loss has seen yet."""
         state = self.distiller.state_dict()
         finite = torch.stack([v.isfinite().all().to(self.device) for v in state.values()])
         for name, is_finite in zip(state, finite.tolist(), strict=True):
@@ -361,7 +361,7 @@ class Trainer:
 
     @contextmanager
     def _telling_failures(self) -> Iterator[None]:
-        """Say of what is not finite where it happened, and what may help."""
+        """Add to a non-finite error where it occurred, and what may help."""
         try:
             yield
         except NonFiniteLossError as error:
@@ -390,7 +390,7 @@ class Trainer:
         }
 
     def restore(self, state: dict) -> None:
-        """Go on from :meth:`state`, with any number of processes."""
+        """Resume from :meth:`state`, with any number of processes."""
         self.epoch, self.best, self.seconds = state["epoch"], state["best"], state["seconds"]
         for part in ("student", "losses", "adapters"):
             getattr(self.distiller, part).load_state_dict(state[part])
@@ -406,7 +406,7 @@ class Trainer:
                 self.files.save_best(self.distiller.student)
 
     def changed_tensors(self) -> list[Tensor]:
-        """All that :meth:`update` changes in place."""
+        """Return all tensors that :meth:`update` changes in place."""
         tensors = [*self.distiller.parameters(), *self.distiller.buffers()]
         tensors += optimizer_tensors(self.optimizer)
         if self.average is not None:
@@ -436,7 +436,7 @@ def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
 
 
 def _obstacle(trainer: Trainer) -> str | None:
-    """Why the step cannot be a CUDA graph, "" where nobody asks for one; None where it can be."""
+    """Return why the step cannot be a CUDA graph; "" if not requested, None if it can be."""
     if trainer.device.type != "cuda" or not trainer.cfg.CUDA_GRAPH:
         return ""
     if world_size() > 1:

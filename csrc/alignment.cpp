@@ -10,14 +10,14 @@
 //   cross:  K = Z Z', L = W W', M = Z W';     <M, M>, <K, K>, <L, L>;  dZ = 2 (a M W - b K Z)
 // Direct aligns the m x m Grams, cross the k x k ones. The cheaper of the two is taken.
 //
-// The gradient is formed here, in the forward pass, chunk of groups by chunk of groups: no Gram
-// outlives its chunk, and the backward pass only scales. Centering is a projection that the
-// factors of dZ already obey, so its adjoint needs no pass of its own. All chunks work in the same
-// buffers, which are small enough to stay in a cache.
+// The gradient is computed here, in the forward pass, one chunk of groups at a time: no Gram
+// outlives its chunk, and the backward pass only scales. Centering is a projection that the factors
+// of dZ already obey, so its adjoint needs no pass of its own. All chunks share the same buffers,
+// which are small enough to stay in a cache.
 //
-// The products of bfloat16 maps are those of bfloat16 rows where the processor has instructions
-// for them, accumulated in float32. Rows are centered in float32 before they are rounded. `cka`,
-// whose inputs are small, computes in float32.
+// For bfloat16 maps, products are of bfloat16 rows if the processor has instructions for them,
+// accumulated in float32. Rows are centered in float32 before they are rounded. `cka`, whose inputs
+// are small, computes in float32.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -42,14 +42,14 @@ struct Rows {
   Tensor energy;  // (G, 3)
 };
 
-// The rows of two maps, which are one matrix (2 G, N, D) where they are of one shape: then one
-// product forms both Grams.
+// The rows of two maps, possibly stored as one matrix (2 G, N, D): then one product forms both
+// Grams.
 struct Pair {
   Rows x, y;
   std::optional<Tensor> both;
 };
 
-// torch's narrow, of a handle that it may change.
+// torch's narrow, on a copy of the handle, which it may change.
 Tensor narrow(Tensor x, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(x, dim, start, length);
 }
@@ -69,11 +69,11 @@ Tensor cast(const Tensor& x, ScalarType dtype) {
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 1, 2); }
 
 struct Gradients {
-  std::optional<Tensor> x, y;  // (G, N, D), where asked for
+  std::optional<Tensor> x, y;  // (G, N, D), if requested
 };
 
-// X (G, N, D_x), Y (G, N, D_y) -> alignment (G), written, and the gradients, of the first `n` rows.
-// The one by x is written over Y with `over_y`, where Y is done with then.
+// X (G, N, D_x), Y (G, N, D_y) -> alignment (G), written, and the gradients for the first `n` rows.
+// With `over_y`, the one by x overwrites Y, which is no longer needed then.
 Gradients align(
     const Tensor& alignment, const Pair& pair, int64_t n, bool columns, bool center,
     bool needs_grad_x, bool needs_grad_y, bool over_y, Buffers& buffers) {
@@ -98,7 +98,7 @@ Gradients align(
       call_gram_alignment(alignment, k, l, cross, pair.x.energy, pair.y.energy, center);
   if (!needs_grad_x && !needs_grad_y) return {};
 
-  // In the rows' dtype, and in the Grams' own memory where that is theirs as well.
+  // In the rows' dtype, and in the Grams' own memory if that is their dtype as well.
   const auto factor = [&](bool needed, Buffers::Slot slot, const Tensor& of, bool own = true) {
     std::optional<Tensor> result;
     if (!needed) return result;
@@ -115,7 +115,7 @@ Gradients align(
   }
   call_alignment_gradient(factors, k, l, cross, coefficients);
 
-  // dX = F X + M Y, or X F + Y M' by the columns, of the first n rows.
+  // dX = F X + M Y, or X F + Y M' for columns, of the first n rows.
   const auto apply = [&](const Tensor& out, const Tensor& factor, const Tensor& rows) {
     return of_columns ? multiply(out, narrow(rows, 1, 0, n), factor)
                       : multiply(out, narrow(factor, 1, 0, n), rows);
@@ -158,7 +158,8 @@ std::tuple<Tensor, Tensor> new_rows(
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by);
   const Tensor rows = torch::stable::new_empty(input, {g.groups, g.rows, g.columns}, dtype);
   const Tensor energy = new_energy(input, g.groups);
-  // Here, not behind the dispatcher alone: before 2.13 torch loses an error's text there.
+  // Checked here too, because torch before 2.13 loses the message of an error behind the
+  // dispatcher.
   check_patchify(rows, energy, input, std::nullopt, g, group_by, center);
   call_patchify(rows, energy, input, std::nullopt, patch_h, patch_w, group_by, center, false);
   return {rows, energy};
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> cka(
   return {alignment, output(gradients.x, x), output(gradients.y, y)};
 }
 
-// Fresh memory for a map's gradient, in the map's own layout.
+// New memory for a map's gradient: in the map's layout, or contiguous if the dtypes differ.
 Tensor new_gradient(const Tensor& map) {
   const ScalarType dtype = gradient_dtype(map.scalar_type());
   return dtype == map.scalar_type() ? torch::stable::empty_like(map)
@@ -221,7 +222,7 @@ std::tuple<Tensor, Tensor> patch_cka(
     const Tensor& student,  // (B, C, H, W)
     const Tensor& teacher,  // (B, C, H, W)
     int64_t patch_h, int64_t patch_w, int64_t group_by, bool columns, bool center, bool needs_grad,
-    int64_t workspace) {  // bytes of a chunk of groups; 0: the device's own
+    int64_t workspace) {  // bytes per chunk of groups; 0: the device's default
   PatchGeometry g = make_geometry(student, "student", patch_h, patch_w, group_by);
   STD_TORCH_CHECK(
       teacher.dim() == 4 && teacher.size(0) == g.batch && teacher.size(1) == g.channels &&
@@ -238,8 +239,9 @@ std::tuple<Tensor, Tensor> patch_cka(
   const Tensor none = torch::stable::new_empty(student, {0});
   Buffers buffers;
   if (group_by == kPosition) {
-    // Every source pixel belongs to several groups: the map cannot be cut, and its gradient is that
-    // by the rows. It is written over the teacher's, which therefore have memory of their own.
+    // Every source pixel belongs to several groups: the map cannot be cut, and the gradient
+    // returned is the one by the rows. It overwrites the teacher's rows, which therefore have their
+    // own memory.
     const auto rows = [&](const Tensor& map) {
       const Rows result{
           torch::stable::new_empty(map, {g.groups, g.rows, g.columns}, sums),
@@ -258,7 +260,7 @@ std::tuple<Tensor, Tensor> patch_cka(
   g.stored = padded_rows(g.rows);
   const ScalarType dtype = rows_dtype(student);
   const Tensor gradient = needs_grad ? new_gradient(student) : none;
-  const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, that the groups lie along
+  const int64_t dim = group_by == kChannel ? 1 : 0;  // of the map, along which the groups lie
   const int64_t step = chunk_groups(g, student, columns, centering, needs_grad, workspace);
   for (int64_t first = 0; first < g.groups; first += step) {
     const int64_t count = std::min(step, g.groups - first);

@@ -15,8 +15,8 @@
 
 namespace pcka {
 
-// to = by * coefficients[group][column] * of, for every group's `size` elements; nothing where `to`
-// is null.
+// to = by * coefficients[group][column] * of, for every group's `size` elements; skipped if `to` is
+// null.
 template <typename gram_t, typename factor_t>
 struct ScaledGram {
   const gram_t* of;
@@ -30,15 +30,15 @@ struct ScaledGram {
   }
 };
 
-// What a kernel is given: the Grams, the coefficients, and the factors that are asked for; null
-// where they are not. A factor may lie in its Gram's own memory.
+// A kernel's arguments: the Grams, the coefficients, and the requested factors; null if not
+// requested. A factor may share its Gram's memory.
 template <typename gram_t, typename factor_t>
 struct AlignmentGradient {
   Grams<gram_t> grams;
   const double* coefficients;  // (G, 4)
   factor_t *x, *y, *cross_x, *cross_y;
 
-  // With cross every factor is one matrix scaled. The one that is cross's own memory is last.
+  // With cross, every factor is one scaled matrix. The one that shares cross's memory comes last.
   std::array<ScaledGram<gram_t, factor_t>, 4> scaled() const {
     using Scaled = ScaledGram<gram_t, factor_t>;
     const Scaled first{grams.cross, grams.size_cross, 0, 2, cross_x};
@@ -50,8 +50,8 @@ struct AlignmentGradient {
   }
 };
 
-// The arguments of alignment_gradient_: factors, where they are asked for, of the sizes of k, l,
-// cross and cross. Returns their one dtype, or that of the Grams where there are none.
+// Checks the arguments of alignment_gradient_: requested factors have the sizes of k, l, cross and
+// cross. Returns their common dtype, or that of the Grams if there are none.
 inline ScalarType check_alignment_gradient(
     const std::array<const std::optional<Tensor>*, 4>& factors, const Tensor& k, const Tensor& l,
     const std::optional<Tensor>& cross, const Tensor& coefficients) {

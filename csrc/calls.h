@@ -35,7 +35,7 @@ inline void call_patchify_backward(
       torch_call_dispatcher("pcka::patchify_backward_", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-// out = a b, batched. The out= variants on purpose: autocast leaves them alone, while under
+// out = a b, batched. Deliberately the out= variants: autocast leaves them alone, while under
 // autocast a plain bmm would silently round its operands to bfloat16.
 inline Tensor multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   if (out.scalar_type() == a.scalar_type()) {
@@ -60,7 +60,7 @@ inline Tensor call_gram_alignment(
   return to<Tensor>(stack[0]);
 }
 
-struct [[gnu::visibility("hidden")]] Factors {  // as the tensors are
+struct [[gnu::visibility("hidden")]] Factors {  // like its members
   std::optional<Tensor> x, y, cross_x, cross_y;
 };
 

@@ -1,4 +1,4 @@
-// A tensor's dtype: dispatch on it, its size, and the type that sums are formed in.
+// Dtypes: dispatch, sizes, and the types that sums are accumulated in.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +25,7 @@ inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A gradient that waits for the backward pass: float16 would lose what loss scaling is to save.
+// Of a gradient kept for the backward pass: float16 would lose what loss scaling is to preserve.
 inline ScalarType gradient_dtype(ScalarType dtype) {
   return dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
@@ -49,7 +49,7 @@ inline void check_floating(ScalarType dtype, const char* name) {
       name, " must be float16, bfloat16, float32 or float64, got dtype ", static_cast<int>(dtype));
 }
 
-// Kernels read addresses: those of another device are none.
+// Kernels read raw addresses, which are not valid on another device.
 inline void check_device(
     const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
   STD_TORCH_CHECK(
@@ -57,7 +57,7 @@ inline void check_device(
       ": move one of them with .to()");
 }
 
-// A tensor's first value.
+// Pointer to a tensor's first value.
 template <typename T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -68,7 +68,7 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// The same, or null without a tensor.
+// Likewise, or null without a tensor.
 template <typename T>
 const T* data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? data<T>(*tensor) : nullptr;
@@ -118,7 +118,7 @@ void dispatch_rows(ScalarType dtype, const char* name, F&& f) {
   });
 }
 
-// Calls f(gram_t{}, factor_t{}) for the types of Grams and of the factors formed of them.
+// Calls f(gram_t{}, factor_t{}) for the types of Grams and of the factors formed from them.
 template <typename F>
 void dispatch_gram_and_factor(ScalarType gram, ScalarType factor, F&& f) {
   STD_TORCH_CHECK(

@@ -20,7 +20,7 @@ struct PatchGeometry {
   int64_t n_h, n_w;               // patches down and across
   int64_t resized_h, resized_w;   // the next multiples of the patch
   int64_t groups, rows, columns;  // G, N, D
-  int64_t stored;                 // rows in memory: N, and after them rows of zeros
+  int64_t stored;                 // rows in memory: N, followed by rows of zeros
 
   // Offset in (G, N, D) of resized pixel (b, c, y, x), with y = ny * patch_h + py and the same
   // for x: linear in (b, c, ny, py, nx, px).
@@ -72,8 +72,8 @@ inline PatchGeometry make_geometry(
   return g;
 }
 
-// Rows that the Grams of `rows` are formed of: products of sizes that are multiples of 8 are
-// faster, and the zeros of the rows that make up the number change no sum.
+// Rows from which the Grams of `rows` are formed: products are faster for multiples of 8, and the
+// rows of zeros that pad to them change no sum.
 inline int64_t padded_rows(int64_t rows) { return rows < 16 ? rows : ceil_div(rows, 8) * 8; }
 
 // table must be a contiguous float64 (G, width).
@@ -84,8 +84,8 @@ inline void check_table(const Tensor& table, const char* name, int64_t groups, i
       name, " must be a contiguous float64 (", groups, ", ", width, ")");
 }
 
-// The same from a map; `name` is the argument named in the error. `rows`, where given, say how many
-// rows of zeros they hold.
+// The same from a map; `name` is the argument named in the error. `rows`, if given, determine how
+// many rows are stored.
 inline PatchGeometry make_geometry(
     const Tensor& map, const char* name, int64_t patch_h, int64_t patch_w, int64_t group_by,
     const Tensor* rows = nullptr) {
@@ -104,8 +104,8 @@ inline MapStrides map_strides(const Tensor& map) {
   return {map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
-// rows must be a contiguous (G, N, D) of this geometry for each map, in a dtype for maps of `map`;
-// N may be more than the patches.
+// rows must be a contiguous (G, N, D) of this geometry for each map, in a dtype for maps of dtype
+// `map`; N may exceed the number of patches.
 inline void check_rows(
     const Tensor& rows, const char* name, const PatchGeometry& g, ScalarType map,
     int64_t maps = 1) {

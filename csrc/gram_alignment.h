@@ -1,4 +1,4 @@
-// gram_alignment_: argument checks, dispatch and the closing formula, shared by both devices.
+// gram_alignment_: argument checks, dispatch and the final formula, shared by both devices.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,10 +23,10 @@ struct GroupAlignment {
   double a_x, b, a_y, c;
 };
 
-// From <K, L>, <K, K>, <L, L> of Grams divided by |X_c|^2 and |Y_c|^2, and of both sides (as
-// patchify_ gives them) the energies |X|^2, |X_c|^2 and the scale that the gradient is to take on.
-// A group that is constant (or zero, uncentered) up to rounding aligns with nothing: alignment 0
-// and gradient 0, never NaN.
+// From <K, L>, <K, K>, <L, L> of Grams divided by |X_c|^2 and |Y_c|^2, and for both sides (as
+// returned by patchify_) the energies |X|^2, |X_c|^2 and the scale for the gradient. A group that
+// is constant (or zero, if uncentered) up to rounding aligns with nothing: alignment 0 and gradient
+// 0, never NaN.
 PCKA_HOST_DEVICE inline GroupAlignment align_group(
     double kl, double kk, double ll, const double* x, const double* y, bool center,
     double epsilon) {
@@ -41,7 +41,7 @@ PCKA_HOST_DEVICE inline GroupAlignment align_group(
       y[2] * alignment / y[1] / y[1] / ll};
 }
 
-// What a kernel is given: the Grams and energies, and where its results go.
+// A kernel's arguments: the Grams and energies, and where its results go.
 template <typename gram_t>
 struct GramAlignment {
   using acc_t = acc_type<gram_t>;
@@ -52,7 +52,7 @@ struct GramAlignment {
   acc_t* alignment;      // (G)
   double* coefficients;  // (G, 4)
 
-  // Writes the results of a group, of the sums that align_group takes.
+  // Writes the results of a group, from the sums that align_group takes.
   PCKA_HOST_DEVICE void close(int64_t group, double kl, double kk, double ll) const {
     const GroupAlignment result = align_group(
         kl, kk, ll, energy_x + 3 * group, energy_y + 3 * group, center,
@@ -63,7 +63,7 @@ struct GramAlignment {
   }
 };
 
-// The arguments of gram_alignment_.
+// Checks the arguments of gram_alignment_.
 inline void check_gram_alignment(
     const Tensor& alignment, const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross,
     const Tensor& energy_x, const Tensor& energy_y) {

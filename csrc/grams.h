@@ -1,4 +1,4 @@
-// Pairs of Grams as both operators on them take them; shared by both devices.
+// Pairs of Grams, as taken by both operators on them; shared by both devices.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,11 +16,11 @@ template <typename gram_t>
 struct Grams {
   const gram_t *k, *l, *cross;
   int64_t groups;
-  int64_t size_k, size_l, size_cross;  // elements of a group's
+  int64_t size_k, size_l, size_cross;  // elements per group
 };
 
-// k (G, N_k, N_k), l (G, N_l, N_l), cross (G, N_k, N_l): contiguous, one dtype. Without cross the
-// Grams must be of one size.
+// k (G, N_k, N_k), l (G, N_l, N_l), cross (G, N_k, N_l): contiguous, one dtype. Without cross, the
+// Grams must have one size.
 inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross) {
   const auto square = [](const Tensor& m) {
     return m.dim() == 3 && m.size(1) == m.size(2) && m.is_contiguous();
@@ -44,7 +44,7 @@ inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Te
   }
 }
 
-// Grams that check_grams accepts.
+// From tensors that check_grams accepts.
 template <typename gram_t>
 Grams<gram_t> make_grams(const Tensor& k, const Tensor& l, const std::optional<Tensor>& cross) {
   const auto size = [](const Tensor& m) { return m.size(1) * m.size(2); };

@@ -1,4 +1,4 @@
-// Functions that kernels call as well as host code.
+// For functions that both kernels and host code call.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-// Torch before 2.13 has this check under another name, and its error without the callee's text.
+// Before 2.13, torch has this check under another name, and its error lacks the callee's message.
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif

@@ -12,17 +12,17 @@
 
 namespace pcka {
 
-// What a kernel is given beside the maps.
+// A kernel's arguments besides the maps.
 template <typename rows_t>
 struct Patchify {
   PatchGeometry g;  // of one map
   int64_t group_by, center;
   bool scale;
-  rows_t* rows;    // (G, N, D), after them those of a second map
-  double* energy;  // (G, 3), the same
+  rows_t* rows;    // (G, N, D), followed by those of a second map
+  double* energy;  // (G, 3), likewise
 };
 
-// The arguments of patchify_.
+// Checks the arguments of patchify_.
 inline void check_patchify(
     const Tensor& rows, const Tensor& energy, const Tensor& input,
     const std::optional<Tensor>& second, const PatchGeometry& g, int64_t group_by, int64_t center) {
@@ -56,7 +56,7 @@ void patchify(
     const Tensor& rows,                   // (G or 2 G, N, D), contiguous; written
     const Tensor& energy,                 // (G or 2 G, 3); written
     const Tensor& input,                  // (B, C, H, W), any strides
-    const std::optional<Tensor>& second,  // the same
+    const std::optional<Tensor>& second,  // likewise
     int64_t patch_h, int64_t patch_w, int64_t group_by, int64_t center, bool scale) {
   const PatchGeometry g = make_geometry(input, "input", patch_h, patch_w, group_by, &rows);
   check_patchify(rows, energy, input, second, g, group_by, center);

@@ -10,7 +10,7 @@
 
 namespace pcka {
 
-// What a kernel is given.
+// A kernel's arguments.
 template <typename scalar_t, typename rows_t>
 struct PatchifyBackward {
   const rows_t* rows;  // (G, N, D)

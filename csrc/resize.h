@@ -19,8 +19,8 @@ struct Tap {
   acc_t weight;
 };
 
-// Calls f(o, in, out) with integers that hold what is computed of them: divisions of 64 bits are
-// slow on a GPU.
+// Calls f(o, in, out) with integers just wide enough for what is computed from them: 64-bit
+// divisions are slow on a GPU.
 template <typename F>
 PCKA_HOST_DEVICE inline auto with_narrow(int64_t o, int64_t in, int64_t out, F&& f) {
   if (in < (1 << 14) && out < (1 << 14)) {  // (2 out + 1) in, out (2 in + 3) < 2^31
@@ -42,7 +42,7 @@ PCKA_HOST_DEVICE inline Tap<acc_t> bilinear_tap(int64_t index, int64_t source, i
   });
 }
 
-// The weight with which source index `i` enters output index `o`: 1 less their distance.
+// The weight with which source index `i` enters output index `o`: 1 minus their distance.
 template <typename acc_t>
 PCKA_HOST_DEVICE inline acc_t adjoint_weight(
     int64_t index, int64_t reader, int64_t source, int64_t resized) {

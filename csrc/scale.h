@@ -1,5 +1,5 @@
 // Scales that keep the Grams of very large or very small rows within their type's range. CKA does
-// not depend on a group's scale; its gradient is the scaled rows' times the scale.
+// not depend on a group's scale; its gradient is that of the scaled rows times the scale.
 #pragma once
 
 #include <cmath>
@@ -9,15 +9,16 @@
 
 namespace pcka {
 
-// Whether products of rows of this |X_c|^2, and products of those, might leave the range of acc_t.
+// Whether products of rows with this |X_c|^2, and products of those, might leave the range of
+// acc_t.
 template <typename acc_t>
 PCKA_HOST_DEVICE inline bool needs_scale(double energy) {
   constexpr double limit = sizeof(acc_t) == 8 ? 0x1p400 : 0x1p60;
   return !(energy > 1 / limit && energy < limit);
 }
 
-// The power of two that brings the largest magnitude to between 1 and 2; 1 where there is none, as
-// of zeros, infinity and NaN. A product with it rounds nothing.
+// The power of two that brings the largest magnitude to between 1 and 2; 1 if there is none, as for
+// zeros, infinity and NaN. Multiplying by it rounds nothing.
 template <typename acc_t>
 PCKA_HOST_DEVICE inline acc_t scale_of(acc_t largest) {
   if (!(largest > 0 && largest <= std::numeric_limits<acc_t>::max())) return 1;

@@ -13,12 +13,12 @@
 
 namespace pcka {
 
-// Values as they lie in memory. Value i belongs to group i / stride % groups.
+// Values in memory order. Value i belongs to group i / stride % groups.
 struct GroupedMemory {
   int64_t count, groups, stride;
 };
 
-// What a kernel is given: out[i] = factors[group of i] * gradient[i].
+// A kernel's arguments: out[i] = factors[group of i] * gradient[i].
 template <typename gradient_t, typename out_t>
 struct ScaleGroups {
   const gradient_t* gradient;
@@ -27,8 +27,8 @@ struct ScaleGroups {
   out_t* out;  // may be gradient
 };
 
-// The arguments of scale_groups_: tensors of one shape that fill the same stretch of memory in the
-// same order, and one factor for each group.
+// Checks the arguments of scale_groups_: dense tensors of one shape and memory layout, and one
+// factor per group.
 inline GroupedMemory check_scale_groups(
     const Tensor& out, const Tensor& gradient, const Tensor& factor, int64_t dim) {
   check_device(out, "out", gradient, "gradient");
@@ -46,7 +46,7 @@ inline GroupedMemory check_scale_groups(
           factor.scalar_type() == accumulation_dtype(dtype),
       "factor must be a contiguous (", gradient.size(dim),
       ") of the dtype that sums are formed in");
-  std::vector<std::array<int64_t, 2>> order;  // strides and sizes, from the fastest
+  std::vector<std::array<int64_t, 2>> order;  // strides and sizes, fastest first
   for (int64_t i = 0; i < gradient.dim(); ++i) {
     STD_TORCH_CHECK(out.size(i) == gradient.size(i), "out must have gradient's shape");
     if (gradient.size(i) == 1) continue;
@@ -63,7 +63,7 @@ inline GroupedMemory check_scale_groups(
   return {filled, groups, groups == 1 ? filled : gradient.stride(dim)};
 }
 
-// Calls f(gradient_t{}, out_t{}) for the types of a gradient and of what it is written to.
+// Calls f(gradient_t{}, out_t{}) for the types of a gradient and of its output.
 template <typename F>
 void dispatch_gradient_and_out(ScalarType gradient, ScalarType out, F&& f) {
   dispatch_floating(gradient, "gradient", [&](auto zero) {

@@ -6,15 +6,15 @@
 #include "library.h"
 
 STABLE_TORCH_LIBRARY(pcka, m) {
-  // input, second (B, C, H, W) -> rows (G, N, D), or (2 G, N, D) of both maps, and energy (G or
+  // input, second (B, C, H, W) -> rows (G, N, D), or (2 G, N, D) for both maps, and energy (G or
   // 2 G, 3), float64: |X|^2 before and after centering, and the power of two that the group was
-  // multiplied by. That is 1 but with `scale`, for groups whose Grams would leave the range of
-  // their type. Rows are of the dtype that sums are formed in, or bfloat16 for a bfloat16 map.
-  // There may be more rows than patches: those are zero.
+  // multiplied by: 1, except with `scale` for groups whose Grams would leave the range of their
+  // type. Rows have the accumulation dtype, or bfloat16 for a bfloat16 map. There may be more rows
+  // than patches: the extra ones are zero.
   m.def(
       "patchify_(Tensor(a!) rows, Tensor(b!) energy, Tensor input, Tensor? second, int patch_h, "
       "int patch_w, int group_by, int center, bool scale) -> ()");
-  // The same of one map, in fresh memory, without scaling.
+  // The same for one map, in new memory, without scaling.
   m.def(
       "patchify(Tensor input, int patch_h, int patch_w, int group_by, int center, "
       "ScalarType dtype) -> (Tensor rows, Tensor energy)");
@@ -27,25 +27,25 @@ STABLE_TORCH_LIBRARY(pcka, m) {
   m.def(
       "gram_alignment_(Tensor(a!) alignment, Tensor k, Tensor l, Tensor? cross, Tensor energy_x, "
       "Tensor energy_y, bool center) -> Tensor coefficients");
-  // The factors of the gradient that are asked for: of X 2 (a L - b K), of Y 2 (a' K - c L); with
-  // cross -2 b K and 2 a M, -2 c L and 2 a' M. factor_x, factor_y and one of the others may be the
-  // Grams' own memory.
+  // The requested factors of the gradient: for X 2 (a L - b K), for Y 2 (a' K - c L); with cross,
+  // -2 b K and 2 a M, -2 c L and 2 a' M. factor_x, factor_y and one of the others may share the
+  // Grams' memory.
   m.def(
       "alignment_gradient_(Tensor(a!)? factor_x, Tensor(b!)? factor_y, Tensor(c!)? cross_x, "
       "Tensor(d!)? cross_y, Tensor k, Tensor l, Tensor? cross, Tensor coefficients) -> ()");
-  // gradient times factor (G) along `dim` -> out, which may be gradient's own memory, or be float16
-  // for a gradient of float32. Both fill the same stretch of memory in the same order.
+  // gradient times factor (G) along `dim` -> out, which may share gradient's memory, or be float16
+  // for a float32 gradient. Both are dense, with the same memory layout.
   m.def("scale_groups_(Tensor(a!) out, Tensor gradient, Tensor factor, int dim) -> ()");
 
   // x (G, N, D_x), y (G, N, D_y) -> alignment (G) and its gradients by x and y (empty unless
-  // asked for; float32 for float16, which would lose what loss scaling is to save).
+  // requested; float32 for float16, which would lose what loss scaling is to preserve).
   m.def(
       "cka(Tensor x, Tensor y, bool center, bool needs_grad_x, bool needs_grad_y) "
       "-> (Tensor alignment, Tensor grad_x, Tensor grad_y)");
   // student, teacher (B, C, H, W) -> alignment (G) and its gradient by the student (empty unless
-  // asked for; float32 for float16): (B, C, H, W), or (G, N, D) when grouped by position, where one
-  // source pixel belongs to several groups. Otherwise groups are worked on in chunks that take
-  // `workspace` bytes at most, or one group's; 0 stands for the default of the device.
+  // requested; float32 for float16): (B, C, H, W), or (G, N, D) when grouped by position, where one
+  // source pixel belongs to several groups. Otherwise groups are processed in chunks of at most
+  // `workspace` bytes, or of one group; 0 is the device's default.
   m.def(
       "patch_cka(Tensor student, Tensor teacher, int patch_h, int patch_w, int group_by, "
       "bool columns, bool center, bool needs_grad, int workspace=0) "

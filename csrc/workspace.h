@@ -15,7 +15,7 @@
 
 namespace pcka {
 
-// bfloat16 rows for a bfloat16 map, where products of them are fast.
+// bfloat16 rows for a bfloat16 map, if products of them are fast.
 inline ScalarType rows_dtype(const Tensor& map) {
   const ScalarType dtype = map.scalar_type();
   const bool rounded =
@@ -23,7 +23,7 @@ inline ScalarType rows_dtype(const Tensor& map) {
   return rounded ? dtype : accumulation_dtype(dtype);
 }
 
-// Grams of bfloat16 rows are float32 where the product can write them so.
+// Grams of bfloat16 rows are float32 if the product can write float32.
 inline ScalarType gram_dtype(const Tensor& like, ScalarType rows) {
   return like.is_cpu() ? rows : accumulation_dtype(rows);
 }
@@ -34,14 +34,14 @@ struct Form {
   bool of_columns;  // A' B (D x D), else A B' (N x N)
 };
 
-// The cheaper one: of products of 2 m m k operations each, direct takes 3 and cross 5.
+// The cheaper one: direct takes 3 products of 2 m m k operations each, cross 5.
 inline Form choose_form(bool columns, int64_t n, int64_t d) {
   const bool direct = columns ? 3 * d < 5 * n : 3 * n <= 5 * d;
   return {direct, columns == direct};
 }
 
-// Buffers that one chunk of groups leaves to the next, by what they hold.
-class [[gnu::visibility("hidden")]] Buffers {  // as the tensors are
+// Buffers that chunks of groups reuse, by what they hold.
+class [[gnu::visibility("hidden")]] Buffers {  // like its members
  public:
   enum Slot {
     kRows,
@@ -60,7 +60,7 @@ class [[gnu::visibility("hidden")]] Buffers {  // as the tensors are
     kSlots
   };
 
-  // (groups, rows, columns) on the device of `like`. A later request of a slot is of no more
+  // (groups, rows, columns) on the device of `like`. Later requests for a slot must not have more
   // groups.
   Tensor get(
       Slot slot, const Tensor& like, int64_t groups, int64_t rows, int64_t columns,
@@ -74,7 +74,7 @@ class [[gnu::visibility("hidden")]] Buffers {  // as the tensors are
   std::array<std::optional<Tensor>, kSlots> slots_;
 };
 
-// Bytes that patch_cka allocates for each group of a chunk.
+// Bytes that patch_cka allocates per group of a chunk.
 inline int64_t bytes_per_group(
     const PatchGeometry& g, const Tensor& map, bool columns, int64_t centering, bool needs_grad) {
   const ScalarType rows = rows_dtype(map), gram = gram_dtype(map, rows);
@@ -85,23 +85,23 @@ inline int64_t bytes_per_group(
   const bool over_columns = centering == kOverColumns;
   int64_t work = grams * square * size_of(gram);
   if (needs_grad) {
-    // Factors are the Grams' own memory in one dtype; the gradient is written over the teacher's
-    // rows, and a cross one is the sum of two terms.
+    // Factors share the Grams' memory if the dtypes match; the gradient overwrites the teacher's
+    // rows, and with cross it is the sum of two terms.
     if (gram != rows) work += (grams - 1) * square * size_of(rows);
     if (!form.direct) work += 2 * values * size_of(rows);
   }
   if (over_columns && rows != sums) {
-    // Rows that are yet to be centered and rounded: on a CPU those of one map.
+    // Rows before they are centered and rounded: on a CPU, those of one map.
     work += (map.is_cpu() ? 1 : 2) * values * size_of(sums);
   }
-  // The energies of both maps and the coefficients, and at most what a GPU sums energies in.
+  // The energies of both maps and the coefficients, and an upper bound on a GPU's partial energies.
   int64_t table = 2 * 3 + 4;
   if (!map.is_cpu()) table += 2 * 2 * std::max(g.columns, over_columns ? g.stored : 0);
   return 2 * values * size_of(rows) + work + table * size_of(ScalarType::Double);
 }
 
-// Groups that are worked on together: as many as `workspace` bytes hold, at least one. Without a
-// workspace, on a CPU what stays in the cache of each thread, else 256 MiB.
+// Number of groups processed together: as many as `workspace` bytes hold, at least one. Without a
+// workspace: on a CPU what stays in each thread's cache, else 256 MiB.
 inline int64_t chunk_groups(
     const PatchGeometry& g, const Tensor& map, bool columns, int64_t centering, bool needs_grad,
     int64_t workspace) {

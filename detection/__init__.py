@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a command is run
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # run as a script
     from detection.arguments import PARSERS
     from pcka.engine.arguments import answer_help
 

@@ -1,4 +1,4 @@
-"""The command lines of detection, quick to import: see ``pcka/engine/arguments.py``."""
+"""The detection command lines, kept quick to import; see ``pcka/engine/arguments.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEMO_METHODS = ("student", "inherited", "pcka", "pcka_mimic")
 
 
 def train_parser() -> argparse.ArgumentParser:
-    """The command line of ``train_net.py``, with the options that detectron2's scripts have."""
+    """The command line of ``train_net.py``, with the options of detectron2's scripts."""
     parser = command_parser(
         "Train a detector, by itself or from a teacher.",
         f"python detection/train_net.py --config-file {DIGITS}/pcka.yaml \\\n"
@@ -120,7 +120,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 
 def demo_parser() -> argparse.ArgumentParser:
-    """The command line of ``demo.py``; what it does not know are ``KEY VALUE`` pairs."""
+    """The command line of ``demo.py``; unknown arguments are ``KEY VALUE`` pairs."""
     parser = command_parser("Distil a detector on scenes of digits.")
     parser.add_argument(
         "--methods",
@@ -165,7 +165,7 @@ def _add_pairs(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _port() -> int:
-    """The same for every process of a user, as detectron2 has it."""
+    """The same port for every process of a user, as in detectron2."""
     return 2**15 + 2**14 + os.getuid() % 2**14
 
 

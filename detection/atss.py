@@ -1,4 +1,4 @@
-"""ATSS: which points of a dense detector an object is learned at (Zhang et al., CVPR 2020)."""
+"""ATSS: assignment of objects to the points of a dense detector (Zhang et al., CVPR 2020)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import torch
 from detectron2.structures import Boxes, pairwise_iou, pairwise_point_box_distance
 from torch import Tensor
 
-LEAST = 0.01  # pixels that a point lies within its box
+LEAST = 0.01  # minimum distance of a point from the edges of its box, in pixels
 
 
 @torch.no_grad()
 def atss_match(
     anchors: Sequence[Boxes], objects: Boxes, *, scale: float = 8.0, topk: int = 9
 ) -> Tensor:
-    """The object of each point, ``(R,)``, or -1 for background.
+    """Return the index of each point's object, ``(R,)``, or -1 for background.
 
-    Of each level the ``topk`` points whose centres are nearest to that of an object are its
-    candidates. Those are its own whose squares overlap it by the mean of all candidates and one
-    standard deviation more, and whose centres lie in it. A point of several objects goes to the one
-    that it overlaps most (Zhang et al. 2020, algorithm 1).
+    An object's candidates are, on each level, the ``topk`` points whose centres are nearest to its
+    own. A candidate is assigned to the object if its centre lies inside the object and the IoU of
+    its square with the object is at least the candidates' mean IoU plus one standard deviation. A
+    point assigned to several objects goes to the one that it overlaps most (Zhang et al. 2020,
+    algorithm 1).
 
     Args:
-        anchors: squares of one stride about the points of each level.
-        objects: ``M`` boxes, of which there may be none.
-        scale: sides of the squares that are compared with objects, in strides.
-        topk: candidates of an object on each level.
+        anchors: squares around the points of each level, one stride wide.
+        objects: ``M`` boxes; ``M`` may be 0.
+        scale: side of the squares that are compared with objects, in strides.
+        topk: candidates per object and level.
     """
     points = Boxes.cat(list(anchors))
     if not len(objects):

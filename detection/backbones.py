@@ -1,6 +1,6 @@
 """The feature pyramid of teachers whose P6 and P7 detectron2's configuration cannot describe.
 
-The dilated trunks and the heads on them are registered with it.
+Importing this module also registers the dilated backbones and their heads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pcka.engine.config import ConfigError
 
 @BACKBONE_REGISTRY.register()
 def build_p6p7_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet and FPN, with P6 and P7 as ``MODEL.FPN.P6P7`` says; plain detectron2 has no such name.
+    """ResNet and FPN, with P6 and P7 from ``MODEL.FPN.P6P7``; unknown to plain detectron2.
 
     Raises:
-        ConfigError: P6 from another map than C5 (``res5``) or P5.
+        ConfigError: P6 is not made from C5 (``res5``) or P5.
     """
-    from detection.pyramid import P6P7  # most runs have another pyramid
+    from detection.pyramid import P6P7  # most runs use another pyramid
 
     keys = cfg.MODEL.FPN
     source = keys.P6P7.IN_FEATURE

@@ -1,4 +1,4 @@
-"""detectron2's checkpointer, unable to run code from the files it reads."""
+"""detectron2's checkpointer, made unable to run code from the files it reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
 from pcka.files import CheckpointError, atomic_save, load_file
 
-# What the model zoo's pickles are made of: arrays, and the plain containers that need no class.
+# What the model zoo's pickles are made of: arrays and plain containers.
 _ALLOWED = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -29,7 +29,7 @@ _ALLOWED = {
 
 
 class WeightsError(ConfigError):
-    """Weights that cannot be used; the message names the file and the way out."""
+    """Weights that cannot be used; the message names the file and a fix."""
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -45,13 +45,13 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """A ``DetectionCheckpointer`` that reads safely and replaces files in one step.
+    """A ``DetectionCheckpointer`` that reads safely and replaces files atomically.
 
-    The saved ``"model"`` is the model's own ``state_dict``, so that plain detectron2 loads it.
+    The saved ``"model"`` is the model's own ``state_dict``, so plain detectron2 can load it.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` aside, then move it into place."""
+        """Write ``<name>.pth`` to a temporary file, then move it into place."""
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
@@ -61,11 +61,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.logger.info("Saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the checkpoint that ``--resume`` goes on from, whole or not at all."""
+        """Atomically record the checkpoint from which ``--resume`` continues."""
         write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def way_on(self) -> str:
-        """What to do where the last checkpoint cannot be read, in words."""
+        """Return advice for the case that the last checkpoint cannot be read."""
         last, folder = self.get_checkpoint_file(), Path(self.save_dir)
         older = (path for path in folder.glob("*.pth") if str(path) != last)
         for path in sorted(older, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -80,11 +80,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         return f"no other is whole: remove {folder / 'last_checkpoint'} to begin anew"
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load weights and parts; return what else the file holds.
+        """Load weights and checkpointables; return the remaining content of the file.
 
         Raises:
-            WeightsError: a file that cannot be used, or none of whose weights fits the model.
-            CheckpointError: a damaged file, or weights that are no numbers.
+            WeightsError: the file cannot be used, or none of its weights fits the model.
+            CheckpointError: the file is damaged, or weights are not finite.
         """
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)
@@ -119,7 +119,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
                 "tools/convert_mmdet.py gives a teacher's weights detectron2's names"
             )
-        if "model_state" in loaded:  # of pycls; detectron2 matches its names, too
+        if "model_state" in loaded:  # from pycls; detectron2 matches its names, too
             loaded = {"model": loaded["model_state"], "matching_heuristics": True}
         found = loaded if "model" in loaded else {"model": loaded}
         _check_arrays(filename, found["model"], Tensor)
@@ -127,16 +127,16 @@ class SafeCheckpointer(DetectionCheckpointer):
 
 
 def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)) -> None:
-    """Load a detector's weights; all those under ``prefixes`` have to be in the file.
+    """Load a detector's weights; the file must hold all those under ``prefixes``.
 
     Args:
-        model: takes the weights; its names are detectron2's.
+        model: receives the weights; its parameter names are detectron2's.
         path: file or URL that detectron2's checkpointer understands.
-        prefixes: of the names that must be filled.
+        prefixes: prefixes of the weights that must be loaded.
 
     Raises:
-        WeightsError: no such file, or weights that the file lacks or holds in another shape.
-        CheckpointError: a damaged file, or weights that are no numbers.
+        WeightsError: there is no such file, or required weights are missing or have other shapes.
+        CheckpointError: the file is damaged, or weights are not finite.
     """
     wanted = [name for name in model.state_dict() if name.startswith(tuple(prefixes))]
     checkpointer = SafeCheckpointer(model)
@@ -161,7 +161,7 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
 
 
 def _named(path: str, error: CheckpointError) -> str:
-    """The message with the file's name before it, which reading a file gives by itself."""
+    """The message, prefixed with the file's name unless it already contains it."""
     return str(error) if path in str(error) else f"{path}: {error}"
 
 
@@ -180,7 +180,7 @@ def _mapping(filename: str, found: object, under: str = "") -> dict[str, Any]:
 
 
 def _check_arrays(filename: str, weights: object, kind: type) -> None:
-    """Refuse what is no name -> array, before detectron2 looks into it."""
+    """Refuse anything but a mapping of names to arrays, before detectron2 reads it."""
     for name, value in _mapping(filename, weights, " under 'model'").items():
         if not isinstance(name, str) or not isinstance(value, kind):
             raise WeightsError(
@@ -190,7 +190,7 @@ def _check_arrays(filename: str, weights: object, kind: type) -> None:
 
 
 def _read_zoo_pickle(filename: str) -> dict[str, Any]:
-    """A ``.pkl`` of detectron2's model zoo, or of Caffe2's with its own names."""
+    """Read a ``.pkl`` from detectron2's model zoo, or from Caffe2's with Caffe2's names."""
     try:
         with open(filename, "rb") as file:
             data = ArrayUnpickler(file, encoding="latin1").load()
@@ -198,7 +198,7 @@ def _read_zoo_pickle(filename: str) -> dict[str, Any]:
         raise WeightsError(f"{filename}: {error}") from error
     except OSError:
         raise
-    except Exception as error:  # arbitrary bytes make a pickle raise nearly anything
+    except Exception as error:  # unpickling arbitrary bytes can raise nearly anything
         raise WeightsError(f"{filename}: is damaged, or no pickle: {error}") from error
     data = _mapping(filename, data)
     if isinstance(data.get("model"), dict):

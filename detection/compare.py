@@ -1,7 +1,7 @@
 """Compare detectors over seeds: ``python detection/compare.py --config-files F F ...``.
 
-Trains what is missing, each run in a process of its own, and continues where it was killed. Runs of
-one seed share the start of what they have in common and the order of the images.
+Trains the missing runs, each in a separate process, and continues interrupted ones. Runs with the
+same seed share the initial weights of the parts that they have in common, and the image order.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ logger = logging.getLogger("detectron2.pcka")
 
 WEIGHTS = "model_final.pth"
 METRICS = ("AP", "AP50", "AP75")
-PIXELS = "sem_seg"  # the task of classes of pixels
-PIXEL_METRICS = ("mIoU", "mACC", "pACC")  # intersection over union, accuracy by class, by pixel
+PIXELS = "sem_seg"  # the semantic segmentation task
+PIXEL_METRICS = ("mIoU", "mACC", "pACC")  # mean IoU, mean class accuracy, pixel accuracy
 NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE", "REPORT")
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
@@ -48,19 +48,19 @@ def compare(
 ) -> Comparison:
     """Train each configuration with each seed into ``output/<its name>/seed<seed>``.
 
-    ``comparison.md``, ``.csv``, ``.tex`` and ``.png`` in ``output`` are written anew after every
-    run, and with REPORT ``report.html`` and ``.json`` after the last. A run that fails is listed
-    there, and the others go on.
+    ``comparison.md``, ``.csv``, ``.tex`` and ``.png`` in ``output`` are rewritten after every run;
+    with REPORT, ``report.html`` and ``.json`` are written after the last one. A failed run is
+    listed there, and the others continue.
 
     Args:
-        config_files: what is compared; the others stand beside the first.
-        seeds: of the students' start and of the order of the images.
-        output: made where it is missing.
+        config_files: configurations to compare; the first is the reference for the others.
+        seeds: seeds of the students' initial weights and of the image order.
+        output: output folder; created if missing.
         overrides: ``KEY VALUE`` pairs for all runs.
-        launcher: what starts a training, e.g. ``("torchrun", "--nproc-per-node", "8")``.
+        launcher: command that starts a training, e.g. ``("torchrun", "--nproc-per-node", "8")``.
 
     Raises:
-        ConfigError: two files of one name, or a run that was started with other settings.
+        ConfigError: two files have the same name, or a run was started with other settings.
         TrainingFailedError: every run failed.
     """
     files = {path.stem: path for path in config_files}
@@ -85,7 +85,7 @@ def compare(
 
 
 def _write_report(comparison: Comparison, output: Path) -> None:
-    from detection.comparison_report import make_comparison_report  # imports much
+    from detection.comparison_report import make_comparison_report  # slow to import
     from pcka.engine.report import attempt
 
     folders = {
@@ -98,7 +98,7 @@ def _write_report(comparison: Comparison, output: Path) -> None:
 
 
 def empty_comparison(names: Sequence[str]) -> Comparison:
-    """A comparison of runs, still without a result: by average precision until one comes."""
+    """Return a comparison without results; it lists average precision until one is added."""
     return Comparison(
         names,
         metrics={metric: metric for metric in METRICS},
@@ -109,10 +109,10 @@ def empty_comparison(names: Sequence[str]) -> Comparison:
 
 
 def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
-    """Take in a finished run; the table has the columns that all runs have figures for.
+    """Add a finished run; the table keeps the metrics that all runs have.
 
     Raises:
-        ConfigError: there is no such column.
+        ConfigError: the runs have no metric in common.
     """
     found: dict[str, float] = {}
     for task, values in sorted(metrics.items()):  # boxes first
@@ -138,22 +138,22 @@ def train(
     *,
     launcher: Sequence[str] = (sys.executable,),
 ) -> Metrics:
-    """Train into ``folder``, or go on there; return the metrics. A finished run is not touched.
+    """Train into ``folder``, or resume there; return the metrics. A finished run is not touched.
 
     Raises:
-        ConfigError: a run that was started with other settings.
+        ConfigError: the run was started with other settings.
         TrainingFailedError: the training failed.
     """
     keys = _keys(seed, folder, overrides)
     if (metrics := finished(config_file, seed, folder, overrides)) is not None:
         return metrics
     print(f"training {config_file.stem}, seed {seed} (log: {folder / 'log.txt'})", flush=True)
-    # A process of its own for each run: detectron2's logger and registries are global.
+    # Each run needs its own process: detectron2's logger and registries are global.
     script = str(PROJECT / "detection" / "train_net.py")
     command = [*launcher, script, "--resume", "--config-file", str(config_file), *keys]
     quiet = {"PYTHONWARNINGS": "ignore", **os.environ}  # release 0.6 calls deprecated names
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, env=quiet, check=False)
-    if ended.returncode == 130:  # Ctrl-C, which torchrun passes on to its processes alone
+    if ended.returncode == 130:  # Ctrl-C, which torchrun passes on only to its own processes
         raise KeyboardInterrupt
     if ended.returncode:
         raise TrainingFailedError(
@@ -165,10 +165,10 @@ def train(
 def finished(
     config_file: Path, seed: int, folder: Path, overrides: Sequence[str] = ()
 ) -> Metrics | None:
-    """The metrics of the run in ``folder``, None where it is not finished.
+    """Return the metrics of the run in ``folder``, or None if it is not finished.
 
     Raises:
-        ConfigError: a run that was started with other settings, or its result is damaged.
+        ConfigError: the run was started with other settings, or its result is damaged.
     """
     result = folder / RESULT
     started = result.exists() or (folder / CHECKPOINT_TAG).exists()
@@ -183,10 +183,10 @@ def finished(
 def other_settings(
     config_file: Path, seed: int, folder: Path, overrides: Sequence[str] = ()
 ) -> list[str]:
-    """The keys in which the run in ``folder`` differs; none where no run was started there.
+    """Return the keys in which the run in ``folder`` differs; [] if no run was started there.
 
     Raises:
-        ConfigError: a configuration without one set to compare on.
+        ConfigError: the configuration does not name exactly one set to compare on.
     """
     wanted = load_config(str(config_file), _keys(seed, folder, overrides))
     name_own_sets(wanted)
@@ -205,7 +205,7 @@ def _keys(seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def _read_result(path: Path) -> Metrics:
-    """The metrics of a finished run; what could not be computed is NaN.
+    """Read the metrics of a finished run; those that could not be computed are NaN.
 
     Raises:
         ConfigError: the file is damaged.
@@ -224,7 +224,7 @@ def _read_result(path: Path) -> Metrics:
 
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:
-    """Compare as the arguments say; print the table."""
+    """Run the comparison given by the arguments; print the table."""
     words, pairs = take_pairs(sys.argv[1:] if arguments is None else arguments, detection_config())
     given = compare_parser().parse_intermixed_args(words)
     comparison = compare(

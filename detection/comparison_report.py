@@ -1,4 +1,4 @@
-"""The report of a comparison of detectors: its table, their curves, and what each class got."""
+"""The report of a comparison of detectors: its table, their curves, and per-class metrics."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from pcka.engine.report_sections import mean_curve, method_cards, run_section, t
 def make_comparison_report(
     comparison: Comparison, folders: Mapping[str, Mapping[int, Path]]
 ) -> Report:
-    """Put the report of a comparison together; no detector runs.
+    """Assemble the report of a comparison; no detector is run.
 
     Args:
-        comparison: with its results.
-        folders: run's name -> seed -> folder of a run that came to a result, in the table's order;
-            one of them or more.
+        comparison: the comparison with its results.
+        folders: run name -> seed -> folder of a finished run, in the table's order; at least one.
     """
     first = {name: next(iter(by_seed.values())) for name, by_seed in folders.items()}
     cfg = load_config(str(next(iter(first.values())) / CONFIG), [])
@@ -69,7 +68,7 @@ def make_comparison_report(
 
 
 def _curves(comparison: Comparison, folders: Mapping[str, Mapping[int, Path]]) -> Iterator[Picture]:
-    """Evaluations by step, means over the seeds."""
+    """Evaluation metrics by step, averaged over the seeds."""
     read = {
         name: [read_metrics(folder / "metrics.json") for folder in by_seed.values()]
         for name, by_seed in folders.items()

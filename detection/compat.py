@@ -1,4 +1,4 @@
-"""Where detectron2's release 0.6 and its current main branch differ: known here alone."""
+"""The differences between detectron2's release 0.6 and its main branch, handled only here."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def create_local_process_group(processes_per_machine: int) -> None:
 
 
 def open_loader(trainer: SimpleTrainer) -> None:
-    """Let the trainer's loader start now; main starts it with the first step, 0.6 when built."""
-    trainer._data_loader_iter  # noqa: B018  (a property of main's, which starts it when read)
+    """Start the trainer's loader now; main starts it at the first step, 0.6 on construction."""
+    trainer._data_loader_iter  # noqa: B018  (in main a property that starts the loader when read)

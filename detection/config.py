@@ -21,140 +21,140 @@ from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
 
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"
-DISTILLED = "DistilledDetector"  # the meta-architecture of detection/meta_arch.py
+DISTILLED = "DistilledDetector"  # the meta-architecture in detection/meta_arch.py
 PROJECT = Path(__file__).parents[1]
 
 
 def detection_config() -> CfgNode:
-    """Return detectron2's defaults with the keys of this project.
+    """Return detectron2's defaults plus this project's keys.
 
-    ``DISTILL.<NAME>``, the keywords of a loss, comes with the loss's being named; see
+    ``DISTILL.<NAME>``, the section of a loss's keywords, is added once the loss is named; see
     :mod:`pcka.engine.distill`.
     """
     cfg = get_cfg()
-    cfg.IMPORTS = []  # modules that register parts of your own
+    cfg.IMPORTS = []  # modules to import that register your own parts
     cfg.REPORT = True  # write report.html and report.json at the end of a run
     cfg.DATASETS.COCO_TRAIN = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
-            "JSON": "",  # annotations in COCO's format; they take the place of DATASETS.TRAIN
+            "NAME": "",  # name to register the set under; "": no such set
+            "JSON": "",  # annotations in COCO format; the set replaces DATASETS.TRAIN
             "IMAGES": "",  # folder of its images
         }
     )
     cfg.DATASETS.COCO_TEST = CfgNode(
         {
-            "NAME": "",  # as above, of the images to evaluate on
-            "JSON": "",  # COCO file to evaluate on; takes the place of DATASETS.TEST
+            "NAME": "",  # name to register the set under; "": no such set
+            "JSON": "",  # annotations to evaluate on; the set replaces DATASETS.TEST
             "IMAGES": "",  # folder of its images
         }
     )
     cfg.DATASETS.VOC_TRAIN = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
-            "ROOT": "",  # folder of Annotations, JPEGImages and ImageSets
-            "SPLIT": "train",  # the list in ImageSets/Main
+            "NAME": "",  # name to register the set under; "": no such set
+            "ROOT": "",  # folder that holds Annotations, JPEGImages and ImageSets
+            "SPLIT": "train",  # name of the list in ImageSets/Main
         }
     )
     cfg.DATASETS.VOC_TEST = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
-            "ROOT": "",  # folder of Annotations, JPEGImages and ImageSets
-            "SPLIT": "val",  # the list in ImageSets/Main
+            "NAME": "",  # name to register the set under; "": no such set
+            "ROOT": "",  # folder that holds Annotations, JPEGImages and ImageSets
+            "SPLIT": "val",  # name of the list in ImageSets/Main
         }
     )
     cfg.DATASETS.YOLO_TRAIN = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
-            "ROOT": "",  # folder of images and labels, or its data.yaml
-            "SPLIT": "train",  # the part of it
+            "NAME": "",  # name to register the set under; "": no such set
+            "ROOT": "",  # folder that holds images and labels, or its data.yaml
+            "SPLIT": "train",  # the split to train on
         }
     )
     cfg.DATASETS.YOLO_TEST = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
-            "ROOT": "",  # folder of images and labels, or its data.yaml
-            "SPLIT": "val",  # the part of it
+            "NAME": "",  # name to register the set under; "": no such set
+            "ROOT": "",  # folder that holds images and labels, or its data.yaml
+            "SPLIT": "val",  # the split to evaluate on
         }
     )
     cfg.DATASETS.SEMSEG_TRAIN = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
+            "NAME": "",  # name to register the set under; "": no such set
             "IMAGES": "",  # folder of its images
-            "LABELS": "",  # folder of label images: a PNG for each, a pixel holds its class
-            "CLASSES": "",  # file of the classes' names, one a line; "": they are numbers
+            "LABELS": "",  # folder of label images: one PNG per image, whose pixels hold classes
+            "CLASSES": "",  # file of class names, one per line; "": the names are numbers
         }
     )
     cfg.DATASETS.SEMSEG_TEST = CfgNode(
         {
-            "NAME": "",  # what the set is to be called; "": there is none
+            "NAME": "",  # name to register the set under; "": no such set
             "IMAGES": "",  # folder of its images
-            "LABELS": "",  # folder of label images: a PNG for each, a pixel holds its class
-            "CLASSES": "",  # file of the classes' names, one a line; "": they are numbers
+            "LABELS": "",  # folder of label images: one PNG per image, whose pixels hold classes
+            "CLASSES": "",  # file of class names, one per line; "": the names are numbers
         }
     )
     cfg.DATASETS.DIGITS = CfgNode(
         {
-            "ROOT": "output/digits_scenes",  # where the scenes of handwritten digits are drawn
-            "SIDE": 512,  # of a scene, pixels
+            "ROOT": "output/digits_scenes",  # folder for the scenes of handwritten digits
+            "SIDE": 512,  # side of a scene, in pixels
             "TRAIN_IMAGES": 150,  # scenes to train on
             "TEST_IMAGES": 40,  # scenes to evaluate on
         }
     )
     cfg.MODEL.FPN.P6P7 = CfgNode(
         {
-            "IN_FEATURE": "res5",  # build_p6p7_resnet_fpn_backbone: what P6 is made from
-            "RELU": True,  # of that backbone: a ReLU between P6 and P7
+            "IN_FEATURE": "res5",  # build_p6p7_resnet_fpn_backbone: the map that P6 is made from
+            "RELU": True,  # same backbone: apply a ReLU between P6 and P7
         }
     )
     cfg.MODEL.FCOS = CfgNode(
         {
-            "NUM_CLASSES": 80,  # of the data, without background
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
-            "NUM_CONVS": 4,  # convolutions of each branch of the head
-            "NORM": "GN",  # of these; "": none
-            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
-            "CENTER_SAMPLING_RADIUS": 1.5,  # strides about a box's centre that belong to it
-            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects beside background
-            "FOCAL_LOSS_GAMMA": 2.0,  # how much less the easy places count
-            "SCORE_THRESH_TEST": 0.2,  # least score of a detection
-            "NMS_THRESH_TEST": 0.6,  # overlap beyond which the weaker one of two goes
-            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+            "NUM_CLASSES": 80,  # number of classes, excluding background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head runs on
+            "NUM_CONVS": 4,  # convolutions in each branch of the head
+            "NORM": "GN",  # norm of these convolutions; "": none
+            "PRIOR_PROB": 0.01,  # initial probability of an object at a location
+            "CENTER_SAMPLING_RADIUS": 1.5,  # radius of a box's central region, in strides
+            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects relative to background
+            "FOCAL_LOSS_GAMMA": 2.0,  # the larger, the less easy locations count
+            "SCORE_THRESH_TEST": 0.2,  # minimum score of a detection
+            "NMS_THRESH_TEST": 0.6,  # IoU above which the lower-scoring of two boxes is dropped
+            "TOPK_CANDIDATES_TEST": 1000,  # detections kept per level before NMS
         }
     )
     cfg.MODEL.GFL = CfgNode(
         {
-            "NUM_CLASSES": 80,  # of the data, without background
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
-            "NUM_CONVS": 4,  # convolutions of each branch of the head
-            "NORM": "GN",  # of these; "": none
-            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
-            "REG_MAX": 16,  # the largest distance of an edge, in strides
-            "ANCHOR_SCALE": 8.0,  # sides of the squares that ATSS compares with boxes, in strides
-            "ATSS_TOPK": 9,  # points of a level that are candidates for an object
-            "QUALITY_BETA": 2.0,  # how much less the places count whose score is right
-            "BOX_WEIGHT": 2.0,  # factor of the boxes' loss
-            "EDGE_WEIGHT": 0.25,  # factor of the distributions' loss
-            "SCORE_THRESH_TEST": 0.05,  # least score of a detection
-            "NMS_THRESH_TEST": 0.6,  # overlap beyond which the weaker one of two goes
-            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+            "NUM_CLASSES": 80,  # number of classes, excluding background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head runs on
+            "NUM_CONVS": 4,  # convolutions in each branch of the head
+            "NORM": "GN",  # norm of these convolutions; "": none
+            "PRIOR_PROB": 0.01,  # initial probability of an object at a location
+            "REG_MAX": 16,  # largest distance from a point to an edge, in strides
+            "ANCHOR_SCALE": 8.0,  # side of the squares that ATSS compares with boxes, in strides
+            "ATSS_TOPK": 9,  # candidate points per object and level
+            "QUALITY_BETA": 2.0,  # the larger, the less locations with accurate scores count
+            "BOX_WEIGHT": 2.0,  # weight of the box loss
+            "EDGE_WEIGHT": 0.25,  # weight of the distribution focal loss
+            "SCORE_THRESH_TEST": 0.05,  # minimum score of a detection
+            "NMS_THRESH_TEST": 0.6,  # IoU above which the lower-scoring of two boxes is dropped
+            "TOPK_CANDIDATES_TEST": 1000,  # detections kept per level before NMS
         }
     )
     cfg.MODEL.REPPOINTS = CfgNode(
         {
-            "NUM_CLASSES": 80,  # of the data, without background
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head works on
-            "NUM_CONVS": 3,  # convolutions of each branch of the head
-            "NORM": "GN",  # of these; "": none
-            "PRIOR_PROB": 0.01,  # of an object at a place, before the training
-            "NUM_POINTS": 9,  # of an object; the square of an odd number
-            "TRANSFORM": "moment",  # points to box: "moment" or "minmax"
-            "FIRST_WEIGHT": 0.5,  # factor of the loss of the first points
-            "BOX_WEIGHT": 1.0,  # factor of the loss of the last points
-            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects beside background
-            "FOCAL_LOSS_GAMMA": 2.0,  # how much less the easy places count
-            "SCORE_THRESH_TEST": 0.05,  # least score of a detection
-            "NMS_THRESH_TEST": 0.5,  # overlap beyond which the weaker one of two goes
-            "TOPK_CANDIDATES_TEST": 1000,  # detections of a level before that
+            "NUM_CLASSES": 80,  # number of classes, excluding background
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],  # levels that the head runs on
+            "NUM_CONVS": 3,  # convolutions in each branch of the head
+            "NORM": "GN",  # norm of these convolutions; "": none
+            "PRIOR_PROB": 0.01,  # initial probability of an object at a location
+            "NUM_POINTS": 9,  # points per object; the square of an odd number
+            "TRANSFORM": "moment",  # from points to box: "moment" or "minmax"
+            "FIRST_WEIGHT": 0.5,  # weight of the loss on the first points
+            "BOX_WEIGHT": 1.0,  # weight of the loss on the refined points
+            "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects relative to background
+            "FOCAL_LOSS_GAMMA": 2.0,  # the larger, the less easy locations count
+            "SCORE_THRESH_TEST": 0.05,  # minimum score of a detection
+            "NMS_THRESH_TEST": 0.5,  # IoU above which the lower-scoring of two boxes is dropped
+            "TOPK_CANDIDATES_TEST": 1000,  # detections kept per level before NMS
         }
     )
     cfg.DISTILL = CfgNode(
@@ -163,15 +163,15 @@ def detection_config() -> CfgNode:
             "METHODS": ["PCKA"],  # the losses that are summed
             "LEVELS": [],  # "p3" or "p3:p2" (student:teacher); [] means the first four
             "INHERIT": [],  # prefixes of the teacher's weights that the student starts from
-            "LOG_PERIOD": 20,  # steps between logged alignments and gradients of the levels
+            "LOG_PERIOD": 20,  # steps between logs of the levels' alignments and gradients; 0: none
             "TEACHER": {
-                "CONFIG_FILE": "",  # a file, or a name of detectron2's model zoo
+                "CONFIG_FILE": "",  # a file, or a name in detectron2's model zoo
                 "OPTS": [],  # KEY VALUE pairs that override that file's
-                "WEIGHTS": "",  # a file or URL; "model_zoo": what the zoo trained with that file
-                "HEAD": False,  # build its head, which methods may need, and try it beforehand
+                "WEIGHTS": "",  # a file or URL; "model_zoo": the zoo's weights for CONFIG_FILE
+                "HEAD": False,  # build its head even if no method needs it, and test it first
                 "RANDOM_WEIGHTS": False,  # allow an untrained teacher (tests, timings)
-                "AUTOCAST": "",  # of the teacher: "bfloat16", "float32"; "": as the student
-                "CHANNELS_LAST": False,  # memory format of the teacher
+                "AUTOCAST": "",  # dtype of its forward: "bfloat16", "float32"; "": the student's
+                "CHANNELS_LAST": False,  # run it in channels_last memory format
             },
         }
     )
@@ -180,7 +180,7 @@ def detection_config() -> CfgNode:
 
 def section_defaults(name: str) -> dict[str, object]:
     """Key -> default of a loss's section; an empty ``STAGES`` means all of ``DISTILL.LEVELS``."""
-    # A single value serves whatever levels there are.
+    # A single value applies to any number of levels.
     keywords = {
         key: value[:1] if key in PER_STAGE and isinstance(value, list) else value
         for key, value in distill.section_defaults(name).items()
@@ -188,7 +188,7 @@ def section_defaults(name: str) -> dict[str, object]:
     if "STAGES" in keywords:
         keywords["STAGES"] = []
     if name == "FITNET":
-        keywords["REGRESSOR"] = False  # the distiller's adapters bring both maps to one shape
+        keywords["REGRESSOR"] = False  # the distiller's adapters already match the maps' shapes
     return keywords
 
 
@@ -196,11 +196,11 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     """Return the configuration: defaults, the file (and its ``_BASE_``), overrides.
 
     Args:
-        config_file: YAML of plain values; a tag that would run code is refused.
-        overrides: ``KEY VALUE ...`` of the command line.
+        config_file: YAML file of plain values; tags that would run code are refused.
+        overrides: ``KEY VALUE ...`` from the command line.
 
     Raises:
-        ConfigError: an unreadable file, an unknown key, or a value of another type.
+        ConfigError: an unreadable file, an unknown key, or a value of the wrong type.
     """
     cfg = detection_config()
     merge(cfg, config_file, overrides)
@@ -218,7 +218,7 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
         else:
             others += [key, value]
     known = cfg.DISTILL.clone()
-    cfg.DISTILL.set_new_allowed(True)  # taken as it stands, and merged below
+    cfg.DISTILL.set_new_allowed(True)  # accepted unchecked here, merged with checks below
     try:
         cfg.merge_from_file(config_file, allow_unsafe=trusted)
         cfg.merge_from_list(others)
@@ -242,7 +242,7 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
 
 
 def _reason(error: Exception) -> object:
-    """What yacs says, in one line."""
+    """The reason of a yacs error, in one line."""
     if isinstance(error, TypeError) and "is not iterable" in str(error):  # an empty file, a number
         return NO_MAPPING
     if section := re.search(r"\n.* for config key: (\S+)$", str(error), re.DOTALL):
@@ -254,10 +254,10 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """Return the teacher's own configuration, from ``DISTILL.TEACHER``.
 
     Raises:
-        ConfigError: no such file, or weights that nobody named.
+        ConfigError: there is no such file, or no weights are given.
     """
     wanted = cfg.DISTILL.TEACHER
-    # Names of this project's own files hold wherever the command is run.
+    # Paths of this project's own files work from any working directory.
     paths = [Path(wanted.CONFIG_FILE), PROJECT / wanted.CONFIG_FILE]
     path = next((path for path in paths if path.is_file()), None)
     teacher = detection_config()
@@ -271,10 +271,11 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 def student_architecture(cfg: CfgNode) -> str:
-    """Return the name of the student's meta-architecture: wrapped to be distilled, or by itself.
+    """Return the name of the student's meta-architecture, whether wrapped for distillation or not.
 
     Raises:
-        ConfigError: none, one that detectron2 does not know, or a student that nothing distils.
+        ConfigError: it is missing or unknown to detectron2, or ``DISTILL.STUDENT`` is set without
+            distillation.
     """
     outer, student = cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT
     if outer == DISTILLED:
@@ -294,17 +295,17 @@ def student_architecture(cfg: CfgNode) -> str:
 
 
 def _known_architecture(name: str, key: str) -> None:
-    # A message lists all of this project's own, too.
+    # For an unknown name, import all of this project's own, so that the message lists them too.
     for own in [name] if name in META_ARCH_REGISTRY or name in MODULES else MODULES:
         import_architecture(own)
     registered(META_ARCH_REGISTRY, name, key)
 
 
 def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
-    """Return what detectron2 builds under a name.
+    """Return what is registered with detectron2 under a name.
 
     Raises:
-        ConfigError: it knows no such name; ``key`` is the one that gave it.
+        ConfigError: there is no such name; the message starts with ``key``, which gave it.
     """
     if name not in registry:
         known = ", ".join(sorted(entry for entry, _ in registry))
@@ -313,19 +314,19 @@ def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
 
 
 def build_student(cfg: CfgNode, key: str = "MODEL") -> nn.Module:
-    """Return the plain detectron2 detector that ``MODEL`` describes, the one within a wrapped one.
+    """Return the plain detectron2 detector that ``MODEL`` describes, without any wrapper.
 
     Raises:
-        ConfigError: as :func:`student_architecture` and :func:`build`.
+        ConfigError: see :func:`student_architecture` and :func:`build`.
     """
     return build(META_ARCH_REGISTRY.get(student_architecture(cfg)), cfg, key)
 
 
 def build(create: Callable[[CfgNode], nn.Module], cfg: CfgNode, key: str) -> nn.Module:
-    """Return what detectron2 builds of a configuration.
+    """Return what ``create`` builds from a configuration.
 
     Raises:
-        ConfigError: its keys do not go together; ``key`` is the section to look at.
+        ConfigError: its keys are inconsistent; ``key`` is the section to check.
     """
     try:
         return create(cfg)
@@ -344,7 +345,7 @@ def _zoo_file(name: str) -> str:
         path = model_zoo.get_config_file(name)
     except RuntimeError:
         path = ""
-    if not Path(path).is_file():  # the zoo's folder itself is no file
+    if not Path(path).is_file():  # it may be the zoo's folder itself
         raise ConfigError(
             f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a name of detectron2's "
             "model zoo, as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml' is"

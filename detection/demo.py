@@ -1,9 +1,9 @@
-"""From nothing to a distilled detector: ``python detection/demo.py``.
+"""From scratch to a distilled detector: ``python detection/demo.py``.
 
-Trains a teacher on the digits scenes, then the same student by itself and from the teacher, and
-writes a table of their average precision and a picture of their detections. What is finished is
-kept, so that a killed demo goes on where it stopped; ``--seeds``, ``--methods`` and ``--steps``
-make a comparison of it.
+Trains a teacher on the digits scenes, then the same student with and without the teacher, and
+writes a table of their average precision and a picture of their detections. Finished runs are kept,
+so an interrupted demo continues where it stopped; ``--seeds``, ``--methods`` and ``--steps`` turn
+it into a full comparison.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from detection.data import register_datasets
 from detection.pictures import draw_detections
 from pcka.engine.command import run_command
 
-TEACHER_FACTOR = 2  # steps of the teacher over steps of a student
-DROPS = (0.7, 0.9)  # of the steps, after which the learning rate falls to a tenth
+TEACHER_FACTOR = 2  # steps of the teacher per step of a student
+DROPS = (0.7, 0.9)  # fractions of the steps after which the learning rate drops to a tenth
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is missing; write the comparison and the pictures, and print it."""
+    """Train the missing runs; write the comparison and the pictures, and print the comparison."""
     given, overrides = demo_parser().parse_known_args(arguments)
-    output = given.output / f"steps{given.steps}"  # what is trained for longer is another run
+    output = given.output / f"steps{given.steps}"  # another number of steps is another run
     teacher = output / "teacher"
     longer = [*_schedule(TEACHER_FACTOR * given.steps), *overrides]
     reached = train(given.configs / "teacher.yaml", 0, teacher, longer)
@@ -50,7 +50,7 @@ def _schedule(steps: int) -> list[str]:
 
 
 def _picture(folders: Mapping[str, Path], path: Path) -> None:
-    """Draw what the last checkpoint of each run detects."""
+    """Draw the detections of each run's last checkpoint."""
     models = {}
     for name, folder in folders.items():
         cfg = load_config(str(folder / CONFIG), [])

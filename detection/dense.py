@@ -1,4 +1,4 @@
-"""Dense heads in parts, as the losses that compare predictions read them."""
+"""Dense heads in parts, as read by the losses that compare predictions."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Maps = Sequence[Tensor]
 
 
 class DenseParts:
-    """The head of a dense detector: its predictions, its inner maps, and the layers behind.
+    """The head of a dense detector: its predictions, its inner maps, and the layers after them.
 
     Args:
-        detector: a RetinaNet, FCOS, GFL or RepPoints; it stays as it is, and is no part of this
+        detector: a RetinaNet, FCOS, GFL or RepPoints; it is not modified, and is not part of this
             object's state.
-        depth: convolutions of a branch before the inner maps, whose ReLU comes behind them; 0:
-            there are no inner maps.
-        predictions: whether the head's own predictions are wanted.
+        depth: number of convolutions in a branch before the inner maps, which are taken before the
+            last one's ReLU; 0: no inner maps.
+        predictions: whether to return the head's own predictions.
 
     Raises:
-        ValueError: another detector, or a head with fewer convolutions.
+        ValueError: the detector is of another kind, or its head has fewer convolutions.
     """
 
     def __init__(self, detector: nn.Module, depth: int = 0, *, predictions: bool = True) -> None:
@@ -58,7 +58,7 @@ class DenseParts:
 
     @contextmanager
     def watched(self) -> Iterator[DenseWatch]:
-        """Keep what the head gives while the block runs the detector, or its head, once."""
+        """Record the head's outputs while the block runs the detector, or its head, once."""
         watch, head = DenseWatch(self), self.detector.head
         handles = [head.register_forward_hook(watch.keep_output)] if self.predictions else []
         for branch, layers in self.split.items():
@@ -71,19 +71,19 @@ class DenseParts:
                 handle.remove()
 
     def teach(self, maps: Mapping[str, Tensor], _: object) -> DenseHead:
-        """What the head gives for the maps of a backbone, and its layers behind the inner maps."""
+        """Return the head's outputs for a backbone's maps, with its layers after the inner maps."""
         return replace(self.run(maps), rest=self.rest if self.split else None)
 
     def run(self, maps: Mapping[str, Tensor], _: object = None) -> DenseHead:
-        """What the head gives for the maps of a backbone."""
+        """Return the head's outputs for the maps of a backbone."""
         with self.watched() as watch:
             self.detector.head([maps[level] for level in self.detector.head_in_features])
         return watch.given()
 
     def rest(self, inner: Inner) -> Dense:
-        """What the layers behind the inner maps predict from maps like those.
+        """Return what the layers after the inner maps predict from such maps.
 
-        Each layer gets all levels in their order, which its batch norms for single levels count on.
+        Each layer is given all levels in order, as per-level batch norms require.
         """
         head, found = self.detector.head, []
         for branch, (subnet, last) in BRANCHES.items():
@@ -93,12 +93,12 @@ class DenseParts:
         return self.decoded(logits, head.scaled(shifts) if isinstance(head, GFLHead) else shifts)
 
     def decoded(self, logits: Maps, shifts: Maps) -> Dense:
-        """Logits and boxes of all levels.
+        """Return the logits and boxes of all levels.
 
         Args:
-            logits: ``(B, A * K, H, W)`` of each level.
-            shifts: ``(B, A * 4, H, W)`` of each level, relative to the anchors; of GFL ``(B, 4 *
-                N, H, W)``, of RepPoints ``(B, 2 * n, H, W)``.
+            logits: ``(B, A * K, H, W)`` for each level.
+            shifts: ``(B, A * 4, H, W)`` for each level, relative to the anchors; for GFL ``(B, 4 *
+                N, H, W)``, for RepPoints ``(B, 2 * n, H, W)``.
         """
         model, distributions = self.detector, None
         anchors = Boxes.cat(model.anchor_generator(logits)).tensor
@@ -115,7 +115,7 @@ class DenseParts:
 
 
 class DenseWatch:
-    """What a dense head gave in one run."""
+    """The outputs of a dense head in one run."""
 
     def __init__(self, parts: DenseParts) -> None:
         self._parts = parts
@@ -123,22 +123,21 @@ class DenseWatch:
         self._inner: dict[str, list[Tensor]] = {branch: [] for branch in parts.split}
 
     def keep_output(self, _: nn.Module, inputs: object, output: tuple[Maps, ...]) -> None:
-        """A hook of the head."""
+        """Forward hook of the head."""
         self._output = output
 
     def keep_inner(self, branch: str, _: nn.Module, inputs: object, output: Tensor) -> None:
-        """A hook of a layer within the head, which sees one level after the other."""
+        """Forward hook of a layer within the head, called for one level after another."""
         self._inner[branch].append(output)
 
     def given(self, _: object = None) -> DenseHead:
-        """For the losses."""
+        """The recorded outputs, as the losses take them."""
         own = self._parts.decoded(*self._output[:2]) if self._output else None
         return DenseHead(own, self._inner)
 
 
 def _layers_of(subnet: nn.Sequential, depth: int) -> int:
-    """How many layers of a branch its first ``depth`` convolutions are, with norms, and with the
-    ReLUs between them."""
+    """Count a branch's layers up to its ``depth``-th convolution and norm, excluding its ReLU."""
     ends = [index for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
     if depth > len(ends):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Dilated trunks and the heads of PSPNet and DeepLabV3, for a ``SemanticSegmentor``.
+"""Dilated backbones and the heads of PSPNet and DeepLabV3, for a ``SemanticSegmentor``.
 
-Importing this file makes their names known to detectron2. It needs torch, torchvision and
-detectron2 alone, and no keys but detectron2's: an export takes it along.
+Importing this file registers them with detectron2. It depends only on torch, torchvision and
+detectron2, and reads only detectron2's keys: exports include a copy of it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
 
-__all__ = ["ASPPHead", "PSPHead", "build_dilated_resnet_backbone"]  # what detectron2 then knows
+__all__ = ["ASPPHead", "PSPHead", "build_dilated_resnet_backbone"]  # the registered names
 
-DILATIONS = {1: 32, 2: 16, 4: 8}  # of res5 -> stride of the trunk
-BINS = (1, 2, 3, 6)  # a side, of the pyramid of PSPNet
-RATES = (12, 24, 36)  # of DeepLabV3 at stride 8, half of them at stride 16
+DILATIONS = {1: 32, 2: 16, 4: 8}  # dilation of res5 -> stride of the backbone
+BINS = (1, 2, 3, 6)  # bins per side of PSPNet's pyramid
+RATES = (12, 24, 36)  # DeepLabV3's dilations at stride 8; halved at stride 16
 AUXILIARY_WEIGHT = 0.4
 
 
 @BACKBONE_REGISTRY.register()
 def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet of stride 32, 16 or 8, by ``MODEL.RESNETS.RES5_DILATION`` 1, 2 or 4.
+    """ResNet of stride 32, 16 or 8, for ``MODEL.RESNETS.RES5_DILATION`` 1, 2 or 4.
 
-    Strides become dilations: of 4, res5 has that and res4 half of it. Weights are those of a plain
-    ResNet. detectron2's own backbone knows 1 and 2, and neither for ResNet-18 and 34.
+    Strides are replaced by dilations: at 4, res5 has dilation 4 and res4 dilation 2. The weights
+    are those of a plain ResNet. detectron2's own backbone supports 1 and 2, and only 1 for
+    ResNet-18 and 34.
 
     Raises:
         ValueError: another dilation, or deformable convolutions.
@@ -69,11 +70,11 @@ def _dilate(stage: nn.Module, dilation: int) -> None:
 
 
 class PyramidPooling(nn.Module):
-    """A map beside its means over 1, 4, 9 and 36 parts of the image (Zhao et al., CVPR 2017).
+    """A map concatenated with its means over 1, 4, 9 and 36 bins (Zhao et al., CVPR 2017).
 
     Args:
-        in_channels: of the map.
-        channels: of each of the means, and of what it gives.
+        in_channels: channels of the map.
+        channels: channels of each pooled map, and of the output.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -101,19 +102,19 @@ def _convolved(in_channels: int, channels: int, side: int) -> list[nn.Module]:
 
 
 class DilatedHead(nn.Module):
-    """Class scores of a trunk's last map, and in training a loss of an earlier one beside it.
+    """Class scores from the backbone's last map, with an optional auxiliary loss on an earlier one.
 
-    It reads ``MODEL.SEM_SEG_HEAD``: ``IN_FEATURES`` are the map, or the one of the auxiliary loss
-    before it; ``CONVS_DIM`` the width before the last layer; ``COMMON_STRIDE`` the trunk's;
-    ``NORM`` is "BN", or "SyncBN" over the processes.
+    The head reads ``MODEL.SEM_SEG_HEAD``: ``IN_FEATURES`` names the map, preceded by that of the
+    auxiliary loss if there is one; ``CONVS_DIM`` is the width before the last layer;
+    ``COMMON_STRIDE`` is the backbone's stride; ``NORM`` is "BN", or "SyncBN" across processes.
 
     Args:
-        cfg: of detectron2.
-        input_shape: of the trunk's maps.
+        cfg: detectron2's configuration.
+        input_shape: shapes of the backbone's maps.
         context: channels of a map and of the result -> the layers between.
 
     Raises:
-        ValueError: keys that do not go together.
+        ValueError: inconsistent keys.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class DilatedHead(nn.Module):
             self.auxiliary = _normed(FCNHead(width, keys.NUM_CLASSES), keys.NORM)
 
     def layers(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Class scores ``(B, K, H, W)`` at the trunk's stride."""
+        """Class scores ``(B, K, H, W)`` at the backbone's stride."""
         return self.predictor(self.context(features[self.main]))
 
     def forward(
@@ -146,8 +147,8 @@ class DilatedHead(nn.Module):
         """``(None, losses)`` in training, ``(scores at the images' size, {})`` in inference.
 
         Args:
-            features: the trunk's maps.
-            targets: ``(B, H, W)`` int64, the classes of the pixels.
+            features: the backbone's maps.
+            targets: ``(B, H, W)`` int64, the class of each pixel.
         """
         scores = self.layers(features)
         if not self.training:
@@ -164,7 +165,7 @@ class DilatedHead(nn.Module):
         )
 
     def _loss(self, scores: Tensor, targets: Any) -> Tensor:
-        """Mean cross-entropy of the pixels that have a class; 0 where none has."""
+        """Mean cross-entropy over the pixels that have a class; 0 if none has."""
         height, width = targets.shape[1:]
         scores = self._upsampled(scores.float())[:, :, :height, :width]
         ignored = self.ignore_value
@@ -180,7 +181,7 @@ def PSPHead(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> nn.Module:
 
 @SEM_SEG_HEADS_REGISTRY.register()
 def ASPPHead(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> nn.Module:
-    """The head of DeepLabV3 (Chen et al., 2017), of torchvision's layers."""
+    """The head of DeepLabV3 (Chen et al., 2017), built from torchvision's layers."""
     stride = cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE
     rates = [max(1, rate * 8 // stride) for rate in RATES]
     return DilatedHead(cfg, input_shape, lambda width, channels: ASPP(width, rates, channels))

@@ -1,8 +1,8 @@
-"""Will this machine, and this detector's configuration, train? ``pcka doctor --config-file F``."""
+"""Check that this machine can train a configuration: ``pcka doctor --config-file F``."""
 
 from __future__ import annotations
 
-import detection  # noqa: F401  (answers --help, before what takes seconds to import)
+import detection  # noqa: F401  (answers --help before the slow imports)
 
 # isort: split
 
@@ -18,10 +18,10 @@ from pcka.engine.doctor import SKIP, Check, Finding, Verdict, conclude, machine_
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Finding]:
-    """Look as the arguments say; print a line a finding, and return them.
+    """Run the checks given by the arguments; print one line per finding, and return the findings.
 
     Raises:
-        SystemExit: with 1, where a check failed.
+        SystemExit: with status 1 if a check failed.
     """
     given = doctor_parser().parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as aside:
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Finding]:
 
 
 def _checks(given: argparse.Namespace, aside: Path) -> list[tuple[str, Check]]:
-    """Those of the configuration, where detectron2 can be imported."""
+    """The checks of the configuration; skipped if detectron2 cannot be imported."""
     try:
         importlib.import_module("detectron2.modeling")
-    except Exception:  # one of old meets much that is gone from the libraries of today
+    except Exception:  # an old release fails in many ways with current libraries
         lacking = Verdict(SKIP, "not looked at: needs detectron2")
         return [("configuration", lambda: lacking)]
     from detection.examination import Examination

@@ -1,4 +1,4 @@
-"""The metrics of a student on the test sets."""
+"""Evaluation of a student on the test sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from detection.data.mapper import make_mapper
 from detection.data.targets import SEGMENTER, SEGMENTERS
 from pcka.modes import evaluation_mode
 
-COCO_DETECTIONS = 100  # the best of each image, by COCO's metrics
+COCO_DETECTIONS = 100  # top detections per image that COCO's metrics count
 EVERY_AREA = (0.0, 1e5**2)
 AREAS = {"APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, 1e5**2)}  # COCO's
 METRICS = {
@@ -35,10 +35,10 @@ METRICS = {
 
 
 class ObjectEvaluator(COCOEvaluator):
-    """detectron2's evaluation by COCO's metrics, which are 0 for a model that detects nothing.
+    """detectron2's COCO evaluation, with metrics of 0 for a model that detects nothing.
 
-    detectron2 gives NaN there. NaN are those alone of which the set has no object: COCO's own
-    rule for models that detect something.
+    detectron2 returns NaN in that case. Here only metrics without any object in the set are NaN,
+    which is COCO's own rule for models that detect something.
     """
 
     def _derive_coco_results(
@@ -61,7 +61,7 @@ class ObjectEvaluator(COCOEvaluator):
 
 
 def _counts(truth: dict[str, Any], iou_type: str) -> bool:
-    """Whether COCO's evaluation asks for this object."""
+    """Whether COCO's evaluation counts this object."""
     if iou_type == "keypoints" and not truth.get("num_keypoints"):
         return False
     return not truth.get("iscrowd", 0)
@@ -72,17 +72,17 @@ def _zero_if(asked_for: bool) -> float:
 
 
 def evaluate(cfg: CfgNode, student: nn.Module) -> dict[str, Any]:
-    """Return the student's metrics on ``DATASETS.TEST``; empty in processes but the first.
+    """Return the student's metrics on ``DATASETS.TEST``; only the first process gets any.
 
-    Detections are evaluated by COCO's metrics, of each image the best 100 of them, or
-    ``TEST.DETECTIONS_PER_IMAGE`` if larger; classes of pixels by their intersection over union.
+    Detections are evaluated with COCO's metrics on the top 100 of each image, or the top
+    ``TEST.DETECTIONS_PER_IMAGE`` if larger; pixel classes by their intersection over union.
     """
     results: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:
-        # A folder for each set: the evaluators' files have the same names for all.
+        # One folder per set: the evaluators' files have the same names for all sets.
         folder = Path(cfg.OUTPUT_DIR, "inference", *([name] if len(cfg.DATASETS.TEST) > 1 else []))
         loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
-        with evaluation_mode(student):  # afterwards detectron2 puts all modules into one mode
+        with evaluation_mode(student):  # detectron2 leaves all modules in one mode afterwards
             found = inference_on_dataset(student, loader, _evaluators(cfg, name, str(folder))) or {}
         if comm.is_main_process():
             print_csv_format(found)
@@ -108,7 +108,7 @@ def _evaluators(cfg: CfgNode, name: str, folder: str) -> list[DatasetEvaluator]:
 
 
 def without_nan(results: Any) -> Any:
-    """The metrics that could be computed, at every depth of a nested dict."""
+    """Return a nested dict of metrics without those that could not be computed (NaN)."""
     if isinstance(results, dict):
         known = {name: without_nan(found) for name, found in results.items()}
         return {name: found for name, found in known.items() if found is not None}

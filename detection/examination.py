@@ -1,4 +1,4 @@
-"""What the doctor looks at in a detector's or segmenter's configuration."""
+"""The doctor's checks of a detector's or segmenter's configuration."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ from pcka.modes import evaluation_mode
 from pcka.taps import FeatureTap
 from pcka.teacher import FrozenTeacher
 
-DECODED = 16  # images of a set that are looked at
-TIMED_IMAGES = 4  # of an evaluation
+DECODED = 16  # images of each set that are decoded
+TIMED_IMAGES = 4  # images on which an evaluation is timed
 LOGGERS = ("detectron2", "fvcore")
 
 logger = logging.getLogger("detectron2.pcka")
 
 
 class Examination:
-    """Checks of a configuration; each one needs what those before it found.
+    """Checks of a configuration; each one needs the results of those before it.
 
     Args:
-        config_file: as :func:`detection.config.load_config` takes it.
+        config_file: as in :func:`detection.config.load_config`.
         overrides: likewise.
-        aside: folder for what a run would write; somebody else removes it.
+        aside: folder for what a run would write; the caller removes it.
     """
 
     def __init__(self, config_file: str, overrides: Sequence[str], aside: Path) -> None:
@@ -71,15 +71,15 @@ class Examination:
         self._train: Entries | None = None
         self._test: Entries = []
         self._batch: list[dict[str, Any]] = []
-        self._is_loaded = False  # the teacher, where there is one
-        self._teacher: FrozenTeacher | None = None  # one that finds something
+        self._is_loaded = False  # the teacher, if there is one
+        self._teacher: FrozenTeacher | None = None  # set if it detects something
         self._trainer: DetectionTrainer | None = None
         self._has_stepped = False
-        for name in LOGGERS:  # what they warn of is told by the checks
+        for name in LOGGERS:  # the checks report their warnings
             logging.getLogger(name).addHandler(logging.NullHandler())
 
     def checks(self) -> list[tuple[str, Check]]:
-        """In the order in which they are to be made."""
+        """The checks with their titles, in the order in which they must run."""
         made = [
             ("configuration", self.check_configuration),
             ("data", self._needing("configuration", self.check_data)),
@@ -94,7 +94,7 @@ class Examination:
         return [(what, telling(check, logger, DegenerateLevelWarning)) for what, check in made]
 
     def _needing(self, what: str, check: Check) -> Check:
-        """The check, where what it needs was found."""
+        """Return the check, to be skipped unless what it needs was found."""
 
         def found() -> object:
             there = {
@@ -110,33 +110,33 @@ class Examination:
 
     @property
     def cfg(self) -> CfgNode:
-        """The configuration that was read; what is written goes aside."""
+        """The configuration; its output goes to the temporary folder."""
         assert self._cfg is not None
         return self._cfg
 
     @property
     def train(self) -> Entries:
-        """The entries to train on."""
+        """The training entries."""
         assert self._train is not None
         return self._train
 
     @property
     def trainer(self) -> DetectionTrainer:
-        """What makes the steps."""
+        """The trainer that runs the steps."""
         assert self._trainer is not None
         return self._trainer
 
     @property
     def device(self) -> torch.device:
-        """Of the models."""
+        """The device of the models."""
         return torch.device(self.cfg.MODEL.DEVICE)
 
     def check_configuration(self) -> Verdict:
-        """Keys and values, the device, the schedule, and an output folder without a run."""
+        """Check keys, values, device, schedule, and that the output folder holds no run."""
         cfg = read_run(*self._given)
         check_teacher_file(cfg)
         self._folder, cfg.OUTPUT_DIR = cfg.OUTPUT_DIR, str(self._aside)
-        if not Path(cfg.DATASETS.DIGITS.ROOT).is_dir():  # the scenes are drawn for the look alone
+        if not Path(cfg.DATASETS.DIGITS.ROOT).is_dir():  # draw the scenes for these checks only
             cfg.DATASETS.DIGITS.ROOT = str(self._aside / "scenes")
         self._cfg = cfg
         if any(Path(self._folder, name).exists() for name in (CHECKPOINT_TAG, RESULT)):
@@ -149,7 +149,7 @@ class Examination:
         return Verdict(PASS, f"{student_architecture(cfg)}, {methods}, into {self._folder}")
 
     def check_data(self) -> Verdict:
-        """Both sets are there, with what the student learns; their images can be decoded."""
+        """Check that both sets exist and hold what the student learns, and decode some images."""
         cfg = self.cfg
         register_datasets(cfg)
         cfg.freeze()
@@ -173,11 +173,11 @@ class Examination:
         return Verdict(PASS, text)
 
     def check_student_pixels(self) -> Verdict:
-        """Its statistics bring the pixels near mean 0 and deviation 1."""
+        """Check that the student's statistics normalise pixels to about mean 0 and deviation 1."""
         return check_student(self.cfg, [given["image"] for given in self._batch])
 
     def check_teacher(self) -> Verdict:
-        """Its file fills it, its maps differ, and it finds what it is shown."""
+        """Check that the teacher's file fits, its maps vary, and it finds objects."""
         cfg = self.cfg
         if not is_taught(cfg):
             self._is_loaded = True
@@ -204,7 +204,7 @@ class Examination:
         return Verdict(PASS, f"{text}: whole, {found or 'tried on no objects'}")
 
     def _built_teacher(self) -> tuple[FrozenTeacher, bool]:
-        """The teacher with its head, if its file holds one; whether that is lacking."""
+        """Return the teacher, with its head if the file holds it, and whether it lacks one."""
         try:
             return build_teacher(self.cfg, with_head=True), False
         except ConfigError:
@@ -213,14 +213,14 @@ class Examination:
         return build_teacher(self.cfg), True
 
     def check_teacher_pixels(self) -> Verdict:
-        """No other order of the channels, and no other usual statistics, make it better."""
+        """Check that no other channel order or common pixel statistics improve the teacher."""
         if self._teacher is None:
             return Verdict(SKIP, "not looked at: there is no teacher that finds something")
         order = teacher_config(self.cfg).INPUT.FORMAT
         return check_teacher_pixels(self._teacher, self.cfg, order, self.train)
 
     def check_models(self) -> Verdict:
-        """All that a training builds can be built; what is compared has these shapes."""
+        """Build everything that a training needs; report the shapes of the compared maps."""
         self._trainer = DetectionTrainer(self.cfg, resume=False, teacher_is_tried=True)
         model = self._trainer.model
         parameters = sum(p.numel() for p in student_of(model).parameters())
@@ -235,7 +235,7 @@ class Examination:
         return Verdict(PASS, f"{text}; {', '.join(pairs) or 'heads alone are compared'}")
 
     def check_step(self) -> Verdict:
-        """One step: its terms and gradients are finite."""
+        """Run one step; its loss terms and gradients must be finite."""
         trainer, batch = self.trainer, self.cfg.SOLVER.IMS_PER_BATCH
         open_loader(trainer)
         with EventStorage(trainer.start) as storage:
@@ -263,7 +263,7 @@ class Examination:
         return Verdict(PASS, f"{told}; gradients finite")
 
     def check_cost(self) -> Verdict:
-        """Time and memory of a step, and the time of the whole run."""
+        """Measure the time and memory of a step, and estimate the time of the whole run."""
         cfg, trainer = self.cfg, self.trainer
         with EventStorage(trainer.start):
             cost = step_cost(trainer.run_step, self.device)
@@ -289,7 +289,7 @@ class Examination:
             return seconds_of(evaluate) * len(self._test) / len(entries)
 
     def check_room(self) -> Verdict:
-        """Free disk for the run's checkpoints, of which one more is there while it is written."""
+        """Check the free disk space for the run's checkpoints, plus one that is being written."""
         solver, keeper = self.cfg.SOLVER, self.trainer.checkpointer
         parts = [part.state_dict() for part in keeper.checkpointables.values()]
         each = tensor_bytes([keeper.model.state_dict(), *parts])
@@ -306,7 +306,7 @@ class Examination:
 def _level_shapes(
     model: DistilledDetector, batch: list[dict[str, Any]]
 ) -> dict[str, tuple[Sequence[int], Sequence[int]]]:
-    """Level -> channels, height and width of the student's map and of the teacher's."""
+    """Level -> (channels, height, width) of the student's map and of the teacher's."""
     images = [given["image"] for given in batch]
     student, canvas_of = model.student, {"canvas": "backbone:input"}
     with evaluation_mode(student), FeatureTap(student, canvas_of) as tap:
@@ -318,13 +318,13 @@ def _level_shapes(
 
 
 def _decoded(cfg: CfgNode, entries: Entries, *, training: bool) -> list[dict[str, Any]]:
-    """Some entries as a model takes them."""
+    """Load some entries as model inputs."""
     read = make_mapper(cfg, training=training)
     return [read(entry) for entry in _spaced(entries, DECODED)]
 
 
 def _check_files(key: str, entries: Entries) -> None:
-    """Refuse images that are not there; all are named, or the first few."""
+    """Refuse missing files; the message names the first few."""
     paths = [Path(path) for entry in entries for path in _files_of(entry)]
     there = {folder: _names_in(folder) for folder in {path.parent for path in paths}}
     if missing := [str(path) for path in paths if path.name not in there[path.parent]]:
@@ -344,7 +344,7 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _check_classes(cfg: CfgNode) -> int:
-    """Return the number of classes of the data; the model must have as many."""
+    """Return the number of classes; the data and the model must agree."""
     ours = _classes(cfg)
     kind = "stuff_classes" if student_architecture(cfg) == SEGMENTER else "thing_classes"
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -370,6 +370,6 @@ def _counted(entries: Entries) -> str:
 
 
 def _spaced(entries: Entries, count: int) -> Entries:
-    """Some entries, evenly spaced in the set."""
+    """Return up to ``count`` entries, evenly spaced over the set."""
     chosen = torch.linspace(0, len(entries) - 1, min(count, len(entries))).long().tolist()
     return [entries[position] for position in chosen]

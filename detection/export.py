@@ -1,15 +1,15 @@
-"""Write a student that plain detectron2 loads: ``python detection/export.py --config-file F ...``.
+"""Export a student to plain detectron2: ``python detection/export.py --config-file F ...``.
 
-The folder then holds ``model.pth``, the student's weights alone, and its configuration:
-``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS, GFL and RepPoints a LazyConfig,
-``lazy_config.yaml``, with the modules that it needs and detectron2 has not. Of a segmenter with a
-dilated trunk or a head on one, ``dilated.py`` stands beside it: ``import dilated`` makes detectron2
-know their names.
+The output folder holds ``model.pth``, which contains only the student's weights, and the
+configuration: ``config.yaml`` for detectron2's ``get_cfg()``, or for FCOS, GFL and RepPoints the
+LazyConfig ``lazy_config.yaml``, with the modules that it needs and detectron2 lacks. For a
+segmenter with a dilated backbone or head, ``dilated.py`` is included: ``import dilated`` registers
+them with detectron2.
 """
 
 from __future__ import annotations
 
-import detection  # noqa: F401  (answers --help, before what takes seconds to import)
+import detection  # noqa: F401  (answers --help before the slow imports)
 
 # isort: split
 
@@ -34,8 +34,8 @@ from pcka.files import atomic_save
 
 WEIGHTS, YAML, LAZY = "model.pth", "config.yaml", "lazy_config.yaml"
 CODE = Path(dilated.__file__).name
-STANDALONE = ("dilated", "gfl_model", "pyramid", "reppoints_model")  # need detectron2 alone
-OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # what a training leaves in its folder
+STANDALONE = ("dilated", "gfl_model", "pyramid", "reppoints_model")  # need only detectron2
+OF_RUNS = ("last_checkpoint", "metrics.json", "log.txt")  # files that a training writes
 OF_FILES = (".onnx", ".pth", ".pt", ".pkl", ".safetensors", ".yaml", ".yml", ".ts")
 
 
@@ -45,11 +45,11 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     Args:
         cfg: the run's configuration.
         weights: a checkpoint of the run.
-        folder: made where it is missing; an older export in it is replaced.
+        folder: output folder; created if missing. An older export in it is replaced.
 
     Raises:
-        ValueError: weights that do not fill the student, a student that plain detectron2 does not
-            know, or a folder that cannot be one or holds a training run.
+        ValueError: weights do not fit the student, plain detectron2 does not know the student, or
+            the folder is a file or holds a training run.
     """
     check_exportable(cfg)
     check_folder(folder)
@@ -60,7 +60,7 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
     student = build_student(on_cpu)
     load_weights(student, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    # Of an older export: no configuration may stand by other weights.
+    # Remove an older export first: its configuration must not be paired with the new weights.
     for name in (YAML, LAZY, *(f"{module}.py" for module in STANDALONE)):
         (folder / name).unlink(missing_ok=True)
     atomic_save({"model": student.state_dict()}, folder / WEIGHTS)
@@ -77,7 +77,7 @@ def export_student(cfg: CfgNode, weights: str, folder: Path) -> Path:
 
 
 def _bring_along(node: DictConfig, folder: Path) -> None:
-    """Copy the modules of this project that a LazyConfig names, and name the copies in it."""
+    """Copy this project's modules that a LazyConfig names, and make it refer to the copies."""
     target: Any = node.get("_target_")
     package, _, module = getattr(target, "__module__", "").rpartition(".")
     if package == "detection" and module in STANDALONE:
@@ -89,10 +89,10 @@ def _bring_along(node: DictConfig, folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a place that an export would spoil, or that was meant as a file.
+    """Refuse a path that is meant as a file, or a folder that an export would damage.
 
     Raises:
-        ConfigError: a file, a name that looks like one, or the folder of a training run.
+        ConfigError: it is a file, looks like a file name, or is the folder of a training run.
     """
     if folder.suffix in OF_FILES or folder.is_file():
         raise ConfigError(
@@ -107,12 +107,12 @@ def check_folder(folder: Path) -> None:
 
 
 def _of_a_run(config: Path) -> bool:
-    """A run's configuration holds this project's keys, an export's holds detectron2's alone."""
+    """Whether the file holds this project's keys, as a run's does; an export's does not."""
     return config.is_file() and "DISTILL:" in config.read_text(errors="replace").split("\n")
 
 
 def _plain_config(cfg: CfgNode, architecture: str, weights: Path) -> CfgNode:
-    """The keys that detectron2 itself knows."""
+    """Return the configuration with only the keys that detectron2 itself knows."""
     known = get_cfg()
     _copy_known(cfg, known)
     known.MODEL.META_ARCHITECTURE = architecture
@@ -129,7 +129,7 @@ def _copy_known(source: CfgNode, target: CfgNode) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Export as the arguments say; return the configuration's path."""
+    """Run the export given by the arguments; return the configuration's path."""
     given = export_parser().parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
     path = export_student(cfg, given.weights, Path(given.output))

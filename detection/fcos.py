@@ -1,4 +1,4 @@
-"""FCOS from YAML: detectron2 has the model, but describes it by a LazyConfig alone."""
+"""FCOS from YAML: detectron2 has the model, but configures it only through LazyConfigs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def FCOS(cfg: CfgNode) -> nn.Module:
 
 
 class TrainedFCOS(FCOSModel):
-    """detectron2's FCOS, trained under autocast and on images without objects, too."""
+    """detectron2's FCOS, made trainable under autocast and on images without objects."""
 
     def forward_training(
         self,
@@ -34,22 +34,22 @@ class TrainedFCOS(FCOSModel):
         predictions: Sequence[Sequence[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Loss terms of a batch, in float32: boxes decoded in bfloat16 would be off by pixels."""
+        """Loss terms of a batch, in float32; boxes decoded in bfloat16 would be pixels off."""
         exact = [[level.float() for level in levels] for levels in predictions]
         return super().forward_training(images, features, exact, gt_instances)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Boxes] | list[Tensor]]:
-        """Class and box of every anchor; release 0.6 fails on an image without objects.
+        """Return the class and box of every anchor; release 0.6 fails on images without objects.
 
-        The boxes come as detectron2 gives them: ``Boxes`` in 0.6, tensors ``(R, 4)`` in main.
+        The boxes have detectron2's type: ``Boxes`` in 0.6, tensors ``(R, 4)`` in main.
         """
         return super().label_anchors(anchors, [_with_a_box(image) for image in gt_instances])
 
 
 def _with_a_box(instances: Instances) -> Instances:
-    """In place of no object one without extent: no anchor lies in it, all are background."""
+    """Give an image without objects an empty one: no anchor lies in it, all are background."""
     if len(instances):
         return instances
     device = instances.gt_boxes.device

@@ -1,4 +1,4 @@
-"""The figures of a run: kept over a kill, read and drawn."""
+"""The metrics of a run: preserved across interruptions, read and plotted."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pcka.engine.curves import Panel, plot_panels
 
 Points = list[tuple[int, float]]  # step, value
 
-WINDOW = 20  # steps whose median detectron2's writers write
+WINDOW = 20  # steps over which detectron2's writers take the median
 EVALUATED = ("bbox/AP", "bbox/AP50", "segm/AP", "sem_seg/mIoU")
 
 
 @dataclass
 class MetricsState:
-    """The last values of every logged figure, as a part of the checkpoint.
+    """The last values of every logged metric, as part of the checkpoint.
 
-    A checkpoint is saved before its step's figures are written, and losses are written as medians
-    of their last values. A resumed run starts from the values of the checkpoint, and first writes
-    those that the file lacks.
+    A checkpoint is saved before the metrics of its step are written, and losses are written as
+    medians of their last values. A resumed run starts from the values in the checkpoint, and first
+    writes those missing from the file.
 
     Args:
-        path: ``metrics.json`` of the run.
+        path: the run's ``metrics.json``.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class MetricsState:
     _kept: dict[str, Any] = field(default_factory=dict, init=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Figure -> whether its median is written, and its last values with their steps."""
+        """Metric -> whether its median is written, and its last values with their steps."""
         if self.storage is None:
             return self._kept
         smoothed = self.storage.smoothing_hints()
@@ -47,7 +47,7 @@ class MetricsState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the values for :meth:`restore`."""
+        """Store the values for :meth:`restore`."""
         self._kept = state
 
     def restore(self, storage: EventStorage) -> None:
@@ -69,7 +69,7 @@ class MetricsState:
 
 @dataclass(eq=False)
 class RestoreMetrics(HookBase):
-    """Gives a resumed run the figures of its checkpoint, and writes what was not written."""
+    """Restores a resumed run's metrics from its checkpoint, and writes the missing ones."""
 
     state: MetricsState
     writers: Sequence[EventWriter]
@@ -78,17 +78,17 @@ class RestoreMetrics(HookBase):
         self.state.restore(self.trainer.storage)
         if self.trainer.storage.latest():
             for writer in self.writers:
-                if not isinstance(writer, CommonMetricPrinter):  # which estimates the time left
+                if not isinstance(writer, CommonMetricPrinter):  # it estimates the time left
                     writer.write()
 
 
 def plot_run(folder: str) -> None:
-    """Draw ``curves.png`` of the ``metrics.json`` in a run's folder, without empty panels."""
+    """Plot ``curves.png`` from the ``metrics.json`` in a run's folder, without empty panels."""
     plot_panels(run_panels(folder), Path(folder, "curves.png"), x="step")
 
 
 def run_panels(folder: str) -> list[Panel]:
-    """Losses, evaluations and CKA of the levels by step; some may be empty."""
+    """Return panels of losses, evaluations and per-level CKA by step; some may be empty."""
     curves = read_metrics(Path(folder, "metrics.json"))
 
     def chosen(wanted: Callable[[str], bool]) -> dict[str, Points]:
@@ -104,11 +104,11 @@ def run_panels(folder: str) -> list[Panel]:
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
-    """The points of every figure in a ``metrics.json``; of steps that were trained twice the last.
+    """Read the points of every metric in a ``metrics.json``; repeated steps keep the last value.
 
-    The lines of one writing are in no order of their steps, and a run that was killed and resumed,
-    or begun anew, writes steps again: each figure by itself begins anew where its steps go back.
-    Figures that could not be computed (NaN) are left out.
+    Lines written together are not ordered by step, and a run that was resumed or restarted writes
+    steps again: where a metric's steps go back, its earlier points from there on are replaced,
+    separately for each metric. Values that could not be computed (NaN) are left out.
     """
     curves: dict[str, Points] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -116,7 +116,7 @@ def read_metrics(path: Path) -> dict[str, Points]:
             entry = dict(json.loads(line))
             step = int(entry.pop("iteration"))
         except (ValueError, TypeError, KeyError):
-            continue  # a kill tore the line, and a resumed run wrote on behind it, or it is damaged
+            continue  # an interruption cut the line and a resumed run appended to it, or it is bad
         for key, value in entry.items():
             points = curves.setdefault(key, [])
             while points and points[-1][0] >= step:

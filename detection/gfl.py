@@ -23,7 +23,7 @@ from pcka.distributed import average_over_processes
 from pcka.engine.config import ConfigError
 from pcka.losses.densekd import quality_focal
 
-BELOW = 0.1  # strides that a distance stays below the largest one, so that it has two neighbours
+BELOW = 0.1  # margin below the largest distance, in strides, so that a distance has two neighbours
 
 
 @META_ARCH_REGISTRY.register()
@@ -44,17 +44,17 @@ def GFL(cfg: CfgNode) -> nn.Module:
 class TrainedGFL(GFLDetector):
     """:class:`GFLDetector` with its losses.
 
-    ``loss_gfl_cls`` is the quality focal loss (equation 5): the score of a point's class is to be
-    the overlap of the box that is predicted there with the object's. ``loss_gfl_loc`` is ``1 -
-    GIoU`` of that box, ``loss_gfl_dfl`` the distribution focal loss (equation 6), both weighed by
-    the point's best score. The first is divided by the number of points with an object, the others
-    by the sum of the weights: their means over all processes, 1 or more.
+    ``loss_gfl_cls`` is the quality focal loss (equation 5): the target score of a point's class is
+    the IoU of the box predicted there with the object's. ``loss_gfl_loc`` is ``1 - GIoU`` of that
+    box and ``loss_gfl_dfl`` the distribution focal loss (equation 6), both weighted by the point's
+    highest score. The first is divided by the number of points with an object, the others by the
+    sum of the weights; both normalisers are averaged over all processes and at least 1.
 
     Args:
-        anchor_scale, topk: of :func:`detection.atss.atss_match`.
-        beta: exponent of the difference between score and overlap.
-        box_weight, edge_weight: factors of the second and the third term.
-        keywords: of :class:`GFLDetector`.
+        anchor_scale, topk: passed to :func:`detection.atss.atss_match`.
+        beta: exponent of the difference between score and IoU.
+        box_weight, edge_weight: weights of the second and the third term.
+        keywords: passed to :class:`GFLDetector`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TrainedGFL(GFLDetector):
         predictions: Sequence[Sequence[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Loss terms of a batch, in float32 under autocast, too."""
+        """Loss terms of a batch, in float32 even under autocast."""
         rows = self._transpose_dense_predictions(predictions, [self.num_classes, self.numbers])
         logits, edges = (torch.cat(levels, 1).float() for levels in rows)
         anchors = self.anchor_generator(features)
@@ -120,13 +120,13 @@ class TrainedGFL(GFLDetector):
 
 
 def distribution_focal_loss(edges: Tensor, distances: Tensor) -> Tensor:
-    r"""How unlikely the two integers about each distance ``y`` are, by their nearness to it.
+    r"""Cross-entropy of the two integers around each distance ``y``, weighted by their nearness.
 
     ``-((y_+ - y) log p(y_-) + (y - y_-) log p(y_+))`` (Li et al. 2020, equation 6).
 
     Args:
         edges: ``(..., N)`` logits over the distances ``0 .. N - 1``.
-        distances: ``(...)``, what they should be; brought to ``[0, N - 1.1]``.
+        distances: ``(...)`` targets; clamped to ``[0, N - 1.1]``.
 
     Returns:
         ``(...)``, in the dtype of the logits.
@@ -142,7 +142,8 @@ def lazy_gfl(cfg: CfgNode) -> DictConfig:
     """Return the LazyConfig of the detector that the YAML keys describe, for inference.
 
     Raises:
-        ConfigError: values that no GFL has, or a backbone that a LazyConfig cannot describe.
+        ConfigError: values that are invalid for GFL, or a backbone that a LazyConfig cannot
+            describe.
     """
     keys = cfg.MODEL.GFL
     for key in ("REG_MAX", "ATSS_TOPK", "NUM_CONVS"):

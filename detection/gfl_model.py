@@ -1,6 +1,6 @@
-"""GFL as it is after the training: a detector that detectron2 has not.
+"""GFL for inference, a detector that detectron2 lacks.
 
-This file stands alone: an export takes it along, so that a student runs without this project.
+This file is self-contained: exports include a copy, so that a student runs without this project.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 
 class GFLHead(RetinaNetHead):
-    """Two branches, of which one gives a distribution over the distances of each edge of a box.
+    """Two branches, one of which predicts a distribution over the distance to each edge of a box.
 
     Args:
-        input_shape: of each level.
-        conv_dims: channels of each convolution of a branch.
-        reg_max: the largest distance, in strides; the others are the integers from 0 on.
-        keywords: of :class:`RetinaNetHead`.
+        input_shape: shape of each level.
+        conv_dims: output channels of each convolution in a branch.
+        reg_max: the largest distance, in strides; the distances are the integers from 0 to it.
+        keywords: passed to :class:`RetinaNetHead`.
     """
 
     def __init__(
@@ -41,27 +41,27 @@ class GFLHead(RetinaNetHead):
         self.bbox_pred = nn.Conv2d(conv_dims[-1], 4 * (reg_max + 1), 3, padding=1)
         nn.init.normal_(self.bbox_pred.weight, std=0.01)
         nn.init.zeros_(cast(Tensor, self.bbox_pred.bias))
-        self.scales = nn.Parameter(torch.ones(len(input_shape)))  # one a level
+        self.scales = nn.Parameter(torch.ones(len(input_shape)))  # one per level
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps ``(B, C, H, W)`` of each level -> logits ``(B, K, H, W)``, ``(B, 4 N, H, W)``."""
+        """Maps ``(B, C, H, W)`` of each level -> logits ``(B, K, H, W)`` and ``(B, 4 N, H, W)``."""
         logits, edges = super().forward(features)
         return logits, self.scaled(edges)
 
     def scaled(self, edges: Sequence[Tensor]) -> list[Tensor]:
-        """The logits of the edges, each level with a factor of its own."""
+        """Scale the edge logits of each level by that level's own factor."""
         return [scale * level for scale, level in zip(self.scales, edges)]
 
 
 class GFLDetector(FCOS):
     """GFL (Li et al., "Generalized Focal Loss", NeurIPS 2020), for inference.
 
-    FCOS's points, with the distances of a box's edges as means of distributions, and with the
-    box's quality in the score of its class, in place of a centerness.
+    It uses FCOS's points, predicts the distances to a box's edges as means of distributions, and
+    includes the box's quality in its class score instead of using a centerness.
 
     Args:
-        reg_max: of its :class:`GFLHead`.
-        keywords: of detectron2's FCOS.
+        reg_max: as in its :class:`GFLHead`.
+        keywords: passed to detectron2's FCOS.
     """
 
     places: Tensor
@@ -74,21 +74,21 @@ class GFLDetector(FCOS):
             sizes=[[stride] for stride in strides],
             aspect_ratios=[1.0],
             strides=strides,
-            offset=0.0,  # as the authors' points lie: at the corner of a cell
+            offset=0.0,  # as in the authors' code, points lie at the corner of a cell
         )
         self.register_buffer("places", torch.arange(reg_max + 1.0), persistent=False)
 
     @property
     def numbers(self) -> int:
-        """How many the head gives for the edges of a point, ``4 N``."""
+        """Number of the head's edge outputs per point, ``4 N``."""
         return 4 * len(self.places)
 
     def distances(self, edges: Tensor) -> Tensor:
-        """The means of distributions, ``(..., 4, N)`` -> ``(..., 4)``, in strides."""
+        """Means of the distributions, ``(..., 4, N)`` -> ``(..., 4)``, in strides."""
         return (edges.softmax(-1) * self.places).sum(-1)
 
     def forward_training(self, *_: object) -> dict[str, Tensor]:
-        """Not without the project that this file is from."""
+        """Not supported without the project that this file comes from."""
         raise NotImplementedError("an exported GFL is for inference; train it where it is from")
 
     def forward_inference(
@@ -97,7 +97,7 @@ class GFLDetector(FCOS):
         features: list[Tensor],
         predictions: Sequence[Sequence[Tensor]],
     ) -> list[Instances]:
-        """Detections of each image."""
+        """Return the detections of each image."""
         logits, edges = self._transpose_dense_predictions(
             predictions, [self.num_classes, self.numbers]
         )

@@ -1,4 +1,4 @@
-"""Grams of a detector's levels beside its teacher's: ``pcka grams OUTPUT_DIR``."""
+"""Gram matrices of a detector's levels next to its teacher's: ``pcka grams OUTPUT_DIR``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OF_PARTS = ("adapters", "losses")
 
 
 class Settings(NamedTuple):
-    """What is compared of a level, as :func:`pcka.analysis.patch_grams` takes it."""
+    """How a level is compared: arguments of :func:`pcka.analysis.patch_grams`."""
 
     patch_size: int | tuple[int, int]
     group_by: str = "channel"
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 
 
 class LevelGrams(NamedTuple):
-    """Grams by level, or by level and image, and the images with all that they are padded to."""
+    """Grams by level, or by level and image, and the corresponding padded images."""
 
     pairs: dict[str, GramPair]
     images: dict[str, np.ndarray]
@@ -68,23 +68,24 @@ def level_grams(
     patch_size: int | None = None,
     channel: int | None = None,
 ) -> LevelGrams:
-    """The Grams of a distilled detector's levels, on the first images of the test set.
+    """Return the Grams of a distilled detector's levels, on the first images of the test set.
 
-    The maps are those that PCKA sees, the student's behind its adapters; the patches, grouping and
-    centering are those of the loss, or as large as leaves 16 patches where PCKA is no loss of the
-    run. ``BACKGROUND`` is not applied: the maps are whole.
+    The maps are those that PCKA sees, the student's after its adapters; the patches, grouping and
+    centering are those of the loss. In a run without PCKA, the patches are as large as leaves 16 of
+    them. ``BACKGROUND`` is not applied: whole maps are compared.
 
     Args:
-        cfg: of the run, with its data sets registered.
-        weights: a checkpoint of it.
-        levels: None: those of PCKA, or all that its losses compare at one shape.
-        images: how many, each by itself.
-        patch_size: of all levels.
-        channel: compared alone.
+        cfg: the run's configuration, with its data sets registered.
+        weights: a checkpoint of the run.
+        levels: levels to compare; None: those of PCKA, or all that the run's losses compare at one
+            shape.
+        images: number of images, each compared separately.
+        patch_size: patch size for all levels.
+        channel: compare only this channel.
 
     Raises:
-        ConfigError: a run without a teacher that is kept, weights that are not its own, or levels
-            that cannot be compared.
+        ConfigError: the run has no teacher or its weights were not kept, the weights are not the
+            run's own, or levels cannot be compared.
     """
     model = _distilled(cfg, weights)
     losses = cast("list[Loss]", list(model.distiller.losses))
@@ -119,7 +120,7 @@ def level_grams(
 
 
 def _distilled(cfg: CfgNode, weights: Path) -> DistilledDetector:
-    """The run's student, teacher, adapters and losses."""
+    """Load the run's student, teacher, adapters and losses."""
     wanted = cfg.DISTILL.TEACHER
     if cfg.MODEL.META_ARCHITECTURE != DISTILLED or not cfg.DISTILL.METHODS:
         raise ConfigError(
@@ -149,7 +150,7 @@ def _distilled(cfg: CfgNode, weights: Path) -> DistilledDetector:
 def _maps(
     model: DistilledDetector, batch: list[dict[str, Any]]
 ) -> tuple[Outputs, Outputs, tuple[int, int]]:
-    """Both models' maps as losses see them, and the size that the images were padded to."""
+    """Return both models' maps as the losses see them, and the size of the padded images."""
     with (
         evaluation_mode(model.student),
         FeatureTap(model.student, {"canvas": "backbone:input"}) as tap,
@@ -159,12 +160,12 @@ def _maps(
     images = [entry["image"].to(model.device) for entry in batch]
     teacher = model.distiller.observe_teacher(images, (height, width))
     student, teacher = model.distiller.at_one_shape(student, teacher)
-    assert teacher is not None  # its losses need it
+    assert teacher is not None  # the losses need it
     return student, teacher, (height, width)
 
 
 def _settings(loss: PCKA | None, level: str, side: int, patch_size: int | None) -> Settings:
-    """Those of the loss where it compares the level."""
+    """The loss's settings if it compares the level, else defaults."""
     if loss is None or level not in loss.taps:
         return Settings(patch_size or patch_for(side, 1))
     own = loss.patch_sizes[loss.taps.index(level)]
@@ -174,7 +175,7 @@ def _settings(loss: PCKA | None, level: str, side: int, patch_size: int | None) 
 def _compared(
     level: str, own: torch.Tensor, other: torch.Tensor, settings: Settings, channel: int | None
 ) -> GramPair | None:
-    """The Grams of a level; None, with a warning, where it has too few patches."""
+    """Return the Grams of a level; None, with a warning, if it has too few patches."""
     if channel is not None:
         if not 0 <= channel < own.shape[1]:
             raise ConfigError(
@@ -196,7 +197,7 @@ def _compared(
 
 
 def _on_canvas(image: torch.Tensor, canvas: Sequence[int], channels: str) -> np.ndarray:
-    """``(3, H, W)`` as the loader gives it -> ``(canvas, 3)`` uint8, RGB, white where it ends."""
+    """``(3, H, W)`` from the loader -> ``(*canvas, 3)`` uint8, RGB, white beyond the image."""
     shown = np.full((*canvas, 3), 255, dtype=np.uint8)
     pixels = convert_image_to_rgb(image.permute(1, 2, 0).cpu(), channels)
     shown[: pixels.shape[0], : pixels.shape[1]] = np.clip(pixels, 0, 255)
@@ -204,7 +205,7 @@ def _on_canvas(image: torch.Tensor, canvas: Sequence[int], channels: str) -> np.
 
 
 def main(arguments: Sequence[str] | None = None) -> Mapping[str, GramPair]:
-    """Draw as the arguments say; return the Grams."""
+    """Draw the Grams given by the arguments, and return them."""
     given = grams_parser().parse_args(arguments)
     weights = given.weights or given.run / WEIGHTS
     for path in (given.run / CONFIG, weights):

@@ -1,4 +1,4 @@
-"""Which parts of both models' heads the losses of a run read."""
+"""The parts of both models' heads that the losses of a run read."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Parts = DenseParts | RegionParts | PixelParts
 def read_heads(
     student: nn.Module, teacher: TeacherDetector, losses: Sequence[Loss], *, pixels: bool = False
 ) -> Parts:
-    """Let the teacher give what the losses read of its head; return what gives the student's.
+    """Set up the teacher to return what the losses read from its head; return the student's parts.
 
     Args:
         student: a detectron2 detector or segmenter.
         teacher: its ``parts`` are set.
-        losses: one of them or more read heads, or
-        pixels: the head of classes of pixels is a level that they read.
+        losses: losses of the run; at least one reads heads, unless ``pixels`` is set.
+        pixels: the losses read the semantic segmentation head as a level.
 
     Raises:
-        ConfigError: heads that the losses cannot read, or that say things of two meanings.
+        ConfigError: the losses cannot read a head, or both heads' outputs differ in meaning.
     """
     reading = [loss for loss in losses if loss.needs_head is not None]
     names = ", ".join([*(type(loss).__name__ for loss in reading), *["the level sem_seg"] * pixels])
@@ -57,7 +57,7 @@ def read_heads(
 def _parts(
     model: nn.Module, kind: type | None, reading: Sequence[Loss], *, predictions: bool = True
 ) -> Parts:
-    """What gives the losses what they read of a head."""
+    """Return the parts of a model's head that the losses read."""
     if kind is PixelHead:
         return PixelParts(model)
     if kind is RegionHead:

@@ -13,7 +13,7 @@ sections of a YAML file. detectron2's own: its documentation, "Yacs Configs".
 
 
 def keys() -> list[Key]:
-    """Every key of this project but those of losses."""
+    """Return every key of this project except those of losses."""
     values = flatten(detection_config())
     return [
         Key(name, values[name], text) for name, text in commented_keys(detection_config).items()
@@ -21,6 +21,6 @@ def keys() -> list[Key]:
 
 
 def all_keys() -> str:
-    """Return every key of this project with its default and its meaning."""
+    """Return a text that lists every key of this project with its default and meaning."""
     heading = "Losses: what DISTILL.METHODS may name, each with a section of its own."
     return "\n".join([HEADING, *map(shown, keys()), "", heading, "", all_losses(section_defaults)])

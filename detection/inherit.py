@@ -1,4 +1,4 @@
-"""The weights of a teacher's file, heads included, for a student that starts from parts of them."""
+"""The weights of a teacher's file, heads included, for a student that inherits some of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def teacher_weights(student: nn.Module, file: str) -> dict[str, Tensor]:
     """Return the weights of the teacher's file by name.
 
     Args:
-        student: whose checkpoints are read in the same way.
+        student: the student; its checkpointer reads the file.
         file: a path or a URL.
 
     Raises:
-        ConfigError: there is no file.
+        ConfigError: ``file`` is empty.
     """
     if not file:
         raise ConfigError("DISTILL.INHERIT: a teacher with random weights has none to inherit")

@@ -1,4 +1,4 @@
-"""Starting one process or many: detectron2's own launcher, torchrun or SLURM."""
+"""Start one process or several: through detectron2's own launcher, torchrun or SLURM."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pcka.engine.launch import process_group
 def run(
     main: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace, *, on_gpus: bool
 ) -> Any:
-    """Call ``main(arguments)`` in every process that the environment or the arguments ask for.
+    """Call ``main(arguments)`` in every process that the environment or the arguments request.
 
-    Under torchrun each process is there already and joins the others: by NCCL with a GPU each, by
-    gloo on CPUs. Else detectron2's launcher starts one process for each of ``--num-gpus``.
+    Under torchrun the processes already exist and join one group, with NCCL if each has a GPU and
+    with gloo on CPUs. Otherwise detectron2's launcher starts ``--num-gpus`` processes.
 
     Args:
-        main: what every process does.
-        arguments: of ``detection.arguments.train_parser``.
+        main: function that every process calls.
+        arguments: parsed by ``detection.arguments.train_parser``.
         on_gpus: the processes train on GPUs, not on CPUs.
 
     Raises:
-        ConfigError: more GPUs than the machine has.
+        ConfigError: more GPUs are requested than the machine has.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with process_group("cuda" if on_gpus else "cpu"):

@@ -1,4 +1,4 @@
-"""The detectors that a LazyConfig describes: ResNet, FPN, and a head as FCOS has it."""
+"""Detectors described by a LazyConfig: ResNet, FPN, and a head like that of FCOS."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def lazy_detector(
 
     Args:
         make: the detector's class.
-        backbone: of :func:`lazy_backbone`.
-        head: of :func:`lazy_head`.
+        backbone: from :func:`lazy_backbone`.
+        head: from :func:`lazy_head`.
         cfg: the whole configuration.
         keys: the detector's section of it.
     """
@@ -58,9 +58,9 @@ def lazy_backbone(cfg: CfgNode, detector: str, *, source: str = "p5") -> DictCon
     """Return the LazyConfig of the backbone that the YAML keys describe.
 
     Args:
-        cfg: its ``MODEL`` is read.
-        detector: whose backbone it is, for messages.
-        source: the map that its P6 is made from, ``"p5"`` or ``"res5"``.
+        cfg: configuration whose ``MODEL`` is read.
+        detector: name of the detector, for messages.
+        source: the map that P6 is made from, ``"p5"`` or ``"res5"``.
 
     Raises:
         ConfigError: a backbone that a LazyConfig of detectron2's stages cannot describe.
@@ -88,7 +88,7 @@ def lazy_backbone(cfg: CfgNode, detector: str, *, source: str = "p5") -> DictCon
 
 
 def _lazy_top_block(cfg: CfgNode, source: str) -> DictConfig:
-    """P6 and P7; detectron2's own where it has them."""
+    """P6 and P7; detectron2's own class where it fits."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     keys = {
         "in_channels": channels if source == "p5" else 8 * cfg.MODEL.RESNETS.RES2_OUT_CHANNELS,
@@ -101,7 +101,7 @@ def _lazy_top_block(cfg: CfgNode, source: str) -> DictConfig:
 
 
 def _check_backbone(cfg: CfgNode, detector: str, source: str) -> None:
-    """Refuse what the stages and the pyramid of :func:`lazy_backbone` do not follow."""
+    """Refuse keys that the stages and the pyramid of :func:`lazy_backbone` do not support."""
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
     expected = {
         "BACKBONE.NAME": "build_p6p7_resnet_fpn_backbone",

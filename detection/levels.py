@@ -16,7 +16,7 @@ from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("detectron2.pcka")
 
-CONSTANT_UP_TO = {True: 2, False: 1}  # centered or not -> patches whose alignment is constantly 1
+CONSTANT_UP_TO = {True: 2, False: 1}  # centered? -> number of patches whose alignment is always 1
 DEFAULT_LEVELS = 4
 ENOUGH_PATCHES = 16
 
@@ -29,11 +29,11 @@ def match_levels(
     Args:
         wanted: ``"p3"`` (the same name in both) or ``"p3:p2"`` (student, teacher); empty means the
             student's first four levels, from fine to coarse.
-        student: what the student's backbone gives, by level.
-        teacher: what the teacher's backbone gives, by level.
+        student: shape of each level of the student's backbone.
+        teacher: shape of each level of the teacher's backbone.
 
     Raises:
-        ConfigError: a level that a backbone does not have, or one of the student named twice.
+        ConfigError: a backbone lacks a level, or a level of the student is named twice.
     """
     if not wanted:
         wanted = sorted(student, key=lambda level: student[level].stride or 0)[:DEFAULT_LEVELS]
@@ -69,8 +69,8 @@ def build_losses(
         shapes: channels and stride of the student's levels.
 
     Raises:
-        ConfigError: an unknown loss, one that compares no feature maps, a level that is not
-            matched, or values that a loss refuses.
+        ConfigError: a loss is unknown or unsuitable for detectors, a level is not matched, or a
+            loss refuses its values.
     """
     built = distill.build_losses(
         cfg.DISTILL.METHODS,
@@ -90,24 +90,24 @@ def needs_head(methods: Sequence[str]) -> bool:
     """Whether a loss reads the teacher's head.
 
     Raises:
-        ConfigError: a name that no loss has.
+        ConfigError: there is no loss of that name.
     """
     distill.check_methods(methods)
     return any(losses.find(name).needs_head is not None for name in methods)
 
 
 def reads_levels(methods: Sequence[str]) -> bool:
-    """Whether a loss compares maps of levels, and not heads alone.
+    """Whether a loss compares maps of levels, and not only heads.
 
     Raises:
-        ConfigError: a name that no loss has.
+        ConfigError: there is no loss of that name.
     """
     distill.check_methods(methods)
     return any("stages" in losses.defaults(name) or losses.find(name).taps for name in methods)
 
 
 def _unfit(loss: losses.Loss) -> str | None:
-    """Why a loss is none of feature maps or of heads, which is what detectors have."""
+    """Return why a loss does not suit a detector's feature maps and heads; None if it does."""
     needs = {
         "logits": loss.needs_logits,
         "a target": loss.needs_target,
@@ -123,7 +123,7 @@ def _unfit(loss: losses.Loss) -> str | None:
 
 
 def _check_patches(loss: losses.PCKA, shapes: Mapping[str, ShapeSpec], side: int) -> None:
-    """Say which level of PCKA has too few patches for a signal, at the smallest training size."""
+    """Warn of PCKA levels with too few patches for a signal at the smallest training size."""
     if "rows" not in loss.relations:
         return
     for level, patch in zip(loss.taps, loss.patch_sizes):
@@ -139,13 +139,13 @@ def _check_patches(loss: losses.PCKA, shapes: Mapping[str, ShapeSpec], side: int
 
 
 def patches(side: int, stride: int, patch: int | tuple[int, int]) -> int:
-    """Number of patches of a square image's feature map; ``side`` in pixels of the image."""
+    """Return the number of patches of a square image's feature map; ``side`` in image pixels."""
     height, width = (patch, patch) if isinstance(patch, int) else patch
     own = math.ceil(side / stride)
     return math.ceil(own / height) * math.ceil(own / width)
 
 
 def patch_for(side: int, stride: int) -> int:
-    """The largest power of two that leaves ``ENOUGH_PATCHES`` patches, or 1."""
+    """Return the largest power of two that leaves ``ENOUGH_PATCHES`` patches, or 1."""
     sizes = [2**power for power in range(7, -1, -1)]
     return next((p for p in sizes if patches(side, stride, p) >= ENOUGH_PATCHES), 1)

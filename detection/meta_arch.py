@@ -1,4 +1,4 @@
-"""A detector or segmenter that learns from another one, as a detectron2 meta-architecture."""
+"""A detector or segmenter that learns from a teacher, as a detectron2 meta-architecture."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ DRY_RUN_SIDE = 256
 
 @META_ARCH_REGISTRY.register()
 class DistilledDetector(nn.Module):
-    """A student, trained by its own losses and by losses that compare its feature maps.
+    """A student trained with its own losses and with losses that compare it with a teacher.
 
-    In training a batch gives the student's loss terms and those of a :class:`pcka.Distiller`, each
-    under its own name. In inference it is exactly the student. In several processes each compares
-    the maps of its own batch: those of the others have other sizes. The losses' target is the boxes
-    of the objects, where one needs them.
+    In training, a batch yields the student's loss terms and those of a :class:`pcka.Distiller`,
+    each under its own name. In inference, the module behaves exactly like the student. With several
+    processes, each compares only the maps of its own batch, since those of the others have other
+    sizes. The losses' target is the boxes of the objects, if a loss needs them.
 
     Args:
         student: any detectron2 model with a ``backbone`` that returns named maps.
-        teacher: of :func:`detection.teacher.build_teacher`, with its head where a loss needs it;
-            None for a student that trains by itself.
-        losses: of :mod:`pcka.losses`, on taps named like the student's levels.
+        teacher: from :func:`detection.teacher.build_teacher`, with its head if a loss needs it;
+            None for a student that trains without a teacher.
+        losses: from :mod:`pcka.losses`, on taps named like the student's levels.
         levels: student level -> teacher level.
-        log_period: steps between logged alignments and gradient norms of the levels; 0 for never.
+        log_period: steps between logged alignments and gradient norms of the levels; 0: never.
 
     Raises:
-        ConfigError: heads that a loss cannot read, or not compare.
+        ConfigError: a loss cannot read or compare the heads.
     """
 
     @configurable
@@ -86,7 +86,7 @@ class DistilledDetector(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """What ``__init__`` takes, from ``DISTILL``."""
+        """Return the arguments of ``__init__``, from ``DISTILL``."""
         check_exportable(cfg)
         student: Any = build_student(cfg)
         if not cfg.DISTILL.METHODS:
@@ -99,7 +99,7 @@ class DistilledDetector(nn.Module):
             shapes = {**shapes, **pixel_shape(student)}
             teacher_shapes = {**teacher_shapes, **pixel_shape(cast(Any, teacher.model).detector)}
         wanted = cfg.DISTILL.LEVELS
-        levels = {}  # of heads alone, whose models may have levels of other names
+        levels = {}  # for losses on heads only, whose models may name their levels differently
         if wanted or reads_levels(cfg.DISTILL.METHODS):
             levels = match_levels(wanted, shapes, teacher_shapes)
         return {
@@ -117,26 +117,26 @@ class DistilledDetector(nn.Module):
 
     @property
     def teacher(self) -> FrozenTeacher | None:
-        """The frozen teacher, which is no part of the module."""
+        """The frozen teacher, which is not a submodule."""
         return self.distiller.teacher
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """The student's device."""
         return cast(torch.device, self.student.device)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Loss terms by name in training, the student's detections in inference.
+        """Return loss terms by name in training, the student's detections in inference.
 
         Args:
-            batched_inputs: as detectron2's data loaders give them.
+            batched_inputs: as detectron2's data loaders return them.
 
         Raises:
-            ValueError: two losses give a term of one name, or one gives none.
+            ValueError: two losses return a term of the same name, or a loss returns none.
         """
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
-        # Both models bring the images to the device: moved here, they travel once.
+        # Both models would move the images to the device; moving them here does it once.
         images = [entry["image"].to(self.device) for entry in batched_inputs]
         batched_inputs = [{**entry, "image": i} for entry, i in zip(batched_inputs, images)]
         watched = nullcontext() if self._head is None else self._head.watched()
@@ -159,7 +159,7 @@ class DistilledDetector(nn.Module):
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        """Size the adapters by a dry run of both backbones, and of the heads that losses read."""
+        """Size the adapters with a dry run of both backbones, and of the heads that losses read."""
         backbone, canvas = self.student.get_submodule("backbone"), (DRY_RUN_SIDE, DRY_RUN_SIDE)
         teacher = self.distiller.observe_teacher([torch.zeros(3, *canvas)] * 2, canvas)
         with evaluation_mode(self.student):
@@ -176,10 +176,10 @@ class DistilledDetector(nn.Module):
 
 
 def has_head(cfg: CfgNode) -> bool:
-    """Whether a run's teacher has its head.
+    """Whether a run's teacher is built with its head.
 
     Raises:
-        ConfigError: a name that no loss has.
+        ConfigError: there is no loss of a given name.
     """
     keys = cfg.DISTILL
     return keys.TEACHER.HEAD or names_pixels(keys.LEVELS) or needs_head(keys.METHODS)
@@ -189,10 +189,10 @@ def check_exportable(cfg: CfgNode) -> None:
     """Refuse a student that plain detectron2 could not load.
 
     Raises:
-        ConfigError: its backbone is known to this project alone.
+        ConfigError: its backbone is known only to this project.
     """
     architecture, backbone = student_architecture(cfg), cfg.MODEL.BACKBONE.NAME
-    # A LazyConfig describes the pyramid without a name.
+    # A LazyConfig describes the pyramid without its registered name.
     if backbone == build_p6p7_resnet_fpn_backbone.__name__ and architecture not in MODULES:
         raise ConfigError(
             f"MODEL.BACKBONE.NAME: plain detectron2 does not know {backbone!r}; give a "
@@ -201,12 +201,12 @@ def check_exportable(cfg: CfgNode) -> None:
 
 
 def _path(level: str) -> str:
-    """Where a student has a level."""
+    """Path of a level in a student."""
     return TAP if level == LEVEL else f"backbone:{level}"
 
 
 def _with_head(teacher: Outputs | None) -> Outputs:
-    """The teacher's outputs with what its head gave."""
+    """Return the teacher's outputs with those of its head."""
     assert teacher is not None  # a loss reads its head
     return replace(teacher, head=teacher.raw[HEAD])
 
@@ -214,7 +214,7 @@ def _with_head(teacher: Outputs | None) -> Outputs:
 def _boxes(
     batched_inputs: list[dict[str, Any]], canvas: Sequence[int], device: torch.device
 ) -> Tensor:
-    """The objects of a batch, ``(M, 5)``: image, and x0, y0, x1, y1 as parts of the canvas."""
+    """The objects of a batch, ``(M, 5)``: image, and x0, y0, x1, y1 as fractions of the canvas."""
     height, width = canvas
     size = torch.tensor([width, height, width, height], device=device)
     rows = []
@@ -230,10 +230,10 @@ def _boxes(
 
 
 def _log_levels(student: Outputs, teacher: Outputs | None) -> Outputs:
-    """Log what the levels are like; return the student's outputs as the losses shall see them.
+    """Log the levels' alignments and gradient norms; return the outputs to pass to the losses.
 
-    ``cka/<level>`` is the alignment of the positions of both maps, ``X (B * H * W, C)``;
-    ``distill_grad/<level>`` is the norm of what the losses send back through the student's map.
+    ``cka/<level>`` is the alignment of both maps over positions, ``X (B * H * W, C)``;
+    ``distill_grad/<level>`` is the norm of the losses' gradient with respect to the student's map.
     """
     assert teacher is not None  # every loss of a detector needs it
     storage = get_event_storage()
@@ -247,7 +247,7 @@ def _log_levels(student: Outputs, teacher: Outputs | None) -> Outputs:
 
 
 def _log_gradient(level: str, feature: Tensor) -> Tensor:
-    """The map on a branch of its own, whose gradient is that of the losses alone."""
+    """Return a view of the map, whose gradient is that of the distillation losses alone."""
     storage = get_event_storage()
     branch = feature.view_as(feature)
     branch.register_hook(

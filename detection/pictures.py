@@ -1,4 +1,4 @@
-"""Detections of several models on the same images, beside the truth: hits and misses."""
+"""Detections of several models on the same images, next to the ground truth: hits and misses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from pcka.modes import evaluation_mode
 
 LEAST_SCORE = 0.3
-MOST_DETECTIONS = 20  # of an image
-LEAST_OVERLAP = 0.5  # of a hit with its object, as AP50 has it
+MOST_DETECTIONS = 20  # per image
+LEAST_OVERLAP = 0.5  # minimum IoU of a hit with its object, as in AP50
 INCHES = 3.4
 TRUTH, HIT, MISS = "#009E73", "#0072B2", "#D55E00"
 SOLID, DASHED = "-", (0, (3, 2))
@@ -32,18 +32,18 @@ SOLID, DASHED = "-", (0, (3, 2))
 def draw_detections(
     cfg: CfgNode, models: Mapping[str, nn.Module], path: Path, images: int = 3
 ) -> None:
-    """Write :func:`detections_figure`; the suffix of ``path`` picks the format."""
+    """Write :func:`detections_figure`; the suffix of ``path`` determines the format."""
     detections_figure(cfg, models, images).savefig(path, dpi=100)
 
 
 @torch.no_grad()
 def detections_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int = 3) -> Figure:
-    """Draw a row for each image and a column for the truth and for each model.
+    """Draw a row for each image, and columns for the ground truth and each model.
 
     Args:
         cfg: ``DATASETS.TEST`` (its first set) and the loader's keys are read.
         models: column title -> detectron2 detector.
-        images: number of images, the first ones of the set.
+        images: number of images, taken from the start of the set.
     """
     name = cfg.DATASETS.TEST[0]
     entries = [batch[0] for batch, _ in zip(build_detection_test_loader(cfg, name), range(images))]
@@ -74,24 +74,24 @@ def detections_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int
 
 
 def _surest(found: Instances) -> Instances:
-    """The detections that a picture shows: by their scores, and not so many that they hide it."""
+    """The highest-scoring detections, few enough not to hide the picture."""
     found = found[found.scores >= LEAST_SCORE]
     return found[found.scores.argsort(descending=True)[:MOST_DETECTIONS]]
 
 
 def match(found: Instances, boxes: Boxes, kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Say which detections are hits and which objects are found.
+    """Determine which detections are hits and which objects are found.
 
-    In the order of its score each detection takes the object of its class that it overlaps most
-    with, by :data:`LEAST_OVERLAP` or more, and that none took before.
+    In descending order of score, each detection takes the object of its class that it overlaps most
+    among those not yet taken, if their IoU is at least :data:`LEAST_OVERLAP`.
 
     Args:
-        found: with ``pred_boxes``, ``pred_classes`` and ``scores``.
-        boxes: of the objects.
-        kinds: their classes, ``(M,)`` int64.
+        found: detections with ``pred_boxes``, ``pred_classes`` and ``scores``.
+        boxes: boxes of the objects.
+        kinds: classes of the objects, ``(M,)`` int64.
 
     Returns:
-        For each detection and for each object whether it is a hit, or found: bool.
+        For each detection whether it is a hit, and for each object whether it is found; both bool.
     """
     overlaps = pairwise_iou(found.pred_boxes, boxes)
     overlaps[found.pred_classes[:, None] != kinds] = 0
@@ -124,7 +124,7 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
 def _draw_found(
     axes: Axes, found: Instances, boxes: Boxes, kinds: Tensor, classes: Sequence[str]
 ) -> None:
-    """Hits and false alarms with their scores, and the objects that were missed."""
+    """Draw hits and false alarms with their scores, and the missed objects."""
     hits, taken = match(found, boxes, kinds)
     missed = [_named(kind, classes) for kind in kinds[~taken].tolist()]
     _draw(axes, boxes[~taken], missed, MISS, DASHED)
@@ -136,8 +136,8 @@ def _draw_found(
 
 
 def _draw(axes: Axes, boxes: Boxes, labels: Sequence[str], colour: str, dash: Any = SOLID) -> None:
-    """Boxes with their labels outside of them: above, or below where there is no room above."""
-    outline = [withStroke(linewidth=2.5, foreground="white")]  # seen on any ground
+    """Draw boxes with labels outside of them: above, or below where there is no room above."""
+    outline = [withStroke(linewidth=2.5, foreground="white")]  # visible on any background
     width, height = max(axes.get_xlim()), max(axes.get_ylim())
     for (left, top, right, bottom), label in zip(boxes.tensor.tolist(), labels):
         size = right - left, bottom - top

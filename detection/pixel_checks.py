@@ -1,4 +1,4 @@
-"""Whether images reach both models as these expect them: channel order and pixel statistics."""
+"""Checks that both models get images as they expect them: channel order and pixel statistics."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from pcka.engine.step_cost import seconds_of
 from pcka.teacher import FrozenTeacher
 
 LEAST_IMAGES = 4
-LONG_ENOUGH = 60.0  # seconds that all trials may take, where more than the least images are seen
+LONG_ENOUGH = 60.0  # time budget of all trials with more than LEAST_IMAGES, in seconds
 TRIALS = 9
-NEARER = 0.5  # of a distance, below which reversed means are taken for the ones that were meant
-FAR = 0.5  # deviations, of all channels together
+NEARER = 0.5  # ratio of distances below which the reversed means are taken as the intended ones
+FAR = 0.5  # distance in standard deviations, summed over the channels
 
-# Statistics that models are usually trained with, in the order RGB, for pixels up to 255.
+# Statistics that models are usually trained with, in RGB order, for pixels from 0 to 255.
 IMAGENET = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 USUAL = {
     "ImageNet's": IMAGENET,
@@ -48,20 +48,20 @@ OTHER_ORDER = {"RGB": "BGR", "BGR": "RGB"}
 
 
 def image_statistics(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, ``(3,)``, of images ``(3, H_i, W_i)`` from 0 to 255."""
+    """Mean and standard deviation per channel, ``(3,)``, of images ``(3, H_i, W_i)``, 0 to 255."""
     pixels = torch.cat([image.flatten(1) for image in images], dim=1).float()
     std, mean = torch.std_mean(pixels, dim=1)
     return mean, std
 
 
 def check_student(cfg: CfgNode, images: Sequence[Tensor]) -> Verdict:
-    """Whether the student's statistics bring the images near mean 0 and deviation 1.
+    """Check that the student's statistics bring the images near mean 0 and deviation 1.
 
-    Weights that Caffe trained are used with means alone; nothing is said of their deviations.
+    Weights trained with Caffe use only means; their deviations are not judged.
 
     Args:
-        cfg: of the run.
-        images: ``(3, H_i, W_i)`` from 0 to 255, as the data loader gives them.
+        cfg: the run's configuration.
+        images: ``(3, H_i, W_i)`` from 0 to 255, as the data loader returns them.
     """
     means, stds = image_statistics(images)
     own, divided = torch.tensor(cfg.MODEL.PIXEL_MEAN), torch.tensor(cfg.MODEL.PIXEL_STD)
@@ -94,16 +94,16 @@ def check_student(cfg: CfgNode, images: Sequence[Tensor]) -> Verdict:
 def check_teacher_pixels(
     teacher: FrozenTeacher, cfg: CfgNode, order: str, dataset: Entries
 ) -> Verdict:
-    """Whether a teacher is better with swapped channels, or with other usual statistics.
+    """Check whether a teacher is better with swapped channels, or with other common statistics.
 
-    Compared are the objects among as many of its surest detections as an image has objects, and the
-    intersection over union of each class in each image.
+    A detector is judged by the objects that it finds with its top ``M`` detections in an image of
+    ``M`` objects, a segmenter by the intersection over union of each class in each image.
 
     Args:
-        teacher: around a :class:`detection.teacher.TeacherDetector`, where it runs.
-        cfg: of the run; its images are read as for an evaluation.
-        order: of the teacher's channels, ``"RGB"`` or ``"BGR"``.
-        dataset: of the run.
+        teacher: wraps a :class:`detection.teacher.TeacherDetector`, on its device.
+        cfg: the run's configuration; images are read as for an evaluation.
+        order: the teacher's channel order, ``"RGB"`` or ``"BGR"``.
+        dataset: training entries of the run.
     """
     whole = cast(TeacherDetector, teacher.model)
     detector: Any = whole.detector
@@ -142,12 +142,12 @@ def check_teacher_pixels(
 
 
 class _Tried:
-    """Images that a teacher is tried on, and how right it is on them.
+    """The images that a teacher is tried on, and its scores on them.
 
     Args:
         teacher: a whole detector or segmenter.
-        cfg: of the run.
-        dataset: of the run.
+        cfg: the run's configuration.
+        dataset: training entries of the run.
     """
 
     def __init__(self, teacher: TeacherDetector, cfg: CfgNode, dataset: Entries) -> None:
@@ -164,14 +164,14 @@ class _Tried:
         self.images = self.images[: max(LEAST_IMAGES, affordable)]
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Those of the images, in the teacher's order."""
+        """Statistics of the images, in the teacher's channel order."""
         images = [given["image"] for _, given in self.images]
         mean, std = image_statistics(images)
         step = -1 if self.teacher.swap_channels else 1
         return mean.tolist()[::step], std.tolist()[::step]
 
     def score(self, given: PixelInput) -> Tensor:
-        """How right the teacher is on each object, or class in an image: ``(N,)`` from 0 to 1."""
+        """Score of the teacher on each object, or each class in an image: ``(N,)`` from 0 to 1."""
         with _taking(self.teacher, given):
             return torch.cat([self._right(*one) for one in self.images])
 
@@ -188,7 +188,7 @@ class _Tried:
 
 @contextmanager
 def _taking(teacher: TeacherDetector, given: PixelInput) -> Iterator[None]:
-    """Let a teacher detect with another input meanwhile."""
+    """Let a teacher use another input normalisation and channel order within a block."""
     detector: Any = teacher.detector
     before = detector.pixel_mean, detector.pixel_std, teacher.swap_channels
     detector.pixel_mean, detector.pixel_std = (

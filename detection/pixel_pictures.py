@@ -1,4 +1,4 @@
-"""The classes that several models give the pixels of the same images, beside the truth."""
+"""Per-pixel classes of several models on the same images, next to the ground truth."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pcka.modes import evaluation_mode
 
 INCHES = 3.4
 PALETTE = "tab20"
-MOST_NAMED = 20  # classes in the legend: as many as the palette tells apart
+MOST_NAMED = 20  # classes in the legend: as many as the palette has colours
 
 
 @torch.no_grad()
 def pixels_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int = 3) -> Figure:
-    """Draw a row for each image, and columns for the image, its truth and each model.
+    """Draw a row for each image, and columns for the image, its ground truth and each model.
 
     Args:
         cfg: ``DATASETS.TEST`` (its first set) and the loader's keys are read.
-        models: column title -> detectron2 model that gives ``sem_seg``.
-        images: number of images, the first ones of the set.
+        models: column title -> detectron2 model that returns ``sem_seg``.
+        images: number of images, taken from the start of the set.
     """
     name, labels = cfg.DATASETS.TEST[0], Labels.of(cfg)
     loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
@@ -65,7 +65,7 @@ def _colours(classes: np.ndarray) -> np.ndarray:
 
 
 def _coloured(classes: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """``(H, W)`` classes -> ``(H, W, 3)`` colours; white where no class counts."""
+    """``(H, W)`` classes -> ``(H, W, 3)`` colours; ignored pixels are white."""
     colours = _colours(classes)[..., :3].copy()
     colours[ignored] = 1
     return colours

@@ -1,4 +1,4 @@
-"""Heads that give a class for every pixel, as the losses and the taps read them."""
+"""Semantic segmentation heads, as the losses and the taps read them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from pcka.losses.heads import PixelHead
 
-LEVEL = "sem_seg"  # a level beside those of the backbone: what the head's last layer is given
+LEVEL = "sem_seg"  # a level besides the backbone's: the input of the head's last layer
 TAP = "sem_seg_head.predictor:input"  # its path in a student
 NO_CLASS = -1
 Maps = Mapping[str, Tensor]
 
 
 class PixelParts:
-    """The head of a SemanticSegmentor or a PanopticFPN: class scores, and what gives them.
+    """The head of a SemanticSegmentor or a PanopticFPN: class scores and their input map.
 
     Args:
-        model: stays as it is, and is no part of this object's state. Its ``sem_seg_head`` has
-            ``layers(maps)``, which end in a ``predictor``, as detectron2's and this project's have.
+        model: is not modified, and is not part of this object's state. Its ``sem_seg_head`` has
+            ``layers(maps)``, which end in a ``predictor``, as in detectron2's and this project's
+            heads.
 
     Raises:
-        ValueError: another model.
+        ValueError: the model has no such head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,12 +41,12 @@ class PixelParts:
 
     @property
     def shape(self) -> ShapeSpec:
-        """Channels and stride of what the last layer is given."""
+        """Channels and stride of the last layer's input."""
         return ShapeSpec(channels=self.head.predictor.in_channels, stride=self.head.common_stride)
 
     @contextmanager
     def watched(self) -> Iterator[PixelWatch]:
-        """Keep what the head gives while the block runs the model, or its head, once."""
+        """Record the head's outputs while the block runs the model, or its head, once."""
         watch = PixelWatch(self.head.ignore_value)
         handles = [
             self.head.register_forward_pre_hook(watch.keep_labels),
@@ -58,20 +59,20 @@ class PixelParts:
                 handle.remove()
 
     def run(self, maps: Maps, _: object = None) -> PixelHead:
-        """What the head gives for the maps of a backbone."""
+        """Return the head's outputs for the maps of a backbone."""
         with self.watched() as watch:
             self.head.layers(maps)
         return watch.given()
 
     def teach(self, maps: Maps, canvas: tuple[int, int]) -> PixelHead:
-        """What the head gives for whole maps, of a canvas alone."""
+        """Return the head's outputs for whole maps, cropped to a canvas."""
         found, stride = self.run(maps), self.head.common_stride
         rows, columns = (math.ceil(side / stride) for side in canvas)
         return PixelHead(*(x[:, :, :rows, :columns] for x in (found.logits, found.features)))
 
 
 class PixelWatch:
-    """What a head gave in one run."""
+    """The inputs and outputs of a head in one run."""
 
     def __init__(self, ignored: int) -> None:
         self._ignored = ignored
@@ -79,28 +80,28 @@ class PixelWatch:
         self._scores: tuple[Tensor, Tensor] | None = None
 
     def keep_labels(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        """A hook of the head, which is given maps and the classes of pixels."""
+        """Forward pre-hook of the head, whose inputs are maps and the classes of pixels."""
         labels = given[1] if len(given) > 1 else None
         if labels is not None:
             self._labels = labels.masked_fill(labels == self._ignored, NO_CLASS)
 
     def keep_scores(self, _: nn.Module, given: tuple[Tensor], logits: Tensor) -> None:
-        """A hook of the head's last layer."""
+        """Forward hook of the head's last layer."""
         self._scores = logits, given[0]
 
     def given(self, _: object = None) -> PixelHead:
-        """For the losses."""
+        """The recorded values, as the losses take them."""
         assert self._scores is not None  # the model ran
         return PixelHead(*self._scores, self._labels)
 
 
 def names_pixels(levels: Sequence[object]) -> bool:
-    """Whether one of ``DISTILL.LEVELS`` is that of the head."""
+    """Whether ``DISTILL.LEVELS`` includes the head's level."""
     return any(LEVEL in str(entry).split(":") for entry in levels)
 
 
 def pixel_shape(model: nn.Module) -> dict[str, ShapeSpec]:
-    """The level of a model's head; {} where there is none."""
+    """Return the level of a model's head, {} if there is none."""
     try:
         return {LEVEL: PixelParts(model).shape}
     except ValueError:

@@ -1,4 +1,4 @@
-"""What is refused before a run writes anything."""
+"""Checks that refuse a run before it writes anything."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ AT_LEAST_1 = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.IMS_PER_BAT
 
 
 def read_run(config_file: str, overrides: list[str]) -> CfgNode:
-    """Return the configuration of a run, on a device that is there; refuse it as :func:`check_run`.
+    """Return a run's configuration, with an available device, checked by :func:`check_run`.
 
     Args:
-        config_file: as of :func:`detection.config.load_config`.
+        config_file: as in :func:`detection.config.load_config`.
         overrides: likewise.
     """
     cfg = load_config(config_file, overrides)
@@ -39,7 +39,7 @@ def check_run(cfg: CfgNode) -> None:
     """Refuse a configuration that would fail later, or whose keys would be ignored.
 
     Raises:
-        ConfigError: one of its keys, and what to set it to.
+        ConfigError: the message names a key, and what to set it to.
     """
     if student_architecture(cfg) in SEGMENTERS:
         _check_segmenter(cfg)
@@ -73,10 +73,10 @@ def _check_segmenter(cfg: CfgNode) -> None:
 
 
 def usable_device(name: str) -> str:
-    """Return ``MODEL.DEVICE``, or ``"cpu"`` where no GPU is.
+    """Return ``MODEL.DEVICE``, or ``"cpu"`` if there is no GPU.
 
     Raises:
-        ConfigError: neither a CPU nor a GPU of this machine.
+        ConfigError: the device is neither the CPU nor a GPU of this machine.
     """
     expected = f"MODEL.DEVICE: expected 'cpu', 'cuda' or 'cuda:<number>', got {name!r}"
     try:
@@ -100,10 +100,10 @@ def is_taught(cfg: CfgNode) -> bool:
 
 
 def check_teacher_file(cfg: CfgNode) -> None:
-    """Refuse a teacher's file where the student's checkpoints are written; tell of a shared one.
+    """Refuse a teacher's file in the student's output folder; warn if both start from one file.
 
     Raises:
-        ConfigError: it lies in ``OUTPUT_DIR``, and would be replaced.
+        ConfigError: the file is in ``OUTPUT_DIR``, and would be overwritten.
     """
     if not is_taught(cfg):
         return

@@ -1,6 +1,6 @@
-"""P6 and P7 as detectron2's configuration cannot describe them.
+"""Variants of P6 and P7 that detectron2's configuration cannot describe.
 
-This file stands alone: an export takes it along, for detectors whose pyramid needs it.
+This file is self-contained: exports of detectors whose pyramid needs it include a copy.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 class P6P7(LastLevelP6P7):
-    """P6 and P7 by strided convolutions, with or without the ReLU between them.
+    """P6 and P7 from strided convolutions, with or without the ReLU between them.
 
     Args:
-        in_channels: of the map that P6 is made from.
-        out_channels: of P6 and P7.
-        in_feature: that map, ``"res5"`` or ``"p5"``.
+        in_channels: channels of the map that P6 is made from.
+        out_channels: channels of P6 and P7.
+        in_feature: the map that P6 is made from, ``"res5"`` or ``"p5"``.
         relu: apply a ReLU to P6 before P7 is made from it, as detectron2 always does.
     """
 
@@ -25,6 +25,6 @@ class P6P7(LastLevelP6P7):
         self.relu = relu
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """P6 and P7, ``(B, C, ceil(H / 2), ceil(W / 2))`` and half of that."""
+        """Return P6 and P7, ``(B, C, ceil(H / 2), ceil(W / 2))`` and half of that size."""
         p6 = self.p6(x)
         return [p6, self.p7(F.relu(p6) if self.relu else p6)]

@@ -1,4 +1,4 @@
-"""Box heads on given proposals, as the losses that compare regions read them."""
+"""Box heads on given proposals, as read by the losses that compare regions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Maps = Mapping[str, Tensor]
 
 
 class RegionParts:
-    """The box head of a Faster or Mask R-CNN: what it says of given proposals.
+    """The box head of a Faster or Mask R-CNN, run on given proposals.
 
     Args:
-        detector: stays as it is, and is no part of this object's state.
-        proposals: how many of an image's best proposals are looked at.
+        detector: is not modified, and is not part of this object's state.
+        proposals: number of top proposals used per image.
 
     Raises:
-        ValueError: a detector without a single box head.
+        ValueError: the detector has no single box head.
     """
 
     def __init__(self, detector: nn.Module, proposals: int) -> None:
@@ -41,12 +41,12 @@ class RegionParts:
 
     @property
     def encoding(self) -> tuple[float, ...]:
-        """By what the shifts of centre and size are multiplied."""
+        """Factors of the centre and size shifts."""
         return tuple(self.heads.box_predictor.box2box_transform.weights)
 
     @contextmanager
     def watched(self) -> Iterator[RegionWatch]:
-        """Keep the maps of the backbone while the block runs the detector once."""
+        """Record the backbone's maps while the block runs the detector once."""
         watch = RegionWatch(self)
         handle = self.detector.backbone.register_forward_hook(watch.keep)
         try:
@@ -55,10 +55,10 @@ class RegionParts:
             handle.remove()
 
     def teach(self, maps: Maps, sizes: Sequence[tuple[int, int]]) -> RegionHead:
-        """What the head says of the detector's own proposals, which come with it.
+        """Return the head's outputs for the detector's own proposals, with the proposals.
 
         Args:
-            maps: of the backbone.
+            maps: the backbone's maps.
             sizes: height and width of each image.
         """
         images = ImageList(torch.empty(0), list(sizes))
@@ -66,12 +66,12 @@ class RegionParts:
         return self._judged(maps, [image.proposal_boxes[: self.proposals] for image in found])
 
     def run(self, maps: Maps, lesson: RegionHead) -> RegionHead:
-        """What the head says of the proposals that another one was asked about."""
+        """Return the head's outputs for the proposals of another head's outputs."""
         return self._judged(maps, lesson.proposals)
 
     def _judged(self, maps: Maps, proposals: Sequence[Boxes]) -> RegionHead:
         heads = self.heads
-        # Pooled in float32: boxes are brought to the maps' dtype, and bfloat16 moves them.
+        # Pool in float32: boxes are cast to the maps' dtype, and bfloat16 would shift them.
         features = [maps[level].float() for level in heads.box_in_features]
         pooled = heads.box_head(heads.box_pooler(features, list(proposals)))
         logits, deltas = heads.box_predictor(pooled)
@@ -79,16 +79,16 @@ class RegionParts:
 
 
 class RegionWatch:
-    """The maps that a detector's backbone gave in one run."""
+    """The maps that a detector's backbone returned in one run."""
 
     def __init__(self, parts: RegionParts) -> None:
         self._parts = parts
         self._maps: Maps = {}
 
     def keep(self, _: nn.Module, inputs: object, maps: Maps) -> None:
-        """A hook of the backbone."""
+        """Forward hook of the backbone."""
         self._maps = maps
 
     def given(self, lesson: RegionHead) -> RegionHead:
-        """What the head says of the teacher's proposals."""
+        """Return the head's outputs for the teacher's proposals."""
         return self._parts.run(self._maps, lesson)

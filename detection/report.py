@@ -1,6 +1,6 @@
 """The report of a detector's run: ``python detection/report.py OUTPUT_DIR``.
 
-One HTML file with its pictures, and the same figures as JSON.
+It writes one HTML file with embedded pictures, and the same numbers as JSON.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ from pcka.modes import evaluation_mode
 
 WEIGHTS = "model_final.pth"
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
-PIXELS = "sem_seg"  # the task of classes of pixels; the others are of objects
-HARDLY = 1.0  # AP, percent: below it a detector finds nothing to speak of
+PIXELS = "sem_seg"  # the semantic segmentation task; the others are detection tasks
+HARDLY = 1.0  # AP in percent, below which a detector finds next to nothing
 
 Results = Mapping[str, Mapping[str, float | None]]  # task -> metric -> percent
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a detector costs.
+    """The cost of a detector.
 
     Attributes:
-        size: of the model.
-        milliseconds: of one image, median.
-        file_bytes: of its file of weights.
+        size: size of the model.
+        milliseconds: median latency of one image.
+        file_bytes: size of its weights file.
     """
 
     size: ModelSize
@@ -79,18 +79,18 @@ class Measured:
 def make_report(
     folder: Path, *, with_teacher: bool = False, baseline: Path | None = None, images: int = 4
 ) -> Report:
-    """Measure the detectors of a run, and put the report together.
+    """Measure the detectors of a run, and assemble the report.
 
-    The metrics are those that the run came to; the student does not run over the test set again.
+    The metrics are those of the finished run; the student is not evaluated again.
 
     Args:
         folder: ``OUTPUT_DIR`` of a finished run.
-        with_teacher: evaluate the teacher, too: one pass over the test set.
-        baseline: ``OUTPUT_DIR`` of a run whose metrics stand beside these.
-        images: that detections are drawn on.
+        with_teacher: also evaluate the teacher, in one pass over the test set.
+        baseline: ``OUTPUT_DIR`` of a run whose metrics are shown for comparison.
+        images: number of images to draw detections on.
 
     Raises:
-        ConfigError: no finished run, or weights that are not the detector's.
+        ConfigError: the run is not finished, or the weights are not the detector's.
     """
     check_finished(folder)
     cfg = load_config(str(folder / CONFIG), [])
@@ -139,10 +139,10 @@ def make_report(
 
 
 def check_finished(folder: Path) -> None:
-    """Refuse a folder that is not that of a finished run.
+    """Refuse a folder that does not hold a finished run.
 
     Raises:
-        ConfigError: it names the file that is missing.
+        ConfigError: a file is missing; the message names it.
     """
     for name in (CONFIG, RESULT, WEIGHTS):
         if not (folder / name).is_file():
@@ -153,7 +153,7 @@ def check_finished(folder: Path) -> None:
 
 
 def _baseline_result(folder: Path, cfg: CfgNode) -> Results:
-    """The metrics of another run on the same test sets."""
+    """Return the metrics of another run on the same test sets."""
     check_finished(folder)
     theirs = load_config(str(folder / CONFIG), []).DATASETS.TEST
     if tuple(theirs) != tuple(cfg.DATASETS.TEST):
@@ -165,12 +165,12 @@ def _baseline_result(folder: Path, cfg: CfgNode) -> Results:
 
 
 def read_result(folder: Path) -> Results:
-    """The metrics that a run came to."""
+    """Return the final metrics of a run."""
     return json.loads((folder / RESULT).read_text())
 
 
 def alignments_of(folder: Path) -> dict[str, float]:
-    """Level -> CKA with the teacher, when a run measured it last."""
+    """Level -> CKA with the teacher, as last measured in a run."""
     curves = read_metrics(folder / "metrics.json")
     return {
         key.removeprefix("cka/"): points[-1][1]
@@ -180,7 +180,7 @@ def alignments_of(folder: Path) -> dict[str, float]:
 
 
 def _models(cfg: CfgNode, folder: Path) -> tuple[dict[str, nn.Module], dict[str, Path], list[str]]:
-    """The detectors with their weights, the teacher first, their files, and what to say of it."""
+    """Return the detectors with weights, teacher first, their files, and warnings about it."""
     models, files, warnings = {}, {STUDENT: folder / WEIGHTS}, []
     wanted = cfg.DISTILL.TEACHER
     if cfg.MODEL.META_ARCHITECTURE == DISTILLED and wanted.CONFIG_FILE:
@@ -192,7 +192,7 @@ def _models(cfg: CfgNode, folder: Path) -> tuple[dict[str, nn.Module], dict[str,
             models[TEACHER] = build_student(own, "DISTILL.TEACHER").to(cfg.MODEL.DEVICE)
             load_weights(models[TEACHER], str(file))
             files[TEACHER] = file
-        except ValueError as error:  # a backbone alone, or a file that was moved
+        except ValueError as error:  # e.g. the file holds only a backbone, or was moved
             models.pop(TEACHER, None)
             warnings = [f"The teacher is left out: {error}"]
     models[STUDENT] = build_student(cfg).to(cfg.MODEL.DEVICE)
@@ -211,7 +211,7 @@ class _OfImage(nn.Module):
 
     Args:
         model: detectron2 detector.
-        entry: of the data loader; the image takes the place of its own.
+        entry: entry of the data loader; its image is replaced.
     """
 
     def __init__(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -220,7 +220,7 @@ class _OfImage(nn.Module):
         self.entry = entry
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Image ``(C, H, W)`` -> all tensors that the model finds in it."""
+        """Image ``(C, H, W)`` -> all tensors in the model's output."""
         (found,) = self.model([{**self.entry, "image": image}])
         fields = found["instances"].get_fields() if "instances" in found else found
         return tuple(getattr(field, "tensor", field) for field in fields.values())
@@ -229,7 +229,7 @@ class _OfImage(nn.Module):
 def _measure(
     cfg: CfgNode, models: Mapping[str, nn.Module], files: Mapping[str, Path]
 ) -> dict[str, Measured]:
-    """Size and latency of every detector, on the first image of the test set."""
+    """Measure size and latency of every detector, on the first image of the test set."""
     entry = next(iter(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])))
     calls = {name: lambda model=model: model(entry) for name, model in models.items()}
     with evaluation_mode(*models.values()):
@@ -245,7 +245,7 @@ def _measure(
 
 
 def run_doubts(cfg: CfgNode, results: Results) -> Iterator[str]:
-    """Yield what of a finished run is probably not as it was meant, a sentence or two each."""
+    """Yield warnings about probable mistakes in a finished run, one or two sentences each."""
     yield from schedule_doubts(cfg)
     for task, metrics in results.items():
         value = metrics.get("AP")
@@ -288,7 +288,7 @@ def _cards(
 
 
 def _metrics_section(results: Mapping[str, Results]) -> Section:
-    """What the evaluation came to in all, a table for each task."""
+    """The overall evaluation metrics, in one table per task."""
     tables = []
     for task, metrics in results[STUDENT].items():
         names = [name for name in metrics if "-" not in name]
@@ -307,7 +307,7 @@ def _text(value: float | None) -> str:
 def class_figures(
     results: Mapping[str, Results],
 ) -> Iterator[tuple[str, list[str], dict[str, list[float | None]]]]:
-    """Yield task, its classes, and name -> metric of each, where there is more than one class.
+    """Yield (task, classes, name -> metric of each class), for tasks with per-class metrics.
 
     The metric is :func:`class_metric`.
     """
@@ -327,12 +327,12 @@ def class_figures(
 
 
 def class_metric(task: str) -> str:
-    """Name of what is measured class by class: of boxes and masks AP, of pixels IoU."""
+    """Name of the per-class metric: AP of boxes and masks, IoU of pixels."""
     return "IoU" if task == PIXELS else "AP"
 
 
 def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
-    """AP or IoU by class."""
+    """Yield a section with AP or IoU by class for each task."""
     styles = {
         TEACHER: (TEACHER_COLOUR, "--"),
         STUDENT: method_style(0),
@@ -381,7 +381,7 @@ def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int)
 
 
 def _gram_sections(cfg: CfgNode, weights: Path) -> Iterator[Section]:
-    """What PCKA compares of each level, on the first image of the test set."""
+    """The Grams that PCKA compares at each level, on the first image of the test set."""
     if not reads_levels(cfg.DISTILL.METHODS):
         return
     try:
@@ -434,7 +434,7 @@ def _cost_data(own: Measured) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Report as the arguments say; print and return the path of the page."""
+    """Write the report given by the arguments; print and return the path of the page."""
     given = report_parser().parse_args(arguments)
     report = make_report(
         given.run, with_teacher=given.teacher, baseline=given.baseline, images=given.images

@@ -18,10 +18,10 @@ from detection.lazy import lazy_backbone, lazy_detector, lazy_head
 from detection.reppoints_model import RepPointsDetector, RepPointsHead
 from pcka.engine.config import ConfigError
 
-BASE = 4.0  # strides that an object's side has on its level; box losses are counted in them
+BASE = 4.0  # side of an object on its level, in strides; also the unit of the box losses
 BETA = 0.11  # where the smooth L1 loss becomes linear
 IGNORED, BACKGROUND = -2, -1
-OBJECT_FROM, BACKGROUND_TO = 0.5, 0.4  # overlaps
+OBJECT_FROM, BACKGROUND_TO = 0.5, 0.4  # IoU thresholds
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,13 +42,14 @@ class TrainedRepPoints(RepPointsDetector):
     """:class:`RepPointsDetector` with its losses.
 
     ``loss_reppoints_first`` is the smooth L1 distance of the first points' box from its object, at
-    the place nearest to the object on its level. ``loss_reppoints_loc`` is that of the last points,
-    and ``loss_reppoints_cls`` the focal loss, where the first points' box overlaps an object by
-    half. Each is divided by the number of its places in this process, of one or more an image.
+    the place nearest to the object on its level. ``loss_reppoints_loc`` is that of the refined
+    points, at the places whose first box :func:`overlapping_places` assigns to an object, and
+    ``loss_reppoints_cls`` is the focal loss under the same assignment. Each is divided by its
+    number of places with an object in this process, counting at least one per image.
 
     Args:
-        first_weight, box_weight: factors of the two distances.
-        keywords: of :class:`RepPointsDetector`.
+        first_weight, box_weight: weights of the two distances.
+        keywords: passed to :class:`RepPointsDetector`.
     """
 
     def __init__(self, *, first_weight: float, box_weight: float, **keywords: Any) -> None:
@@ -62,7 +63,7 @@ class TrainedRepPoints(RepPointsDetector):
         predictions: Sequence[Sequence[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Loss terms of a batch, in float32 under autocast, too."""
+        """Loss terms of a batch, in float32 even under autocast."""
         numbers = self.numbers
         rows = self._transpose_dense_predictions(predictions, [self.num_classes, numbers, numbers])
         logits, points, first = (torch.cat(levels, 1).float() for levels in rows)
@@ -108,7 +109,7 @@ class TrainedRepPoints(RepPointsDetector):
 
 
 def _count(owners: Sequence[Tensor]) -> int:
-    """How many places have an object, of each image one or more."""
+    """Count the places that have an object, at least one per image."""
     return sum(max(1, int((own >= 0).sum())) for own in owners)
 
 
@@ -127,15 +128,15 @@ def _distance(
 
 @torch.no_grad()
 def nearest_places(anchors: Sequence[Boxes], objects: Boxes) -> Tensor:
-    """The object of each place, ``(R,)``, or -1: each object has the nearest place of its level.
+    """The object of each place, ``(R,)``, or -1: each object takes the nearest place of its level.
 
-    The level of ``w x h`` pixels is that whose stride is nearest to ``sqrt(w h) / 4`` from below,
-    in powers of two. Distances are counted in ``w`` and ``h``. A place that is the nearest of
-    several objects goes to the nearest one.
+    The level of an object of ``w x h`` pixels is the one whose stride is the largest power of two
+    up to ``sqrt(w h) / 4``, within the strides of the levels. Distances are measured in units of
+    ``w`` and ``h``. A place that is nearest to several objects goes to the closest one.
 
     Args:
-        anchors: squares of one stride about the places of each level.
-        objects: ``M`` boxes, of which there may be none.
+        anchors: squares around the places of each level, one stride wide.
+        objects: ``M`` boxes; ``M`` may be 0.
     """
     counts = [len(level) for level in anchors]
     places = Boxes.cat(list(anchors))
@@ -158,14 +159,14 @@ def nearest_places(anchors: Sequence[Boxes], objects: Boxes) -> Tensor:
 
 @torch.no_grad()
 def overlapping_places(boxes: Tensor, objects: Boxes) -> Tensor:
-    """The object of each place by the box found there, ``(R,)``; -1 background, -2 ignored.
+    """The object of each place by the box predicted there, ``(R,)``; -1 background, -2 ignored.
 
-    A box that overlaps its best object by 0.5 or more is its own, one below 0.4 background. The
-    best box of every object is its own, however little it overlaps.
+    A box belongs to the object that it overlaps most if their IoU is at least 0.5; below 0.4 it is
+    background. The best box of every object belongs to it, however small their overlap.
 
     Args:
-        boxes: ``(R, 4)``, a box a place.
-        objects: ``M`` boxes, of which there may be none.
+        boxes: ``(R, 4)``, one box per place.
+        objects: ``M`` boxes; ``M`` may be 0.
     """
     if not len(objects):
         return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
@@ -183,7 +184,8 @@ def lazy_reppoints(cfg: CfgNode) -> DictConfig:
     """Return the LazyConfig of the detector that the YAML keys describe, for inference.
 
     Raises:
-        ConfigError: values that no RepPoints has, or a backbone that a LazyConfig cannot describe.
+        ConfigError: values that are invalid for RepPoints, or a backbone that a LazyConfig cannot
+            describe.
     """
     keys = cfg.MODEL.REPPOINTS
     if keys.NUM_CONVS < 1:

@@ -1,6 +1,6 @@
-"""RepPoints as it is after the training: a detector that detectron2 has not.
+"""RepPoints for inference, a detector that detectron2 lacks.
 
-This file stands alone: an export takes it along, so that a student runs without this project.
+This file is self-contained: exports include a copy, so that a student runs without this project.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-EPSILON = 1e-12  # of a variance, whose root has no derivative at 0
+EPSILON = 1e-12  # added to a variance, whose square root has no derivative at 0
 
 
 class RepPointsHead(RetinaNetHead):
-    """Points of an object at every place, found twice: by a convolution, and at those points.
+    """An object's points at every place, in two steps: a convolution, then a look at its points.
 
     Args:
-        input_shape: of each level.
-        conv_dims: channels of each convolution of a branch.
+        input_shape: shape of each level.
+        conv_dims: output channels of each convolution in a branch.
         num_classes: ``K``.
-        prior_prob: of an object at a place, before the training.
-        side: points are ``n = side ** 2``, with ``side`` odd.
-        gradient_factor: of what the second look sends back through the first points.
-        keywords: of :class:`RetinaNetHead`.
+        prior_prob: initial probability of an object at a place.
+        side: odd; there are ``n = side ** 2`` points.
+        gradient_factor: factor on the second step's gradient through the first points.
+        keywords: passed to :class:`RetinaNetHead`.
     """
 
     base: Tensor
@@ -74,13 +74,13 @@ class RepPointsHead(RetinaNetHead):
             cast(Tensor, self.cls_score.bias), -math.log((1 - prior_prob) / prior_prob)
         )
         steps = torch.arange(side) - side // 2
-        base = torch.cartesian_prod(steps, steps).float()  # y, x: where a convolution looks
+        base = torch.cartesian_prod(steps, steps).float()  # y, x: a convolution's sampling grid
         self.register_buffer("base", base.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Maps ``(B, C, H, W)`` of each level -> logits ``(B, K, H, W)``, points, first points.
 
-        Points are ``(B, 2 n, H, W)``: y and x of each, in strides from the place.
+        Points are ``(B, 2 n, H, W)``: y and x of each, in strides relative to the place.
         """
         found = [self._level(feature) for feature in features]
         logits, points, first = (list(maps) for maps in zip(*found))
@@ -97,17 +97,17 @@ class RepPointsHead(RetinaNetHead):
 
 
 def _look(layer: DeformConv2d, x: Tensor, offsets: Tensor) -> Tensor:
-    """In the weights' dtype: torchvision's kernels take one, and bfloat16 moves points."""
+    """Run in the weights' dtype: torchvision's kernels take one, and bfloat16 shifts points."""
     dtype = layer.weight.dtype
     with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, layer(x.to(dtype), offsets.to(dtype)))
 
 
 class CornerTransform:
-    """Boxes by their corners, in strides from the middle of a square."""
+    """Boxes given by their corners, in strides from the centre of a square."""
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """``(R, 4)`` of corners and squares of one stride -> ``(R, 4)`` in pixels."""
+        """Corners and squares of one stride, ``(R, 4)`` each -> ``(R, 4)`` in pixels."""
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         return centers.repeat(1, 2) + deltas * (boxes[:, 2:3] - boxes[:, :1])
 
@@ -115,13 +115,13 @@ class CornerTransform:
 class RepPointsDetector(FCOS):
     """RepPoints (Yang et al., ICCV 2019), for inference.
 
-    FCOS's places, with the box about the points that are found for each.
+    It uses FCOS's places, each with the box around the points predicted there.
 
     Args:
-        transform: ``"moment"``: the box's middle is the points' mean, its half extents their
-            deviations times a trained factor each; ``"minmax"``: the smallest box about them.
-        moment_factor: of the gradient of those trained factors.
-        keywords: of detectron2's FCOS.
+        transform: ``"moment"``: the box's centre is the points' mean, its half extents are their
+            standard deviations, each times a learned factor; ``"minmax"``: their bounding box.
+        moment_factor: factor on the gradient of the learned factors.
+        keywords: passed to detectron2's FCOS.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class RepPointsDetector(FCOS):
         if transform not in ("moment", "minmax"):
             raise ValueError(f"transform must be 'moment' or 'minmax', got {transform!r}")
         self.transform, self.moment_factor = transform, moment_factor
-        if transform == "moment":  # logarithms of half extents over deviations, x and y
+        if transform == "moment":  # log of half extent over standard deviation, x and y
             self.moment = nn.Parameter(torch.zeros(2))
         shapes = self.backbone.output_shape()
         strides = [shapes[level].stride for level in self.head_in_features]
@@ -139,12 +139,12 @@ class RepPointsDetector(FCOS):
             sizes=[[stride] for stride in strides],
             aspect_ratios=[1.0],
             strides=strides,
-            offset=0.0,  # as the authors' places lie: at the corner of a cell
+            offset=0.0,  # as in the authors' code, places lie at the corner of a cell
         )
 
     @property
     def numbers(self) -> int:
-        """How many the head gives for the points of a place, ``2 n``."""
+        """Number of the head's point outputs per place, ``2 n``."""
         return self.head.bbox_pred.out_channels
 
     def corners(self, points: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class RepPointsDetector(FCOS):
         )
 
     def forward_training(self, *_: object) -> dict[str, Tensor]:
-        """Not without the project that this file is from."""
+        """Not supported without the project that this file comes from."""
         raise NotImplementedError(
             "an exported RepPoints is for inference; train it where it is from"
         )
@@ -171,7 +171,7 @@ class RepPointsDetector(FCOS):
         features: list[Tensor],
         predictions: Sequence[Sequence[Tensor]],
     ) -> list[Instances]:
-        """Detections of each image."""
+        """Return the detections of each image."""
         logits, points = self._transpose_dense_predictions(
             predictions[:2], [self.num_classes, self.numbers]
         )

@@ -1,4 +1,4 @@
-"""What a resumed run needs beside weights, optimizer and schedule."""
+"""What a resumed run needs besides weights, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pcka.engine.random_state import capture_random_state, restore_random_state
 
 
 class RunState:
-    """The random generators' states, and the loss normaliser that dense detectors keep.
+    """The states of the random generators, and the loss normaliser that dense detectors keep.
 
-    Each process draws its own numbers; the file holds those of the first. The others start anew
-    after a resume, from its states and their rank.
+    Each process draws its own random numbers; the file holds the states of the first. After a
+    resume, the others are reseeded from these states and their rank.
 
     Args:
-        student: RetinaNet and FCOS hold a moving mean of the positives outside ``state_dict``.
+        student: RetinaNet and FCOS keep a moving average of the positives outside ``state_dict``.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -30,18 +30,18 @@ class RunState:
         self._random: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The present states, as tensors and plain values."""
+        """Return the current states, as tensors and plain values."""
         normalizer = getattr(self.student, "loss_normalizer", None)
         return {"random": capture_random_state(), "loss_normalizer": normalizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the random states for :meth:`restore_random`; set the normaliser."""
+        """Store the random states for :meth:`restore_random`; set the normaliser."""
         self._random = _in_todays_form(state["random"])
         if state["loss_normalizer"] is not None:
             self.student.loss_normalizer = state["loss_normalizer"]
 
     def restore_random(self) -> None:
-        """Set the generators, once everything that draws numbers at its start is built."""
+        """Restore the generators, once everything that draws random numbers at setup is built."""
         if self._random is None:
             return
         restore_random_state(self._random)
@@ -53,7 +53,7 @@ class RunState:
 
 @contextmanager
 def lent_random_states() -> Iterator[None]:
-    """Let a block draw numbers, and give the generators back as they were."""
+    """Let a block draw random numbers, and restore the generators afterwards."""
     states = capture_random_state()
     try:
         yield
@@ -62,7 +62,7 @@ def lent_random_states() -> Iterator[None]:
 
 
 def _in_todays_form(states: dict[str, Any]) -> dict[str, Any]:
-    """Random states of an older checkpoint, which kept lists, and one GPU's state by itself."""
+    """Convert the random states of an older checkpoint, with lists and a single GPU's state."""
     version, keys, position = states["python"]
     name, own, *rest = states["numpy"]
     cuda = states.get("cuda", [])

@@ -1,4 +1,4 @@
-"""Learning rates over the steps: detectron2's schedules, and the one that segmenters have."""
+"""Learning rate schedules: detectron2's, and the polynomial one used for segmenters."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ POWER = 0.9
 
 
 def build_schedule(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-    """Return what ``SOLVER.LR_SCHEDULER_NAME`` names; ``"WarmupPolyLR"`` as well.
+    """Return the schedule named by ``SOLVER.LR_SCHEDULER_NAME``, including ``"WarmupPolyLR"``.
 
-    That one falls as ``(1 - step / MAX_ITER)^0.9``, as usual for PSPNet and DeepLab.
+    The latter decays as ``(1 - step / MAX_ITER)^0.9``, as usual for PSPNet and DeepLab.
     """
     keys = cfg.SOLVER
     if keys.LR_SCHEDULER_NAME != POLYNOMIAL:
@@ -32,7 +32,7 @@ def build_schedule(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 
 
 def schedule_doubts(cfg: CfgNode) -> Iterator[str]:
-    """Yield what of a schedule is probably not meant, a sentence each."""
+    """Yield warnings about probable mistakes in a schedule, one sentence each."""
     keys = cfg.SOLVER
     unreached = [str(step) for step in keys.STEPS if step >= keys.MAX_ITER]
     if unreached and keys.LR_SCHEDULER_NAME == "WarmupMultiStepLR":

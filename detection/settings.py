@@ -1,4 +1,4 @@
-"""Whether a run may go on with other settings than it was started with."""
+"""Checks whether a run may resume with settings other than those it was started with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pcka.engine.distill import changed_settings
 logger = logging.getLogger("detectron2.pcka")
 
 CONFIG, RESULT, CHECKPOINT_TAG = "config.yaml", "result.json", "last_checkpoint"
-# What says where a run happens, how long, and how it is watched: the steps stay what they are.
+# Keys for where a run happens, how long it is, and how it is monitored: they do not affect a step.
 MAY_CHANGE = (
     "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "VIS_PERIOD", "CUDNN_BENCHMARK",
     "REPORT",
@@ -24,7 +24,7 @@ MAY_CHANGE = (
     "DATALOADER.NUM_WORKERS", "DISTILL.LOG_PERIOD", "DISTILL.TEACHER.RANDOM_WEIGHTS",
     "DISTILL.TEACHER.HEAD",
 )  # fmt: skip
-# Files may be moved between two stops of a run; whether they are the same, nobody can tell.
+# Files may be moved while a run is stopped; whether they are the same cannot be checked.
 PLACES = (
     "DISTILL.TEACHER.CONFIG_FILE", "DISTILL.TEACHER.WEIGHTS", "DATASETS.COCO_TRAIN.JSON",
     "DATASETS.COCO_TRAIN.IMAGES", "DATASETS.VOC_TRAIN.ROOT", "DATASETS.YOLO_TRAIN.ROOT",
@@ -34,17 +34,17 @@ PLACES = (
 
 
 def check_resumed(cfg: CfgNode) -> None:
-    """Refuse to go on with a run by other settings than it was started with.
+    """Refuse to resume a run with settings other than those it was started with.
 
-    How long it trains and how it is evaluated may change; so may the places of files, which is
-    told.
+    The training length and the evaluation may change. File locations may change, too, which is
+    logged as a warning.
 
     Args:
-        cfg: of the resumed run; its folder is ``OUTPUT_DIR``.
+        cfg: configuration of the resumed run; its folder is ``OUTPUT_DIR``.
 
     Raises:
-        ConfigError: another setting that the training depends on, or a finished run whose
-            checkpoint is gone.
+        ConfigError: a setting that the training depends on has changed, or the checkpoint of a
+            finished run is missing.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if not (folder / CHECKPOINT_TAG).exists():

@@ -1,4 +1,4 @@
-"""The teacher of a detector: its backbone and neck, and its head where a loss reads that."""
+"""The teacher of a detector: its backbone and neck, and its head if a loss reads that."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from pcka.teacher import FrozenTeacher
 if TYPE_CHECKING:
     from detection.heads import Parts
 
-HEAD = "head"  # what the head gives, beside the maps of the levels
+HEAD = "head"  # key of the head's outputs, besides those of the levels
 AUTOCAST = {"": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TeacherBackbone(nn.Module):
-    """Images as the student's data loader gives them -> the teacher's feature maps.
+    """Images from the student's data loader -> the teacher's feature maps.
 
-    The images are brought into the teacher's channel order first and normalised by the teacher's
-    own pixel statistics then: one decoded image serves both models.
+    The images are converted to the teacher's channel order, then normalised with the teacher's own
+    pixel statistics, so that one decoded image serves both models.
 
     Args:
         backbone: detectron2 backbone; its batch norms are folded here.
-        pixel_mean, pixel_std: of the teacher, in its channel order.
-        swap_channels: the student's images are BGR and the teacher's RGB, or the other way round.
+        pixel_mean, pixel_std: the teacher's pixel statistics, in its channel order.
+        swap_channels: the student's images are BGR and the teacher's RGB, or vice versa.
         autocast: dtype of the forward pass, or None for the student's.
         channels_last: keep weights and images in this memory format.
     """
@@ -75,18 +75,19 @@ class TeacherBackbone(nn.Module):
         return cast(Backbone, self.backbone).output_shape()
 
     def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
-        """Level -> ``(B, C, H, W)``, of the canvas alone.
+        """Level -> ``(B, C, H, W)``, cropped to the canvas.
 
         Args:
-            images: ``(3, H_i, W_i)`` each, as the student's data loader gives them, 0 to 255.
-            canvas: height and width that the student padded the batch to. The teacher pads to the
-                next size that its own backbone can halve, on the right and below, and what lies
-                beyond the canvas is cut off its maps.
+            images: ``(3, H_i, W_i)`` each, from 0 to 255, as the student's data loader returns
+                them.
+            canvas: height and width that the student padded the batch to. The teacher pads it
+                further, on the right and bottom, to the next multiple of its own backbone's size
+                divisibility, and crops its maps to the canvas.
         """
         return self.cut(self.run(images, canvas), canvas)
 
     def run(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
-        """Level -> ``(B, C, H, W)``, of all that the teacher padded the canvas to."""
+        """Level -> ``(B, C, H, W)``, of the canvas as padded by the teacher."""
         device = self.pixel_mean.device
         step = self.size_divisibility
         height, width = (math.ceil(side / step) * step for side in canvas)
@@ -101,7 +102,7 @@ class TeacherBackbone(nn.Module):
             )
 
     def cut(self, maps: Mapping[str, Tensor], canvas: tuple[int, int]) -> dict[str, Tensor]:
-        """The maps of the canvas alone."""
+        """Crop the maps to the canvas."""
         cut = {}
         for level, shape in self.output_shape().items():
             rows, columns = (math.ceil(side / (shape.stride or 1)) for side in canvas)
@@ -115,17 +116,17 @@ class TeacherBackbone(nn.Module):
 
 
 class TeacherDetector(TeacherBackbone):
-    """A :class:`TeacherBackbone` with the whole detector, or segmenter, behind it.
+    """A :class:`TeacherBackbone` with the whole detector, or segmenter.
 
-    Its head runs on the maps of the canvas, and only where ``parts`` says what of it to give.
-    Classes of pixels are of whole maps, which go together level by level, and cut afterwards.
+    Its head runs only if ``parts`` is set, on the maps cropped to the canvas. A semantic
+    segmentation head runs on whole maps, whose sizes match across levels; its outputs are cropped.
 
     Args:
         detector: detectron2 model with a ``backbone``.
-        pixel_mean, pixel_std, keywords: of :class:`TeacherBackbone`.
+        pixel_mean, pixel_std, keywords: passed to :class:`TeacherBackbone`.
 
     Attributes:
-        parts: of the detector; None until a loss is to read its head.
+        parts: parts of the detector's head that the losses read; None if they read none.
     """
 
     def __init__(
@@ -140,9 +141,9 @@ class TeacherDetector(TeacherBackbone):
         self.parts: Parts | None = None
 
     def forward(self, images: Sequence[Tensor], canvas: tuple[int, int]) -> dict[str, Any]:
-        """As :meth:`TeacherBackbone.forward`, and under ``"head"`` what the head gives.
+        """As :meth:`TeacherBackbone.forward`, with the head's outputs under ``"head"``.
 
-        Of a head of classes of pixels, ``"sem_seg"`` is the map that its last layer is given.
+        For a semantic segmentation head, ``"sem_seg"`` is the input map of its last layer.
         """
         whole = self.run(images, canvas)
         maps: dict[str, Any] = self.cut(whole, canvas)
@@ -162,16 +163,16 @@ class TeacherDetector(TeacherBackbone):
         return maps
 
     def detect(self, image: Tensor, height: int, width: int) -> Instances:
-        """What the teacher detects in one image, as it does by itself.
+        """Return the teacher's own detections in one image.
 
         Args:
-            image: ``(3, H, W)``, as the student's data loader gives it.
-            height, width: of the image that the boxes are for.
+            image: ``(3, H, W)``, as the student's data loader returns it.
+            height, width: size of the image that the boxes refer to.
         """
         return cast(Instances, self._infer(image, height, width)["instances"])
 
     def classify(self, image: Tensor, height: int, width: int) -> Tensor:
-        """The class that the teacher gives each pixel, ``(height, width)``; as :meth:`detect`."""
+        """Return the teacher's class of each pixel, ``(height, width)``; see :meth:`detect`."""
         return cast(Tensor, self._infer(image, height, width)["sem_seg"]).argmax(0)
 
     def _infer(self, image: Tensor, height: int, width: int) -> dict[str, Any]:
@@ -187,10 +188,10 @@ class TeacherDetector(TeacherBackbone):
 def build_teacher(cfg: CfgNode, *, with_head: bool = False) -> FrozenTeacher:
     """Return the teacher of ``DISTILL.TEACHER`` with its weights, frozen.
 
-    It is a :class:`TeacherBackbone`; with ``with_head`` a :class:`TeacherDetector`.
+    It wraps a :class:`TeacherBackbone`, or with ``with_head`` a :class:`TeacherDetector`.
 
     Raises:
-        ValueError: a configuration that cannot be read, or weights that do not fill it.
+        ValueError: the configuration cannot be read, or the weights do not fit it.
     """
     own, wanted = teacher_config(cfg), cfg.DISTILL.TEACHER
     check_statistics(own.MODEL.PIXEL_MEAN, own.MODEL.PIXEL_STD)
@@ -198,7 +199,7 @@ def build_teacher(cfg: CfgNode, *, with_head: bool = False) -> FrozenTeacher:
     if with_head:
         holder = build_student(own, "the teacher's MODEL")
     else:
-        holder = nn.Module()  # its backbone has the name that it has in a detector's file
+        holder = nn.Module()  # gives the backbone's weights the names of a detector's file
         holder.backbone = build(build_backbone, own, "the teacher's MODEL")
     backbone = cast(Backbone, holder.backbone)
     if own.MODEL.WEIGHTS:
@@ -223,16 +224,16 @@ def build_teacher(cfg: CfgNode, *, with_head: bool = False) -> FrozenTeacher:
 
 @torch.no_grad()
 def fold_batch_norms(backbone: nn.Module) -> nn.Module:
-    """Put the batch norms of detectron2's convolutions into their weights; return the backbone.
+    """Fold the batch norms of detectron2's convolutions into their weights; return the backbone.
 
     ``BN(Wx + b) = (s W) x + (b - mean) s + beta`` with ``s = gamma / sqrt(var + eps)``: the same
-    maps up to rounding, in one pass over each instead of two. What is no detectron2 convolution
-    with a batch norm of its own statistics stays as it is.
+    maps up to rounding, in one pass over each instead of two. Only detectron2 convolutions followed
+    by a batch norm with running statistics are changed.
 
     Args:
-        backbone: changed in place; for inference only from here on.
+        backbone: modified in place; from then on for inference only.
     """
-    # A subclass may use its weight otherwise.
+    # A subclass may use its weight differently.
     convs: list[Conv2d] = [module for module in backbone.modules() if type(module) is Conv2d]
     for conv in convs:
         norm = conv.norm

@@ -1,4 +1,4 @@
-"""A teacher that has nothing to teach is refused before a student learns from it."""
+"""Checks that refuse a useless teacher before a student learns from it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str
     """Try a teacher on a few images before a student learns from it.
 
     Args:
-        teacher: of :func:`detection.teacher.build_teacher`, where it will run.
-        cfg: of the run.
-        dataset: of the run.
+        teacher: from :func:`detection.teacher.build_teacher`, on its device.
+        cfg: the run's configuration.
+        dataset: training entries of the run.
 
     Returns:
-        What it finds in them, in words; "" where it has no head, or a random one.
+        A description of what it finds in them; "" if it has no head, or a random one.
 
     Raises:
-        ConfigError: as :func:`check_features`, :func:`check_detections` and :func:`check_pixels`.
+        ConfigError: see :func:`check_features`, :func:`check_detections` and :func:`check_pixels`.
     """
     check_features(teacher, cfg, dataset)
     detector = getattr(teacher.model, "detector", None)
@@ -48,21 +48,21 @@ def check_teacher(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str
         return ""
     if gives_pixels(detector, dataset):
         return check_pixels(teacher, cfg, dataset)
-    if isinstance(detector, SemanticSegmentor):  # and the set has boxes alone
+    if isinstance(detector, SemanticSegmentor):  # and the set has only boxes
         return ""
     return check_detections(teacher, cfg, dataset)
 
 
 def gives_pixels(detector: nn.Module, dataset: Entries) -> bool:
-    """Whether a detector gives classes of pixels, and the set has those to compare them with."""
+    """Whether a detector predicts pixel classes, and the set has labels to compare them with."""
     return hasattr(detector, "sem_seg_head") and "sem_seg_file_name" in dataset[0]
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Refuse statistics of a teacher that are not those of pixels from 0 to 255.
+    """Refuse teacher statistics that cannot belong to pixels from 0 to 255.
 
     Raises:
-        ConfigError: the key, and what it holds.
+        ConfigError: the message names the key and its value.
     """
     for key, values, least in (("PIXEL_MEAN", mean, 0), ("PIXEL_STD", std, 1)):
         if not all(least <= value <= 255 for value in values):
@@ -73,10 +73,10 @@ def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def check_trained(backbone: nn.Module, path: str) -> None:
-    """Refuse a file's weights that no training has changed: biases of 0, norms that do nothing.
+    """Refuse a file of untrained weights: all biases 0, all norms the identity.
 
     Raises:
-        ConfigError: all of them are so.
+        ConfigError: the weights are untrained.
     """
     starts = [bias for name, bias in backbone.state_dict().items() if name.endswith(".bias")]
     starts += [norm.weight - 1 for norm in backbone.modules() if isinstance(norm, NORMS)]
@@ -88,21 +88,21 @@ def check_trained(backbone: nn.Module, path: str) -> None:
 
 
 def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> None:
-    """Run a teacher on an image and its negative, and refuse what nobody can learn from.
+    """Run a teacher on an image and its negative, and refuse feature maps that are useless.
 
     Args:
-        teacher: of :func:`detection.teacher.build_teacher`, where it will run.
-        cfg: of the run; its images are read as for an evaluation.
-        dataset: of the run.
+        teacher: from :func:`detection.teacher.build_teacher`, on its device.
+        cfg: the run's configuration; images are read as for an evaluation.
+        dataset: training entries of the run.
 
     Raises:
-        ConfigError: maps that are not finite, absurdly large, or the same whatever the image.
+        ConfigError: maps are not finite, absurdly large, or the same for both images.
     """
-    with lent_random_states():  # the mapper draws a size
+    with lent_random_states():  # the mapper draws a random size
         image = make_mapper(cfg, training=False)(dataset[0])["image"]
     maps = teacher([image, 255 - image], tuple(image.shape[-2:]))
     for level, feature in maps.items():
-        if not isinstance(feature, Tensor):  # what a head gave
+        if not isinstance(feature, Tensor):  # a head's outputs
             continue
         if fault := feature_fault(feature.float(), LARGEST):
             wanted = cfg.DISTILL.TEACHER
@@ -115,18 +115,18 @@ def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> No
 
 @torch.no_grad()
 def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
-    """Let a teacher with a head detect in a few images, and refuse one that finds no object.
+    """Run a teacher with a head on a few images, and refuse one that finds no object.
 
     Args:
-        teacher: around a :class:`detection.teacher.TeacherDetector`, where it will run.
-        cfg: of the run; its images are read as for an evaluation.
-        dataset: of the run; up to ``TRIED_IMAGES`` with objects are taken from all over it.
+        teacher: wraps a :class:`detection.teacher.TeacherDetector`, on its device.
+        cfg: the run's configuration; images are read as for an evaluation.
+        dataset: training entries; up to ``TRIED_IMAGES`` with objects are used, spread over it.
 
     Returns:
-        How many it finds, in words.
+        A description of how many objects it finds.
 
     Raises:
-        ConfigError: of none of their objects a box of the right class and half its overlap.
+        ConfigError: no object has a detection of its class with an IoU of at least 0.5.
     """
     detect = cast(Any, teacher.model).detect
     shown = some([entry for entry in dataset if objects_of(entry)])
@@ -153,22 +153,22 @@ def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> 
 
 @torch.no_grad()
 def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
-    """Let a teacher give the classes of pixels in a few images, and refuse one that guesses.
+    """Let a teacher segment a few images, and refuse one that is no better than guessing.
 
     Args:
-        teacher: around a :class:`detection.teacher.TeacherDetector`, where it will run.
-        cfg: of the run; its images are read as for an evaluation.
-        dataset: of the run; up to ``TRIED_IMAGES`` are taken from all over it.
+        teacher: wraps a :class:`detection.teacher.TeacherDetector`, on its device.
+        cfg: the run's configuration; images are read as for an evaluation.
+        dataset: training entries; up to ``TRIED_IMAGES`` are used, spread over it.
 
     Returns:
-        Its mean intersection over union, in words.
+        A description of its mean intersection over union.
 
     Raises:
-        ConfigError: it gives other classes than the student has, or its mean intersection over
-            union is no higher than that of the commonest class everywhere.
+        ConfigError: it predicts classes that the student does not have, or its mean intersection
+            over union is no higher than that of predicting the most frequent class everywhere.
     """
     classify, labels = cast(Any, teacher.model).classify, Labels.of(cfg)
-    counts = torch.zeros(labels.classes, labels.classes, dtype=torch.int64)  # truth, given
+    counts = torch.zeros(labels.classes, labels.classes, dtype=torch.int64)  # truth, prediction
     wanted, shown = cfg.DISTILL.TEACHER, some(dataset)
     with lent_random_states():
         read = make_mapper(cfg, training=False)
@@ -189,15 +189,15 @@ def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
 
 
 def read_truth(labels: Labels, entry: dict[str, Any]) -> Tensor:
-    """The class of each pixel of an entry's image, ``(H, W)`` int64."""
+    """Return the true class of each pixel of an entry's image, ``(H, W)`` int64."""
     return torch.from_numpy(labels.read(entry["sem_seg_file_name"]).astype("int64"))
 
 
 def pixel_counts(given: Tensor, truth: Tensor, labels: Labels) -> Tensor:
-    """Pixels by their true and their given class, ``(K, K)``.
+    """Count pixels by true and predicted class, ``(K, K)``.
 
     Raises:
-        ConfigError: a class was given that the labels do not have.
+        ConfigError: a predicted class is not among the labels.
     """
     given, counted = given.cpu(), truth != labels.ignored
     if (found := int(given.max()) + 1) > labels.classes:
@@ -210,34 +210,34 @@ def pixel_counts(given: Tensor, truth: Tensor, labels: Labels) -> Tensor:
 
 
 def mean_iou(counts: Tensor) -> float:
-    """Mean intersection over union of the classes that are there, in percent.
+    """Mean intersection over union of the classes present in the truth, in percent.
 
     Args:
-        counts: ``(K, K)``, pixels by their true and their given class.
+        counts: ``(K, K)``, pixels by true and predicted class.
     """
     found = class_ious(counts)
     return float(100 * found.mean()) if len(found) else 0.0
 
 
 def class_ious(counts: Tensor) -> Tensor:
-    """Intersection over union of each class that is there, from 0 to 1; as :func:`mean_iou`."""
+    """Intersection over union of each class in the truth, from 0 to 1; see :func:`mean_iou`."""
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     there = counts.sum(1) > 0
     return counts.diagonal()[there] / union[there]
 
 
 def some(entries: Entries) -> Entries:
-    """Up to ``TRIED_IMAGES``, from all over a set."""
+    """Return up to ``TRIED_IMAGES`` entries, spread over a set."""
     return entries[:: max(1, len(entries) // TRIED_IMAGES)][:TRIED_IMAGES]
 
 
 def objects_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The annotations of an entry that a detector is to find."""
+    """Return the annotations of an entry that a detector should find, without crowds."""
     return [one for one in entry.get("annotations", []) if not one.get("iscrowd", 0)]
 
 
 def found_objects(seen: Any, objects: list[dict[str, Any]]) -> Tensor:
-    """Which objects have a detection of their class on them, ``(M,)`` bool."""
+    """Return which objects have a detection of their class on them, ``(M,)`` bool."""
     boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
     overlap = pairwise_iou(Boxes(torch.tensor(boxes, dtype=torch.float32)), seen.pred_boxes)
     classes = torch.tensor([one["category_id"] for one in objects])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import detection  # answers --help, before what takes seconds to import
+import detection  # answers --help before the slow imports
 
 # isort: split
 
@@ -43,7 +43,7 @@ logger = logging.getLogger("detectron2.pcka")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train or evaluate as the arguments say; return COCO's metrics by task."""
+    """Train or evaluate as given by the arguments; return the metrics by task."""
     given = train_parser().parse_intermixed_args(arguments)
     if not given.config_file:
         raise ConfigError("--config-file: expected a YAML file, got none")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def configure(arguments: argparse.Namespace) -> CfgNode:
     """Return the frozen configuration of a run, with its data sets registered."""
     cfg = read_run(arguments.config_file, arguments.opts)
-    if arguments.eval_only:  # leave the files of the run alone
+    if arguments.eval_only:  # leave the run's files untouched
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "evaluation"))
     else:
         check_teacher_file(cfg)
@@ -89,7 +89,7 @@ def _write_environment(cfg: CfgNode) -> None:
 
 
 def _write_report(folder: Path) -> None:
-    from detection.report import make_report  # imports what no training needs
+    from detection.report import make_report  # imports modules that no training needs
     from pcka.engine.report import attempt
 
     again = f"python detection/report.py {folder}"
@@ -97,7 +97,7 @@ def _write_report(folder: Path) -> None:
 
 
 def write_result(results: dict[str, Any], path: Path) -> None:
-    """Write metrics as JSON, which has no NaN: what could not be computed is null."""
+    """Write metrics as JSON, which has no NaN: metrics that could not be computed are null."""
     write_text(path, json.dumps(_without_nan(results), indent=1, allow_nan=False))
 
 
@@ -109,7 +109,7 @@ def _without_nan(value: Any) -> Any:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Let no second run into the folder; the first process sees to it for all."""
+    """Keep any second run out of the folder; the main process holds the lock for all."""
     if not comm.is_main_process():
         yield
         return
@@ -129,7 +129,7 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     student = build_student(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     results = evaluate(cfg, student)
-    first = cfg.DATASETS.TEST[0]  # of several sets it is drawn
+    first = cfg.DATASETS.TEST[0]  # the set that is drawn if there are several
     if "bbox" in (results if len(cfg.DATASETS.TEST) == 1 else results.get(first, {})):
         from detection.pictures import draw_detections  # imports matplotlib
 

@@ -38,26 +38,26 @@ logger = logging.getLogger("detectron2.pcka")
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The plain detectron2 detector in a model, wrapped or not."""
+    """Return the plain detectron2 detector of a model, whether wrapped or not."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
     return model.student if isinstance(model, DistilledDetector) else model
 
 
 class DetectionTrainer(SimpleTrainer):
-    """Trains what ``MODEL.META_ARCHITECTURE`` names, and can go on where it stopped.
+    """Trains what ``MODEL.META_ARCHITECTURE`` names, and can resume where it stopped.
 
-    A checkpoint holds under ``"model"`` the bare student, which plain detectron2 loads, and beside
-    it the optimizer, the schedule, the losses' own weights and the random states. It never holds
-    the teacher.
+    A checkpoint holds the bare student under ``"model"``, which plain detectron2 can load, together
+    with the optimizer, the schedule, the adapters' and the losses' weights, the metrics and the
+    random states. It never holds the teacher.
 
     Args:
         cfg: the run's configuration.
         resume: continue from the last checkpoint in ``OUTPUT_DIR``, if there is one.
-        teacher_is_tried: by :func:`detection.teacher_checks.check_teacher`, and need not be again.
+        teacher_is_tried: skip :func:`detection.teacher_checks.check_teacher`, already done.
 
     Raises:
-        ConfigError: a checkpoint that is damaged or of another configuration.
+        ConfigError: the checkpoint is damaged or belongs to another configuration.
     """
 
     def __init__(self, cfg: CfgNode, *, resume: bool, teacher_is_tried: bool = False) -> None:
@@ -105,7 +105,7 @@ class DetectionTrainer(SimpleTrainer):
                 raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
         try:
             found = self.checkpointer.resume_or_load("", resume=True)
-        except (CheckpointError, AssertionError) as error:  # damaged, or not there
+        except (CheckpointError, AssertionError) as error:  # damaged or missing
             raise ConfigError(f"{error}; {self.checkpointer.way_on()}") from error
         except (ValueError, RuntimeError) as error:
             unlike = ", ".join(self._unlike_parts())
@@ -123,7 +123,7 @@ class DetectionTrainer(SimpleTrainer):
         return found
 
     def _unlike_parts(self) -> list[str]:
-        """The losses and adapters that have other weights in the last checkpoint."""
+        """Return the losses and adapters whose weights do not match the last checkpoint's."""
         saved = self.checkpointer._load_file(self.checkpointer.get_checkpoint_file())
         parts_here = self.checkpointer.checkpointables.items()
         names = {f"losses.{i}": name for i, name in enumerate(self.cfg.DISTILL.METHODS)}
@@ -142,20 +142,20 @@ class DetectionTrainer(SimpleTrainer):
         """Train to ``SOLVER.MAX_ITER``; return the last evaluation."""
         open_loader(self)  # draws a seed
         self.run_state.restore_random()
-        # detectron2's focal loss is TorchScript, which rounds otherwise once it has watched its
-        # first calls. A resumed run, which would watch anew, would leave the unbroken one. On a
-        # GPU, where nothing is equal bit for bit anyway, its fused kernels save traffic.
+        # detectron2's focal loss is TorchScript, which rounds differently after profiling its first
+        # calls. A resumed run would profile again and diverge from an uninterrupted one. On a GPU,
+        # where runs are not bitwise reproducible anyway, its fused kernels save memory traffic.
         with torch.jit.optimized_execution(student_of(self.model).device.type != "cpu"):
             try:
                 super().train(self.start, self.last)
-            except FloatingPointError as error:  # detectron2's, of a loss that is not finite
+            except FloatingPointError as error:  # raised by detectron2 for a non-finite loss
                 raise TrainingFailedError(
                     f"{error}; SOLVER.BASE_LR may be too high, or SOLVER.WARMUP_ITERS too few"
                 ) from error
         return self.results
 
     def _hooks_of_run(self) -> list[HookBase]:
-        """Schedule, then checkpoint, then evaluation, then writing: each sees the ones before."""
+        """Schedule, then checkpoint, evaluation, writing: each sees the effects of those before."""
         self.results: dict[str, Any] = {}
         cfg = self.cfg
         period = cfg.SOLVER.CHECKPOINT_PERIOD
@@ -175,19 +175,19 @@ class DetectionTrainer(SimpleTrainer):
         return found
 
     def _evaluate(self) -> dict[str, Any]:
-        # The loader draws a seed, detectron2's resizing a size. A resumed run, which starts from
-        # the checkpoint before this evaluation, would go on with other numbers.
+        # The loader draws a seed, and detectron2's resizing a size. A resumed run, which starts
+        # from the checkpoint before this evaluation, would draw other numbers than this one.
         with lent_random_states():
             self.results = evaluate(self.cfg, student_of(self.model))
-        return without_nan(self.results)  # JSON, which the figures are written as, has no NaN
+        return without_nan(self.results)  # metrics are written as JSON, which has no NaN
 
 
 class _AverageBuffers(HookBase):
     """Gives all processes the same batch-norm statistics before they are saved or evaluated.
 
     Args:
-        model: whose buffers; every process keeps its own in between.
-        periods: steps between what reads them; 0 for never.
+        model: model whose buffers are averaged; in between every process keeps its own.
+        periods: steps between reads of the buffers; 0: never.
     """
 
     def __init__(self, model: nn.Module, periods: set[int]) -> None:
@@ -201,10 +201,10 @@ class _AverageBuffers(HookBase):
 
 
 def train_in_bfloat16(model: nn.Module) -> None:
-    """Let the model's forward pass in training run under autocast to bfloat16.
+    """Run the model's forward pass in training under autocast to bfloat16.
 
-    bfloat16 has the range of float32: it needs none of the loss scaling of detectron2's float16,
-    and trains on CPUs, too. Weights, gradients and evaluations stay in float32.
+    bfloat16 has the range of float32: unlike detectron2's float16 it needs no loss scaling, and it
+    also trains on CPUs. Weights, gradients and evaluations stay in float32.
     """
     exact = model.forward
     device = cast(torch.device, model.device)
@@ -212,12 +212,12 @@ def train_in_bfloat16(model: nn.Module) -> None:
     model.forward = lambda batch: (rounding if model.training else exact)(batch)
     for module in model.modules():
         if isinstance(module, ROIAlign | ROIAlignRotated):
-            # They bring the boxes to the features' dtype: bfloat16 would move them by pixels.
+            # They cast the boxes to the features' dtype: bfloat16 would shift them by pixels.
             module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
 
 
 def _distributed(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Average gradients over the processes; gloo's processes have no device of their own."""
+    """Average gradients over the processes; with gloo, processes have no device of their own."""
     if comm.get_world_size() == 1:
         return model
     devices = [torch.cuda.current_device()] if cfg.MODEL.DEVICE != "cpu" else None

@@ -1,7 +1,7 @@
 """Centered kernel alignment for knowledge distillation (RCKA and PCKA, Zhou et al. 2024).
 
-Nothing is imported before it is named, so that a command answers ``--help`` at once. Operators that
-``PCKA_REQUIRE`` asks for are loaded here: what is missing is an error at once.
+Submodules are imported lazily, so that a command answers ``--help`` at once. Operators required by
+``PCKA_REQUIRE`` are loaded here, so missing ones are an error at import.
 """
 
 import importlib

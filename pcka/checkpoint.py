@@ -1,4 +1,4 @@
-"""Weights in files: a bare student saved, any known layout loaded."""
+"""Weights in files: save a bare student, load any known layout."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pcka.files import (
 from pcka.taps import wrapped
 
 ROLES = ("student", "teacher")
-_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile put these before every name
+_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and torch.compile prefix every name with these
 _COUNTER = "num_batches_tracked"  # of batch norm; files older than torch 0.4.1 lack it
 _NAMES_SHOWN = 10
 Shape = tuple[int, ...]
-BARE = "bare *"  # layout: the file is the dictionary of the weights
+BARE = "bare *"  # layout of a file that is itself the state dict
 # DenseNet's published files have names that torchvision itself renames when it loads them.
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 class ShapeMismatch(NamedTuple):
-    """An entry that file and model both have, in different shapes."""
+    """An entry whose shape differs between file and model."""
 
     name: str
     in_file: Shape
@@ -46,14 +46,15 @@ class ShapeMismatch(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How the entries of a file met a model's parameters and buffers.
+    """How the entries of a file matched a model's parameters and buffers.
 
     Args:
-        loaded: names now filled from the file.
-        missing: names of the model that the file lacks.
-        unexpected: names of the file that the model lacks.
-        mismatched: names of both whose shapes differ.
-        layout: where in the file the weights lay, e.g. ``['state_dict'] module.*``; :data:`BARE`.
+        loaded: names loaded from the file.
+        missing: names in the model but not in the file.
+        unexpected: names in the file but not in the model.
+        mismatched: names in both whose shapes differ.
+        layout: where the weights were in the file, e.g. ``['state_dict'] module.*`` or
+            :data:`BARE`.
     """
 
     loaded: tuple[str, ...]
@@ -81,17 +82,17 @@ class LoadReport:
 def save_student(
     model: nn.Module, path: str | Path, about: Mapping[str, str] | None = None
 ) -> None:
-    """Write a model's weights alone, on the CPU, under the names that its plain constructor has.
+    """Save only a model's weights, on the CPU, under the names of the unwrapped model.
 
     Args:
-        model: the student itself, wrapped by DataParallel or ``torch.compile``, or a
-            ``Distiller`` (whose student is taken).
-        path: file to write, atomically: of safetensors if it ends so, else of ``torch.save``.
-        about: what a file of safetensors says beside the weights, its metadata.
+        model: the student, possibly wrapped by DataParallel or ``torch.compile``, or a
+            ``Distiller`` (its student is saved).
+        path: file to write, atomically: safetensors if it has that suffix, else ``torch.save``.
+        about: metadata of a safetensors file.
 
     Raises:
-        CheckpointError: the model keeps something other than tensors in its state.
-        ImportError: a ``.safetensors`` file, and that package is not installed.
+        CheckpointError: the model's state dict holds something other than tensors.
+        ImportError: ``path`` is a ``.safetensors`` file and that package is not installed.
     """
     state = _plain(model).state_dict()
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
@@ -99,8 +100,8 @@ def save_student(
             f"model: a file of weights holds tensors alone, and {_abridge(others)} is something "
             "else; save the whole state with atomic_save(model.state_dict(), path)"
         )
-    # Copies, because torch.save writes the whole storage that a view belongs to; contiguous ones,
-    # because safetensors takes no others.
+    # Copies, because torch.save writes a view's whole storage; contiguous, because safetensors
+    # requires it.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -113,7 +114,7 @@ def save_student(
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model itself, out of everything that may be wrapped round it."""
+    """Return the model, or a distiller's student, without any wrappers."""
     while True:
         if isinstance(model, Distiller):
             model = model.student
@@ -124,22 +125,22 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
-    """Find the weights in what a checkpoint file holds, under the model's own names.
+    """Extract the weights from a loaded checkpoint, under the model's own names.
 
-    Known: a bare state dict; one under ``'model'``, ``'state_dict'``, ``'model_state_dict'`` or the
-    role's name; names behind ``module.`` or ``_orig_mod.``; student and teacher side by side behind
-    ``student.`` and ``teacher.`` (in front of which ``module.`` may stand).
+    Supported: a bare state dict; one under ``'model'``, ``'state_dict'``, ``'model_state_dict'`` or
+    the role's name; names prefixed with ``module.`` or ``_orig_mod.``; student and teacher side by
+    side, prefixed with ``student.`` and ``teacher.`` (possibly after ``module.``).
 
     Args:
-        obj: as :func:`load_file` returns it.
-        role: "student" or "teacher": which to take where there are both.
+        obj: as returned by :func:`load_file`.
+        role: "student" or "teacher": which to take if there are both.
 
     Returns:
         Name -> tensor, in the order of the file.
 
     Raises:
-        CheckpointError: there are no weights, or none of that role.
-        ValueError: another role.
+        CheckpointError: there are no weights, or none for that role.
+        ValueError: the role is unknown.
     """
     return _unwrap(obj, role)[0]
 
@@ -147,23 +148,23 @@ def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
 def load_weights(
     model: nn.Module, path: str | Path, *, role: str = "student", allow_partial: bool = False
 ) -> LoadReport:
-    """Fill a model from a checkpoint file, all of it or not at all.
+    """Load a checkpoint file into a model, by default completely or not at all.
 
-    Batch norm's ``num_batches_tracked`` may be absent, as it is in old files.
+    Batch norm's ``num_batches_tracked`` may be missing, as it is in old files.
 
     Args:
-        model: its parameters and buffers are written in place, on their device, in their dtype.
+        model: its parameters and buffers are overwritten in place; device and dtype are kept.
         path: a file in a layout that :func:`extract_state_dict` knows.
-        role: "student" or "teacher": which to take where there are both.
-        allow_partial: load the entries that fit, and let the report tell of the others.
+        role: "student" or "teacher": which to take if there are both.
+        allow_partial: load the entries that fit; the report lists the others.
 
     Returns:
-        What was loaded and what was not; ``str()`` of it is for reading.
+        What was loaded and what was not; ``str()`` makes it readable.
 
     Raises:
-        CheckpointError: an entry is missing, unexpected or of another shape (without
-            ``allow_partial``), nothing fits at all, or an entry holds what is no weight (see
-            :func:`check_values`). The model is left as it was.
+        CheckpointError: an entry is missing, unexpected or of another shape (unless
+            ``allow_partial``), nothing fits at all, or an entry has invalid values (see
+            :func:`check_values`). The model is left unchanged.
     """
     obj = load_file(path)
     own = model.state_dict()
@@ -187,15 +188,15 @@ def load_weights(
 
 
 def check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse weights that would load and then give nothing but nonsense.
+    """Refuse weights that would load without error but only produce garbage.
 
-    A floating-point entry of the model takes floating-point numbers that are finite in its dtype
-    (unless its own are not: masks hold infinities), and a variance takes none below 0. No entry
-    takes complex numbers for real ones, or a sparse, quantized or meta tensor.
+    A floating-point entry of the model requires floating-point values that are finite in its dtype
+    (unless its own are not: masks hold infinities), and variances must not be negative. No entry
+    accepts complex values for real ones, or a sparse, quantized or meta tensor.
 
     Args:
-        state: name -> tensor, as a file gave it.
-        own: name -> tensor, of the model; names that either lacks are passed over.
+        state: name -> tensor, as read from a file.
+        own: name -> tensor, of the model; names missing from either are ignored.
 
     Raises:
         CheckpointError: the message names the entries.
@@ -209,7 +210,7 @@ def check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
 
 
 def _fault(name: str, value: Tensor, own: Tensor) -> str:
-    """What is wrong with the value of an entry, or an empty text."""
+    """Return what is wrong with an entry's value, or an empty string."""
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
         kind = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
         return f"is a tensor of another kind ({kind})"
@@ -232,12 +233,12 @@ def _name_in(own: Mapping[str, Tensor], name: str) -> str:
 
 
 def compare_shapes(given: Mapping[str, Shape], own: Mapping[str, Shape], layout: str) -> LoadReport:
-    """Say how the entries of a file would meet those of a model, by names and shapes.
+    """Compare the entries of a file with those of a model, by name and shape.
 
     Args:
         given: name -> shape, of the file.
         own: name -> shape, of the model.
-        layout: of the report.
+        layout: for the report.
     """
     shared = [name for name in own if name in given]
     return LoadReport(

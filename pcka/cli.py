@@ -1,4 +1,4 @@
-"""The command ``pcka``: its subcommands are the trainers' own, in a clone of the repository."""
+"""The ``pcka`` command: its subcommands belong to the trainers, in a clone of the repository."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Subcommand -> module whose ``main`` it is, and what it does. A star is the trainer that the
-# configuration file, or that of the run's folder, is for.
+# Subcommand -> module whose ``main`` it runs, and what it does. A star stands for the trainer that
+# the configuration file, or the one in the run's folder, is for.
 COMMANDS = {
     "cka": ("classification.cka_map", "CKA of all layers of two classifiers"),
     "epochs": ("classification.epochs", "how the stages of a classifier came to be, over its run"),
@@ -21,10 +21,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> object:
-    """Run the subcommand that the arguments begin with; return what it returns.
+    """Run the subcommand named by the first argument and return its result.
 
     Raises:
-        ImportError: what it needs is not installed.
+        ImportError: a package that it needs is not installed.
     """
     width = max(map(len, COMMANDS))
     about = "\n".join(f"  {name:{width}s}  {text}" for name, (_, text) in COMMANDS.items())
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> object:
 
 
 def module_of(command: str, arguments: Sequence[str]) -> str:
-    """Return the module of a subcommand, by the configuration that its arguments name.
+    """Return the module of a subcommand, depending on the configuration that its arguments name.
 
     Raises:
-        ConfigError: a file that is for no trainer.
+        ConfigError: the file is not for any trainer.
     """
     name, _ = COMMANDS[command]
     if "*" not in name or (file := _configuration(arguments)) is None:
@@ -52,7 +52,7 @@ def module_of(command: str, arguments: Sequence[str]) -> str:
 
 
 def _configuration(arguments: Sequence[str]) -> Path | None:
-    """The file of ``--config-file``, or that of a run's folder."""
+    """The file given by ``--config-file``, or the one in a run's folder."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-file", type=Path)
     if file := parser.parse_known_args(arguments)[0].config_file:
@@ -62,9 +62,9 @@ def _configuration(arguments: Sequence[str]) -> Path | None:
 
 
 def script() -> NoReturn:
-    """Run the command to its exit status, see :func:`pcka.engine.command.run_command`."""
+    """Run the command and exit with its status; see :func:`pcka.engine.command.run_command`."""
     try:
-        from pcka.engine.command import run_command  # what it needs may be missing
+        from pcka.engine.command import run_command  # its dependencies may be missing
     except ModuleNotFoundError as error:
         sys.exit(f"error: {_lacking(error)}")
     run_command(main)

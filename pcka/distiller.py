@@ -21,56 +21,56 @@ from pcka.taps import LogitsOf, Observer
 from pcka.teacher import FrozenTeacher
 
 Batch = tuple[Outputs, Outputs | None, Tensor | None]  # student, teacher, target
-SMALLEST = 1e-6  # value of a term that is scaled up to another's; below it the factor stays
+SMALLEST = 1e-6  # value of a term below which its scale factor stops growing
 
 
 class Distiller(nn.Module):
-    """Runs both models on a batch and gives the terms of every loss.
+    """Runs both models on a batch and returns the terms of all losses.
 
-    A feature's way: a tap reads it; where a loss compares maps of one shape, the student's goes
-    through the tap's adapter to the teacher's width and both are pooled to the smaller size; where
-    the loss relates samples, the batches of all processes are gathered; the loss compares.
+    The path of a feature: a tap reads it; if a loss compares maps of one shape, the student's map
+    goes through the tap's adapter to the teacher's width and both are pooled to the smaller size;
+    if the loss is relational, the batches of all processes are gathered; the loss compares the two.
 
-    The teacher is held beside the module, not in it: it is in neither ``state_dict`` nor
-    ``parameters``, but follows ``.to()``, ``.cuda()``, ``.half()``. It runs only where a loss
-    needs it. Features are tapped during ``forward`` alone, so the student carries no hooks
-    between steps.
+    The teacher is not registered as a submodule: it is in neither ``state_dict`` nor
+    ``parameters``, but follows ``.to()``, ``.cuda()``, ``.half()``. It runs only if a loss needs
+    it. Without ``compile``, features are tapped only during ``forward``, so the student carries no
+    hooks between steps.
 
-    In several processes (an initialised process group), wrap the distiller in
+    With several processes (an initialised process group), wrap the distiller in
     ``DistributedDataParallel``, which averages the gradients.
 
     Args:
-        student: the model to train, inputs -> logits ``(B, P)``, or what holds them.
+        student: the model to train, inputs -> logits ``(B, P)``, or an output that contains them.
         teacher: the trained model, likewise; a plain module becomes a :class:`FrozenTeacher`. None
-            where no loss needs one.
+            if no loss needs one.
         losses: modules as in :mod:`pcka.losses`.
         taps: tap name -> (path in the student, path in the teacher), or one path for both, as
             :class:`pcka.FeatureTap` takes them.
-        logits_of: where the logits are in what the models return, as
-            :func:`pcka.taps.find_logits` takes it; a :class:`FrozenTeacher` has its own.
-        relative_to: name of a term, such as ``"loss_ce"``, to whose present value each term ``L``
-            that needs the teacher is scaled before its weight: ``w sg(L_ref / L) L`` with the
-            stopped gradient ``sg``, so that weights mean the same whatever a term's own scale.
-            "": every term counts as it is.
-        gather: relational losses see the samples of all processes, whose features must be of one
-            shape; False: each process compares its own batch.
+        logits_of: where the logits are in the models' outputs, as for
+            :func:`pcka.taps.find_logits`; a :class:`FrozenTeacher` has its own.
+        relative_to: name of a term, such as ``"loss_ce"``. Each term ``L`` that needs the teacher
+            is scaled to its current value before weighting: ``w sg(L_ref / L) L`` with the
+            stop-gradient ``sg``, so that weights mean the same whatever a term's own scale. "": no
+            scaling.
+        gather: relational losses see the samples of all processes, whose features must have one
+            shape; False: each process compares only its own batch.
         compile: run the models through :func:`torch.compile`.
 
     Attributes:
-        teacher_paths: tap name -> path of what the losses read of the teacher.
-        runs_teacher: a loss needs the teacher.
-        adapters: tap name (a dot in it is a slash here) -> 1x1 convolution from the student's
-            width to the teacher's, where they differ and a loss compares maps of one shape; made
-            by :meth:`prepare`, shared by these losses.
-        distillation_scale: factor of the terms of all losses that need a teacher, 1 from the
-            start; a warm-up raises it from 0.
-        taught_terms: names of the terms of these losses, as far as they were computed.
+        teacher_paths: tap name -> path in the teacher that the losses read.
+        runs_teacher: whether a loss needs the teacher.
+        adapters: tap name (with slashes for dots) -> 1x1 convolution from the student's width to
+            the teacher's, if they differ and a loss compares maps of one shape; created by
+            :meth:`prepare`, shared by these losses.
+        distillation_scale: factor on the terms of all losses that need a teacher, initially 1; a
+            warm-up raises it from 0.
+        taught_terms: names of the terms of these losses that were computed so far.
 
     Raises:
-        ValueError: what is no loss, a loss whose tap is missing from ``taps``, a path that a model
-            lacks, a loss that needs a teacher without one, a teacher that shares parameters or
-            buffers with the student, or a student in ``DistributedDataParallel`` where something
-            beside it is trained.
+        ValueError: something is not a loss, a loss's tap is missing from ``taps``, a model lacks a
+            path, a loss needs a teacher and there is none, the teacher shares parameters or buffers
+            with the student, or the student is in ``DistributedDataParallel`` and adapters or
+            losses are also trained.
     """
 
     teacher: FrozenTeacher | None
@@ -120,22 +120,22 @@ class Distiller(nn.Module):
         return self._observe_student(*inputs)
 
     def observe_teacher(self, *inputs: Any) -> Outputs | None:
-        """The teacher's outputs on its inputs; None where no loss needs them."""
+        """The teacher's outputs on its inputs; None if no loss needs them."""
         return None if self._observe_teacher is None else self._observe_teacher(*inputs)
 
     @torch.no_grad()
     def prepare(
         self, images: Any, teacher_images: Any = None, context: Context = NO_CONTEXT
     ) -> None:
-        """Make the adapters, and let the losses make theirs, by a dry run of both models.
+        """Create the adapters, and let the losses create theirs, in a dry run of both models.
 
-        Call it before making the optimizer. The mode of each of the student's modules and its
-        batch-norm statistics stay as they are.
+        Call it before creating the optimizer. The mode of each of the student's modules and its
+        batch-norm statistics do not change.
 
         Args:
             images: two or more samples, as for :meth:`forward`.
             teacher_images: as for :meth:`forward`.
-            context: what some losses need to know of the run.
+            context: what some losses need to know about the run.
         """
         with evaluation_mode(self.student):
             student = self.observe_student(images)
@@ -146,17 +146,17 @@ class Distiller(nn.Module):
     def prepare_for(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """:meth:`prepare` from outputs that the caller has.
+        """Do what :meth:`prepare` does, with outputs that the caller already has.
 
         Raises:
-            ValueError: features that a loss cannot compare, or something that it needs is missing.
+            ValueError: a loss cannot compare the features, or something that it needs is missing.
         """
         losses = self._losses()
         for tap in _taps_of(loss for loss in losses if loss.same_shape):
             if teacher is None:
                 raise ValueError("teacher: a loss compares its maps, got None; pass its outputs")
             own, other = student.feature(tap), teacher.feature(tap)
-            at_one_size(own, other)  # refuses what is no map
+            at_one_size(own, other)  # refuses anything but maps
             widths = own.shape[1], other.shape[1]
             if widths[0] != widths[1]:
                 self.adapters[tap] = fit(nn.Conv2d(*widths, 1), own)
@@ -169,20 +169,20 @@ class Distiller(nn.Module):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """The terms of all losses on outputs that the caller has, each with its weight.
+        """The terms of all losses, with their weights, on outputs that the caller already has.
 
         Args:
-            student: as :meth:`observe_student` gives them.
-            teacher: as :meth:`observe_teacher` gives them.
+            student: as returned by :meth:`observe_student`.
+            teacher: as returned by :meth:`observe_teacher`.
             target: as for :meth:`forward`.
 
         Returns:
-            ``loss_...`` -> weight, with ``distillation_scale`` in it, and scalar.
+            ``loss_...`` -> weight, including ``distillation_scale``, and scalar.
 
         Raises:
-            ValueError: a loss gives no term, two give one of the same name, a model gave no
-                logits and a loss needs them, soft targets where a loss refuses them, or there is
-                no term ``relative_to``.
+            ValueError: a loss returns no term, two return one of the same name, a loss needs logits
+                and a model returned none, a loss refuses soft targets and got them, or there is no
+                term ``relative_to``.
         """
         if teacher is not None:
             teacher = _cast_like(student, teacher)
@@ -200,7 +200,7 @@ class Distiller(nn.Module):
         return self._at_one_scale(terms) if self.relative_to else terms
 
     def _at_one_scale(self, terms: dict[str, Term]) -> dict[str, Term]:
-        """The terms, the teacher's scaled to the value of the one that is ``relative_to``."""
+        """Scale the terms that need the teacher to the value of the term ``relative_to``."""
         if self.relative_to not in terms:
             raise ValueError(
                 f"relative_to: no loss gives {self.relative_to!r}, only {', '.join(terms)}"
@@ -222,19 +222,19 @@ class Distiller(nn.Module):
         indices: Tensor | None = None,
         teacher_outputs: Outputs | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted terms of all losses; their sum is what to train on.
+        """The weighted terms of all losses; their sum is the training loss.
 
         Args:
-            images: ``(B, C, H, W)``, normalised for the student, or what else it takes.
-            target: what the losses compare with, ``(B,)`` class indices for cross-entropy; of
-                mixed samples (mixup, cutmix) ``(B, P)`` class probabilities.
+            images: ``(B, C, H, W)``, normalised for the student, or whatever else it takes.
+            target: what the losses compare with: ``(B,)`` class indices for cross-entropy, or
+                ``(B, P)`` class probabilities for mixed samples (mixup, cutmix).
             teacher_images: ``(B, C, H', W')`` of the same samples, normalised for the teacher;
-                ``images`` where None.
+                ``images`` if None.
             indices: position of each sample in the training set, ``(B,)`` int64, for losses that
                 remember samples.
-            teacher_outputs: where they are known already (several students on one teacher), as
-                ``teacher.observer`` gives them for ``teacher_paths``; the teacher does not run
-                then.
+            teacher_outputs: if they are already known (several students with one teacher), as
+                returned by ``teacher.observer`` for ``teacher_paths``; the teacher then does not
+                run.
 
         Returns:
             ``loss_...`` -> scalar, with a graph to the student, the adapters and the losses' own
@@ -254,13 +254,13 @@ class Distiller(nn.Module):
         return list(cast(Iterable[Loss], self.losses))
 
     def _way(self, loss: Loss) -> tuple[bool, bool]:
-        """Whether what a loss is given is at one shape, and of all processes."""
+        """Whether a loss's inputs are brought to one shape, and gathered from all processes."""
         return loss.same_shape, loss.relational and self.gather and world_size() > 1
 
     def _given_to_losses(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[tuple[bool, bool], Batch]:
-        """What the losses of each way are called with."""
+        """The inputs of the losses, by the way they are prepared."""
         given: dict[tuple[bool, bool], Batch] = {}
         ways: dict[tuple[bool, bool], list[Loss]] = {}
         for loss in self._losses():
@@ -276,14 +276,14 @@ class Distiller(nn.Module):
     def at_one_shape(
         self, student: Outputs, teacher: Outputs | None
     ) -> tuple[Outputs, Outputs | None]:
-        """Both models' outputs, the maps that losses compare at one shape brought to one.
+        """Both models' outputs, with the maps that losses compare at one shape brought to it.
 
-        The student's pass through their adapters, and where sizes differ both are pooled to the
-        smaller one: what such losses see.
+        The student's maps pass through their adapters, and if sizes differ both are pooled to the
+        smaller one. This is what such losses see.
 
         Args:
-            student: as :meth:`observe_student` gives them.
-            teacher: as :meth:`observe_teacher` gives them.
+            student: as returned by :meth:`observe_student`.
+            teacher: as returned by :meth:`observe_teacher`.
         """
         taps = _taps_of(loss for loss in self._losses() if loss.same_shape)
         if not taps or teacher is None:
@@ -294,7 +294,7 @@ class Distiller(nn.Module):
         return replace(student, features=own), replace(teacher, features=other)
 
     def _match(self, tap: str, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Two maps at one shape; those of one shape stay as they are, in their dtype."""
+        """Bring two maps to one shape; those that already match keep the student's dtype."""
         if tap in self.adapters:
             own = adapt(self.adapters[tap], own)
         if own.shape[2:] != other.shape[2:]:
@@ -302,7 +302,7 @@ class Distiller(nn.Module):
         return own, other.to(own.dtype)
 
     def _check_logits(self, loss: Loss, student: Outputs, teacher: Outputs | None) -> None:
-        """Refuse models in whose outputs no logits were found, where the loss needs them."""
+        """Refuse models whose outputs contain no logits if the loss needs them."""
         if not loss.needs_logits:
             return
         models = [("student", self.student, student)]
@@ -319,11 +319,12 @@ class Distiller(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As of any module, with what makes the parts that this distiller does not have yet.
+        """Load as any module does; the error says how to create parts that do not exist yet.
 
         Raises:
-            ValueError: ``strict``, and the state has adapters or parts of losses that are missing.
-            RuntimeError: as of any module.
+            ValueError: ``strict``, and the state has adapters or parts of losses that are missing
+                here.
+            RuntimeError: as for any module.
         """
         more = sorted(state_dict.keys() - self.state_dict().keys())
         if strict and (parts := [n for n in more if n.startswith(("adapters.", "losses."))]):
@@ -334,7 +335,7 @@ class Distiller(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _replicate_for_data_parallel(self) -> Self:
-        """What ``nn.DataParallel`` calls for each device."""
+        """Refuse ``nn.DataParallel``, which calls this for each device."""
         raise ValueError(
             "DataParallel copies no teacher to its devices; start a process for each of them by "
             "torchrun, and wrap the distiller in DistributedDataParallel"
@@ -377,7 +378,7 @@ def _cast_like(student: Outputs, teacher: Outputs) -> Outputs:
 
 
 def _check_target(loss: Loss, target: Tensor | None) -> None:
-    """Refuse class probabilities where a loss cannot learn from the samples that they are of."""
+    """Refuse class probabilities if a loss cannot learn from mixed samples."""
     reason = loss.refuses_soft_targets
     if reason and target is not None and target.dim() == 2 and target.is_floating_point():
         name = type(loss).__name__
@@ -401,7 +402,7 @@ def _check_names(loss: Loss, added: Mapping[str, Term], terms: Mapping[str, Term
 def _paths(
     losses: Iterable[Loss], taps: Mapping[str, str | tuple[str, str]], side: int
 ) -> dict[str, str]:
-    """Tap name -> path in the student (``side`` 0) or the teacher (1), of what the losses read."""
+    """Tap name -> path in the student (``side`` 0) or teacher (1), of the taps that losses read."""
     paths = {}
     for loss in losses:
         for name in loss.taps:

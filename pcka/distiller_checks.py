@@ -1,4 +1,4 @@
-"""What a distiller refuses: losses that are none, and models that cannot be trained as given."""
+"""A distiller's argument checks: its losses, and models that cannot be trained as given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pcka.losses.base import Loss
 
 
 def check_losses(losses: object) -> None:
-    """Refuse what is no list, and what is no loss of this library's kind."""
+    """Refuse anything but a list of this library's losses."""
     if not isinstance(losses, Sequence | nn.ModuleList):
         raise ValueError(f"losses must be a list, got {type(losses).__name__}; write [...]")
     for loss in losses:
@@ -23,7 +23,7 @@ def check_losses(losses: object) -> None:
 
 
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Refuse what shares tensors: one cannot be frozen and the other trained."""
+    """Refuse models that share tensors: one cannot be frozen while the other is trained."""
     if teacher is None:
         return
     kinds: tuple[tuple[str, Callable[[nn.Module], Iterable[Tensor]], str], ...] = (
@@ -38,7 +38,7 @@ def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
 
 
 def check_gradients(student: nn.Module, beside: Iterable[nn.Module]) -> None:
-    """Refuse a student whose gradients alone are averaged over processes."""
+    """Refuse a student in DistributedDataParallel if other modules beside it are trained."""
     if not isinstance(student, DistributedDataParallel):
         return
     if any(parameter.requires_grad for part in beside for parameter in part.parameters()):

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcka.losses.base import Outputs
 
-# Keyword of DistributedDataParallel by which every process keeps the buffers that it computes:
-# renamed in torch 2.14, which warns of the old name.
+# The DistributedDataParallel keyword that lets every process keep the buffers it computes; renamed
+# in torch 2.14, which warns about the old name.
 OWN_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -22,12 +22,12 @@ OWN_BUFFERS: dict[str, Any] = {
 
 
 def world_size() -> int:
-    """How many processes train together; 1 where there is no process group."""
+    """Number of processes that train together; 1 without a process group."""
     return distributed.get_world_size() if _initialized() else 1
 
 
 def rank() -> int:
-    """This process's number among them, from 0."""
+    """Rank of this process; 0 without a process group."""
     return distributed.get_rank() if _initialized() else 0
 
 
@@ -36,7 +36,7 @@ def _initialized() -> bool:
 
 
 def from_first_process(value: Any) -> Any:
-    """The plain object or tensor that the first process passes, in every process; all wait."""
+    """Broadcast the first process's plain object or tensor; every process must call this."""
     if world_size() == 1:
         return value
     box = [value]
@@ -45,13 +45,13 @@ def from_first_process(value: Any) -> Any:
 
 
 def sum_over_processes(x: Tensor) -> None:
-    """Add up ``x`` over all processes, in place; nothing to do in one process."""
+    """Sum ``x`` over all processes, in place; a no-op in a single process."""
     if world_size() > 1:
         distributed.all_reduce(x)
 
 
 def average_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Give every process the mean of all processes' tensors, in place, by one message.
+    """Average tensors over all processes, in place, with one message.
 
     Args:
         tensors: of one dtype, and of the same shapes in every process.
@@ -66,7 +66,7 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def average_buffers(module: nn.Module) -> None:
-    """Give every process the mean of all processes' running statistics of batch norm.
+    """Average the running statistics of batch norm over all processes.
 
     Other buffers (frozen statistics, pixel means) are the same everywhere; a mean would round them.
     """
@@ -81,11 +81,11 @@ def average_buffers(module: nn.Module) -> None:
 
 
 class _GatherBatch(torch.autograd.Function):
-    """All processes' batches in the order of their ranks.
+    """The batches of all processes, in rank order.
 
-    Every process computes the same loss of the gathered batch, so the gradients that come back
-    are the same in all of them, and the sum over processes that the adjoint asks for is
-    ``world_size`` times the own part: no communication is needed. The mean over processes that
+    Every process computes the same loss from the gathered batch, so the incoming gradients are the
+    same in all of them, and the sum over processes that the adjoint requires is ``world_size``
+    times the process's own part: no communication is needed. The mean over processes that
     DistributedDataParallel takes then leaves the gradient of that one loss.
     """
 
@@ -103,11 +103,12 @@ class _GatherBatch(torch.autograd.Function):
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """The samples of all processes: ``(b, ...)`` -> ``(world_size * b, ...)``, by rank.
+    """Gather the samples of all processes: ``(b, ...)`` -> ``(world_size * b, ...)``, by rank.
 
-    Differentiable, for losses that every process computes alike from the gathered batch, and whose
-    parameter gradients are averaged over processes, as DistributedDataParallel does: the
-    parameters then get the gradient of the loss on the whole batch. The identity in one process.
+    Differentiable, for losses that every process computes identically from the gathered batch, and
+    whose parameter gradients are averaged over processes, as DistributedDataParallel does: the
+    parameters then get the gradient of the loss on the whole batch. The identity in a single
+    process.
 
     Args:
         x: this process's part, of the same shape in every process.
@@ -118,7 +119,7 @@ def gather_batch(x: Tensor) -> Tensor:
 
 
 def gather_outputs(outputs: Outputs, taps: Iterable[str]) -> Outputs:
-    """:func:`gather_batch` of logits, indices and the features of some taps."""
+    """Apply :func:`gather_batch` to logits, indices and the features of some taps."""
     return Outputs(
         logits=None if outputs.logits is None else gather_batch(outputs.logits),
         features={name: gather_batch(outputs.feature(name)) for name in taps},

@@ -1,4 +1,4 @@
-"""Packages that only parts of the project need, and what installs them."""
+"""Optional packages, and the extras that install them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def optional_package(name: str, extra: str = "export") -> Any:
-    """Import a module, such as ``"safetensors.torch"``, of a package that an extra installs.
+    """Import a module, such as ``"safetensors.torch"``, from a package that an extra installs.
 
     Raises:
         ImportError: it is not installed; the message names the extra.
@@ -21,10 +21,10 @@ def optional_package(name: str, extra: str = "export") -> Any:
 
 
 def require_packages(*names: str, extra: str) -> None:
-    """Refuse to go on where a package that an extra installs is missing; imports none of them.
+    """Check that packages of an extra are installed, without importing them.
 
     Raises:
-        ImportError: the message names the missing ones and the extra.
+        ImportError: some are missing; the message names them and the extra.
     """
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ImportError(_message(missing, extra))

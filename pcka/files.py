@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read without running code that they may hold."""
+"""Files: written atomically, and read without running code that they may contain."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pcka.extras import optional_package
 
-SAFETENSORS = ".safetensors"  # files of this suffix are written and read by that package
-CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys of files that hold more
-_ZIP = b"PK\x03\x04"  # how a file of torch.save begins
+SAFETENSORS = ".safetensors"  # files with this suffix are written and read by that package
+CONTAINERS = ("model", "state_dict", "model_state_dict")  # keys of weights in files that hold more
+_ZIP = b"PK\x03\x04"  # the first bytes of a torch.save file
 
 
 class CheckpointError(ValueError):
@@ -26,18 +26,18 @@ class CheckpointError(ValueError):
 
 
 def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
-    """Write a file so that ``path`` is the old file or the new, never half.
+    """Write a file atomically: ``path`` is either the old file or the complete new one.
 
-    The bytes go to a hidden ``.<name>.<random>.tmp`` beside it, are forced to disk, and take the
-    name in one step. A killed process may leave that temporary file; nothing reads it.
+    The bytes go to a hidden ``.<name>.<random>.tmp`` next to it, are synced to disk, and replace
+    ``path`` in one step. A killed process may leave that temporary file behind; nothing reads it.
 
     Args:
-        write: writes the content into the open file that it is given.
-        path: file to write; its folder is made where it is missing.
+        write: called with the open file, to write the content into it.
+        path: file to write; missing folders are created.
 
     Raises:
-        OSError: it cannot be written, for want of space or rights; the message names ``path``.
-        KeyboardInterrupt: Ctrl-C, whatever ``write`` makes of it.
+        OSError: it cannot be written, for lack of space or permission; the message names ``path``.
+        KeyboardInterrupt: on Ctrl-C, even if ``write`` turns it into another error.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +49,8 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save gives an error of its own, without the path, for what the file gave; Ctrl-C
-        # in the midst of it, too.
+        # torch.save replaces the file's error, or Ctrl-C during the write, by an error of its own
+        # without the path.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt from error
@@ -62,24 +62,24 @@ def atomic_write(write: Callable[[BinaryIO], object], path: str | Path) -> None:
 
 
 def atomic_save(obj: object, path: str | Path) -> None:
-    """:func:`atomic_write` what ``torch.save`` makes of an object."""
+    """Save an object with ``torch.save``, through :func:`atomic_write`."""
     atomic_write(partial(torch.save, obj), path)
 
 
 def load_file(path: str | Path, *, mmap: bool = False) -> object:
-    """Read a file of ``torch.save`` or safetensors to the CPU, without running code it may hold.
+    """Load a ``torch.save`` or safetensors file to the CPU, without running code it may contain.
 
-    The checksums that ``torch.save`` writes are compared first, which ``torch.load`` does not do.
+    The checksums that ``torch.save`` writes are verified first, which ``torch.load`` does not do.
     Formats without any (safetensors, files older than torch 1.6) are read as they are.
 
     Args:
-        path: of the file.
-        mmap: map the tensors of a file of ``torch.save`` into memory instead of reading them.
+        path: file to load.
+        mmap: memory-map the tensors of a ``torch.save`` file instead of reading them.
 
     Raises:
-        CheckpointError: the file holds objects other than tensors and plain containers (they are
-            not made), is damaged, or is no checkpoint.
-        ImportError: a ``.safetensors`` file, and that package is not installed.
+        CheckpointError: the file holds objects other than tensors and plain containers (which are
+            not created), is damaged, or is not a checkpoint.
+        ImportError: ``path`` is a ``.safetensors`` file and that package is not installed.
         OSError: it cannot be opened.
     """
     if Path(path).suffix == SAFETENSORS:
@@ -94,13 +94,13 @@ def load_file(path: str | Path, *, mmap: bool = False) -> object:
 
 
 def _check_sums(file: BinaryIO) -> None:
-    """Refuse a zip archive whose content is not what its checksums were made of."""
+    """Refuse a zip archive whose content does not match its checksums."""
     is_zip = file.read(len(_ZIP)) == _ZIP
     file.seek(0)
     if not is_zip:
         return
     with zipfile.ZipFile(file) as archive:
-        # torch.serialization.set_crc32_options(False) writes zeros in the place of all of them.
+        # torch.serialization.set_crc32_options(False) writes zeros in place of them.
         written = any(entry.CRC for entry in archive.infolist())
         if written and (damaged := archive.testzip()):
             raise zipfile.BadZipFile(f"the checksum of {damaged} differs")

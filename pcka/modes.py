@@ -1,4 +1,4 @@
-"""Running a model in evaluation mode for a while."""
+"""Run models in evaluation mode temporarily."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode for the length of the block, then every module back.
+    """Put models into evaluation mode within the block, then restore every module's mode.
 
-    Each module gets its own mode back, after an error as well: ``model.train(mode)`` would put
-    batch norms that the user froze by ``.eval()`` into training mode.
+    Each module gets its own mode back, even after an error: ``model.train(mode)`` would put batch
+    norms that the user froze with ``.eval()`` into training mode.
     """
     modes = {module: module.training for model in models for module in model.modules()}
     try:

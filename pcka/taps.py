@@ -1,4 +1,4 @@
-"""What a model gives on a batch: its logits, and features read inside it, by module path."""
+"""A model's outputs on a batch: its logits, and features read inside it, by module path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pcka.losses.base import Outputs
 
 INPUT_SUFFIX = ":input"
 MAP_SUFFIX = ":map"
-MOST_PREFIX_TOKENS = 16  # class and register tokens; more than these are none
+MOST_PREFIX_TOKENS = 16  # most class and register tokens that are recognised as such
 
 LogitsOf = str | Callable[[Any], Tensor | None]
 
@@ -43,7 +43,7 @@ class _Reading(NamedTuple):
         return f"module {self.path!r}" if self.path else "the model"
 
     def pick(self, name: str, inputs: tuple[Any, ...], *output: Any) -> Tensor:
-        """The tensor that the tap ``name`` reads of what the module was given, or returned."""
+        """The tensor that the tap ``name`` reads from the module's inputs or output."""
         value = output[0] if output else inputs[0] if inputs else None
         if self.key and not self.is_input:
             found = part(value, self.key)
@@ -71,35 +71,36 @@ class _Reading(NamedTuple):
 
 
 class TapError(RuntimeError):
-    """A tapped module did not run, ran twice, or what it gave was changed in place."""
+    """A tapped module did not run, ran twice, or its feature was changed in place."""
 
 
 class FeatureTap:
-    """Keeps what named modules of a model return, from one forward pass to the next ``pop``.
+    """Keeps the outputs of named modules of a model, from a forward pass to the next ``pop``.
 
     ``with FeatureTap(model, {"stage3": "layer3"}) as tap: logits = model(x); f = tap.pop()``
 
-    A path followed by ``:KEY`` reads a part of what the module returns: the entry of a dict, the
-    number of an item, or an attribute (``"backbone:p3"``, ``"lstm:0"``). A path followed by
-    ``:input`` reads what goes into the module instead: ``"layer3.2.relu:input"`` is the third block
-    of ``layer3`` before its activation. An empty path is the model itself (``":p3"``). Behind all
-    of these, ``:map`` reads the tokens of a transformer, or a map with its channels last, as a map
-    ``(B, C, H, W)`` (:func:`as_map`): ``"blocks.11:map"``.
+    A path followed by ``:KEY`` reads a part of what the module returns: an entry of a dict, an item
+    by its index, or an attribute (``"backbone:p3"``, ``"lstm:0"``). A path followed by ``:input``
+    reads the module's input instead: ``"layer3.2.relu:input"`` is the output of the third block of
+    ``layer3`` before its activation. An empty path is the model itself (``":p3"``). At the end of
+    any of these, ``:map`` reads the tokens of a transformer, or a map with its channels last, as a
+    map ``(B, C, H, W)`` (:func:`as_map`): ``"blocks.11:map"``.
 
-    Of a model that ``torch.compile`` or ``DistributedDataParallel`` wraps, the paths may be those
-    of the model itself.
+    If ``torch.compile`` or ``DistributedDataParallel`` wraps the model, the paths may be those of
+    the unwrapped model.
 
     A tap holds the output (or input) of exactly one call: a module that runs twice before
     :meth:`pop` (because it is shared within the model, or because the model ran twice) has no
-    single output to give, and is an error. Tensors are handed over as they are, in their memory
-    format and with their graph.
+    single output, and is an error. Tensors are returned as they are, in their memory format and
+    with their graph.
 
     Args:
         model: the module to read from.
         paths: tap name -> module path, as in ``model.named_modules()``, for the module's output;
-            with ``:KEY`` behind it for a part of that, with ``:input`` for the module's first
-            positional argument, with ``:map`` last for a map.
-        keep: makes what is kept of a feature, as soon as it is there; None: the feature itself.
+            followed by ``:KEY`` for a part of it, by ``:input`` for the module's first positional
+            argument, and at the end by ``:map`` for a map.
+        keep: called on each feature as soon as it is read; its result is kept. None: the feature
+            itself.
 
     Raises:
         ValueError: a path that the model does not have; the message lists near matches.
@@ -122,7 +123,7 @@ class FeatureTap:
         ]
 
     def _keep(self, name: str, reading: _Reading, _: nn.Module, *given: Any) -> None:
-        """A hook; each tensor's version is kept beside it."""
+        """Hook; keeps each tensor together with its version."""
         feature = reading.pick(name, *given)
         if name in self._features:
             raise TapError(
@@ -134,10 +135,10 @@ class FeatureTap:
         self._features[name] = feature, _version(feature)
 
     def pop(self) -> dict[str, Tensor]:
-        """The features of the last forward pass by tap name; the tap forgets them.
+        """Return the features of the last forward pass by tap name, and forget them.
 
         Raises:
-            TapError: a tapped module did not run, or what it gave was changed in place since.
+            TapError: a tapped module did not run, or its feature was changed in place since.
         """
         features, self._features = self._features, {}
         for name, reading in self._readings.items():
@@ -158,7 +159,7 @@ class FeatureTap:
         return {name: features[name][0] for name in self._readings}
 
     def remove(self) -> None:
-        """Detach from the model and forget what was kept; calling it again does nothing."""
+        """Detach from the model and forget all features; calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -172,19 +173,20 @@ class FeatureTap:
 
 
 class Observer:
-    """Runs a model and gives what it returns and what its taps read, as :class:`Outputs`.
+    """Runs a model and returns its output and what its taps read, as :class:`Outputs`.
 
-    Eager, the taps are on the model during the call alone. Compiled, they are plain hooks that
-    stay on it, because :func:`torch.compile` traces through those; they keep nothing when the
-    model is called otherwise.
+    In eager mode, the taps are on the model only during the call. In compiled mode, they are plain
+    hooks that stay on it, because :func:`torch.compile` traces through those; they keep nothing
+    when the model is called directly.
 
     Args:
-        model: inputs, such as images ``(B, C, H, W)`` -> what :func:`find_logits` looks into.
+        model: inputs, such as images ``(B, C, H, W)`` -> an output that :func:`find_logits`
+            searches.
         paths: tap name -> path in ``root``, as :class:`FeatureTap` takes them.
-        root: the module that the paths start from; ``model`` where None.
+        root: the module that the paths start from; ``model`` if None.
         logits_of: as :func:`find_logits` takes it.
-        compile: run through :func:`torch.compile`. The first call takes long, and so does the
-            first one of another shape or mode.
+        compile: run through :func:`torch.compile`. The first call is slow, and so is the first one
+            with another shape or mode.
 
     Raises:
         ValueError: a path that the model does not have.
@@ -214,7 +216,7 @@ class Observer:
             self._compiled = torch.compile(self._hooked)
 
     def __call__(self, *inputs: Any) -> Outputs:
-        """Logits, tapped features and what the model returned, of one forward pass."""
+        """Return the logits, tapped features and raw output of one forward pass."""
         if self._compiled is None:
             with FeatureTap(self._root, self._paths) as tap:
                 raw = self._model(*inputs)
@@ -228,7 +230,7 @@ class Observer:
         return Outputs(find_logits(raw, self._logits_of), features, raw=raw)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: compiled code belongs to this very observer."""
+        """For copies and pickles: compiled code belongs to this observer alone."""
         return {**self.__dict__, "_compiled": None, "_compile": self._compiled is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,25 +240,25 @@ class Observer:
             self._compiled = torch.compile(self._hooked)
 
     def _keep(self, name: str, reading: _Reading, _: nn.Module, *given: Any) -> None:
-        """A hook of what is compiled."""
+        """Hook of the compiled model."""
         if self._watching:
             self._features[name] = reading.pick(name, *given)
 
     def _hooked(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         raw = self._model(*inputs)
-        # Looks at every path, because what was compiled for another observer is used again for
-        # this one where all that it looked at is the same, and hooks are not looked at.
+        # Reads every path, because torch.compile reuses what it compiled for another observer if
+        # everything that it checks is the same, and it does not check hooks.
         features = {name: self._features[name] for name, path in self._paths.items() if path}
         self._features.clear()
         return raw, features
 
 
 def find_logits(output: Any, logits_of: LogitsOf | None = None) -> Tensor | None:
-    """The logits in what a model returned; None where there are none.
+    """Find the logits in a model's output; None if there are none.
 
     Args:
-        output: a tensor, which is the logits; a mapping or an object, of which the entry or the
-            attribute ``logits`` is; or a tuple or list, of which the first tensor is.
+        output: a tensor, taken as the logits; a mapping or an object, whose entry or attribute
+            ``logits`` is taken; or a tuple or list, whose first tensor is.
         logits_of: the name of another entry or attribute, or a function of ``output``.
     """
     if callable(logits_of):
@@ -270,7 +272,7 @@ def find_logits(output: Any, logits_of: LogitsOf | None = None) -> Tensor | None
 
 
 def part(value: Any, key: str) -> Any:
-    """The entry, item or attribute ``key`` of what a module returned; None where it has none."""
+    """The entry, item or attribute ``key`` of a module's output; None if it has none."""
     number = int(key) if key.lstrip("-").isdigit() else None
     if isinstance(value, Mapping):
         return value.get(key, value.get(number))
@@ -280,16 +282,16 @@ def part(value: Any, key: str) -> Any:
 
 
 def as_map(feature: Tensor, prefix: int | None = None) -> Tensor:
-    """Tokens of an image, or a map with its channels last, as a map ``(B, C, H, W)``, a view.
+    """View the tokens of an image, or a map with its channels last, as a map ``(B, C, H, W)``.
 
     Args:
-        feature: tokens ``(B, N, C)``, of a square image row by row, class and register tokens
-            before them; or ``(B, H, W, C)``.
-        prefix: how many class and register tokens there are, which are left out; None, or where
-            that leaves no square: as many as ``N`` exceeds a square by, 16 at most.
+        feature: tokens ``(B, N, C)`` of a square image, row by row, after any class and register
+            tokens; or ``(B, H, W, C)``.
+        prefix: number of class and register tokens, which are left out; if None, or if that leaves
+            no square: as many as ``N`` exceeds a square by, at most 16.
 
     Raises:
-        ValueError: tokens that make no square, or another number of dimensions.
+        ValueError: the tokens form no square, or the feature has another number of dimensions.
     """
     if feature.dim() == 4:
         return feature.permute(0, 3, 1, 2)
@@ -304,10 +306,10 @@ def as_map(feature: Tensor, prefix: int | None = None) -> Tensor:
 
 
 def token_side(tokens: int, prefix: int | None = None) -> int | None:
-    """The side of the square that ``tokens`` make without ``prefix`` ones; None: they make none.
+    """Side of the square that ``tokens`` form without ``prefix`` of them; None if they form none.
 
-    Where that leaves no square (a patch embedding gives no class token yet), or ``prefix`` is None,
-    what exceeds a square counts as prefix.
+    If that leaves no square (a patch embedding has no class token yet), or ``prefix`` is None, the
+    excess over a square counts as the prefix.
     """
     side = math.isqrt(max(0, tokens - (prefix or 0)))
     if prefix is not None and side and side * side + prefix == tokens:
@@ -317,11 +319,11 @@ def token_side(tokens: int, prefix: int | None = None) -> int | None:
 
 
 def prefix_tokens(model: nn.Module, path: str) -> int | None:
-    """The class and register tokens in ``model``, by the attribute ``num_prefix_tokens`` of timm.
+    """Number of class and register tokens in ``model``, from timm's ``num_prefix_tokens``.
 
     Args:
-        model: that has the attribute, or holds a module that has it.
-        path: of a module; the innermost one on the way to it counts.
+        model: has that attribute, or contains a module that has it.
+        path: path of a module; the innermost attribute on the way to it counts.
     """
     found, module = getattr(model, "num_prefix_tokens", None), model
     for name in path.split(".") if path else ():
@@ -331,7 +333,7 @@ def prefix_tokens(model: nn.Module, path: str) -> int | None:
 
 
 def wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of what ``torch.compile`` or data parallelism wrapped; None: neither did."""
+    """Name and module that ``torch.compile`` or data parallelism wraps; None if neither does."""
     if isinstance(model, nn.DataParallel | DistributedDataParallel):
         return "module", model.module
     compiled = model._modules.get("_orig_mod")  # its class has no public name
@@ -339,7 +341,7 @@ def wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _within_wrappers(model: nn.Module, path: str) -> str:
-    """A path of the model, given as it is, or as it is inside the model's wrappers."""
+    """Full path in the model, from a path that may leave out the model's wrappers."""
     prefix, inside = "", model
     while path and not _has_module(inside, path):
         found = wrapped(inside)
@@ -360,7 +362,7 @@ def _has_module(model: nn.Module, path: str) -> bool:
 def _hook(model: nn.Module, reading: _Reading, keep: Callable[..., None]) -> RemovableHandle:
     module = model.get_submodule(reading.path)
     if reading.is_input:
-        # Before the module runs, because it may overwrite its input, and then nobody could tell.
+        # Before the module runs: it may overwrite its input, which could not be detected later.
         return module.register_forward_pre_hook(keep)
     return module.register_forward_hook(keep)
 
@@ -377,7 +379,7 @@ def _check_paths(model: nn.Module, readings: Mapping[str, _Reading]) -> None:
 
 
 def part_names(value: Any) -> str:
-    """What :func:`part` finds in a value, for messages."""
+    """The names that :func:`part` finds in a value, for messages."""
     if isinstance(value, Mapping):
         names = list(value)
     elif hasattr(value, "_fields"):
@@ -390,5 +392,5 @@ def part_names(value: Any) -> str:
 
 
 def _version(feature: Tensor) -> int:
-    """How often the tensor was written to in place; tensors of inference mode do not count."""
+    """Number of in-place writes to the tensor; inference tensors do not count them."""
     return 0 if feature.is_inference() else feature._version

@@ -1,4 +1,4 @@
-"""A teacher that stays as it is, and runs faster for it; several teachers as one."""
+"""A frozen teacher, which runs faster for it; several teachers as one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pcka.taps import LogitsOf, Observer, find_logits
 
 
 class FrozenTeacher(nn.Module):
-    """A trained model for inference only: eval mode for ever, no gradients, no graph.
+    """A trained model for inference only: always in eval mode, no gradients, no graph.
 
-    ``model`` is taken as it is, not copied: its parameters stop requiring grad, and it goes to
+    ``model`` is used directly, not copied: its parameters stop requiring grad, and it is put into
     eval mode.
 
     Args:
         model: the trained teacher, inputs -> outputs.
-        channels_last: keep the weights, and bring the images, in channels-last memory format.
-        fold_batch_norm: put batch norms into the convolutions before them
-            (:func:`fold_batch_norms`): the same outputs up to rounding, faster.
-        tapped: paths of modules that taps will read, which folding then leaves as they are.
-        logits_of: where its logits are, as :func:`pcka.taps.find_logits` takes it.
+        channels_last: convert the weights and the images to channels-last memory format.
+        fold_batch_norm: fold batch norms into the convolutions before them
+            (:func:`fold_batch_norms`): faster, with the same outputs up to rounding.
+        tapped: paths of modules that taps will read; folding leaves their outputs unchanged.
+        logits_of: where its logits are, as for :func:`pcka.taps.find_logits`.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class FrozenTeacher(nn.Module):
     # Not inference_mode: autograd refuses to save its tensors, and losses multiply by them.
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
-        """What the model gives for its inputs, such as images ``(B, C, H, W)``, without a graph."""
-        if self.model.training:  # whoever holds the model itself has called its train()
+        """Run the model on its inputs, such as images ``(B, C, H, W)``, without a graph."""
+        if self.model.training:  # a caller that holds the model itself called its train()
             self.eval()
         if self.channels_last:
             inputs = tuple(map(_channels_last, inputs))
@@ -77,19 +77,20 @@ class Ensemble(nn.Module):
     ``z = sum_k w_k z_k`` with ``w_k = shares[k] / sum(shares)``. At every temperature its
     probabilities are the weighted geometric mean of the members', normalised:
     ``softmax(z / T)`` is proportional to ``prod_k softmax(z_k / T)^w_k`` (Hinton et al. 2015,
-    arXiv:1503.02531, name it beside the arithmetic mean for ensembles).
+    arXiv:1503.02531, mention it alongside the arithmetic mean for ensembles).
 
     Taps read one member: ``members.0.layer3`` is the path of the first one's ``layer3``.
 
     Args:
-        members: inputs -> what :func:`pcka.taps.find_logits` looks into; logits of one shape.
-        shares: of each member in the mean, above 0; equal where None.
-        inputs: modules, of each member what makes its input of the ensemble's (pixel statistics of
-            its own, another size); the input as it is where None.
-        logits_of: where the logits of all members are, as :func:`pcka.taps.find_logits` takes it.
+        members: inputs -> an output that :func:`pcka.taps.find_logits` searches; all logits have
+            one shape.
+        shares: share of each member in the mean, above 0; equal if None.
+        inputs: one module per member, which makes its input from the ensemble's (its own pixel
+            statistics, another size); if None, the input as it is.
+        logits_of: where the logits of all members are, as for :func:`pcka.taps.find_logits`.
 
     Raises:
-        ValueError: no members, or shares or inputs that do not fit them.
+        ValueError: there are no members, or the shares or inputs do not match them.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Ensemble(nn.Module):
         """The mean of the members' logits, ``(B, P)``.
 
         Raises:
-            ValueError: a member gives no logits, or of another shape than the first one's.
+            ValueError: a member returns no logits, or logits of another shape than the first one's.
         """
         mean: Tensor | None = None
         for index, (share, own, member) in enumerate(
@@ -147,7 +148,7 @@ def _channels_last(x: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into what holds batch norms alone: other modules may do what cannot be traced."""
+    """Traces only into modules that contain batch norms: others may be untraceable."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or not any(
@@ -160,20 +161,20 @@ def fold_batch_norms(model: nn.Module, tapped: Collection[str] = ()) -> list[str
 
     ``BN(Wx + b) = (s W) x + (b - mean) s + beta`` with ``s = gamma / sqrt(var + eps)``: in
     evaluation mode the scale and the shift go into the convolution. Module paths stay as they
-    are, so taps do too, and a tap of the batch norm gives what it gave. A tap of the
-    *convolution* would give the normalised map.
+    are, so taps do too, and a tap on the batch norm reads what it read before. A tap on the
+    *convolution* would read the normalised map.
 
     Args:
-        model: in evaluation mode. One that :func:`torch.fx.symbolic_trace` cannot follow stays as
-            it is.
-        tapped: paths of modules whose output must stay what it is: a convolution in one of them
-            does not take in a batch norm outside it.
+        model: in evaluation mode. One that :func:`torch.fx.symbolic_trace` cannot trace stays as it
+            is.
+        tapped: paths of modules whose output must not change: a convolution in one of them does not
+            absorb a batch norm outside it.
 
     Returns:
-        Paths of the batch norms that were folded.
+        Paths of the folded batch norms.
 
     Raises:
-        ValueError: a model in training mode, whose batch norms use the statistics of the batch.
+        ValueError: the model is in training mode, where batch norms use the batch's statistics.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("model must be in evaluation mode to fold its batch norms; call .eval()")
@@ -199,16 +200,16 @@ def fold_batch_norms(model: nn.Module, tapped: Collection[str] = ()) -> list[str
 
 
 def _members(ensemble: Ensemble) -> Iterator[tuple[str, nn.Module]]:
-    """The beginning of the paths in each member, and the member."""
+    """The path prefix of each member, and the member."""
     for index, member in enumerate(ensemble.members):
         yield f"members.{index}.", member
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Paths of the convolutions and batch norms of which one feeds the other and nothing else."""
+    """Paths of each convolution whose output only feeds a batch norm, and of that batch norm."""
     try:
         graph = _Tracer().trace(model)
-    except Exception:  # control flow on values, foreign calls: tracing fails in many ways
+    except Exception:  # data-dependent control flow, foreign calls: tracing fails in many ways
         return
     modules = dict(model.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
@@ -217,7 +218,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
         before, norm = node.args[0] if node.args else None, modules[node.target]
         if (
             isinstance(norm, nn.BatchNorm2d)
-            and norm.running_mean is not None  # else it takes the statistics of the batch
+            and norm.running_mean is not None  # else it uses the batch's statistics
             and isinstance(before, fx.Node)
             and before.op == "call_module"
             and type(modules[before.target]) is nn.Conv2d  # a subclass may change its weight

@@ -1,1 +1,1 @@
-"""Commands of the repository itself, which no package carries."""
+"""Commands of the repository itself, not part of any package."""

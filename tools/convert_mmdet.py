@@ -1,10 +1,10 @@
-"""Give a teacher's weights of OpenMMLab's mmdet detectron2's names.
+"""Convert a teacher's weights from OpenMMLab's mmdet to detectron2's names.
 
 ``python tools/convert_mmdet.py --config-file TEACHER.yaml --weights X.pth --output Y.pth``
 
-Backbone and neck are converted: a ResNet or ResNeXt, and an FPN whose P6 is pooled, or whose P6 and
-P7 are convolutions; the head of a GFL, too. ``TEACHER.yaml`` describes them, and every weight has
-to fit.
+Backbone and neck are converted (a ResNet or ResNeXt, and an FPN whose P6 is pooled, or whose P6 and
+P7 are convolutions), and the head of a GFL. ``TEACHER.yaml`` describes the model, and every weight
+must fit.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from pcka.files import atomic_save, load_file
 
 PARTS = ("backbone.", "neck.")
 HEAD = "bbox_head."
-COUNTER = "num_batches_tracked"  # of batch norm; detectron2's frozen one has none
+COUNTER = "num_batches_tracked"  # of batch norm; detectron2's frozen version has none
 
 
 def convert_mmdet(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
     """Return the weights of backbone and neck, and of a GFL's head, under detectron2's names.
 
     Args:
-        weights: mmdet's name -> tensor; other heads may be among them, and are left out, as is a
-            GFL's that is not all there.
-        cfg: describes the teacher.
+        weights: mmdet's name -> tensor; other heads are left out, as is a GFL's without
+            ``gfl_cls``.
+        cfg: configuration of the teacher.
 
     Raises:
-        WeightsError: a weight of the teacher's backbone is missing or of another shape, or mmdet's
-            backbone and neck hold one that the teacher has no place for.
+        WeightsError: a weight of the teacher's backbone or GFL head is missing or has another
+            shape, or mmdet's backbone, neck or head holds one that the teacher has no place for.
     """
-    with torch.device("meta"):  # names and shapes are all that is needed
+    with torch.device("meta"):  # only names and shapes are needed
         own = build_backbone(cfg).state_dict()
     laterals = re.findall(r"fpn_lateral(\d)", " ".join(own))
     names = {name: mmdet_name(name, int(min(laterals, default="0"))) for name in own}
@@ -67,7 +67,7 @@ def convert_mmdet(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tens
 
 
 def _gfl_head(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    """The head's weights; its convolutions before norms have biases in detectron2 alone."""
+    """The head's weights; only detectron2 has biases in convolutions before norms."""
     with torch.device("meta"):
         own = instantiate(lazy_gfl(cfg).head).state_dict()
     scales = [f"{HEAD}scales.{level}.scale" for level in range(len(own.pop("scales")))]
@@ -93,7 +93,7 @@ def _gfl_head(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
 
 
 def _gfl_name(name: str, *, normed: bool) -> str:
-    """mmdet's name of a weight of a GFL's head; "" for one that it has not."""
+    """mmdet's name for a weight of a GFL head; "" if it has no such weight."""
     if not (layer := re.match(r"(cls|bbox)_subnet\.(\d+)\.(weight|bias)", name)):
         return HEAD + name.replace("cls_score", "gfl_cls").replace("bbox_pred", "gfl_reg")
     number, place = divmod(int(layer[2]), 3 if normed else 2)
@@ -104,10 +104,10 @@ def _gfl_name(name: str, *, normed: bool) -> str:
 
 
 def mmdet_name(name: str, first_level: int) -> str:
-    """mmdet's name of a weight of detectron2's ResNet with FPN.
+    """mmdet's name for a weight of detectron2's ResNet with FPN.
 
     Args:
-        name: as the backbone's ``state_dict`` has it, e.g. ``"fpn_lateral3.weight"``.
+        name: as in the backbone's ``state_dict``, e.g. ``"fpn_lateral3.weight"``.
         first_level: the pyramid's finest level, from which mmdet counts the neck's convolutions.
     """
     name = re.sub(r"^bottom_up\.(stem\.)?", "backbone.", name)
@@ -126,24 +126,24 @@ def mmdet_name(name: str, first_level: int) -> str:
 
 
 def read_mmdet(path: str | Path) -> dict[str, Tensor]:
-    """Return all weights of an mmdet checkpoint, without running code that it may hold.
+    """Return all weights of an mmdet checkpoint, without running code that it may contain.
 
-    Beside the weights a file has a dict of notes on its training. Text, numbers and numpy's numbers
-    are read; what else it may hold is refused, with the way to take the weights out.
+    Besides the weights, a file holds a dict of training metadata. Text, numbers and NumPy's numbers
+    are read; anything else is refused, with instructions for extracting the weights.
 
     Raises:
         ValueError: the file holds other objects, or no weights.
         OSError: it cannot be opened.
     """
     numbers = [np.dtype(kind) for kind in (np.float32, np.float64, np.int64)]
-    scalar = np.float64(0).__reduce__()[0]  # numpy moved it; both of its names occur in files
+    scalar = np.float64(0).__reduce__()[0]  # numpy moved it; files use either name
     moved = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*moved, np.dtype, *map(type, numbers)]):
         return extract_state_dict(load_file(path))
 
 
 def beyond_weights(cfg: CfgNode) -> str:
-    """The settings that no weight can confirm, in the words of mmdet's configurations."""
+    """Settings that the weights cannot confirm, in the terms of mmdet's configurations."""
     settings: dict[str, object] = {
         "style": "caffe" if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else "pytorch",
         "to_rgb": cfg.INPUT.FORMAT == "RGB",
@@ -161,7 +161,7 @@ def beyond_weights(cfg: CfgNode) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Convert as the arguments say."""
+    """Convert weights as the arguments specify."""
     parser = command_parser("mmdet's weights for a detectron2 teacher.")
     parser.add_argument("--config-file", metavar="F", required=True, help="the teacher's")
     parser.add_argument("--weights", metavar="X", required=True, help="mmdet's checkpoint")

@@ -1,8 +1,8 @@
 """Pack what a GPU machine without network needs: ``make gpu-bundle``.
 
-The bundle holds the compiled operators, the packages that the machine lacks as wheels, detectron2,
-and data sets where some are given. ``python tools/gpu_check.py --bundle DIR`` unpacks it there.
-TORCH_CUDA_ARCH_LIST names the GPU architectures.
+The bundle holds the compiled operators, wheels of the packages that the machine lacks, detectron2,
+and data sets if given. ``python tools/gpu_check.py --bundle DIR`` unpacks it there.
+TORCH_CUDA_ARCH_LIST sets the GPU architectures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_MIB = 60
-# Of what detection and the configurations need, and a machine for PyTorch has not.
+# Needed by detection and the configurations, and missing on a typical PyTorch machine.
 WHEELS = (
     "yacs>=0.1.8",
     "termcolor>=1.1",
@@ -30,11 +30,11 @@ WHEELS = (
     "omegaconf==2.3.*",  # hydra-core 1.3 refuses later ones
 )
 SOURCES = ("fvcore==0.1.5.post20221221", "iopath==0.1.10", "antlr4-python3-runtime==4.9.*")
-LIBC = range(17, 40)  # glibc 2.N of the manylinux wheels that are taken
+LIBC = range(17, 40)  # glibc 2.N of the accepted manylinux wheels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the bundle anew; end with a message where a part cannot be had."""
+    """Rebuild the bundle; exit with a message if a part is unavailable."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle", metavar="DIR")
     parser.add_argument("--python", default="3.12", help="version of the machine's Python")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def commit() -> str:
-    """Of what is packed, which the machine need not have the history of."""
+    """The commit that is packed; the machine need not have its history."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         cwd=ROOT,
@@ -75,7 +75,7 @@ def commit() -> str:
 
 
 def libraries(folder: Path, *, build: bool) -> dict[str, str]:
-    """The compiled operators, without their symbols; returns the facts of the build."""
+    """Pack the compiled operators, stripped; return the build information."""
     with tempfile.TemporaryDirectory() as scratch:
         source = ROOT
         if build:
@@ -94,7 +94,7 @@ def libraries(folder: Path, *, build: bool) -> dict[str, str]:
 
 
 def wheels(folder: Path, python: str) -> None:
-    """Wheels for another Python; what comes as source is pure Python and built with this one."""
+    """Fetch wheels for another Python; source packages are pure Python and built with this one."""
     pip = [sys.executable, "-m", "pip", "--quiet"]
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in LIBC]
     target = [f"--python-version={python}", "--implementation=cp", "--only-binary=:all:"]
@@ -107,7 +107,7 @@ def wheels(folder: Path, python: str) -> None:
 
 
 def detectron2(archive: Path) -> None:
-    """The Python files of the installed detectron2, which must be one without a C++ extension."""
+    """Pack the Python files of the installed detectron2, which must have no C++ extension."""
     found = importlib.util.find_spec("detectron2")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("detectron2 is not installed: python tools/install_detectron2.py")
@@ -118,7 +118,7 @@ def detectron2(archive: Path) -> None:
 
 
 def data(folder: Path, sets: Iterable[Path]) -> None:
-    """Each data set as one archive."""
+    """Pack each data set as one archive."""
     for path in sets:
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

@@ -3,14 +3,14 @@
 ``python tools/gpu_check.py --out DIR [--bundle DIR] [--only STAGE ...] [--skip STAGE ...]``
 
 Needs a checkout, PyTorch and pytest; ``make gpu-bundle`` packs what else a machine without network
-lacks. The stages, their order and their limits stand in ``tools/gpu/stages.py``. A stage that fails
-or takes too long is reported, and the next one runs. ``DIR`` gets ``results.json``, ``report.md``
-(tables), ``log.txt`` and a few files of the stages; the summary is printed last.
+lacks. The stages, their order and their time limits are in ``tools/gpu/stages.py``. A stage that
+fails or takes too long is reported, and the next one runs. ``DIR`` receives ``results.json``,
+``report.md`` (tables), ``log.txt`` and a few files of the stages; the summary is printed last.
 
-``--device cpu --quick`` rehearses all of it in minutes where there is no GPU.
+``--device cpu --quick`` rehearses everything in minutes without a GPU.
 
-Exits with 0 if all stages passed, 1 if one did not, and 3, at once, where the compiled operators
-are not in use on the device.
+Exits with 0 if all stages passed, 1 if one did not, and immediately with 3 if the compiled
+operators are not in use on the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.gpu.stages import STAGES, choose
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages as the arguments say; returns the exit code."""
+    """Run the stages as the arguments specify; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="of make gpu-bundle")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complete = runner.run(stages)
     try:
         tables = report.markdown(runner.results)
-    except (KeyError, TypeError, ValueError) as error:  # the results are there all the same
+    except (KeyError, TypeError, ValueError) as error:  # the results are kept all the same
         tables = f"{type(error).__name__}: {error}; run python -m tools.gpu.report\n"
     (given.out / "report.md").write_text(tables)
     print("\n".join(["", *summary(runner.results)]), flush=True)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _environment(packed: dict[str, str], work: Path, device: str) -> dict[str, str]:
-    """Variables of every stage: nothing falls back silently, nothing is cached elsewhere."""
+    """Environment variables of every stage: no silent fallback, no caches elsewhere."""
     paths = [str(ROOT), packed.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
     return {
         **packed,
@@ -87,6 +87,6 @@ def _environment(packed: dict[str, str], work: Path, device: str) -> dict[str, s
 
 
 if __name__ == "__main__":
-    # Stopped from outside, it still stops the stage at work.
+    # When terminated from outside, still stop the running stage.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main())

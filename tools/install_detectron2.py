@@ -1,11 +1,11 @@
 """Make detectron2 importable: ``python tools/install_detectron2.py``; run by ``make``.
 
-One that is importable already is kept. Else the official repository is installed, where it can be
-reached. Else the package ``pb1-detectron2`` 0.6 serves, which carries the unmodified Python files
-of the official release 0.6 without its C++ sources: it is fetched by its hash and installed as a
-pure-Python wheel named ``detectron2``, with the repairs of ``REPAIRS`` in the wheel's own files.
-RoIAlign and non-maximum suppression come from torchvision; deformable convolutions and rotated
-boxes need the official build, and say so when used.
+An importable detectron2 is kept. Otherwise the official repository is installed, if it can be
+reached. Failing that, the package ``pb1-detectron2`` 0.6 is used, which contains the unmodified
+Python files of the official release 0.6 without its C++ sources: it is fetched by its hash and
+installed as a pure-Python wheel named ``detectron2``, with the repairs of ``REPAIRS`` in the
+wheel's own files. RoIAlign and non-maximum suppression come from torchvision; deformable
+convolutions and rotated boxes need the official build, and say so when used.
 
 Only the standard library is imported here: this runs before the rest is installed.
 """
@@ -39,7 +39,7 @@ class Repair:
 
     Attributes:
         files: glob below the package's root.
-        pattern: regular expression of what is replaced; must match somewhere.
+        pattern: regular expression to replace; must match somewhere.
         replacement: as in ``re.sub``.
         reason: what fails without it.
     """
@@ -95,7 +95,7 @@ REPAIRS = (
     ),
 )
 
-# The C++ extension's place: detectron2.layers import it and use it for a few operators only.
+# In place of the C++ extension, which detectron2.layers imports and uses for a few operators only.
 EXTENSION_STUB = '''"""This build has no C++ extension; its operators say so when used."""
 
 
@@ -109,8 +109,8 @@ def __getattr__(name):
     )
 '''
 
-# The release's own setup.py compiles the missing C++ sources and pins black and iopath to
-# versions that no longer install; OpenCV is what its visualizer needs.
+# The release's own setup.py compiles the missing C++ sources and pins black and iopath to versions
+# that no longer install; its visualizer needs OpenCV.
 SETUP = """from setuptools import find_packages, setup
 
 setup(
@@ -129,7 +129,7 @@ setup(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Install detectron2 the best way that is open, unless it is importable."""
+    """Install detectron2 the best available way, unless it is importable."""
     about = __doc__.partition(":")[0]
     argparse.ArgumentParser(description=f"{about}.").parse_args(arguments)
     if importlib.util.find_spec("detectron2") is not None:
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def install_release() -> None:
-    """Install release 0.6 from its package, repaired."""
+    """Install release 0.6 from its package, with the repairs."""
     with tempfile.TemporaryDirectory() as folder:
         source = fetch_release(Path(folder))
         repair(source)
@@ -148,7 +148,7 @@ def install_release() -> None:
 
 
 def fetch_release(folder: Path) -> Path:
-    """Download and unpack the release into ``folder``; a file of another hash is refused by pip."""
+    """Download and unpack the release into ``folder``; pip refuses a file with another hash."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n")
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"]
@@ -163,7 +163,7 @@ def repair(source: Path) -> None:
     """Apply ``REPAIRS`` to the unpacked release, and give it a build without C++.
 
     Raises:
-        RepairError: a repair that finds nothing to replace.
+        RepairError: a repair finds nothing to replace.
     """
     for item in REPAIRS:
         if not sum(_replace(path, item) for path in sorted(source.glob(item.files))):
@@ -180,7 +180,7 @@ def _replace(path: Path, item: Repair) -> int:
 
 
 def _install_official() -> bool:
-    """Install the official main branch; False where it cannot be reached or does not build."""
+    """Install the official main branch; return False if it cannot be reached or built."""
     try:
         probe = ["git", "ls-remote", "--exit-code", REPOSITORY, "HEAD"]
         subprocess.run(probe, check=True, capture_output=True, timeout=REACHABLE_SECONDS)

@@ -1,7 +1,7 @@
-"""The paper's tables as runs: ``python tools/reproduce.py TABLE [--launch HOW] [-- KEY VALUE]``.
+"""Reproduce the paper's tables: ``python tools/reproduce.py TABLE [--launch HOW] [-- KEY VALUE]``.
 
-Lists, launches, estimates and collects the runs of ``configs/reproduce/TABLE.yaml``. What is done
-is skipped, and what was begun goes on.
+Lists, launches, estimates and collects the runs of ``configs/reproduce/TABLE.yaml``. Finished runs
+are skipped, and interrupted ones resumed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tools.paper.table import Job, Plan, Task, load_table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do with a table what the arguments say.
+    """Process a table as the arguments specify.
 
     Raises:
-        ConfigError: a name that the table does not have, or a setting that cannot be used.
+        ConfigError: a name that is not in the table, or an unusable setting.
         TrainingFailedError: a run failed; the others are finished.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # The lists of the flags would swallow KEY VALUE pairs: they come after "--".
+    # Flags that take lists would swallow KEY VALUE pairs: these come after "--".
     end = words.index("--") if "--" in words else len(words)
     given = _parser().parse_args(words[:end])
     plan = _plan(given, words[end + 1 :])
@@ -107,7 +107,7 @@ def _positive(text: str) -> int:
 
 
 def _task(plan: Plan) -> Task:
-    # Imported here: the one needs detectron2, the other does without it.
+    # Imported here: only detectors need detectron2.
     if plan.table.keys["TASK"] == "detection":
         from tools.paper.detectors import Detectors
 
@@ -118,7 +118,7 @@ def _task(plan: Plan) -> Task:
 
 
 def _listed(plan: Plan, task: Task) -> str:
-    """A line for each method of a pair, with the states of its seeds."""
+    """One line per pair and method, with the state of each seed."""
     by_line: dict[tuple[str, str], dict[int, str]] = {}
     for run in task.runs():
         name = run.folder.name if run.is_teacher else run.pair
@@ -145,14 +145,14 @@ def _launch(plan: Plan, task: Task, jobs: Sequence[Job], given: argparse.Namespa
         return
     with console_log():
         failures = _train(task, jobs, torchrun=given.launch == "torchrun")
-    if "RANK" not in os.environ:  # else torchrun's caller tells
+    if "RANK" not in os.environ:  # otherwise torchrun's caller prints it
         print(_listed(plan, task))
     if failures:
         raise TrainingFailedError("; ".join(failures.values()))
 
 
 def _train(task: Task, jobs: Sequence[Job], *, torchrun: bool) -> dict[str, str]:
-    """Train one job after the other; return why those that failed did, by name."""
+    """Train the jobs one after the other; return job name -> reason for those that failed."""
     failures: dict[str, str] = {}
     with task.session(jobs, torchrun=torchrun):
         for job in jobs:

@@ -1,7 +1,7 @@
-"""Draw the docs' pictures of results from their figures: ``python -m tools.results_pictures``.
+"""Draw the docs' pictures of results from their data: ``python -m tools.results_pictures``.
 
-A picture carries the digest of the figures that it was drawn from; ``--check`` changes nothing and
-fails where the figures have changed since.
+A picture carries a digest of the data that it was drawn from; ``--check`` changes nothing and fails
+if the data has changed since.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ SHOWN = (  # of the variants whose gradients were measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the pictures that are out of date, or tell which are.
+    """Draw the pictures that are out of date; with ``--check``, fail at the first.
 
     Raises:
-        ConfigError: with ``--check``, a picture whose figures have changed.
+        ConfigError: with ``--check``, a picture whose data has changed.
     """
     parser = command_parser("Draw the docs' pictures from their figures.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
@@ -77,16 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write(figure: Figure, path: Path, stamp: str) -> None:
-    """As SVG with its letters as text, and the same file every time."""
+    """Write an SVG with text as text, and the same file every time."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pcka"}):
         figure.savefig(path, metadata={"Description": stamp, "Date": None})
 
 
 def accuracies(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """A line for each method: a dot for each seed, a bar to their mean; best above.
+    """One row per method: a dot per seed, a bar up to their mean; best on top.
 
     Args:
-        rows: ``method``, ``last_accuracy``, as ``compare.py`` writes them.
+        rows: with ``method`` and ``last_accuracy``, as ``compare.py`` writes them.
     """
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -109,13 +109,13 @@ def accuracies(rows: Sequence[Mapping[str, str]]) -> Figure:
 
 
 def gradients(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """:func:`pcka.engine.curves.gradients_figure` of ``SHOWN``.
+    """The :func:`pcka.engine.curves.gradients_figure` of ``SHOWN``.
 
     Args:
-        rows: ``method``, ``epoch``, ``term``, ``share``, ``cosine``.
+        rows: with ``method``, ``epoch``, ``term``, ``share`` and ``cosine``.
 
     Raises:
-        ConfigError: there are none of these.
+        ConfigError: none of them has gradients.
     """
     epochs: dict[str, dict[int, dict[str, float]]] = {name: {} for name in SHOWN}
     for row in rows:

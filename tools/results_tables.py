@@ -1,6 +1,6 @@
-"""Write the docs' tables of results from their figures: ``python -m tools.results_tables``.
+"""Write the docs' tables of results from their data: ``python -m tools.results_tables``.
 
-A table stands between two comments, the first of which says what it is made of::
+A table lies between two comments, the first of which describes it::
 
     <!-- table: benchmarks/results/cifar100.csv
          columns: last_accuracy = last epoch (%), best_accuracy = best epoch (%)
@@ -9,10 +9,10 @@ A table stands between two comments, the first of which says what it is made of:
     ...
     <!-- end of table -->
 
-The file is what ``compare.py`` wrote as ``comparison.csv``: a line for each run. ``rows`` chooses
-and orders the methods (default: all as they come); the others are compared with the first one,
-under the heading ``difference``. ``--check`` changes nothing and fails where a table is not what
-its figures say.
+The file is a ``comparison.csv`` written by ``compare.py``, with one line per run. ``rows`` selects
+and orders the methods (default: all, in file order); the others are compared with the first one,
+under the heading ``difference``. ``--check`` changes nothing and fails if a table does not match
+its data.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ SETTINGS = {"columns", "rows", "difference"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Bring the pages up to date, or tell which are not.
+    """Update the pages; with ``--check``, fail at the first one that is out of date.
 
     Raises:
-        ConfigError: a table whose figures are missing, or with ``--check`` one that differs.
+        ConfigError: a table whose data is missing or, with ``--check``, one that differs.
     """
     parser = command_parser("Write the docs' tables from their figures.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if out of date")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def with_tables(text: str, page: Path) -> str:
-    """A page's text with each of its tables made anew.
+    """A page's text with each of its tables regenerated.
 
     Args:
         text: of the page.
@@ -77,7 +77,7 @@ def table(about: str, page: Path) -> str:
         page: for messages.
 
     Raises:
-        ConfigError: no such file, setting, method or column.
+        ConfigError: a missing file, or an unknown setting, method or column.
     """
     name, *lines = (line.strip() for line in about.strip().splitlines())
     settings = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
@@ -104,7 +104,7 @@ def table(about: str, page: Path) -> str:
 def _choices(
     runs: Sequence[dict[str, str]], settings: dict[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The methods, and the headings by column."""
+    """The methods, and column -> heading."""
     subject, _, *keys = runs[0]
     methods = list(dict.fromkeys(run[subject] for run in runs))
     if "rows" in settings:

@@ -1,7 +1,7 @@
-"""Hold out images of an annotation file in COCO's format, to choose settings on.
+"""Hold out images of a COCO annotation file, for choosing settings.
 
 ``python tools/split_coco.py train.json --every 5`` writes ``train_part.json`` and
-``train_heldout.json`` beside it.
+``train_heldout.json`` next to it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pcka.engine.run_folder import write_text
 
 
 def split(content: dict[str, Any], every: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what is left and what is held out: each ``every``-th image by the order of file names.
+    """Return the remaining part and the held-out one: every ``every``-th image in file-name order.
 
     Args:
-        content: as :func:`detection.data.coco_file.read_coco` gives it.
-        every: 2 or more.
+        content: as returned by :func:`detection.data.coco_file.read_coco`.
+        every: at least 2.
 
     Raises:
-        ConfigError: nothing annotated, too few images for that, or an ``every`` below 2.
+        ConfigError: no images or annotations, too few images, or an ``every`` below 2.
     """
     if missing := [name for name in ("images", "annotations") if not content.get(name)]:
         raise ConfigError(f"annotations: the file holds no {' and no '.join(missing)} to split")
@@ -46,7 +46,7 @@ def _part(content: dict[str, Any], images: set[Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write both parts; say how large they are."""
+    """Write both parts and print their sizes."""
     parser = command_parser("Hold out images of a file in COCO's format.")
     parser.add_argument("annotations", type=Path)
     parser.add_argument("--every", type=int, default=5, metavar="N", help="each N-th image goes")

@@ -1,4 +1,4 @@
-"""What is done to whole batches on the device that trains, wherever their images come from."""
+"""Augmentation of whole batches on the training device, wherever their images come from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from classification.data.image_set import ImageSet
 ERASED_AREA = (0.02, 0.33)  # share of the image
 ERASED_SHAPE = (0.3, 3.3)  # height / width
 
-Share = Callable[[Tensor], Tensor]  # of the images of an epoch (N, ...) -> (steps, b, ...)
+Share = Callable[[Tensor], Tensor]  # values of an epoch's images (N, ...) -> (steps, b, ...)
 
 
 def augmented_batches(
@@ -32,19 +32,20 @@ def augmented_batches(
 ) -> Iterator[Batch]:
     """Yield :meth:`ImageSet.training_batches`, changed by RandAugment, erasing, mixup and cutmix.
 
-    All that is drawn follows from ``SEED``, the epoch, and the place of an image in the order of
-    the epoch, which follows from the first two; a mixture is one of a whole batch. All is drawn on
+    All random numbers follow from ``SEED``, the epoch, and an image's position in the epoch's
+    order, which follows from the first two; a mixture applies to a whole batch. They are drawn on
     the host.
 
     Args:
         train_set: the images.
-        cfg: also the keys DATA.RANDAUGMENT, ERASING, MIXUP and CUTMIX.
+        cfg: in addition, DATA.RANDAUGMENT, ERASING, MIXUP and CUTMIX are read.
         epoch: 0 for the first.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
 
     Raises:
-        ConfigError: a batch that the set or the processes cannot make up, or cannot part in pairs.
+        ConfigError: the set is too small for a batch, or the processes cannot share it evenly (in
+            pairs if images are mixed).
     """
     batches = train_set.training_batches(cfg, epoch, rank, world_size)
     steps, size = steps_per_epoch(train_set, cfg, world_size), cfg.SOLVER.BATCH_SIZE
@@ -91,17 +92,17 @@ def _erased(
 
 
 def erasing_boxes(count: int, side: int, probability: float, stream: torch.Generator) -> Tensor:
-    """Draw the box of each image that is erased (Zhong et al., "Random Erasing", AAAI 2020).
+    """Draw the box to erase in each image (Zhong et al., "Random Erasing", AAAI 2020).
 
-    Its area is uniform in 2 to 33 % of the image's, the logarithm of its height by its width in
-    that of 0.3 to 3.3, as in torchvision; the image's side is the longest. It lies anywhere within
-    the image.
+    Its area is uniform between 2 and 33 % of the image's, the logarithm of height / width between
+    those of 0.3 and 3.3, as in torchvision; its sides are limited to the image's. Its position
+    within the image is uniform.
 
     Args:
         count: number of images.
-        side: of the images, pixels.
-        probability: with which an image has a box; the others get an empty one.
-        stream: what to draw from.
+        side: side of the images, pixels.
+        probability: probability that an image has a box; the others get an empty one.
+        stream: generator to draw from.
 
     Returns:
         Top, bottom, left and right edge, pixels, (count, 4) int64.

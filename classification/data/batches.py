@@ -1,4 +1,4 @@
-"""Which images make up which batch, in which process: by (SEED, epoch) alone."""
+"""Assignment of images to batches and processes; it depends only on (SEED, epoch)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from pcka.engine.config import ConfigError
 
-# Purposes that random numbers are drawn for, each with streams of its own.
+# Purposes of random numbers, each with separate streams.
 ORDER_STREAM, AUGMENTATION_STREAM, IMAGE_STREAM, PROCESS_STREAM = 0, 1, 2, 3
 RAND_AUGMENT_STREAM, ERASING_STREAM, MIXING_STREAM = 4, 5, 6
 
 
 class Batch(NamedTuple):
-    """A batch on the device that trains.
+    """A batch on the training device.
 
     Attributes:
         images: (B, 3, S, S), float32 in [0, 1], RGB.
-        labels: (B,), int64; of mixed images (B, P), float32 class probabilities.
+        labels: (B,), int64; for mixed images (B, P), float32 class probabilities.
         indices: the images' positions in their set, (B,), int64.
     """
 
@@ -34,17 +34,17 @@ class Batch(NamedTuple):
 def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
     """Return the number of complete batches of ``SOLVER.BATCH_SIZE`` images in a set.
 
-    Of those that make an update together, ``SOLVER.ACCUMULATE``, an incomplete group is left out.
+    ``SOLVER.ACCUMULATE`` batches together make an update; an incomplete group is dropped.
 
     Args:
         data: the training images.
-        cfg: SOLVER.BATCH_SIZE is read: images of one step in all processes together; and
-            SOLVER.ACCUMULATE.
+        cfg: SOLVER.BATCH_SIZE (images of one step in all processes together), SOLVER.ACCUMULATE,
+            DATA.MIXUP and DATA.CUTMIX are read.
         world_size: number of processes that share every batch.
 
     Raises:
-        ConfigError: the set is smaller than one group, or the processes cannot share it evenly, in
-            pairs where images are mixed.
+        ConfigError: the set is smaller than one group, or the processes cannot share a batch evenly
+            (in pairs if images are mixed).
     """
     batch_size, group = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
     if surplus := batch_size % world_size:
@@ -79,15 +79,15 @@ def epoch_order(data: Sized, cfg: CfgNode, epoch: int) -> Tensor:
 
 
 def training_share(values: Tensor, steps: int, batch_size: int, rank: int, world: int) -> Tensor:
-    """Return what one process takes of every batch: its contiguous ``rank``-th part.
+    """Return one process's share of every batch: its contiguous ``rank``-th part.
 
-    The parts of all processes, one after the other, are the batch of a single process.
+    The parts of all processes, concatenated, are the batch of a single process.
 
     Args:
-        values: of each image in the order of the epoch, (N, ...); N >= steps * batch_size.
-        steps: number of batches; what is left over after them is left out.
-        batch_size: images of a batch, of all processes together.
-        rank: of this process.
+        values: one for each image, in the epoch's order, (N, ...); N >= steps * batch_size.
+        steps: number of batches; the remaining images are dropped.
+        batch_size: images of a batch in all processes together.
+        rank: rank of this process.
         world: number of processes.
 
     Returns:
@@ -97,7 +97,7 @@ def training_share(values: Tensor, steps: int, batch_size: int, rank: int, world
 
 
 def evaluation_share(data: Sized, batch_size: int, rank: int, world: int) -> list[Tensor]:
-    """Return the positions ``rank``, ``rank + world``, … in batches, the last maybe smaller."""
+    """Return the positions ``rank``, ``rank + world``, … in batches; the last may be smaller."""
     positions = torch.arange(len(data))[rank::world]
     return [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
 
@@ -108,7 +108,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def random_stream(*purpose: int) -> torch.Generator:
-    """Return a generator of its own for each (seed, epoch, purpose)."""
+    """Return a separate generator for each (seed, epoch, purpose)."""
     return torch.Generator().manual_seed(stream_seed(*purpose))
 
 

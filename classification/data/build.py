@@ -1,4 +1,4 @@
-"""From the DATA section to image sets."""
+"""Image sets from the DATA section."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from classification.data.source import Source, make_source
 from pcka.distributed import from_first_process, rank
 from pcka.engine.config import ConfigError
 
-SHOWN = 5  # classes that a message names
+SHOWN = 5  # classes listed in a message
 
 
 def load_image_sets(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
-    """Return the images to train on and the images to evaluate on.
+    """Return the training images and the evaluation images.
 
     With ``DATA.HOLDOUT`` the latter are held out of the training data and the test data is not
-    touched; ``DATA.TRAIN_IMAGES`` then chooses among the rest. Both choices are class-balanced and
-    depend on ``DATA.SPLIT_SEED`` alone. Of several processes the first one alone downloads.
+    used; ``DATA.TRAIN_IMAGES`` then selects from the rest. Both selections are class-balanced and
+    depend only on ``DATA.SPLIT_SEED``. Only the first of several processes downloads.
 
     Raises:
-        ConfigError: missing or damaged data, train and test of different classes, too few images,
-            a resident set beyond ``DATA.MEMORY_GB``, a contradicting ``DATA.NUM_CLASSES``, or
-            ``DATA.STREAM`` where there are no files to stream.
+        ConfigError: missing or damaged data, different classes in train and test, too few images, a
+            resident set beyond ``DATA.MEMORY_GB``, a ``DATA.NUM_CLASSES`` that contradicts the
+            data, or ``DATA.STREAM`` without image files.
     """
     if not cfg.DATA.DOWNLOAD:
         return _load(cfg)
@@ -51,7 +51,7 @@ def _load(cfg: CfgNode) -> tuple[ImageSet, ImageSet]:
 
 
 def load_evaluation_set(cfg: CfgNode) -> ImageSet:
-    """Return the images to evaluate on, as :func:`load_image_sets` does, and read no others."""
+    """Return the evaluation images of :func:`load_image_sets`, without reading any others."""
     if cfg.DATA.HOLDOUT:
         source = _source(cfg, "train")
         chosen, _ = _split(cfg, source)
@@ -74,7 +74,7 @@ def _source(cfg: CfgNode, split: str) -> Source:
 
 
 def _differing(train: Source, test: Source) -> str:
-    """How the classes of two parts differ, with an image of each class that one part alone has."""
+    """Describe how the classes of two parts differ, with an image of each unshared class."""
     alone = []
     for part, source, other in (("training", train, test), ("evaluation", test, train)):
         names = [name for name in source.classes if name not in other.classes]
@@ -89,7 +89,7 @@ def _differing(train: Source, test: Source) -> str:
 
 
 def _first_image(source: Source, name: str) -> str:
-    """Where the first image of a class is, in brackets; "" for what has no files, or none of it."""
+    """Return the path of a class's first image, in brackets; "" if there are no files or images."""
     positions = np.flatnonzero(source.labels == source.classes.index(name))
     if not isinstance(source, FileSource) or not len(positions):
         return ""

@@ -1,4 +1,4 @@
-"""Handwritten digits that scikit-learn carries in its package: nothing is downloaded."""
+"""The handwritten digits that ship with scikit-learn; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from classification.data.image_set import balanced_order
 from classification.data.source import Source, register
 
 TEST_IMAGES = 897  # of 1,797
-SPLIT_SEED = 0  # the same test images for ever, whatever the configuration says
-HIGHEST_VALUE = 16  # pixel values of the package are 0..16
+SPLIT_SEED = 0  # the test images are always the same, whatever the configuration
+HIGHEST_VALUE = 16  # pixel values in the package are 0..16
 
 
 @register("digits")

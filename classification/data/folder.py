@@ -1,6 +1,6 @@
 """Image sets with one folder per class: ROOT/train/<class>/* and ROOT/test (or val)/<class>/*.
 
-Without these folders ROOT/<class>/* is trained on, and DATA.HOLDOUT of it evaluated on.
+Without these folders, ROOT/<class>/* are trained on, except for DATA.HOLDOUT evaluation images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from classification.data.image_files import FilesOnDisk, FileSource, file_source
 from classification.data.source import register
 from pcka.engine.config import ConfigError
 
-FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists serves
+FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists is used
 OTHER_FORMS = "DATA.NAME table, webdataset or huggingface reads images that lie otherwise"
 
 
@@ -26,12 +26,12 @@ def folder_source(data: CfgNode, split: str) -> FileSource:
 
     Args:
         data: ROOT, the folder that holds the parts; IMAGE_SIZE, the side of the images that
-            ``read`` gives, pixels: the shorter side is resized to it and the centre cut out.
+            ``read`` returns, pixels: the shorter side is resized to it and the centre cropped.
         split: "train" or "test" (a folder ``test`` or else ``val``).
 
     Raises:
-        ConfigError: no such folder, no class folders, a class without images, or a folder that a
-            link leads to a second time.
+        ConfigError: no such folder, no class folders, a class without images, or a folder reached a
+            second time through a link.
     """
     root = Path(data.ROOT).expanduser()
     folders = [root / name for name in FOLDERS[split]]
@@ -57,17 +57,17 @@ def folder_source(data: CfgNode, split: str) -> FileSource:
 
 
 def has_test_folder(data: CfgNode) -> bool:
-    """Whether ``DATA.ROOT`` has images to evaluate on, apart from those to train on."""
+    """Whether ``DATA.ROOT`` has a separate folder of evaluation images."""
     return any((Path(data.ROOT).expanduser() / name).is_dir() for name in FOLDERS["test"])
 
 
 def has_classes(root: Path) -> bool:
-    """Whether images lie one folder deep in it, as in a folder of class folders."""
+    """Whether the folder's subfolders contain images, as class folders do."""
     return any(path.suffix.lower() in IMG_EXTENSIONS for path in root.glob("*/*"))
 
 
 def _refuse_second_visits(folder: Path) -> None:
-    """Links are followed; one into a folder that is read already would label its images anew."""
+    """Refuse links into a folder already read, whose images would get a second label."""
     first: dict[tuple[int, int], str] = {}
     for path, _, _ in os.walk(folder, followlinks=True):
         about = os.stat(path)

@@ -1,4 +1,4 @@
-"""Which of the forms of image files lie in a folder, where nobody says ``DATA.NAME``."""
+"""Detection of the formats of image files in a folder, if ``DATA.NAME`` is not given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMS = ("folder", "huggingface", "table", "webdataset")
 
 
 def forms_in(data: CfgNode, split: str) -> Iterator[str]:
-    """Yield each ``DATA.NAME`` under which a part of a set lies in ``DATA.ROOT``.
+    """Yield each ``DATA.NAME`` that can read a part of a set in ``DATA.ROOT``.
 
     Args:
         data: ROOT, TRAIN_PART, TEST_PART and IMAGE_COLUMN are read.
@@ -41,10 +41,10 @@ def forms_in(data: CfgNode, split: str) -> Iterator[str]:
 
 
 def _is_table(path: Path, column: str) -> bool:
-    """Whether a file is a table of paths; a data set of the Hub is a Parquet file as well."""
+    """Whether a file is a table of paths; data sets of the Hub are Parquet files, too."""
     if path.suffix != ".parquet":
         return path.suffix in table.READERS
     try:
         return column in optional_package("pyarrow.parquet", "parquet").read_schema(path).names
-    except (OSError, ValueError):  # pyarrow's own are among them; who reads the data says so
+    except (OSError, ValueError):  # includes pyarrow's errors; reading the data reports them
         return False

@@ -26,11 +26,11 @@ class FilesInRows(ImageFiles):
     """Image files in the rows of a data set.
 
     Attributes:
-        rows: the data set of one column, the images undecoded.
+        rows: the data set with this column only, images undecoded.
         column: its name.
-        name: what messages call the data set.
+        name: the data set's name in messages.
         positions: rows of the images, (N,) int64.
-        sizes: of the images, bytes, (N,) int64.
+        sizes: sizes of the images, bytes, (N,) int64.
     """
 
     rows: Any
@@ -58,19 +58,19 @@ class FilesInRows(ImageFiles):
 
 @register("huggingface")
 def huggingface_source(data: CfgNode, split: str) -> FileSource:
-    """Return the ``train`` or ``test`` part of a data set of ``datasets`` that lies on disk.
+    """Return the ``train`` or ``test`` part of a ``datasets`` data set on disk.
 
     Args:
-        data: ROOT, a folder of ``save_to_disk``, or one of Parquet files as the Hub has them
+        data: ROOT, a folder of ``save_to_disk``, or one of Parquet files named as on the Hub
             (``datasets`` keeps a copy of these in its cache); TRAIN_PART and TEST_PART, the splits
             ("": ``train``, and ``test`` or else ``val`` or ``validation``); IMAGE_COLUMN and
-            LABEL_COLUMN ("": the one column of the features ``Image`` and ``ClassLabel``);
-            IMAGE_SIZE. A label column of other features: :func:`class_indices`.
+            LABEL_COLUMN ("": the only column with the feature ``Image`` or ``ClassLabel``);
+            IMAGE_SIZE. For label columns with other features, see :func:`class_indices`.
         split: "train" or "test".
 
     Raises:
-        ConfigError: no such data set or split, a column that is not told apart from others, an
-            image that is not in the data, or a row without a label.
+        ConfigError: no such data set or split, a missing or ambiguous column, a missing image, or
+            a row without a label.
         ImportError: ``datasets`` is not installed.
     """
     datasets = optional_package("datasets", "datasets")
@@ -86,7 +86,7 @@ def huggingface_source(data: CfgNode, split: str) -> FileSource:
 
 
 def _load(datasets: Any, root: Path, data: CfgNode, split: str) -> tuple[str, Any]:
-    """Return what messages call the split, and its data set."""
+    """Return the split's name in messages, and its data set."""
     saved = [root / name for name in part_names(data, split)]
     if split == "train" and not data.TRAIN_PART:
         saved.append(root)  # a data set without splits
@@ -108,14 +108,14 @@ def _load(datasets: Any, root: Path, data: CfgNode, split: str) -> tuple[str, An
 def _opened(load: Any, where: str | list[str]) -> Any:
     try:
         return load(where)
-    except Exception as error:  # of datasets, pyarrow and json alike
+    except Exception as error:  # raised by datasets, pyarrow or json
         first = where if isinstance(where, str) else where[0]
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ConfigError(f"DATA.ROOT: {first} cannot be read by datasets: {reason}") from error
 
 
 def _column(rows: Any, feature: type, given: str, where: str) -> str:
-    """Return the column that is asked for, or the only one of the feature."""
+    """Return the given column, or the only one with the feature."""
     found = [given] if given else _of_feature(rows, feature)
     if len(found) == 1 and found[0] in rows.features:
         return found[0]
@@ -145,7 +145,7 @@ def _labels(rows: Any, column: str, root: Path, name: str) -> tuple[np.ndarray, 
 def _files(datasets: Any, rows: Any, column: str, name: str) -> FilesInRows:
     try:
         alone = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # of pyarrow: the column cannot be read as that
+    except Exception as error:  # raised by pyarrow: the column cannot be read as images
         raise ConfigError(
             f"DATA.IMAGE_COLUMN: {name}: {column!r} is no column of images: {error}"
         ) from error
@@ -162,7 +162,7 @@ def _files(datasets: Any, rows: Any, column: str, name: str) -> FilesInRows:
 
 
 def _lengths(rows: Any, column: str) -> np.ndarray:
-    """Bytes of the images that the data holds itself, (N,) int64; 0 where it holds a path."""
+    """Return the sizes in bytes of images stored in the data, (N,) int64; 0 for paths."""
     compute = optional_package("pyarrow.compute", "datasets")
     content = compute.struct_field(rows.with_format("arrow")[:][column], "bytes")
     return compute.fill_null(compute.binary_length(content), 0).to_numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Encoded images that lie on a disk, as a source: resident in memory or streaming."""
+"""Encoded images on disk as a source, resident in memory or streaming."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Self = TypeVar("Self", bound="ImageFiles")
 
 
 class ImageFiles(ABC):
-    """Encoded images by position. Threads and worker processes open them, each one by itself."""
+    """Encoded images by position; threads and worker processes open them independently."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -43,7 +43,7 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def path(self, position: int) -> str:
-        """Return what messages call one image: where it is found."""
+        """Return the location of one image, for messages."""
 
     @abstractmethod
     def content(self, position: int) -> str | BytesIO:
@@ -51,7 +51,7 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def about(self) -> tuple[Sequence[bytes], Sequence[int]]:
-        """Return the names and the sizes in bytes of all; no image is read."""
+        """Return the names and the sizes in bytes of all images, without reading any."""
 
     @cached_property
     def digest(self) -> str:
@@ -62,11 +62,11 @@ class ImageFiles(ABC):
         return digest.hexdigest()
 
     def open(self, position: int) -> Image.Image:
-        """Return one image in RGB; an image that cannot be decoded is named."""
+        """Return one image in RGB; the error for an undecodable one names it."""
         try:
             with Image.open(self.content(position)) as file:
                 return _eight_bits(file).convert("RGB")
-        except Exception as error:  # what a decoder meets in a broken file is of many types
+        except Exception as error:  # decoders raise many types of errors for broken files
             raise ConfigError(
                 f"cannot decode the image {self.path(position)!r}: {error}; replace it, or take it "
                 "out of the data"
@@ -75,11 +75,11 @@ class ImageFiles(ABC):
 
 @dataclass(frozen=True)
 class FilesOnDisk(ImageFiles):
-    """Image files of their own.
+    """Individual image files.
 
     Attributes:
-        folder: that they lie in, at any depth.
-        names: relative to it, (N,) bytes: one array, because a million Python strings would be
+        folder: the folder that contains them, at any depth.
+        names: paths in it, (N,) bytes: one array, because a million Python strings would be
             copied into every worker process as their reference counts change.
     """
 
@@ -97,7 +97,7 @@ class FilesOnDisk(ImageFiles):
 
     def content(self, position: int) -> str:
         path = self.path(position)
-        if not os.path.isfile(path):  # to open a pipe is to wait for ever
+        if not os.path.isfile(path):  # opening a pipe would block forever
             raise OSError("it is no regular file")
         return path
 
@@ -107,10 +107,10 @@ class FilesOnDisk(ImageFiles):
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper eight of sixteen bits of grey, as Pillow takes them of colours; it would clip.
+    """Keep the upper 8 bits of 16-bit grey, as Pillow does for colours; it would clip grey.
 
     Raises:
-        ValueError: numbers whose range no format states.
+        ValueError: 32-bit pixels, whose range no format defines.
     """
     if image.mode in ("I", "F"):
         raise ValueError(
@@ -123,12 +123,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def cut_centre(image: Image.Image, resize: int, image_size: int) -> Tensor:
-    """Return the centre of an image, (3, image_size, image_size) uint8.
+    """Return the centre crop of an image, (3, image_size, image_size) uint8.
 
     Args:
         image: RGB.
-        resize: what the shorter side is resized to before, pixels.
-        image_size: side of the centre, pixels.
+        resize: size of the shorter side before cropping, pixels.
+        image_size: side of the crop, pixels.
     """
     image = transforms.resize(image, resize, antialias=True)
     return transforms.pil_to_tensor(transforms.center_crop(image, [image_size, image_size]))
@@ -139,7 +139,7 @@ class FileSource(Source):
     """A source whose images can also be opened one by one.
 
     Attributes:
-        files: of the images, (N,).
+        files: files of the images, (N,).
         image_size: side of the images that are read, pixels.
     """
 
@@ -147,7 +147,7 @@ class FileSource(Source):
     image_size: int
 
     def open(self, data: CfgNode, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
-        """Return some of the images, resident or streaming as ``DATA.STREAM`` says."""
+        """Return the chosen images, resident or streaming according to ``DATA.STREAM``."""
         resize = data.RESIZE or data.IMAGE_SIZE
         if resize < data.IMAGE_SIZE:
             raise ConfigError(
@@ -156,7 +156,7 @@ class FileSource(Source):
             )
         labels = torch.from_numpy(self.labels[chosen])
         if data.STREAM:
-            from classification.data.streaming import StreamingSet  # which reads these files
+            from classification.data.streaming import StreamingSet  # imports this module
 
             files = self.files.take(chosen)
             size = (data.IMAGE_SIZE, resize)
@@ -172,27 +172,27 @@ def file_source(
     """Return image files as a source.
 
     Args:
-        files: of the images, (N,).
+        files: files of the images, (N,).
         labels: class index of each, (N,) int64.
         classes: class names, by index.
-        image_size: side of the images that ``read`` gives, pixels: the shorter side is resized to
-            it and the centre cut out.
+        image_size: side of the images that ``read`` returns, pixels: the shorter side is resized
+            to it and the centre cropped.
     """
     read = partial(read_files, files, image_size, image_size)
     return FileSource(labels, tuple(classes), read, files, image_size)
 
 
 def read_files(files: ImageFiles, image_size: int, resize: int, indices: np.ndarray) -> Tensor:
-    """Return the centres of some images, (M, 3, image_size, image_size) uint8.
+    """Return the centre crops of some images, (M, 3, image_size, image_size) uint8.
 
     Args:
-        files: that hold them.
-        image_size: side of the centres, pixels.
-        resize: what the shorter side is resized to before, pixels.
+        files: the image files.
+        image_size: side of the crops, pixels.
+        resize: size of the shorter side before cropping, pixels.
         indices: (M,), positions in ``files``.
 
     Raises:
-        ConfigError: an image that cannot be decoded; its file is named.
+        ConfigError: an image cannot be decoded; the message names its file.
     """
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""What an image set is to the training."""
+"""The interface of image sets."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from classification.data.batches import Batch
 
-EVALUATION_BATCH_SIZE = 256  # images at once; what is measured does not depend on it
+EVALUATION_BATCH_SIZE = 256  # does not affect the results
 
 
 class ImageSet(ABC):
-    """Labelled images that give batches on one device, the same ones wherever their pixels lie.
+    """Labelled images that yield batches on one device, the same wherever the pixels are stored.
 
     Attributes:
         labels: (N,), int64, on the device of the batches.
@@ -37,7 +37,7 @@ class ImageSet(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest (hex) of what a training on the set depends on."""
+        """A digest (hex) of everything that training on the set depends on."""
 
     @abstractmethod
     def to(self, device: torch.device) -> ImageSet:
@@ -53,45 +53,45 @@ class ImageSet(ABC):
     ) -> Iterator[Batch]:
         """Yield this process's part of every batch of one epoch, shuffled and augmented.
 
-        Order and augmentation depend on (SEED, epoch, image) alone: a resumed run goes on with
-        the very images that it would have seen, every method sees the same ones, and the parts of
-        all processes, one after the other, are the batch of a single process. The global random
-        generators have no part in it. An incomplete last batch is left out, because alignment
-        over the samples of a batch depends on their number.
+        Order and augmentation depend only on (SEED, epoch, image): a resumed run continues with
+        exactly the images that it would have seen, every method sees the same ones, and the parts
+        of all processes, concatenated, are the batch of a single process. The global random
+        generators have no influence. An incomplete last batch is dropped, because alignment over
+        the samples of a batch depends on their number.
 
         Args:
             cfg: SEED, SOLVER.BATCH_SIZE (of all processes together) and the augmentation's keys
                 in DATA are read.
             epoch: 0 for the first.
-            rank: of this process.
+            rank: rank of this process.
             world_size: number of processes.
 
         Raises:
-            ConfigError: a batch that the set or the processes cannot make up.
+            ConfigError: the set is too small for a batch, or the processes cannot share it evenly.
         """
 
     @abstractmethod
     def evaluation_batches(
         self, batch_size: int = EVALUATION_BATCH_SIZE, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Yield the images ``rank``, ``rank + world_size``, … in order, each once, as they are.
+        """Yield the images ``rank``, ``rank + world_size``, … in order, each once, unaugmented.
 
         Args:
-            batch_size: images at once in this process.
-            rank: of this process.
+            batch_size: images per batch in this process.
+            rank: rank of this process.
             world_size: number of processes; their parts may differ in length by one image.
         """
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return a shuffled order of the images in which every prefix is as class-balanced as can be.
+    """Return a shuffled order of images whose every prefix is as class-balanced as possible.
 
     Each class is shuffled; the first images of all classes come first, then the second ones, and
-    so on. numpy's legacy generator is used because its stream is frozen: a split is one for ever.
+    so on. numpy's legacy generator is used because its stream is frozen, so a split never changes.
 
     Args:
         labels: (N,) int64.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
     """
     shuffled = np.random.RandomState(seed).permutation(len(labels))
     by_class = np.argsort(labels[shuffled], kind="stable")

@@ -1,4 +1,4 @@
-"""What data sets that list their images have in common: the names of parts, and class indices."""
+"""Shared by data sets that list their images: the names of parts, and class indices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"-?\d+")
 
 
 def part_names(data: CfgNode, split: str) -> tuple[str, ...]:
-    """Return the names that a part may have, of which the first one found serves.
+    """Return the names that a part may have; the first one found is used.
 
     Args:
         data: TRAIN_PART and TEST_PART; "" stands for the usual names.
@@ -31,13 +31,13 @@ def part_names(data: CfgNode, split: str) -> tuple[str, ...]:
 
 
 def files_like(root: Path, pattern: str) -> list[str]:
-    """Return the files in ``root`` whose path matches a pattern of the shell, sorted."""
+    """Return the files in ``root`` whose path matches a shell pattern, sorted."""
     found = glob.glob(os.path.join(glob.escape(str(root)), pattern))
     return sorted(path for path in found if os.path.isfile(path))
 
 
 def missing_part(data: CfgNode, split: str, expected: str) -> ConfigError:
-    """Return the error of a part that is not there.
+    """Return the error for a missing part.
 
     Args:
         data: the section ``DATA``.
@@ -55,17 +55,17 @@ def class_indices(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the class index of each image, (N,) int64, and the class names by index.
 
-    A file ``ROOT/classes.txt`` names the classes, one a line; a label is one of its names, or an
-    index. Without it the labels are the names, in alphabetical order, or in that of the numbers
-    where all of them are whole numbers.
+    A file ``ROOT/classes.txt`` names the classes, one per line; a label is a name or an index.
+    Without it the labels are the names, in numerical order if all of them are integers, otherwise
+    in alphabetical order.
 
     Args:
-        labels: strings or whole numbers, as they stand in the data, (N,).
+        labels: strings or integers, as they appear in the data, (N,).
         root: the folder ``DATA.ROOT``.
-        place: index of an image -> where its label stands, for messages.
+        place: index of an image -> location of its label, for messages.
 
     Raises:
-        ConfigError: an image without a label, or with one that is no class.
+        ConfigError: an image without a label, or with one that is not a class.
     """
     names = [_name(label, place, index) for index, label in enumerate(labels)]
     file = root / CLASSES_FILE

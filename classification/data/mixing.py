@@ -1,4 +1,4 @@
-"""Mixup and cutmix: every image of a batch mixed with its neighbour, and their targets likewise."""
+"""Mixup and cutmix: the images of a batch are mixed with their neighbours, and so are targets."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from classification.data.batches import MIXING_STREAM, Batch
 
-SWITCH = 0.5  # share of the batches that cutmix takes where mixup is wanted, too
+SWITCH = 0.5  # share of batches that use cutmix if both are on
 
 
 class Mixture(NamedTuple):
     """How the images of a batch are mixed with their neighbours.
 
     Attributes:
-        share: of the image itself; the neighbour has the rest.
-        box: top, bottom, left and right edge of what is the neighbour's (cutmix), pixels; None:
-            the whole images are averaged (mixup).
+        share: weight of the image itself; the rest is the neighbour's.
+        box: top, bottom, left and right edge of the neighbour's region (cutmix), pixels; None: the
+            whole images are averaged (mixup).
     """
 
     share: float
@@ -30,16 +30,15 @@ class Mixture(NamedTuple):
 
 
 def mixtures(cfg: CfgNode, epoch: int, steps: int) -> Iterator[Mixture]:
-    """Yield the mixture of each batch of an epoch, by (SEED, epoch, step) alone.
+    """Yield the mixture of each batch of an epoch; it depends only on (SEED, epoch, step).
 
     The share is drawn from ``Beta(alpha, alpha)``, ``alpha`` being DATA.MIXUP (Zhang et al.,
-    "mixup", ICLR 2018) or DATA.CUTMIX (Yun et al., "CutMix", ICCV 2019). Where both are above 0,
-    each batch takes one of the two by chance. The box of cutmix has the neighbour's share of the
-    area and its centre anywhere; what is beyond the edges is cut off, and the share is that of
-    what remains.
+    "mixup", ICLR 2018) or DATA.CUTMIX (Yun et al., "CutMix", ICCV 2019). If both are above 0,
+    each batch uses one of the two at random. The box of cutmix has the neighbour's share of the
+    area and its centre anywhere; it is clipped at the edges, and the share is recomputed.
     """
     mixup, cutmix, side = cfg.DATA.MIXUP, cfg.DATA.CUTMIX, cfg.DATA.IMAGE_SIZE
-    # A generator whose stream is frozen; torch has no beta distribution with one of its own.
+    # A generator with a frozen stream; torch's beta distribution takes no generator.
     seeds = np.random.SeedSequence((cfg.SEED, epoch, MIXING_STREAM))
     random = np.random.RandomState(np.random.MT19937(seeds))
     for _ in range(steps):
@@ -60,13 +59,13 @@ def mixtures(cfg: CfgNode, epoch: int, steps: int) -> Iterator[Mixture]:
 def mix(batch: Batch, mixture: Mixture, classes: int) -> Batch:
     """Mix the images 0 and 1, 2 and 3, … of a batch with each other.
 
-    Neighbours in place of a shuffled batch: the order is random already, and the parts of all
+    Neighbours serve instead of a shuffled batch: the order is random already, and the parts of all
     processes are mixed as the whole batch would be.
 
     Args:
-        batch: of an even number of images.
-        mixture: of all of them.
-        classes: ``P``.
+        batch: a batch with an even number of images.
+        mixture: how to mix all of them.
+        classes: number of classes, ``P``.
 
     Returns:
         The batch with mixed images and with targets ``(B, P)``, float32 class probabilities.
@@ -83,15 +82,15 @@ def mix(batch: Batch, mixture: Mixture, classes: int) -> Batch:
 
 
 def soft_targets(labels: Tensor, classes: int) -> Tensor:
-    """Class indices ``(B,)`` as class probabilities ``(B, classes)``, float32."""
+    """Return class indices ``(B,)`` as class probabilities ``(B, classes)``, float32."""
     return F.one_hot(labels, classes).float()
 
 
 def mixing_keys(data: CfgNode) -> str:
-    """The keys that mix images, for messages."""
+    """Return the keys that enable mixing, for messages."""
     return " and ".join(f"DATA.{key}" for key in ("MIXUP", "CUTMIX") if data[key])
 
 
 def _swapped(values: Tensor) -> Tensor:
-    """``(B, ...)`` with the places 0 and 1, 2 and 3, … swapped."""
+    """Return ``(B, ...)`` with the items 0 and 1, 2 and 3, … swapped."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class PixelNormalize(nn.Module):
-    """``(x - mean) / std`` by channel, for one model; teacher and student each have their own.
+    """``(x - mean) / std`` per channel, for one model; teacher and student each have their own.
 
     Args:
-        mean: of red, green and blue, for pixels in [0, 1].
+        mean: means of red, green and blue, for pixels in [0, 1].
         std: standard deviations, above 0.
     """
 

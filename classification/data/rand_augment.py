@@ -1,4 +1,4 @@
-"""RandAugment of whole batches: images that get the same operation are transformed at once."""
+"""RandAugment on whole batches: images with the same operation are transformed together."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ STRONGEST = 30  # the magnitudes are 0..30
 LARGEST_SHEAR = 0.3
 LARGEST_SHIFT = 150 / 331  # share of the side
 LARGEST_ANGLE = 30.0  # degrees
-LARGEST_CHANGE = 0.9  # of the factors of colours
+LARGEST_CHANGE = 0.9  # of the colour factors
 AT_ONCE = 2**20  # bytes of images that a CPU transforms at once, so that they stay in its cache
 
 Operation = Callable[[Tensor], Tensor]
 
 
 def operations(magnitude: int, side: int, device: torch.device | str = "cpu") -> list[Operation]:
-    """Return what RandAugment chooses from, with equal chances.
+    """Return the operations that RandAugment chooses from with equal probability.
 
-    The 14 operations, and what a magnitude means to each, are torchvision's: those of Cubuk et al.,
-    "RandAugment", 2020, without inversion. An operation with a direction stands here once for
-    either, and all others twice.
+    The 14 operations, and the meaning of a magnitude for each, are torchvision's: those of Cubuk et
+    al., "RandAugment", 2020, without inversion. An operation with a direction is listed once per
+    direction, all others twice.
 
     Args:
         magnitude: 0 (weakest) to 30.
-        side: of the images, pixels.
-        device: of the images.
+        side: side of the images, pixels.
+        device: device of the images.
 
     Returns:
         Functions of images (B, 3, side, side), float32 in [0, 1].
@@ -74,10 +74,10 @@ def operations(magnitude: int, side: int, device: torch.device | str = "cpu") ->
 
 
 def _moving(move: Operation, side: int, device: torch.device | str) -> Operation:
-    """Return an operation that takes each pixel from another place, or leaves it black.
+    """Return an operation that takes each pixel from another place, or makes it black.
 
-    Where from is asked of ``move`` once, by an image of the pixels' numbers: to compute it for
-    every image takes longer than all else.
+    The places are found once, by moving an image of pixel numbers: computing them for every image
+    would take longer than everything else.
     """
     numbers = torch.arange(1.0, side * side + 1).view(1, 1, side, side)
     came_from = move(numbers).flatten().to(device)  # 0 is black
@@ -95,7 +95,7 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
     """torchvision's ``adjust_sharpness`` without its convolution, which is slow on a CPU.
 
     ``x + (1 - factor) (s - x)`` within [0, 1], where ``s = (b + 4 x) / 13`` and ``b`` is the sum of
-    the 3 x 3 pixels around; the outermost pixels stay.
+    the 3 x 3 neighbourhood; the outermost pixels do not change.
 
     Args:
         images: (B, 3, S, S), float32 in [0, 1].
@@ -114,12 +114,12 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 def apply_each(
     images: Tensor, chosen: Tensor, order: Tensor, choice: Sequence[Operation]
 ) -> Tensor:
-    """Transform every image, in its place, by the operation that is chosen for it.
+    """Transform every image in place by the operation chosen for it.
 
     Args:
         images: (B, 3, S, S), float32 in [0, 1].
-        chosen: positions in ``choice``, (B,) int64, on the host: it knows the sizes of the groups
-            without waiting for the device.
+        chosen: positions in ``choice``, (B,) int64, on the host, which thus knows the sizes of the
+            groups without waiting for the device.
         order: ``chosen.argsort()``, on the images' device.
         choice: the operations.
 

@@ -1,4 +1,4 @@
-"""An image set that lies in memory as one uint8 tensor."""
+"""An image set held in memory as one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from classification.data.image_set import EVALUATION_BATCH_SIZE, ImageSet
 
 @dataclass(frozen=True)
 class ResidentSet(ImageSet):
-    """Images and labels on the device that trains, where a batch is cropped and flipped at once.
+    """Images and labels on the training device, where whole batches are cropped and flipped.
 
     Attributes:
         images: (N, 3, S, S), uint8, RGB.
@@ -55,9 +55,9 @@ class ResidentSet(ImageSet):
     def training_batches(
         self, cfg: CfgNode, epoch: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Yield :meth:`ImageSet.training_batches`, by DATA.CROP_PADDING and DATA.FLIP.
+        """Yield :meth:`ImageSet.training_batches`, as DATA.CROP_PADDING and DATA.FLIP specify.
 
-        All is drawn before the first batch, so that no step waits for the host.
+        All random numbers are drawn before the first batch, so that no step waits for the host.
         """
         padding, flips = cfg.DATA.CROP_PADDING, cfg.DATA.FLIP
         augmentation = random_stream(cfg.SEED, epoch, AUGMENTATION_STREAM)
@@ -82,7 +82,7 @@ class ResidentSet(ImageSet):
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flipped: Tensor, padding: int) -> Tensor:
-    """Pad every image with zeros, cut a window of its own size out of it, mirror it if wanted.
+    """Pad every image with zeros, crop a window of the original size, mirror it if requested.
 
     ``out[b, c, y, x] = padded[b, c, offsets[b, 0] + y, offsets[b, 1] + x']`` with ``x' = x``, or
     ``S - 1 - x`` where ``flipped[b]``.

@@ -1,4 +1,4 @@
-"""WebDataset's shards: tar files ROOT/train-*.tar and ROOT/test-*.tar (or val), read at random."""
+"""WebDataset shards: tar files ROOT/train-*.tar and ROOT/test-*.tar (or val); random access."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pcka.engine.config import ConfigError
 
 PATTERNS = ("{}-*.tar", "{}_*.tar", "{}.tar", "{}/*.tar")
 IMAGES = ("jpg", "jpeg", "png", "webp")
-LABEL = "label"  # of a .json member
+LABEL = "label"  # field of a .json member
 
 
 class Sample(NamedTuple):
-    """An image of a shard, and the label that stands beside it."""
+    """An image of a shard, and its label."""
 
     member: str
     offset: int
@@ -38,15 +38,15 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class FilesInShards(ImageFiles):
-    """Image files within tar files, by their place there.
+    """Image files within tar files, by their position there.
 
     Attributes:
         root: folder of the shards.
         shards: their paths relative to it.
         members: names of the images in their shards, (N,) bytes.
         shard: index of each image's shard, (N,).
-        offset: where the image begins in it, bytes, (N,) int64.
-        size: of the image, bytes, (N,) int64.
+        offset: start of the image in its shard, bytes, (N,) int64.
+        size: size of the image, bytes, (N,) int64.
     """
 
     root: Path
@@ -82,21 +82,22 @@ class FilesInShards(ImageFiles):
 
 @register("webdataset")
 def shard_source(data: CfgNode, split: str) -> FileSource:
-    """Return the ``train`` or ``test`` part of a set of WebDataset's shards.
+    """Return the ``train`` or ``test`` part of a set of WebDataset shards.
 
-    A sample is an image and, beside it under the same name, a ``.cls`` with its label or a
-    ``.json`` object that holds it. The shards are indexed at the start, by ``DATA.WORKERS``
-    processes, and their images read in any order.
+    A sample is an image and, under the same name, a ``.cls`` with its label or a ``.json`` object
+    that contains it. ``DATA.WORKERS`` processes index the shards at the start; images are then read
+    in any order.
 
     Args:
         data: ROOT, the folder of the shards; TRAIN_PART and TEST_PART, patterns of their names
-            ("": ``train-*.tar``, and ``test-*.tar`` or else ``val-*.tar``); LABEL_COLUMN, the
-            field of the ``.json`` ("": ``.cls`` if there is one, or else ``label``); IMAGE_SIZE.
-            Classes: :func:`class_indices`.
+            ("": ``train-*.tar``, and ``test-*.tar`` or else ``val-*.tar`` or ``validation-*.tar``);
+            LABEL_COLUMN, the field of the ``.json`` ("": ``.cls`` if there is one, or else
+            ``label``); IMAGE_SIZE. For the classes, see :func:`class_indices`.
         split: "train" or "test".
 
     Raises:
-        ConfigError: no shards, a compressed or broken one, or a sample without image or label.
+        ConfigError: no shards, a compressed or broken one, or a sample without a label or without
+            exactly one image.
     """
     root = Path(data.ROOT).expanduser()
     shards = _shards(root, data, split)
@@ -136,7 +137,7 @@ def _shards(root: Path, data: CfgNode, split: str) -> list[str]:
 
 
 def _indexed(shards: list[str], field: str, workers: int) -> Iterator[list[Sample]]:
-    """Yield the samples of each shard, read by so many processes; 0: this one."""
+    """Yield the samples of each shard, read by ``workers`` processes; below 2: by this one."""
     read = partial(_samples, field=field)
     if min(workers, len(shards)) < 2:
         yield from map(read, shards)
@@ -146,7 +147,7 @@ def _indexed(shards: list[str], field: str, workers: int) -> Iterator[list[Sampl
 
 
 def _samples(shard: str, field: str) -> list[Sample]:
-    """Return the samples of a shard: the images, where they lie, and their labels."""
+    """Return the samples of a shard: the images, their positions, and their labels."""
     try:
         with tarfile.open(shard, "r:") as archive:
             return [
@@ -161,9 +162,9 @@ def _samples(shard: str, field: str) -> list[Sample]:
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield name of the sample, extension and member, as WebDataset tells them apart."""
+    """Yield name of the sample, extension and member, split as in WebDataset."""
     for member in archive:
-        archive.members = []  # type: ignore[attr-defined]  # else they are all kept
+        archive.members = []  # type: ignore[attr-defined]  # otherwise all of them are kept
         path = PurePosixPath(member.name)
         stem, dot, extension = path.name.partition(".")
         if member.isfile() and stem and dot:  # hidden files have no stem

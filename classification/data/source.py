@@ -1,4 +1,4 @@
-"""Data sets by name, before they are opened: their labels are known, their images can be read."""
+"""Data sets by name, not yet opened: their labels are known, and their images can be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pcka.engine.config import ConfigError, near_names
 
 @dataclass(frozen=True)
 class Source:
-    """A set whose labels are known and whose images can be read.
+    """A data set whose labels are known and whose images can be read.
 
     Attributes:
         labels: class index of each image, (N,) int64.
@@ -32,15 +32,15 @@ class Source:
     read: Callable[[np.ndarray], Tensor]
 
     def open(self, data: CfgNode, chosen: np.ndarray, *, evaluated: bool) -> ImageSet:
-        """Return some of the images as a set that gives batches.
+        """Return the chosen images as a set that yields batches.
 
         Args:
             data: the section ``DATA``.
             chosen: image indices, (M,).
-            evaluated: the set is evaluated on, not trained on.
+            evaluated: the set is for evaluation, not for training.
 
         Raises:
-            ConfigError: keys that are for image files alone.
+            ConfigError: keys that apply only to image files.
         """
         for key, unset in (("STREAM", False), ("RESIZE", 0)):
             if data[key]:
@@ -55,7 +55,7 @@ class Source:
 MakeSource = Callable[[CfgNode, str], Source]
 F = TypeVar("F", bound=MakeSource)
 
-# Name -> module of this package that registers it, imported where it is first asked for.
+# Name -> module of this package that registers it; imported on first use.
 BUILT_IN = {
     "cifar10": "cifar",
     "cifar100": "cifar",
@@ -78,8 +78,8 @@ _SOURCES: dict[str, MakeSource] = {}
 def register(name: str) -> Callable[[F], F]:
     """Decorator: make a data set available as ``DATA.NAME``.
 
-    What it decorates takes the section ``DATA`` and a split, "train" or "test", and gives the
-    :class:`Source` of that split.
+    The decorated function takes the section ``DATA`` and a split, "train" or "test", and returns
+    the :class:`Source` of that split.
 
     Raises:
         ValueError: the name is taken.
@@ -96,15 +96,15 @@ def register(name: str) -> Callable[[F], F]:
 
 
 def dataset_names() -> list[str]:
-    """The names that ``DATA.NAME`` may have, sorted."""
+    """Return the valid values of ``DATA.NAME``, sorted."""
     return sorted({*BUILT_IN, *_SOURCES})
 
 
 def check_name(name: str) -> None:
-    """Refuse a ``DATA.NAME`` that nobody registered.
+    """Check that a ``DATA.NAME`` is registered.
 
     Raises:
-        ConfigError: near names are proposed.
+        ConfigError: it is not; the message suggests close matches.
     """
     if name not in dataset_names():
         near = near_names(name, dataset_names())
@@ -115,7 +115,8 @@ def make_source(data: CfgNode, split: str) -> Source:
     """Return the "train" or "test" part of the data set ``DATA.NAME``.
 
     Raises:
-        ConfigError: an unknown name (near ones are named), or what the data set refuses.
+        ConfigError: an unknown name (the message suggests close matches), or settings or data that
+            the data set rejects.
     """
     check_name(data.NAME)
     _refuse_unread(data)

@@ -31,17 +31,17 @@ from pcka.engine.config import ConfigError
 
 @dataclass(frozen=True)
 class StreamingSet(ImageSet):
-    """Image files that worker processes decode and augment ahead of the training.
+    """Image files that worker processes decode and augment ahead of training.
 
-    Training takes a random part of an image, 8 to 100 % of its area and 3:4 to 4:3 in shape,
-    resized to a square (Szegedy et al. 2015, section 6), and mirrors half of the images.
-    Evaluation resizes the shorter side and cuts out the centre.
+    Training takes a random crop of an image, of 8 to 100 % of its area and an aspect ratio of 3:4
+    to 4:3, resizes it to a square (Szegedy et al. 2015, section 6), and mirrors half of the images.
+    Evaluation resizes the shorter side and crops the centre.
 
     Attributes:
-        files: of the images.
+        files: files of the images.
         image_size: side of the batches' images, pixels.
-        resize: the shorter side before the centre is cut out, pixels.
-        workers: processes that decode; 0: this process does.
+        resize: size of the shorter side before the centre crop, pixels.
+        workers: number of decoding processes; 0: this process decodes.
     """
 
     files: ImageFiles
@@ -55,7 +55,7 @@ class StreamingSet(ImageSet):
     def fingerprint(self) -> str:
         """A digest (hex) of file names, sizes and labels, class names and the images' side.
 
-        Every file is asked for its size, none is read.
+        It queries the size of every file, but reads none.
         """
         about = ("streaming", self.image_size, self.classes, self.files.digest)
         digest = hashlib.sha256(repr(about).encode())
@@ -72,7 +72,7 @@ class StreamingSet(ImageSet):
     def training_batches(
         self, cfg: CfgNode, epoch: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
-        """Yield :meth:`ImageSet.training_batches`, by DATA.FLIP."""
+        """Yield :meth:`ImageSet.training_batches`, as DATA.FLIP specifies."""
         steps = steps_per_epoch(self, cfg, world_size)
         order = epoch_order(self, cfg, epoch)
         share = training_share(order, steps, cfg.SOLVER.BATCH_SIZE, rank, world_size)
@@ -90,7 +90,7 @@ class StreamingSet(ImageSet):
         yield from self._stream(pictures, evaluation_share(self, batch_size, rank, world_size))
 
     def _stream(self, pictures: Dataset[Tensor], batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yield batches of images, (B,) positions each, while the workers are at the next ones."""
+        """Yield batches of images, (B,) positions each, while workers prepare the next ones."""
         loader = DataLoader(
             pictures,
             batch_sampler=[batch.tolist() for batch in batches],
@@ -99,14 +99,14 @@ class StreamingSet(ImageSet):
             generator=torch.Generator(),  # the default would draw from the global one
         )
         for batch, images in zip(batches, _with_short_errors(loader)):
-            # From pinned memory: the copy waits for the device's queue, and nobody for the copy.
+            # From pinned memory: the copy waits in the device's queue, but the host does not wait.
             chosen = batch.to(self.device, non_blocking=True)
             images = to_unit_range(images.to(self.device, non_blocking=True))
             yield Batch(images, self.labels[chosen], chosen)
 
 
 def _with_short_errors(loader: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the batches; of what a worker has to refuse, keep the reason and no traceback."""
+    """Yield the batches; shorten a worker's ``ConfigError`` to its reason, without traceback."""
     try:
         yield from loader
     except ConfigError as error:
@@ -117,9 +117,9 @@ def _with_short_errors(loader: Iterable[Tensor]) -> Iterator[Tensor]:
 class _Pictures(Dataset[Tensor]):
     """Decoded and transformed images, (3, S, S) uint8, by position.
 
-    Their random numbers depend on the stream and their position alone: torchvision draws from
-    torch's global generator, which is lent to each image and put back, so that neither the number
-    of workers nor what they did before has a part in the result.
+    Random numbers depend only on the stream and the position: torchvision draws from torch's global
+    generator, which is seeded for each image and restored afterwards, so that neither the number of
+    workers nor their earlier work affects the result.
     """
 
     files: ImageFiles
@@ -128,6 +128,6 @@ class _Pictures(Dataset[Tensor]):
 
     def __getitem__(self, position: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the CUDA devices of this process, too.
+            # Not torch.manual_seed, which would also seed the CUDA devices of this process.
             torch.default_generator.manual_seed(stream_seed(*self.stream, position))
             return self.transform(self.files.open(position))

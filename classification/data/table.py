@@ -23,10 +23,10 @@ class Table:
     """Two columns of a file.
 
     Attributes:
-        file: that it was read from.
-        paths: of the images, as they stand there, (N,).
+        file: the file that was read.
+        paths: paths of the images, as they appear there, (N,).
         labels: likewise, (N,).
-        place: row -> what messages call it.
+        place: row -> its location, for messages.
     """
 
     file: Path
@@ -37,13 +37,14 @@ class Table:
 
 @register("table")
 def table_source(data: CfgNode, split: str) -> FileSource:
-    """Return the ``train`` or ``test`` part of a set that tables of paths and labels describe.
+    """Return the ``train`` or ``test`` part of a set described by tables of paths and labels.
 
     Args:
-        data: ROOT, the folder of the tables; TRAIN_PART and TEST_PART, their files ("": ``train``
-            and ``test`` or else ``val``, with the suffix ``.csv`` or ``.parquet``); IMAGE_COLUMN
-            and LABEL_COLUMN, their columns ("": ``path`` and ``label``); IMAGE_SIZE. Paths are
-            relative to the folder of their table. Classes: :func:`class_indices`.
+        data: ROOT, the folder of the tables; TRAIN_PART and TEST_PART, their files ("": ``train``,
+            and ``test`` or else ``val`` or ``validation``, with the suffix ``.csv`` or
+            ``.parquet``); IMAGE_COLUMN and LABEL_COLUMN, their columns ("": ``path`` and
+            ``label``); IMAGE_SIZE. Paths are relative to the table's folder. For the classes, see
+            :func:`class_indices`.
         split: "train" or "test".
 
     Raises:
@@ -73,7 +74,7 @@ def _file(root: Path, data: CfgNode, split: str) -> Path:
 def _read_csv(file: Path, path_column: str, label_column: str) -> Table:
     paths, labels, lines = [], [], []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as text:  # Excel's has a byte order mark
+        with file.open(encoding="utf-8-sig", newline="") as text:  # Excel writes a byte order mark
             rows = csv.reader(text, strict=True)
             header = next(rows, [])
             chosen = [_column(file, name, header, key) for name, key in
@@ -108,7 +109,7 @@ def _read_parquet(file: Path, path_column: str, label_column: str) -> Table:
         table = parquet.read_table(file, columns=[path_column, label_column])
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's own are among them
+    except (OSError, ValueError) as error:  # includes pyarrow's errors
         raise ConfigError(f"{file}: cannot be read as Parquet: {error}") from error
     paths, labels = (table[name].to_pylist() for name in (path_column, label_column))
     return Table(file, paths, labels, lambda row: f"{file}, row {row}")
@@ -126,7 +127,7 @@ def _column(file: Path, name: str, header: Sequence[str], key: str) -> int:
 
 
 def _found(table: Table) -> np.ndarray:
-    """The paths as bytes, once each has its file."""
+    """Return the paths as bytes, after checking that each file exists."""
     folder = table.file.parent
     for row, path in enumerate(table.paths):
         if not path or not isinstance(path, str):

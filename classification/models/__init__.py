@@ -1,6 +1,6 @@
-"""The community's model zoo, other libraries' models and one's own, by name.
+"""Models by name: the community's model zoo, other libraries' models, and your own.
 
-Each family is imported when one of its names is first asked for.
+A family is imported when one of its names is first requested.
 """
 
 from __future__ import annotations

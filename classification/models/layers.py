@@ -1,4 +1,4 @@
-"""Parts that several model families are made of, and how they start."""
+"""Building blocks shared by several model families, and their initialisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def conv_bn(
     groups: int = 1,
     bias: bool = False,
 ) -> list[nn.Module]:
-    """A convolution that keeps the size (but for its stride), and a batch norm."""
+    """Return a convolution that preserves the size (except for its stride), and a batch norm."""
     conv = nn.Conv2d(
         in_channels,
         out_channels,
@@ -32,7 +32,7 @@ def global_pool() -> nn.Sequential:
 
 
 def initialize_convolutions(model: nn.Module) -> None:
-    """Draw every convolution from N(0, 2 / fan_out) and zero its bias.
+    """Draw every convolution's weights from N(0, 2 / fan_out) and zero its bias.
 
     Normalisation and linear layers keep torch's defaults.
 

@@ -1,4 +1,4 @@
-"""Models of other libraries, and of one's own: `timm/...`, `hf/...`, `package.module:factory`."""
+"""Models of other libraries, and your own: `timm/...`, `hf/...`, `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def constructor_of(name: str) -> Callable[..., nn.Module]:
-    """Return what makes the model: number of classes and keywords -> module.
+    """Return the model's constructor: number of classes and keywords -> module.
 
     Raises:
-        ValueError: no such model (near names are proposed).
-        ImportError: the library is not installed; the message says how to get it.
+        ValueError: no such model (the message suggests close matches).
+        ImportError: the library is not installed; the message says how to install it.
     """
     library, _, rest = name.partition("/")
     if library == "timm":
@@ -47,7 +47,7 @@ def _known_to_timm(name: str) -> str:
 
 
 def _of_timm(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """A model of timm; `pretrained=True` takes the weights that timm has for it."""
+    """Return a timm model; `pretrained=True` loads timm's weights for it."""
     timm = optional_package("timm", "timm")
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, **kwargs)
@@ -64,14 +64,14 @@ def _of_transformers(
     ignore_mismatched_sizes: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """An image classifier of transformers, by its configuration.
+    """Return an image classifier of transformers from its configuration.
 
     Args:
         name: a folder with `config.json`, or a name on the Hub.
         num_classes: number of logits.
-        pretrained: take the weights that are there; None where a folder has them.
-        ignore_mismatched_sizes: start the classifier anew where they are of other classes.
-        kwargs: of the configuration.
+        pretrained: whether to load the weights; None: if the folder has them.
+        ignore_mismatched_sizes: reinitialise the classifier if the weights are for other classes.
+        kwargs: keywords of the configuration.
     """
     transformers = optional_package("transformers", "hf")
     folder = Path(name).expanduser()
@@ -103,7 +103,7 @@ def _of_transformers(
 
 
 def folder_has_weights(name: str) -> bool:
-    """Whether a folder of transformers holds weights beside the configuration."""
+    """Whether a transformers folder holds weights as well as the configuration."""
     return any(any(Path(name).expanduser().glob(pattern)) for pattern in WEIGHT_FILES)
 
 
@@ -137,7 +137,7 @@ def _of_own(
 def _takes(function: Callable[..., Any], keyword: str) -> bool:
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # of builtins
+    except ValueError:  # raised for some builtins
         return True
     kinds = [parameter.kind for parameter in parameters.values()]
     return keyword in parameters or inspect.Parameter.VAR_KEYWORD in kinds

@@ -1,4 +1,4 @@
-"""Models that return more than their logits, made to return these."""
+"""A hook for models that return more than their logits, so that they return only these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pcka.taps import find_logits, part_names
 
 
 class _PickLogits:
-    """A hook that gives the logits in the place of what the model returns; it can be copied."""
+    """A forward hook that replaces a model's output with its logits; it can be copied."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -28,17 +28,17 @@ class _PickLogits:
 
 
 def give_logits(model: nn.Module, key: str = "") -> nn.Module:
-    """Let a model return its logits `(B, P)`, wherever they are in what it returns.
+    """Make a model return its logits `(B, P)`, wherever they are in its output.
 
-    Its modules, parameters and their names stay as they are.
+    Its modules, parameters and their names do not change.
 
     Args:
-        model: images -> a tensor, or what :func:`pcka.taps.find_logits` looks into.
-        key: of the logits; "" finds them by themselves.
+        model: images -> a tensor, or an output that :func:`pcka.taps.find_logits` can search.
+        key: key of the logits; "" finds them automatically.
 
     Returns:
-        The model. While it runs, an output without logits is a ``ValueError``.
+        The model. It raises a ``ValueError`` if its output contains no logits.
     """
-    # A key that is given later is looked for first; then the output is logits already.
+    # The hook of a later call, with a key, runs first; the others then receive the logits.
     model.register_forward_hook(_PickLogits(key), prepend=True)
     return model

@@ -1,4 +1,4 @@
-"""MobileNetV2 of half width for CIFAR, and MobileNetV1 for ImageNet.
+"""MobileNetV2 at half width for CIFAR, and MobileNetV1 for ImageNet.
 
 Names as in RepDistiller and mdistiller, whose checkpoints load as they are.
 """
@@ -17,7 +17,7 @@ from classification.models.registry import register
 
 EXPANSION = 6
 LAST_WIDTH = 1280
-# Of each row of blocks: expansion, channels (before halving), blocks, stride of the first.
+# For each row of blocks: expansion, channels (before halving), blocks, stride of the first.
 ROWS_V2 = (
     (1, 16, 1, 1),
     (EXPANSION, 24, 2, 1),
@@ -35,7 +35,7 @@ ROWS_V1 = (
 
 
 class InvertedResidual(nn.Module):
-    """Widen, convolve each channel, narrow linearly (Sandler et al. 2018, figure 3)."""
+    """Expansion, depthwise convolution, linear projection (Sandler et al. 2018, figure 3)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Half the width of Sandler et al. (CVPR 2018), with strides for images of 32 pixels.
+    """Sandler et al. (CVPR 2018) at half width, with strides for images of 32 pixels.
 
     Attributes:
         stage_names: the stem and the last row of each resolution; rows end without an activation.
-        preactivation_names: the stem before its activation, and the rows as they are.
-        preactivation_norms: of the rows, those that end the last block, as in mdistiller.
+        preactivation_names: the stem before its activation, and the same rows.
+        preactivation_norms: for the rows, the norms that end the last block, as in mdistiller.
     """
 
     stage_names = ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")

@@ -14,20 +14,20 @@ C = TypeVar("C", bound=Constructor)
 
 
 class Classifier(nn.Module):
-    """What :func:`create_model` gives, for type checkers: the models are of classes of their own.
+    """The type that :func:`create_model` returns, for type checkers; models have their own classes.
 
-    All attributes are paths as `pcka.taps.FeatureTap` takes them (`<path>:input` is the input of a
-    module). What a model does not have itself is empty, `()` or `''`: losses on its stages need
-    paths given by hand.
+    All attributes are paths for `pcka.taps.FeatureTap` (`<path>:input` is the input of a module).
+    Attributes that a model does not define are empty, `()` or `''`: its stages are then found by a
+    dry run (`stage_search`), or given by `DISTILL.TAPS`.
 
     Attributes:
-        stage_names: the stage outputs after the activation, stem first. Where a family's stages
-            end without one (WRN, MobileNetV2), their outputs as they are.
-        preactivation_names: the same stages before the activation, in the same number. In general
-            `relu(preactivation)` is the stage; each family says where it is not.
-        preactivation_norms: modules, the batch norms that give these features or, where a norm's
-            output and a shortcut are added, their branch; '' where there is none for all channels.
-        pooled_name: what the classifier gets, `(B, D)`.
+        stage_names: the stage outputs after the activation, stem first. If a family's stages end
+            without an activation (WRN, MobileNetV2), their outputs.
+        preactivation_names: the same stages before the activation, one each. In general
+            `relu(preactivation)` is the stage; each family documents its exceptions.
+        preactivation_norms: modules, the batch norms that produce these features or, where a norm's
+            output and a shortcut are added, their branch; '' if no norm produces all channels.
+        pooled_name: the classifier's input, `(B, D)`.
         classifier_name: a module, the last `nn.Linear`.
     """
 
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
     classifier_name: str = ""
 
 
-# Module of this package -> beginnings of the names that it registers, imported when one is named.
+# Module of this package -> prefixes of the names that it registers; imported on first use.
 FAMILIES = {
     "mobilenet": ("MobileNet",),
     "resnet_cifar": ("resnet", "ResNet"),
@@ -47,7 +47,7 @@ FAMILIES = {
     "vgg": ("vgg",),
     "wrn": ("wrn",),
 }
-# Beginnings of the names of other libraries' models, which are not registered one by one.
+# Prefixes of other libraries' models, which are not registered one by one.
 LIBRARIES = ("timm/", "hf/")
 _CONSTRUCTORS: dict[str, Constructor] = {}
 
@@ -55,8 +55,8 @@ _CONSTRUCTORS: dict[str, Constructor] = {}
 def register(name: str) -> Callable[[C], C]:
     """Decorator: make `constructor(num_classes)` available as `create_model(name, num_classes)`.
 
-    The model that it returns gives logits; where it has the attributes of :class:`Classifier`,
-    losses find its stages by them.
+    The model that it returns must output logits; if it has the attributes of :class:`Classifier`,
+    losses find its stages through them.
 
     Raises:
         ValueError: the name is taken.
@@ -73,20 +73,20 @@ def register(name: str) -> Callable[[C], C]:
 
 
 def model_names() -> list[str]:
-    """Return the names that are registered, sorted; `timm/`, `hf/` and own ones are beside them."""
+    """Return the registered names, sorted; `timm/`, `hf/` and your own models are not listed."""
     for family in FAMILIES:
         importlib.import_module(f"{__package__}.{family}")
     return sorted(_CONSTRUCTORS)
 
 
 def create_model(name: str, num_classes: int, **kwargs: Any) -> Classifier:
-    """Build a freshly initialised model by its name.
+    """Build a freshly initialised model by name.
 
     Args:
         name: one of `model_names()`, of which `torchvision/<name>` are torchvision's models for
             ImageNet and the others the community's; `timm/<name>`; `hf/<folder or name>`, an image
             classifier of transformers; or `package.module:factory` for one of your own, which is
-            called with `num_classes` if it takes it. Upper and lower case count.
+            called with `num_classes` if it takes it. Names are case-sensitive.
         num_classes: number of logits.
         kwargs: keywords of the model's constructor.
 
@@ -94,9 +94,9 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> Classifier:
         A module from images `(B, 3, H, W)` to logits `(B, num_classes)`.
 
     Raises:
-        ValueError: an unknown name (the message lists the nearest ones), `num_classes` below 1, or
-            keywords that the constructor refuses.
-        ImportError: the library that has the model is not installed.
+        ValueError: an unknown name (the message suggests close matches), `num_classes` below 1, or
+            keywords that the constructor rejects.
+        ImportError: the model's library is not installed.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
@@ -114,7 +114,7 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> Classifier:
 
 
 def _constructor(name: str) -> Constructor:
-    """What is called with the number of classes."""
+    """Return the constructor, which is called with the number of classes."""
     _import_family(name)
     if name in _CONSTRUCTORS:
         return _CONSTRUCTORS[name]
@@ -128,14 +128,14 @@ def _constructor(name: str) -> Constructor:
 
 
 def _import_family(name: str) -> None:
-    """Import the module that a name belongs to by its beginning."""
+    """Import the module that registers a name, identified by the prefix."""
     for module, beginnings in FAMILIES.items():
         if name.startswith(beginnings):
             importlib.import_module(f"{__package__}.{module}")
 
 
 def _nearest(name: str) -> list[str]:
-    """Names like this one, whatever their case and their collection (what is before the `/`)."""
+    """Return similar names, ignoring case and collection (the part before the `/`)."""
     by_base: dict[str, list[str]] = {}
     for known in model_names():
         by_base.setdefault(_base(known), []).append(known)

@@ -1,8 +1,8 @@
 """Residual networks for 32x32 images (He et al., CVPR 2016, section 4.2 and table 1).
 
-Three public implementations trained the checkpoints in circulation. They agree on the arithmetic
-and differ in the shortcut and in two module names; a `Layout` states the difference, so that each
-one's `state_dict` loads as it is.
+The checkpoints in circulation were trained with three public implementations. They share the
+arithmetic and differ in the shortcut and in two module names; a `Layout` describes the differences,
+so that each one's `state_dict` loads unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ProjectionShortcut(nn.Sequential):
 
 
 class PaddingShortcut(nn.Module):
-    """Option A of He et al.: strided pixels, zero channels on both sides, no parameters."""
+    """Option A of He et al.: strided subsampling, zero channels on both sides, no parameters."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class PaddingShortcut(nn.Module):
 
 @dataclass(frozen=True)
 class Layout:
-    """What tells one public implementation's `state_dict` from another's."""
+    """The differences between the `state_dict`s of the public implementations."""
 
     shortcut: Callable[[int, int, int], nn.Module]
     shortcut_name: str
@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
     """
 
     expansion: int
-    """Output channels over `width`."""
+    """Ratio of output channels to `width`."""
     last_norm: str
     """Name of the batch norm that ends the branch."""
 
@@ -123,15 +123,15 @@ class Bottleneck(ResidualBlock):
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 stem, stages of residual blocks (every one but the first halves the map), a classifier.
+    """A 3x3 stem, stages of residual blocks (all but the first halve the map), a classifier.
 
     Args:
         num_classes: number of logits.
         block: `BasicBlock` or `Bottleneck`.
-        depths: blocks of each stage.
+        depths: blocks per stage.
         widths: width of each stage's blocks, before the block's expansion.
         stem_width: channels of the stem.
-        layout: shortcut and names.
+        layout: shortcut and module names.
 
     Attributes:
         stage_names: paths of the modules whose outputs are the stage outputs, stem first.
@@ -184,7 +184,7 @@ class CifarResNet(nn.Module):
 def _register_thin(
     name: str, depth: int, layout: Layout = REPDISTILLER, stem: int = 16, widen: int = 1
 ) -> None:
-    """Register three stages of 16, 32, 64 (times `widen`) channels, `depth` = 6n + 2 layers."""
+    """Register a network of three stages, 16, 32, 64 (times `widen`) channels, `depth` = 6n + 2."""
     make = partial(
         CifarResNet,
         block=BasicBlock,
@@ -197,7 +197,7 @@ def _register_thin(
 
 
 def _register_wide(name: str, block: type[ResidualBlock], depths: Sequence[int]) -> None:
-    """Register ImageNet's four stages behind a CIFAR stem."""
+    """Register a network with ImageNet's four stages after a CIFAR stem."""
     make = partial(
         CifarResNet,
         block=block,

@@ -1,4 +1,4 @@
-"""ShuffleNets for images of 32 pixels: V1 with three groups, V2 of size 1.
+"""ShuffleNets for images of 32 pixels: V1 with three groups, V2 at width 1x.
 
 Names as in RepDistiller and mdistiller, whose checkpoints load as they are.
 """
@@ -22,7 +22,7 @@ LAST_WIDTH_V2 = 1024
 class UnitV1(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1 (Zhang et al., CVPR 2018, figure 2).
 
-    With stride 2 the pooled input is stacked onto the branch, else the input is added to it.
+    With stride 2 the pooled input is concatenated to the branch, otherwise the input is added.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -50,7 +50,7 @@ class UnitV1(nn.Module):
 
 
 class BasicUnitV2(nn.Module):
-    """Half of the channels pass, half are convolved; then both are shuffled.
+    """Half of the channels pass through, half are convolved; then both are shuffled.
 
     Source: Ma et al., ECCV 2018, figure 3 (c).
     """
@@ -70,12 +70,12 @@ class BasicUnitV2(nn.Module):
         passed, branch = x.chunk(2, dim=1)
         branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(branch)))))
         branch = self.bn3(self.conv3(branch))
-        # The half that passes comes out of a ReLU, so that another one does not change it.
+        # The half that passes through comes from a ReLU, so another one does not change it.
         return self.relu(self.shuffle(torch.cat([passed, branch], dim=1)))
 
 
 class DownUnitV2(nn.Module):
-    """Two strided branches, stacked and shuffled (Ma et al., ECCV 2018, figure 3 (d))."""
+    """Two strided branches, concatenated and shuffled (Ma et al., ECCV 2018, figure 3 (d))."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -99,13 +99,14 @@ class DownUnitV2(nn.Module):
 
 
 class ShuffleNet(nn.Module):
-    """A 1x1 stem and three stages, each beginning with a strided unit; V2 widens at the end.
+    """A 1x1 stem, three stages that begin with a strided unit, and a widening convolution in V2.
 
     Attributes:
         stage_names: stem and stages, after their activations.
         preactivation_names: the inputs of the last units' activations; half of V2's are outputs of
-            earlier activations (mdistiller has the same channels, not shuffled).
-        preactivation_norms: V1's, as in a residual network; none gives all channels of V2's.
+            earlier activations (mdistiller has the same channels, unshuffled).
+        preactivation_norms: in V1, as in a residual network; no norm produces all channels of a
+            stage of V2.
     """
 
     stage_names = ("relu", "layer1", "layer2", "layer3")

@@ -1,8 +1,8 @@
-"""The stages, the pooled features and the classifier of a model that does not name its own.
+"""Search for the stages, pooled features and classifier of a model that does not name them.
 
-One dry run says which module gives what. A convolutional network's stages end with the last module
-of each resolution, and so do those of transformers that have several (Swin, PVT, MaxViT). Where
-all blocks work at one resolution (ViT, mixers), the stages are quarters of its depth.
+A dry run shows what each module returns. A stage ends with the last module of its resolution, in
+convolutional networks and in transformers with several resolutions (Swin, PVT, MaxViT). If all
+blocks work at one resolution (ViT, mixers), the stages are quarters of the depth.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from classification.models.registry import Classifier
 from pcka.taps import INPUT_SUFFIX, MAP_SUFFIX, prefix_tokens, token_side
 
 BATCH = 2  # for batch norms in training mode
-SIDE = 224  # pixels of the images that models are tried on first; nearly all take them
+SIDE = 224  # side of the images tried first, pixels; nearly all models accept them
 QUARTERS = 4
 
 
 @dataclass
 class _Call:
-    """One call of a module, with the calls within it.
+    """A call of a module, with the calls nested in it.
 
     Attributes:
-        level: of its output's resolution, whose side is about the image's over ``2^level``; None
-            where that is no map of more than a pixel.
-        reading: what a tap path needs behind the module's path to read it as a map.
+        level: resolution of the output, whose side is about the image's divided by ``2^level``;
+            None if the output is not a map of more than one pixel.
+        reading: suffix of the module's path with which a tap reads the output as a map.
     """
 
     path: str
@@ -51,7 +51,7 @@ class _Call:
 
     @property
     def holds(self) -> bool:
-        """What a tap reads here stays what it is."""
+        """Whether the output is a tensor that is not modified in place afterwards."""
         return isinstance(self.output, Tensor) and self.output._version == self.version
 
 
@@ -59,15 +59,15 @@ Ends = dict[int, _Call]
 
 
 def find_stages(model: nn.Module, side: int = SIDE) -> Classifier:
-    """Give a model the attributes of :class:`Classifier` that it lacks, and return it.
+    """Set the attributes of :class:`Classifier` that a model lacks, and return the model.
 
-    It runs twice, because taps must hold in training and in evaluation mode; its buffers, its modes
-    and the random numbers stay as they are. A model that names its stages is left alone. A stage
-    that is found is tapped as it is, as ``stage1`` and as ``stage1_preact``.
+    It runs twice, because taps must work in training and in evaluation mode; its buffers and modes
+    and the random state are restored. A model that names its stages is not changed. For a stage
+    found here, ``stage1`` and ``stage1_preact`` tap the same output.
 
     Args:
         model: images ``(B, 3, S, S)`` -> logits.
-        side: pixels of the images that it is made for, tried where it does not take 224.
+        side: side of the images that it is made for, pixels; tried if it does not accept 224.
     """
     classifier = cast(Classifier, model)
     if classifier.stage_names:
@@ -86,14 +86,14 @@ def find_stages(model: nn.Module, side: int = SIDE) -> Classifier:
 
 
 def check_size(model: nn.Module, side: int) -> None:
-    """Refuse images of a size that a model does not take.
+    """Check that a model accepts images of a size.
 
     Args:
         model: images ``(B, 3, S, S)`` -> logits.
-        side: pixels of the images.
+        side: side of the images, pixels.
 
     Raises:
-        ValueError: the message ends with the model's own.
+        ValueError: it does not; the message ends with the model's own.
     """
     try:
         _run(model, side, training=False)
@@ -104,14 +104,14 @@ def check_size(model: nn.Module, side: int) -> None:
 
 
 def _run(model: nn.Module, side: int, *, training: bool) -> Any:
-    """What the model returns for images of ``side`` pixels; it stays as it is."""
+    """Return the model's output for images of ``side`` pixels; its state does not change."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), _untouched(model, device):
         return model.train(training)(torch.zeros(BATCH, 3, side, side, device=device))
 
 
 def _dry_run(model: nn.Module, side: int, *, training: bool) -> _Call | None:
-    """The calls of a run on images of ``side`` pixels; None where the model does not take them."""
+    """Return the calls of a run on images of ``side`` pixels; None if the model rejects them."""
     open_calls = [root := _Call("", model)]
     paths = {module: path for path, module in model.named_modules()}
 
@@ -128,7 +128,7 @@ def _dry_run(model: nn.Module, side: int, *, training: bool) -> _Call | None:
     handles += [module.register_forward_hook(leave) for module in modules]
     try:
         root.output = _run(model, side, training=training)
-    except Exception:  # whatever it is that the model does not take
+    except Exception:  # whatever the model objects to
         return None
     finally:
         for handle in handles:
@@ -151,7 +151,7 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _describe(call: _Call, output: Any, side: int, model: nn.Module) -> None:
-    """Write down what a module gave: a map, tokens, a map with its channels last, or none."""
+    """Record what a module returned: a map, tokens, a channels-last map, or none of these."""
     call.is_tensor = isinstance(output, Tensor)
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         call.reading, output = ":0", output[0]
@@ -160,7 +160,7 @@ def _describe(call: _Call, output: Any, side: int, model: nn.Module) -> None:
         return
     call.version = output._version
     if output.dim() == 3 and next(call.module.parameters(), None) is None:
-        return  # laid out anew, or pooled: who can tell positions from channels
+        return  # reshaped or pooled: positions and channels cannot be told apart
     found = _map_side(output.shape, prefix_tokens(model, call.path))
     if found is not None and found > 1:
         call.level = round(math.log2(side / found))
@@ -169,8 +169,8 @@ def _describe(call: _Call, output: Any, side: int, model: nn.Module) -> None:
 
 
 def _map_side(shape: Sequence[int], prefix: int | None) -> int | None:
-    """The side of a square map ``(B, C, S, S)`` or ``(B, S, S, C)``, or of tokens of one."""
-    if not shape or shape[0] != BATCH:  # windows, for one, are laid along the batch
+    """Return the side of a square map ``(B, C, S, S)`` or ``(B, S, S, C)``, or of its tokens."""
+    if not shape or shape[0] != BATCH:  # windows, for example, are stacked along the batch
         return None
     if len(shape) == 3:
         return token_side(shape[1], prefix)
@@ -182,14 +182,14 @@ def _map_side(shape: Sequence[int], prefix: int | None) -> int | None:
 
 
 def _once(root: _Call) -> set[str]:
-    """The taps of modules that run once, which alone can be tapped."""
+    """Return the taps of modules that run exactly once; no others can be tapped."""
     calls = list(_all_calls(root))
     counts = Counter(call.path for call in calls)
     return {call.tap for call in calls if counts[call.path] == 1}
 
 
 def _stages(root: _Call, once: set[str]) -> tuple[str, ...]:
-    """The paths of the stages, the stem first."""
+    """Return the tap paths of the stages, stem first."""
     calls = list(_all_calls(root))
     ends: Ends = {}
     firsts: Ends = {}
@@ -202,7 +202,7 @@ def _stages(root: _Call, once: set[str]) -> tuple[str, ...]:
     if len(levels) == 1 and (blocks := _blocks(calls, levels[0], once)):
         parts = [math.ceil(len(blocks) * (k + 1) / QUARTERS) - 1 for k in range(QUARTERS)]
         taps = [blocks[index].tap for index in dict.fromkeys(parts)]
-    # Convolutions that halve the side are a stem by themselves; other first stages come after one.
+    # A first stage of convolutions that halve the side is itself the stem; others follow a stem.
     is_ahead = levels[0] != 1 or MAP_SUFFIX in stem.reading
     holds_first = taps[0] == stem.tap or taps[0].startswith(f"{stem.path}.")
     if is_ahead and not holds_first:
@@ -217,34 +217,34 @@ def _all_calls(call: _Call) -> Iterator[_Call]:
 
 
 def _follow(call: _Call, level: int, ends: Ends, firsts: Ends, once: set[str]) -> int:
-    """Go through the calls within one, from the resolution that they start at.
+    """Visit the calls nested in one, starting at the resolution of its input.
 
-    A module is taken as a whole, unless it goes through several resolutions (``features``), or
-    holds a stage's blocks and the change to the next resolution after them.
+    A module is taken as a whole, unless it passes through several resolutions (``features``), or
+    holds a stage's blocks followed by the change to the next resolution.
 
     Args:
-        call: whose inner calls are looked at, in their order.
-        level: of the map that goes in.
-        ends: level -> the last call so far that gives a map of it; added to.
-        firsts: level -> the first one; added to.
-        once: what can be tapped.
+        call: its nested calls are visited in order.
+        level: level of the input map.
+        ends: level -> the last call so far that returns a map of it; updated in place.
+        firsts: level -> the first such call; updated in place.
+        once: the taps that can be used.
 
     Returns:
         The level of the last map.
     """
     for inner in call.within:
-        if isinstance(inner.module, nn.Linear):  # scores of each position, in some heads
+        if isinstance(inner.module, nn.Linear):  # per-position scores, in some heads
             continue
         if inner.level is None:
             if inner.is_tensor:
-                found: Ends = {}  # a head: what comes by the way in it counts where nothing else is
+                found: Ends = {}  # a head: its maps count only at levels that have no other
                 _follow(inner, level, found, firsts, once)
                 for key in found.keys() - ends.keys():
                     ends[key] = found[key]
             else:
                 level = _follow(inner, level, ends, firsts, once)
             continue
-        if inner.level < level:  # off the way: attention weights, or what is enlarged again
+        if inner.level < level:  # a side branch: attention weights, or an upsampled map
             continue
         if _is_to_open(inner, level):
             _follow(inner, level, ends, firsts, once)
@@ -272,13 +272,13 @@ def _is_to_open(call: _Call, level: int) -> bool:
 
 
 def _goes_on(call: _Call, end: _Call) -> bool:
-    """Whether a call takes the place of an earlier end: no mere norm or activation after blocks."""
+    """Whether a call replaces an earlier end; a mere norm or activation after blocks does not."""
     has_weights = any(parameter.dim() > 1 for parameter in call.module.parameters())
     return has_weights or not any(True for _ in end.module.children())
 
 
 def _blocks(calls: Sequence[_Call], level: int, once: set[str]) -> list[_Call]:
-    """The repeated blocks of a network of one resolution: the outermost modules of one class."""
+    """Return the repeated blocks at a network's only resolution: outermost modules of one class."""
     groups: dict[tuple[str, type[nn.Module]], list[_Call]] = {}
     for call in calls:
         if call.level == level and call.tap in once and call.holds and _is_block(call.module):
@@ -289,12 +289,12 @@ def _blocks(calls: Sequence[_Call], level: int, once: set[str]) -> list[_Call]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module has two layers with weights, or more."""
+    """Whether a module has at least two linear or convolutional layers."""
     return sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in module.modules()) > 1
 
 
 def _head(root: _Call, once: set[str]) -> tuple[str, str]:
-    """The linear layer that gives the logits, and what goes into it or a dropout before it."""
+    """Return the paths of the linear layer giving the logits and of its input, before dropout."""
     calls = list(_all_calls(root))
     for index, call in reversed(list(enumerate(calls))):
         if (
@@ -311,7 +311,7 @@ def _head(root: _Call, once: set[str]) -> tuple[str, str]:
 
 
 def _before_dropouts(call: _Call, earlier: Sequence[_Call]) -> _Call:
-    """The first of the dropouts that lead to a call, which in training would change its input."""
+    """Return the first of the dropouts right before a call, which change its input in training."""
     for before in reversed(earlier):
         if isinstance(before.module, nn.Dropout) and before.output is call.inputs[0]:
             before.module.inplace = False

@@ -1,4 +1,4 @@
-"""What of student and teacher is tapped under which name, and what losses know of the models."""
+"""Names and paths of the taps of student and teacher, and what losses know about the models."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Taps = dict[str, tuple[str, str]]
 def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]]) -> Taps:
     """Return tap name -> (student path, teacher path).
 
-    ``stage{i}`` and ``stage{i}_preact``, after and before the activation, ``i`` counting the
-    student's stages from the stem, 0; ``last`` and ``last_preact``; ``pooled``. Models with
-    different numbers of stages are aligned at their last ones.
+    The names are ``stage{i}`` and ``stage{i}_preact``, after and before the activation, where ``i``
+    counts the student's stages from 0, the stem; ``last`` and ``last_preact``; and ``pooled``.
+    Models with different numbers of stages are aligned at their last stages.
 
     Args:
-        student: of ``classification.models``, with its stages (:func:`with_stages`).
+        student: model of ``classification.models``, with its stages (:func:`with_stages`).
         teacher: likewise.
         extra: ``DISTILL.TAPS``, see :func:`extra_taps`.
 
     Raises:
-        ConfigError: an entry of ``extra`` that is no triple.
+        ConfigError: an entry of ``extra`` is not a triple.
     """
     taps: Taps = {}
     _add_stages(taps, student.stage_names, teacher.stage_names, "")
@@ -41,15 +41,15 @@ def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]])
 
 
 def with_stages(model: Classifier, side: int, *, checked: bool = False) -> Classifier:
-    """Return the model; where it does not name its stages, they are found by a dry run.
+    """Return the model; if it does not name its stages, they are found by a dry run.
 
     Args:
-        model: of ``classification.models``.
-        side: pixels of the images that it is to take.
-        checked: refuse such images where it does not take them.
+        model: model of ``classification.models``.
+        side: side of its input images, pixels.
+        checked: check that a model without named stages accepts such images.
 
     Raises:
-        ValueError: it does not.
+        ValueError: ``checked``, and it does not accept them.
     """
     if model.stage_names:
         return model
@@ -61,11 +61,11 @@ def with_stages(model: Classifier, side: int, *, checked: bool = False) -> Class
 
 
 class Reading(NamedTuple):
-    """What a tap reads of images of noise.
+    """What a tap reads on noise images.
 
     Attributes:
         shape: "C x H x W".
-        is_signed: it has values below zero, so it is not what a ReLU gave.
+        is_signed: it has negative values, so it is not the output of a ReLU.
     """
 
     shape: str
@@ -74,7 +74,7 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read_taps(model: Classifier, paths: Mapping[str, str], side: int) -> dict[str, Reading]:
-    """Return tap name -> what is read there on images of ``side`` pixels."""
+    """Return tap name -> what it reads on noise images of ``side`` pixels."""
     noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with evaluation_mode(model), FeatureTap(model, paths) as tap:
         model(noise.to(next(model.parameters()).device))
@@ -85,11 +85,11 @@ def read_taps(model: Classifier, paths: Mapping[str, str], side: int) -> dict[st
 
 
 def unlike_signs(student: Mapping[str, Reading], teacher: Mapping[str, Reading]) -> list[str]:
-    """What to say of taps that lie behind an activation in one model and before it in the other.
+    """Describe taps that lie after an activation in one model and before it in the other.
 
     Args:
         student: tap name -> reading.
-        teacher: likewise, of the same names.
+        teacher: likewise, for the same names.
     """
     notes = []
     for role, own, other in (("student", student, teacher), ("teacher", teacher, student)):
@@ -103,7 +103,7 @@ def extra_taps(entries: list[list[str]]) -> Taps:
     """Return ``DISTILL.TAPS``, triples, as tap name -> (student path, teacher path).
 
     Raises:
-        ConfigError: an entry that is no triple.
+        ConfigError: an entry is not a triple.
     """
     taps: Taps = {}
     for entry in entries:
@@ -135,12 +135,12 @@ def loss_context(
     taps: Taps,
     train_labels: Tensor,
 ) -> losses.Context:
-    """Return what losses may need to know of the run.
+    """Return what losses may need to know about the run.
 
     Args:
         teacher: the teacher's model.
-        norms: module path -> weight and bias of its batch norms before their folding.
-        taps: of :func:`model_taps`.
+        norms: path of a batch norm -> its weight and bias before folding.
+        taps: from :func:`model_taps`.
         train_labels: (N,) int64.
     """
     norm_paths = dict(zip(teacher.preactivation_names, teacher.preactivation_norms))

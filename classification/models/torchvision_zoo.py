@@ -22,11 +22,11 @@ WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 MOBILENET_V2_ROWS = (3, 6, 13, 17)  # the last block of each resolution
 
 Stages = Iterator[tuple[str, str, str]]
-"""Of each stage its path, its path before the activation, and the path of the norm before that."""
+"""For each stage: its path, its path before the activation, and that of the norm before it."""
 
 
 class BasicStageEnd(BasicBlock):
-    """torchvision's block with a last activation of its own, not in place, which can be tapped."""
+    """torchvision's block with a separate last activation, not in place, that can be tapped."""
 
     last_norm = "bn2"
     last_relu: nn.ReLU
@@ -39,7 +39,7 @@ class BasicStageEnd(BasicBlock):
 
 
 class BottleneckStageEnd(Bottleneck):
-    """torchvision's block with a last activation of its own, not in place, which can be tapped."""
+    """torchvision's block with a separate last activation, not in place, that can be tapped."""
 
     last_norm = "bn3"
     last_relu: nn.ReLU
@@ -53,7 +53,7 @@ class BottleneckStageEnd(Bottleneck):
 
 
 def _resnet_stages(model: Any) -> Stages:
-    """Stem and layers; the layers' last blocks change class, not parameters."""
+    """Yield stem and layers; the layers' last blocks change class, not parameters."""
     model.relu.inplace = False
     yield "relu", "relu:input", "bn1"
     for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -65,7 +65,7 @@ def _resnet_stages(model: Any) -> Stages:
 
 
 def _mobilenet_v2_stages(model: Any) -> Stages:
-    """Stem and last rows, which end linearly: a row is its own feature before the activation."""
+    """Yield stem and last rows; these end linearly, so a row is also its pre-activation feature."""
     model.features[0][2].inplace = False
     yield "features.0", f"features.0.2{INPUT_SUFFIX}", "features.0.1"
     for index in MOBILENET_V2_ROWS:
@@ -73,7 +73,7 @@ def _mobilenet_v2_stages(model: Any) -> Stages:
 
 
 def _vgg_stages(model: Any) -> Stages:
-    """The activations before the poolings."""
+    """Yield the activations before the pooling layers."""
     for index, (activation, following) in enumerate(pairwise(model.features)):
         if isinstance(following, nn.MaxPool2d):
             activation.inplace = False
@@ -90,7 +90,7 @@ STAGES: dict[type[nn.Module], Callable[[Any], Stages]] = {
 
 
 def _name_taps(model: Any) -> nn.Module:
-    """Give a model of torchvision the attributes that `register` asks for."""
+    """Set the attributes of `Classifier` on a torchvision model."""
     stages = list(STAGES[type(model)](model)) if type(model) in STAGES else []
     model.stage_names = tuple(stage for stage, _, _ in stages)
     model.preactivation_names = tuple(path for _, path, _ in stages)
@@ -100,13 +100,13 @@ def _name_taps(model: Any) -> nn.Module:
 
 
 def _classifier_paths(model: nn.Module) -> tuple[str, str]:
-    """The last linear layer, and what goes into it or into a dropout right before it."""
+    """Return the paths of the last linear layer and of its input, before any preceding dropout."""
     modules = list(model.named_modules())
     linear = [index for index, (_, module) in enumerate(modules) if isinstance(module, nn.Linear)]
     if not linear:
         return "", ""
     (before, dropout), (classifier, _) = modules[linear[-1] - 1 : linear[-1] + 1]
-    # Outside a sequence other code may run between the two.
+    # Outside an `nn.Sequential`, other code may run between the two.
     if isinstance(dropout, nn.Dropout) and "." in classifier:
         dropout.inplace = False
         return classifier, before + INPUT_SUFFIX
@@ -115,12 +115,12 @@ def _classifier_paths(model: nn.Module) -> tuple[str, str]:
 
 def _create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     has_heads = name in WITH_AUXILIARY_HEADS
-    # Their published weights want images that are normalised otherwise; the models see to it.
+    # Their published weights expect another normalisation, which the models then apply.
     keywords = {"transform_input": True, "init_weights": True} if has_heads else {}
     model = torchvision.models.get_model(
         name, weights=None, num_classes=num_classes, **keywords, **kwargs
     )
-    if has_heads:  # logits alone in training, too; the heads stay, because checkpoints have them
+    if has_heads:  # only logits in training, too; the heads stay, because checkpoints have them
         model.aux_logits = False
         for head in ("aux1", "aux2", "AuxLogits"):
             if hasattr(model, head):

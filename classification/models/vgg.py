@@ -19,11 +19,11 @@ from classification.models.layers import (
 from classification.models.registry import register
 
 WIDTHS = (64, 128, 256, 512, 512)
-SMALL_MAP = 4  # what three poolings leave of an image of 32 pixels; no fourth one then
+SMALL_MAP = 4  # side of a 32-pixel image after three poolings; it is not pooled again
 
 
 class PoolLargeMaps(nn.MaxPool2d):
-    """Max pooling, but not of the small maps that three poolings leave of CIFAR's images."""
+    """Max pooling, except for the small maps of CIFAR images after three poolings."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, C, H / 2, W / 2)`, or `x` itself."""
@@ -33,11 +33,11 @@ class PoolLargeMaps(nn.MaxPool2d):
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions with pooling between them, and a linear classifier.
 
-    Images of 32 pixels are pooled three times, those of 40 and more four times, before the mean.
+    Before the mean, images of 32 pixels are pooled three times, those of 40 or more four times.
 
     Args:
         num_classes: number of logits.
-        depths: convolutions of each block.
+        depths: convolutions per block.
 
     Attributes:
         stage_names: the activations at the ends of the blocks.
@@ -60,7 +60,7 @@ class VGG(nn.Module):
             for _ in range(depth):
                 layers += [*conv_bn(channels, width, 3, bias=True), nn.ReLU()]
                 channels = width
-            # The block's last activation is a module of its own, to be tapped.
+            # The block's last activation is a separate module, so that it can be tapped.
             self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
             self.add_module(f"relu{index}", nn.ReLU())
             self.preactivation_norms += (f"block{index}.{len(layers) - 2}",)

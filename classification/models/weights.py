@@ -17,18 +17,18 @@ logger = logging.getLogger("pcka")
 
 
 def settings_of(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`named_model` takes of the section STUDENT or TEACHER, beside the name."""
+    """Return :func:`named_model`'s keywords from the section STUDENT or TEACHER."""
     return {"kwargs": _plain(section["KWARGS"]), "logits": section["LOGITS"]}
 
 
 def without_weights(section: Mapping[str, Any]) -> dict[str, Any]:
-    """:func:`settings_of`, so that no weights of the model's library are read."""
+    """Return :func:`settings_of`, changed so that no weights of the model's library are loaded."""
     settings = settings_of(section)
     return {**settings, "kwargs": _unread(section["NAME"], settings["kwargs"])}
 
 
 def has_own_weights(section: Mapping[str, Any]) -> bool:
-    """Whether a model comes with the weights that its library, or its folder, has for it."""
+    """Whether a model is loaded with the weights of its library or folder."""
     asked = section["KWARGS"].get("pretrained")
     if asked is None and section["NAME"].startswith("hf/"):
         from classification.models.libraries import folder_has_weights
@@ -45,17 +45,17 @@ def named_model(
     kwargs: Mapping[str, Any] = MappingProxyType({}),
     logits: str = "",
 ) -> Classifier:
-    """Return the model ``name`` as it is made.
+    """Return the model ``name`` as its constructor makes it.
 
     Args:
         name: as ``classification.models.create_model`` takes it.
         num_classes: number of logits.
         role: "student" or "teacher": whose ``NAME`` it is.
-        kwargs: of the model's constructor.
-        logits: key of the logits in what the model returns; "" finds them by themselves.
+        kwargs: keywords of the model's constructor.
+        logits: key of the logits in the model's output; "" finds them automatically.
 
     Raises:
-        ConfigError: no model has this name (near ones are named), or it refuses the keywords.
+        ConfigError: an unknown name (the message suggests close matches), or rejected keywords.
     """
     try:
         model = create_model(name, num_classes, **kwargs)
@@ -83,15 +83,16 @@ def load_classifier(
 
     Args:
         name: as ``classification.models.create_model`` takes it.
-        weights: checkpoint in any layout that ``pcka.checkpoint`` knows.
+        weights: checkpoint in any layout that ``pcka.checkpoint`` supports.
         num_classes: classes of the data.
-        role: "student" or "teacher": which of the two where the file holds both.
-        kwargs: as for :func:`named_model`; weights of the library are not read beside these.
+        role: "student" or "teacher": which of the two to load if the file holds both.
+        kwargs: as for :func:`named_model`; weights of the model's library are not loaded.
         logits: likewise.
 
     Raises:
-        ConfigError: the checkpoint's classifier has another number of classes (both are named),
-            the checkpoint does not fill the model, is damaged, or holds what is no weight.
+        ConfigError: the checkpoint's classifier has a different number of classes (the message
+            gives both), or the checkpoint does not fill the model, is damaged, or holds something
+            other than weights.
     """
     kwargs = _unread(name, kwargs)
     model = named_model(name, num_classes, role=role, kwargs=kwargs, logits=logits)
@@ -107,7 +108,7 @@ def load_classifier(
                 f"has {num_classes}; give the weights of a {name} trained on these classes"
             )
     if not report.complete:
-        # What transformers saves has other names than its models' parameters.
+        # transformers saves weights under other names than its models' parameters.
         of_hub = f" (a folder of transformers is read by leaving {key} empty)"
         raise ConfigError(
             f"{key}: {str(weights)!r} is not the checkpoint of a {name}: {report}"
@@ -123,10 +124,10 @@ def model_of(
     """Return the model of the section STUDENT or TEACHER, with the weights of a checkpoint if any.
 
     Args:
-        section: names the model, and its checkpoint.
+        section: names the model and its checkpoint.
         num_classes: classes of the data.
         role: "student" or "teacher": whose section it is.
-        weights: checkpoint in the place of the section's own.
+        weights: checkpoint to load instead of the section's.
 
     Raises:
         ConfigError: as :func:`load_classifier`.
@@ -138,12 +139,12 @@ def model_of(
 
 
 def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) -> int:
-    """How many classes the classifier in a checkpoint tells apart.
+    """Return the number of classes of the classifier in a checkpoint.
 
     Args:
-        section: STUDENT or TEACHER: the model that the checkpoint is of.
+        section: STUDENT or TEACHER: the checkpoint's model.
         weights: checkpoint.
-        role: "student" or "teacher": which of the two where the file holds both.
+        role: "student" or "teacher": which of the two to load if the file holds both.
 
     Raises:
         ConfigError: an unknown model, or a checkpoint that cannot be read.
@@ -153,7 +154,7 @@ def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) ->
         report = load_weights(model, weights, role=role, allow_partial=True)
     except CheckpointError as error:
         raise ConfigError(f"{role.upper()}.WEIGHTS: {error}") from error
-    # A classifier is what has another first dimension than here, and nothing else that differs.
+    # A classifier's shape differs from the one here in the first dimension, and only there.
     of_classes = [
         entry.in_file[0]
         for entry in report.mismatched
@@ -163,13 +164,13 @@ def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) ->
 
 
 def _unread(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Keywords with which the weights of a model's library, or its folder, are not read."""
+    """Return keywords with which the weights of a model's library or folder are not loaded."""
     may_be_read = "pretrained" in kwargs or name.startswith("hf/")
     return {**kwargs, "pretrained": False} if may_be_read else kwargs
 
 
 def _plain(value: Any) -> Any:
-    """Nested mappings as dictionaries: models keep what they are made with."""
+    """Convert nested mappings to dictionaries, because models keep their arguments."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

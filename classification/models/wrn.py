@@ -1,4 +1,4 @@
-"""Wide residual networks with activations before the convolutions (Zagoruyko and Komodakis 2016).
+"""Wide residual networks with pre-activation blocks (Zagoruyko and Komodakis 2016).
 
 Names as in RepDistiller and mdistiller, whose checkpoints load as they are.
 """
@@ -23,8 +23,8 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.C
 class PreactivationBlock(nn.Module):
     """`shortcut + conv2(relu(bn2(conv1(relu(bn1(x))))))`.
 
-    Where the shape changes, the shortcut is a 1x1 convolution of the activated input; else it is
-    the input itself.
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input; otherwise
+    it is the input itself.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -65,12 +65,12 @@ class WideResNet(nn.Module):
     Args:
         num_classes: number of logits.
         depth: 6 n + 4.
-        widen: factor of the widths.
+        widen: width factor.
 
     Attributes:
         stage_names: stem and stages; the blocks end without an activation.
-        preactivation_names: the norm behind each, as mdistiller takes it: the next block's first
-            one, or the network's last.
+        preactivation_names: the norm after each, as in mdistiller: the next block's first one, or
+            the network's last.
     """
 
     stage_names = ("conv1", "block1", "block2", "block3")

@@ -1,4 +1,4 @@
-// Rows that are there: centered, scaled, and their energies.
+// Existing rows: centering, scaling and energies.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,12 +20,12 @@ struct Energy {
   double before = 0, after = 0;
 };
 
-// Where the energies of the groups go (G, 3).
+// Destination of the groups' energies (G, 3).
 struct Energies {
   double* data;
   int64_t groups;
 
-  // Sums over as many values for each group, in order.
+  // Sums equally many values per group, in order.
   void set(const std::vector<Energy>& values) const {
     const int64_t units = static_cast<int64_t>(values.size()) / groups;
     for (int64_t i = 0; i < groups; ++i) {
@@ -38,7 +38,7 @@ struct Energies {
   }
 };
 
-// Matrices (G, N, D) of any strides, a row's place being that of pixel (n / across, n % across).
+// Matrices (G, N, D) of any strides; row n lies at pixel (n / across, n % across).
 template <typename scalar_t>
 struct Matrices {
   const scalar_t* data;
@@ -50,8 +50,8 @@ struct Matrices {
   }
 };
 
-// Writes the matrices centered over their rows (or as they are) to `out` (G, stored, D), which they
-// may themselves be.
+// Writes the matrices centered over their rows (or as they are) to `out` (G, stored, D), which may
+// be their own memory.
 template <typename scalar_t, typename rows_t>
 void center_matrices(
     const Matrices<scalar_t>& m, bool center, rows_t* out, int64_t stored, const Energies& energy) {
@@ -107,7 +107,7 @@ void center_over_columns(acc_t* rows, const PatchGeometry& g, const Energies& en
   energy.set(parts);
 }
 
-// The rows that are none of the map's.
+// Zeroes the stored rows beyond those of the map.
 template <typename rows_t>
 void clear_further_rows(rows_t* rows, const PatchGeometry& g) {
   for (int64_t i = 0; i < g.groups; ++i) {

@@ -1,7 +1,8 @@
 // Arithmetic on lines: contiguous runs of values, the unit in which the CPU kernels work.
 //
 // Every function is a plain loop that the compiler vectorises, compiled for several generations of
-// x86 and chosen when the library is loaded. Results do not depend on the number of threads.
+// x86; the version is chosen when the library is loaded. Results do not depend on the number of
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,8 @@
 
 namespace pcka {
 
-// Scratch of lines that start where a cache line does: vectors across two are read and written at
-// half the speed.
+// Scratch for lines, aligned to cache lines: vectors that straddle two are read and written at half
+// the speed.
 template <typename T>
 struct CacheLineAllocator {
   using value_type = T;
@@ -57,7 +58,7 @@ PCKA_CLONES void blend(
   for (int64_t i = 0; i < count; ++i) out[i] = low[i] + weight * (high[i] - low[i]);
 }
 
-// out = low + weight (high - low) - mean, one mean for every value; adds its squares to `lanes`.
+// out = low + weight (high - low) - mean, one mean per value; adds the squares of `out` to `lanes`.
 template <typename acc_t>
 PCKA_CLONES void blend_centered(
     const acc_t* __restrict__ low, const acc_t* __restrict__ high, acc_t weight,
@@ -82,7 +83,7 @@ PCKA_CLONES void add_blend(
   for (int64_t i = 0; i < count; ++i) sums[i] += low[i] + weight * (high[i] - low[i]);
 }
 
-// low += (1 - weight) line, high += weight line: the adjoint of blend. The two may be one.
+// low += (1 - weight) line, high += weight line: the adjoint of blend. Both may be the same line.
 template <typename acc_t>
 PCKA_CLONES void scatter_blend(
     const acc_t* line, acc_t weight, int64_t count, acc_t* low, acc_t* high) {
@@ -104,7 +105,7 @@ PCKA_CLONES void add_line(const scalar_t* line, int64_t count, double* __restric
   for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(line[i]);
 }
 
-// A mean as the sum of two values, so that subtracting it from values far from zero costs nothing:
+// A mean as the sum of two values, so that subtracting it from values far from zero loses nothing:
 // their difference from `high` is exact.
 template <typename acc_t>
 struct Mean {
@@ -113,9 +114,9 @@ struct Mean {
   acc_t high, low;
 };
 
-// `sums` is a line of `count` runs of `length`, over whose sum the mean of `rows` values is taken,
-// one for each place in a run. Writes the means as such a line, parts apart; alters `sums`.
-// Returns the energy that subtracting them takes away.
+// `sums` is a line of `count` runs of `length`. For each position in a run, the mean is the sum
+// over all runs divided by `rows`. Writes the means as such a line, high and low parts apart;
+// modifies `sums`. Returns the energy that subtracting them removes.
 template <typename acc_t>
 PCKA_CLONES double spread_means(
     double* sums, int64_t length, int64_t count, int64_t rows, acc_t* high, acc_t* low) {
@@ -135,7 +136,7 @@ PCKA_CLONES double spread_means(
   return squares;
 }
 
-// line -= mean, one mean for every value
+// line -= mean, one mean per value
 template <typename acc_t>
 PCKA_CLONES void subtract(
     acc_t* __restrict__ line, const acc_t* __restrict__ high, const acc_t* __restrict__ low,
@@ -160,7 +161,7 @@ PCKA_CLONES double sum(const acc_t* line, int64_t count) {
   return add_lanes(lanes);
 }
 
-// Squares are summed in float64: those of float32 values neither overflow nor vanish in it.
+// Squares are summed in float64: those of float32 values neither overflow nor underflow in it.
 template <typename acc_t>
 PCKA_CLONES double sum_squares(const acc_t* line, int64_t count) {
   double lanes[kLanes] = {};
@@ -198,7 +199,7 @@ struct Weights {
   double other, own;
 };
 
-// other y - own x, and other x - own y, where they are asked for; either may be x's or y's memory.
+// other y - own x, and other x - own y, if requested; either may be written over x or y.
 template <typename T, typename to_t>
 PCKA_CLONES void mix(
     const T* x, const T* y, int64_t count, Weights of_x, Weights of_y, to_t* to_x, to_t* to_y) {
@@ -255,13 +256,13 @@ PCKA_CLONES inline void convert(const float* from, int64_t count, BFloat16* __re
   }
 }
 
-// Asks for a line that will soon be read; it need not exist.
+// Prefetches a line that will soon be read; it need not exist.
 template <typename T>
 void prefetch(const T* line, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(line + i);
 }
 
-// Calls f(length), with the usual patches' lengths as constants: a copy of one is an instruction
+// Calls f(length), with the usual patch lengths as constants: copying one then takes an instruction
 // or two.
 template <typename F>
 void with_fixed_length(int64_t length, F&& f) {

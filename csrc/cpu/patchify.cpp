@@ -2,8 +2,8 @@
 //
 // A thread takes a few channels of one image at a time. It resizes their lines horizontally into
 // scratch that stays in the cache, and from there blends every line of the resized map twice: once
-// for the means over the patches, once to write the centered rows. Nothing of the size of the map
-// is kept but the rows themselves.
+// for the means over the patches, once to write the centered rows. Apart from the rows themselves,
+// nothing as large as the map is kept.
 
 #include "../patchify.h"
 
@@ -21,9 +21,9 @@
 namespace pcka {
 namespace {
 
-constexpr int64_t kLinesAhead = 16;  // that are fetched from memory while one is worked on
+constexpr int64_t kLinesAhead = 16;  // fetched from memory while one is processed
 
-// What all threads share of one map.
+// What all threads share for one map.
 template <typename scalar_t, typename acc_t, typename rows_t>
 struct Job {
   const scalar_t* input;
@@ -67,7 +67,7 @@ class Worker {
     }
   }
 
-  // Channel k of those loaded, where a patch is contiguous in the rows.
+  // Writes channel k of those loaded, if a patch is contiguous in the rows.
   Energy store(const ChannelBlock& block, int64_t k) {
     const acc_t* lines = lines_.data() + k * g_.height * width_;
     Energy energy;
@@ -83,7 +83,8 @@ class Worker {
     return energy;
   }
 
-  // All channels loaded, where the channels of a pixel are neighbours in the rows; not centered.
+  // Writes all loaded channels, if the channels of a pixel are neighbours in the rows; not
+  // centered.
   void store_pixels(const ChannelBlock& block) {
     rows_t* out = job_.rows + block.b * g_.stride_b + block.c * g_.stride_c;
     for (int64_t y = 0; y < g_.resized_h; ++y) {
@@ -122,8 +123,8 @@ class Worker {
     blend(lines + tap.low * width_, lines + tap.high * width_, tap.weight, g_.resized_w, out);
   }
 
-  // The mean of every pixel of a patch over the patches, laid out as lines of the map. Returns
-  // the energy that subtracting them takes away.
+  // The mean of every pixel of a patch over the patches, laid out as lines of the map. Returns the
+  // energy that subtracting them removes.
   double find_means(const acc_t* lines) {
     std::fill(sums_.begin(), sums_.end(), 0);
     for (int64_t y = 0; y < g_.resized_h; ++y) {
@@ -142,7 +143,7 @@ class Worker {
     return taken;
   }
 
-  // Line py of the patches in row ny, centered, into the row's scratch.
+  // Writes line py of the patches in row ny, centered, into the row's scratch.
   void blend_row(const acc_t* lines, int64_t ny, int64_t py, double (&squares)[kLanes]) {
     const Tap<acc_t>& tap = job_.down[ny * g_.patch_h + py];
     const acc_t *low = lines + tap.low * width_, *high = lines + tap.high * width_;
@@ -154,7 +155,7 @@ class Worker {
     if constexpr (kRounds) convert(line, g_.resized_w, rounded_.data() + at);
   }
 
-  // One row of patches. Patch by patch, so that each is written from end to end.
+  // Writes one row of patches, patch by patch, so that each is written from end to end.
   void store_patches(rows_t* out) const {
     const rows_t* lines;
     if constexpr (kRounds) {
@@ -175,7 +176,7 @@ class Worker {
   Lines<acc_t> source_;    // (together, W): one line of the map
   Lines<acc_t> lines_;     // (together, H, resized W)
   Lines<acc_t> blended_;   // (patch_h, resized W): a row of patches, or (together, resized W)
-  Lines<rows_t> rounded_;  // (patch_h, resized W), where the rows are of another dtype
+  Lines<rows_t> rounded_;  // (patch_h, resized W), if the rows have another dtype
   Lines<double> sums_;     // (patch_h, resized W)
   Lines<acc_t> means_high_, means_low_;  // (patch_h, resized W)
 };
@@ -214,14 +215,14 @@ void run_map(
   const MapStrides in = map_strides(map);
   const bool over_rows = center == kOverRows;
   if (group_by == kBatch && g.patch_h * g.patch_w == 1 && center != kOverColumns) {
-    // Patches of one pixel: the map is a matrix as it stands.
+    // Patches of one pixel: the map already is a matrix.
     const Matrices<scalar_t> matrices{input, g.groups, g.rows, g.columns, g.width,
                                       in.b,  in.y,     in.x,   in.c};
     return center_matrices(matrices, over_rows, rows, g.stored, energy);
   }
   if constexpr (!std::is_same_v<acc_t, rows_t>) {
     if (center == kOverColumns) {
-      // Centered before they are rounded: rows of bfloat16 come from others of float32.
+      // Centered before they are rounded: bfloat16 rows are made from float32 ones.
       const Tensor unrounded = torch::stable::new_empty(
           map, {g.groups, g.stored, g.columns}, accumulation_dtype(map.scalar_type()));
       acc_t* from = mutable_data<acc_t>(unrounded);

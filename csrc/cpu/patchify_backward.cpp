@@ -1,6 +1,6 @@
 // The adjoint of patchify on the CPU: put the patches back, adjoint of the resize.
 //
-// The forward pass backwards (see patchify.cpp): lines of the resized map are read from the rows
+// The forward pass in reverse (see patchify.cpp): lines of the resized map are read from the rows
 // and added to the source lines they were blended from, and each of those is then resized back.
 
 #include "../patchify_backward.h"
@@ -18,7 +18,7 @@
 namespace pcka {
 namespace {
 
-// What all threads share of one map.
+// What all threads share for one map.
 template <typename scalar_t, typename acc_t, typename rows_t>
 struct Job : PatchifyBackward<scalar_t, rows_t> {
   ResamplingAdjoint<acc_t> across;
@@ -64,7 +64,7 @@ class Worker {
   }
 
  private:
-  // One row of patches of channel k, patch by patch, where a patch is contiguous in the rows.
+  // Adds one row of patches of channel k, patch by patch, if a patch is contiguous in the rows.
   void load_patches(const rows_t* row, int64_t ny, int64_t k) {
     with_fixed_length(g_.patch_w, [&](auto length) {
       patches_to_lines(row, g_.stride_nx, g_.patch_h, g_.n_w, length, width_, patches_.data());
@@ -80,7 +80,7 @@ class Worker {
     }
   }
 
-  // The same of all channels, where the channels of a pixel are neighbours in the rows.
+  // The same for all channels, if the channels of a pixel are neighbours in the rows.
   void load_pixels(const rows_t* row, int64_t ny, int64_t count) {
     for (int64_t py = 0; py < g_.patch_h; ++py) {
       for (int64_t x = 0; x < g_.resized_w; ++x) {
@@ -96,7 +96,7 @@ class Worker {
     }
   }
 
-  // Line y of the resized map, of channel k.
+  // Adds line y of the resized map, of channel k, to its source lines.
   void scatter(const acc_t* line, int64_t y, int64_t k) {
     const Tap<acc_t>& tap = job_.down[y];
     acc_t* lines = lines_.data() + k * g_.height * width_;

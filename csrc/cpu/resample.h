@@ -1,4 +1,4 @@
-// Bilinear resize of a line to at least its own length, and the adjoint, from tables made once a
+// Bilinear resize of a line to at least its own length, and the adjoint, from tables made once per
 // map. Lines are padded so that whole vectors can be read and written: see `padded`.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace pcka {
 
 constexpr int64_t kVector = 16;
 
-// Room that a line of `count` values takes, so that vectors may be read beyond its end.
+// Room for a line of `count` values, such that vectors may be read beyond its end.
 inline int64_t padded(int64_t count) { return (count / kVector + 3) * kVector; }
 
 #if defined(PCKA_AVX2)
@@ -50,7 +50,7 @@ class Resampling {
 
   // line (in) -> resized (out); both with room for padded() values. Pads `line`.
   void operator()(acc_t* line, acc_t* resized) const {
-    // The last pixel's right neighbour is itself; what else is read there enters no output.
+    // The last pixel's right neighbour is itself; other values read there enter no output.
     std::fill_n(line + in_, kVector, line[in_ - 1]);
     int64_t o = 0;
 #if defined(PCKA_AVX2)
@@ -88,7 +88,7 @@ class Resampling {
   std::vector<acc_t> weight_;
 };
 
-// The adjoint, as a gather: every source pixel adds up the few resized pixels that read it.
+// The adjoint, as a gather: every source pixel sums the few resized pixels that read it.
 template <typename acc_t>
 class ResamplingAdjoint {
  public:
@@ -100,7 +100,7 @@ class ResamplingAdjoint {
     }
     weight_.resize(readers_ * padded(in));
     for (int64_t i = 0; i < in; ++i) {
-      // The same number of readers for all; weights are 0 for those that are none.
+      // The same number of readers for all; those that do not read the pixel have weight 0.
       begin_[i] = static_cast<int32_t>(std::min(readers(i, in, out).begin, out - readers_));
       for (int64_t j = 0; j < readers_; ++j) {
         weight_[j * padded(in) + i] = adjoint_weight<acc_t>(i, begin_[i] + j, in, out);
@@ -127,8 +127,7 @@ class ResamplingAdjoint {
 
  private:
 #if defined(PCKA_AVX2)
-  // Where no line is made twice as long or longer, the readers of eight neighbours lie in two
-  // vectors.
+  // If no line is made twice as long or longer, the readers of eight neighbours lie in two vectors.
   __attribute__((target("avx2,fma"))) void gather_avx2(const acc_t* resized, acc_t* line) const {
     for (int64_t i = 0; i < in_; i += 8) {
       const __m256i begin = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(begin_.data() + i));

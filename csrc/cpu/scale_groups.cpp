@@ -1,4 +1,4 @@
-// A gradient times one factor for each group, on the CPU.
+// A gradient times one factor per group, on the CPU.
 
 #include "../scale_groups.h"
 
@@ -12,10 +12,10 @@
 namespace pcka {
 namespace {
 
-constexpr int64_t kPiece = 1024;   // values that are worked on together
-constexpr int64_t kShortRun = 16;  // fewer neighbours of one group are worked on with the others'
+constexpr int64_t kPiece = 1024;   // values processed together
+constexpr int64_t kShortRun = 16;  // shorter runs of a group are processed with the others'
 
-// out <- factors[i % period] * gradient, of a run that is whole periods long or within one.
+// out = factors * gradient for a run, with one factor for all of it or one per value.
 template <typename gradient_t, typename out_t, typename acc_t>
 void scale_run(
     const gradient_t* gradient, int64_t count, const acc_t* factors, bool one_factor, out_t* out) {
@@ -38,7 +38,7 @@ struct Cpu {
   static void run(const ScaleGroups<gradient_t, out_t>& job, const Tensor&) {
     using acc_t = acc_type<gradient_t>;
     const GroupedMemory& m = job.memory;
-    // Runs of one group, or, where those are short, of all groups with a factor for each value.
+    // Runs of one group, or, if those are short, of all groups with a factor per value.
     const bool short_runs = m.stride < kShortRun;
     std::vector<acc_t> of_values(short_runs ? m.groups * m.stride : 0);
     for (std::size_t i = 0; i < of_values.size(); ++i) of_values[i] = job.factors[i / m.stride];

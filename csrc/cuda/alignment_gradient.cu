@@ -1,7 +1,7 @@
 // The factors of the alignment's gradient, on CUDA.
 //
-// They may be the Grams' own memory: every thread reads the elements that it writes before it does,
-// and nobody else's.
+// They may share the Grams' memory: every thread reads the elements that it writes before it writes
+// them, and no others.
 
 #include "../alignment_gradient.h"
 
@@ -12,7 +12,7 @@
 namespace pcka {
 namespace {
 
-// 2 (a_x L - b K) and 2 (a_y K - c L), where they are asked for.
+// 2 (a_x L - b K) and 2 (a_y K - c L), if requested.
 template <typename gram_t, typename factor_t>
 __global__ void __launch_bounds__(kThreads) mix_kernel(
     const gram_t* k, const gram_t* l, int64_t groups, int64_t elements, int64_t parts, bool wide,

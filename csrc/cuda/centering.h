@@ -1,4 +1,4 @@
-// Rows that are there: centered, scaled, and their energies.
+// Existing rows: centering, scaling and energies.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,8 +14,8 @@
 
 namespace pcka {
 
-// Centers every row of (G, N, D) over its columns; one block a row. Sums are formed of what the
-// values differ by from the row's first, a vector at a time before they are float64.
+// Centers every row of (G, N, D) over its columns; one block per row. Sums are of differences from
+// the row's first value; each vector is summed before it is added in float64.
 template <typename acc_t, typename rows_t>
 __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
     const acc_t* from, PatchGeometry g, int64_t rows, bool wide, rows_t* to,
@@ -60,22 +60,21 @@ __global__ void __launch_bounds__(kThreads) center_over_columns_kernel(
   }
 }
 
-// The energies of a group from those of its `parts`, and the group scaled where it needs that; one
-// block a group.
+// Sums a group's energies over its `parts`, and scales the group if necessary; one block per group.
 template <typename rows_t>
 __global__ void __launch_bounds__(kThreads) finish_groups_kernel(
     const double* __restrict__ part_energy, PatchGeometry g, int64_t groups, int64_t parts,
     bool scale, rows_t* __restrict__ rows, double* __restrict__ energy) {
   using acc_t = acc_type<rows_t>;
   for (int64_t i = blockIdx.x; i < groups; i += gridDim.x) {
-    double total[2] = {0, 0};  // what centering took, and what it left
+    double total[2] = {0, 0};  // what centering removed, and what it left
     for (int64_t j = threadIdx.x; j < parts; j += kThreads) {
       const double* pair = part_energy + 2 * (i * parts + j);
       total[0] += pair[0], total[1] += pair[1];
     }
     block_sum(total);
     acc_t factor = 1;
-    if (scale && needs_scale<acc_t>(total[1])) {  // for the whole block alike
+    if (scale && needs_scale<acc_t>(total[1])) {  // the same for the whole block
       rows_t* values = rows + i * g.stored * g.columns;
       const int64_t count = g.rows * g.columns;
       acc_t largest = 0;

@@ -12,8 +12,8 @@
 
 namespace pcka {
 
-constexpr int kMaxTaps = 512;  // resized pixels, down or across, whose taps are at hand together
-// Values of a thread whose pixels are under way at once, of a column and of a line of patches.
+constexpr int kMaxTaps = 512;  // resized pixels, down or across, whose taps are held at once
+// Values per thread whose pixels are in flight at once, of a column and of a line of patches.
 constexpr int kDown = 4, kAcross = 3;
 constexpr int kMaxSide = 64;  // of a block's rectangle
 constexpr int kUnit = 8;      // columns of a patch's line whose energies make a part
@@ -24,13 +24,13 @@ constexpr int kFoldedBytes = 16 * 1024;
 template <typename acc_t>
 constexpr int kMaxSpan = kFoldedBytes / sizeof(acc_t) / kFoldedLines;
 
-// How the work is cut; the same for every block. What a sum is made of, and in which order, depends
-// on the sizes alone: a map's memory layout changes no bit of the result.
+// How the work is divided; the same for every block. The terms of a sum, and their order, depend
+// only on the sizes: a map's memory layout changes no bit of the result.
 struct Tiling {
   bool channels_first;          // threads run along c, else along x
   int channels, height, width;  // of a block: channels, and pixels of a patch
-  int across, down;             // threads that share a column: they take every so manyth patch
-  int lines, patches;           // down and across, whose taps are at hand together
+  int across, down;             // threads that share a column, with every n-th patch each
+  int lines, patches;           // down and across, whose taps are held at once
   unsigned channel_blocks, y_blocks, x_blocks, blocks;
   int stride_y, last_y, stride_x, last_x;  // between pixels of a plane, and to the last
   int64_t line_units, units, parts;        // energies: of a patch's line, of a channel, of a group
@@ -44,7 +44,7 @@ inline int power_of_two_below(int64_t most) {
   return power;
 }
 
-// Parts that a group's energies are summed in: by position every column is one, else up to kUnit
+// Parts in which a group's energies are summed: by position every column is one, else up to kUnit
 // columns of a patch's line are.
 inline int64_t energy_parts(const PatchGeometry& g, int64_t group_by) {
   if (group_by == kPosition) return g.columns;
@@ -59,7 +59,7 @@ Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_b
   const auto share = [](int64_t wanted, int64_t least, int64_t most) {
     return static_cast<int>(std::clamp<int64_t>(wanted, least, std::max(least, most)));
   };
-  // The threads of a warp read 32 neighbouring pixels, where there are as many.
+  // The threads of a warp read 32 neighbouring pixels, if there are that many.
   t.across = power_of_two_below(std::min(g.n_w, std::max<int64_t>(1, 32 / g.patch_w)));
   const int64_t lines = kMaxTaps / std::min<int64_t>(g.patch_h, kMaxSide);
   const int64_t patches = kMaxTaps / std::min<int64_t>(g.patch_w, kMaxSide);
@@ -75,7 +75,7 @@ Tiling make_tiling(const MapStrides& in, const PatchGeometry& g, int64_t group_b
   t.width = share(g.patch_w <= columns ? g.patch_w : columns / kUnit * kUnit, 1, kMaxSide);
   t.height = share(columns / t.width, 1, std::min<int64_t>(g.patch_h, kMaxSide));
   t.lines = share(lines - (kDown - 1) * t.down, 1, g.n_h);
-  // A pixel more at either end may be read.
+  // One more pixel may be read at either end.
   const int64_t spanned = (kMaxSpan<acc_t> - 2) * g.resized_w / g.width / g.patch_w;
   t.patches = share(std::min(patches - (kAcross - 1) * t.across, spanned), 1, g.n_w);
   const int64_t channel_blocks = ceil_div(g.channels, t.channels);
@@ -115,7 +115,7 @@ __device__ inline Block make_block(unsigned i, const Tiling& t, const PatchGeome
   return block;
 }
 
-// What a thread does: of one column, patches down, down + t.down, ... and likewise across.
+// A thread's work: of one column, patches down, down + t.down, ... and likewise across.
 struct Share {
   int down, across, k, y, x;  // channel and pixel of the block
   bool works;                 // a few threads may be left over

@@ -1,8 +1,8 @@
 // Alignment statistics of pairs of Grams, on CUDA.
 //
-// Large Grams are cut into parts, so that few groups still fill the device: a block sums one part,
-// in vectors of 16 bytes; then one block a group adds its parts up, in their order. Of small ones a
-// block takes a whole group, and that is all.
+// Large Grams are cut into parts, so that even a few groups fill the device: a block sums one part,
+// in 16-byte vectors; then one block per group sums its parts, in a fixed order. For small ones, a
+// block sums a whole group, and there is no second step.
 
 #include "../gram_alignment.h"
 
@@ -18,10 +18,10 @@
 namespace pcka {
 namespace {
 
-constexpr int64_t kSmall = int64_t{1} << 14;  // elements of Grams that a block takes whole
+constexpr int64_t kSmall = int64_t{1} << 14;  // elements of Grams that one block sums alone
 
 // <K, L> or <M, M>, <K, K>, <L, L> over elements [begin, end) of a group's matrices, scaled so that
-// sums neither overflow nor vanish.
+// sums neither overflow nor underflow.
 template <typename gram_t>
 __device__ inline void add_products(
     const GramAlignment<gram_t>& job, int64_t group, int64_t begin, int64_t end, bool wide,
@@ -52,14 +52,14 @@ __device__ inline void add_products(
   for_each(grams.size_k, [&](int64_t first, int count) {
     const auto x = load<Vector<gram_t>>(grams.k + first, count, wide);
     const auto y = load<Vector<gram_t>>(grams.l + first, count, wide);
-    for (int v = 0; v < kSize; ++v) {  // beyond the count, zeros
+    for (int v = 0; v < kSize; ++v) {  // zeros beyond the count
       const double x_v = scaled(x.values[v], of_k), y_v = scaled(y.values[v], of_l);
       sums[0] += x_v * y_v, sums[1] += x_v * x_v, sums[2] += y_v * y_v;
     }
   });
 }
 
-// The alignments of groups of one part, else the sums (G, parts, 3) of every part.
+// Writes the alignments of groups of one part, else the sums (G, parts, 3) of every part.
 template <typename gram_t>
 __global__ void __launch_bounds__(kThreads, 1) sum_parts_kernel(
     GramAlignment<gram_t> job, int64_t parts, int64_t part, bool wide,

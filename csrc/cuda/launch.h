@@ -1,7 +1,7 @@
-// How kernels are launched: sizes, the device, the current stream, the check that follows.
+// Kernel launches: sizes, device, current stream and error check.
 //
-// Launches go through the runtime's function, not through <<<>>>: the kernels are plain C++ to any
-// compiler for which __global__ and the like are defined.
+// Launches use the runtime's function instead of <<<>>>: the kernels are plain C++ to any compiler
+// for which __global__ and the like are defined.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,18 +18,18 @@
 
 namespace pcka {
 
-// Of every block. The larger kernels state one block as the least that a multiprocessor is to hold:
-// left to itself, the compiler saves registers for more by spilling some.
+// Per block. Some kernels also set the minimum number of blocks per multiprocessor. Where it is 1,
+// the compiler, left to itself, would spill registers to fit more.
 constexpr int kThreads = 256;
 
-// Blocks for `count` items. Beyond the cap, the kernels' block-stride loops reach them: a kernel
-// is right with any number of blocks.
+// Blocks for `count` items. The kernels' block-stride loops cover items beyond the cap: a kernel is
+// correct with any number of blocks.
 inline unsigned blocks_for(int64_t count) {
   return static_cast<unsigned>(std::min(count, int64_t{1} << 20));
 }
 
-// The tensor's device made current, and torch's stream on it.
-class [[gnu::visibility("hidden")]] LaunchScope {  // as its members are
+// Makes the tensor's device current, and holds torch's stream on it.
+class [[gnu::visibility("hidden")]] LaunchScope {  // like its members
  public:
   explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;

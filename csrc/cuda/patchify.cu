@@ -1,12 +1,12 @@
 // patchify on CUDA: bilinear resize, cut into patches, center, and the energies.
 //
 // A block owns some columns of an image: of `channels` channels, a rectangle of the patches'
-// pixels. First it folds the source lines over the patches down, which needs each only once, and
-// what that leaves over the patches across: the columns' means. Then a thread owns one column, or
-// one of several slices of its rows, and walks over the patches to write the centered rows.
-// Neighbouring threads read neighbouring pixels straight through the first-level cache, many at a
-// time before any is needed. Where the resized pixels read the map stands in small tables in shared
-// memory, so that no loop has a division, a 64-bit product or float64.
+// pixels. First it folds (sums) the source lines over the patches down, which reads each only once,
+// and the result over the patches across: this gives the columns' means. Then a thread owns one
+// column, or one of several slices of its rows, and walks over the patches to write the centered
+// rows. Neighbouring threads read neighbouring pixels directly through the L1 cache, many at a time
+// before any is needed. Small tables in shared memory tell where the resized pixels read the map,
+// so that no loop has a division, a 64-bit product or float64.
 
 #include "../patchify.h"
 
@@ -52,13 +52,13 @@ __device__ inline acc_t write_line(
   return energy;
 }
 
-// Adds the source lines up over the patches down, as they are blended for one line of the patches
-// each, less `origin`; with clear, from 0. One item of work is a source pixel of such a line.
+// Sums the source lines over the patches down, as they are blended for each line of a patch, minus
+// `origin`; with clear, starting from 0. One work item is a source pixel of such a line.
 template <typename scalar_t, typename acc_t>
 __device__ inline void fold(
     const scalar_t* image, const MapStrides& in, const Block& b, const Tiling& t, const Span& span,
     int lines, bool has_origin, bool clear, Shared<acc_t>& shared) {
-  const unsigned step = kThreads / b.channels;  // items apart; threads that are left over rest
+  const unsigned step = kThreads / b.channels;  // items apart; leftover threads are idle
   const unsigned k = threadIdx.x % b.channels, item = threadIdx.x / b.channels;
   if (item >= step) return;
   const scalar_t* plane = image + k * in.c;
@@ -89,7 +89,7 @@ __device__ inline void fold(
   }
 }
 
-// What is folded, added up over this thread's patches across.
+// The folded values, summed over this thread's patches across.
 template <typename acc_t>
 __device__ inline acc_t add_folded(
     const Shared<acc_t>& shared, const Share& s, const Block& b, const Tiling& t, const Span& span,
@@ -105,7 +105,7 @@ __device__ inline acc_t add_folded(
   return sum;
 }
 
-// The sum of the values of the threads that share a column, in a fixed order, for each of them.
+// Sums the values of the threads that share a column, in a fixed order; each of them gets the sum.
 __device__ inline double sum_slices(
     double value, double* shared, const Share& share, const Block& b, const Tiling& t) {
   const int columns = b.channels * b.height * b.width, column = share.column(b);
@@ -116,8 +116,8 @@ __device__ inline double sum_slices(
   return total;
 }
 
-// Adds up the energies of the block's columns: in sums[0] what centering took, in sums[1] what it
-// left. float32 may have lost the latter to overflow or underflow.
+// Sums the energies of the block's columns: in sums[0] what centering removed, in sums[1] what it
+// left. In float32, the latter may have overflowed or underflowed.
 template <typename acc_t>
 __device__ inline void write_energies(
     const Shared<acc_t>& shared, const Block& b, const Tiling& t, const PatchGeometry& g,
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 2 : 4) patch
     Axis y{0, g.patch_h, 0, block.py, block.height, g.height, g.resized_h, t.stride_y};
     Axis x{0, g.patch_w, 0, block.px, block.width, g.width, g.resized_w, t.stride_x};
     Span span{0, 0};
-    // The mean in two parts, for means far from zero: sums are formed, in float32, of what the
-    // values differ by from one that is near by. A single row is its own mean, to the last bit.
+    // The mean in two parts, for means far from zero: sums, in float32, are of differences from a
+    // nearby value. A single row is its own mean, to the last bit.
     const bool has_origin = g.rows > 1;
     acc_t high = 0, low = 0;
     double total = 0;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 2 : 4) patch
             x.first = nx, y.first = ny;
             x.count = static_cast<int>(min(static_cast<int64_t>(t.patches), g.n_w - nx));
             y.count = static_cast<int>(min(static_cast<int64_t>(t.lines), g.n_h - ny));
-            __syncthreads();  // the last taps are read
+            __syncthreads();  // the last taps have been read
             if (!same_x) {
               span = make_span(x);
               shared.fill_across(x, (kAcross - 1) * t.across, span);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 2 : 4) patch
   }
 }
 
-// The map, or a copy of it where the pixels of a plane are too far apart for offsets of 32 bits.
+// The map, or a copy of it if the pixels of a plane are too far apart for 32-bit offsets.
 Tensor with_near_pixels(const Tensor& input) {
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
   const int64_t height = input.size(2), width = input.size(3);
@@ -275,7 +275,7 @@ struct Cuda {
           job.center == kOverRows, rows, energy);
     };
     if (over_columns) {
-      // Centered before they are rounded: rows of bfloat16 come from others of float32.
+      // Centered before they are rounded: bfloat16 rows are made from float32 ones.
       constexpr bool rounds = !std::is_same_v<rows_t, acc_t>;
       const Tensor unrounded = torch::stable::new_empty(
           input, {rounds ? groups * g.stored * g.columns : 0},

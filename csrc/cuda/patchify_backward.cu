@@ -1,11 +1,11 @@
 // The adjoint of patchify on CUDA: put the patches back, adjoint of the resize.
 //
-// A gather: every source pixel adds up the resized pixels that read it, so that there is one order
-// of summation and no atomics. A thread owns some lines of one column of source pixels and walks
-// over the resized lines that read them: it gathers a resized line horizontally, from the few
-// pixels that read its column, whose places and weights it keeps, and shares the sum out between
-// the two source lines that the resized line reads. Where the resized lines lie and what they read
-// stands in a small table in shared memory.
+// A gather: every source pixel sums the resized pixels that read it, so that the order of summation
+// is fixed and there are no atomics. A thread owns some lines of one column of source pixels and
+// walks over the resized lines that read them: it gathers a resized line horizontally, from the few
+// pixels that read its column, whose addresses and weights it keeps, and distributes the sum over
+// the two source lines that the resized line reads. A small table in shared memory tells where the
+// resized lines are and what they read.
 
 #include "../patchify_backward.h"
 
@@ -20,11 +20,11 @@
 namespace pcka {
 namespace {
 
-constexpr int kMaxTaps = 256;  // resized lines that are at hand together
-constexpr int kReaders = 3;    // of a column, that a thread keeps
+constexpr int kMaxTaps = 256;  // resized lines whose taps are held at once
+constexpr int kReaders = 3;    // of a column, kept by a thread
 constexpr int64_t kThreadsWanted = int64_t{1} << 18;
 
-// How the work is cut; the same for every block. An item is a column of `lines` source pixels.
+// How the work is divided; the same for every block. An item is a column of `lines` source pixels.
 struct Tiling {
   bool channels_first;  // threads run along c, else along x
   int channels, items;  // of a block
@@ -37,7 +37,7 @@ Tiling make_tiling(const MapStrides& out, const PatchGeometry& g) {
   t.channels_first = out.c < out.x || (out.c == 1 && g.width == 1);
   t.channels = static_cast<int>(std::min<int64_t>(t.channels_first ? 16 : 1, g.channels));
   t.items = kThreads / t.channels;
-  // Few lines where there are few pixels: more threads then read at once.
+  // Few lines if there are few pixels: more threads then read at once.
   const int64_t pixels = g.batch * g.channels * g.height * g.width;
   t.lines = static_cast<int>(
       std::min<int64_t>(std::clamp<int64_t>(pixels / kThreadsWanted, 4, 32), g.height));
@@ -52,7 +52,7 @@ Tiling make_tiling(const MapStrides& out, const PatchGeometry& g) {
   return t;
 }
 
-// Where a resized line lies, and how it reads the source lines low and low + 1: one load.
+// Where a resized line is, and how it reads the source lines low and low + 1: one load.
 template <typename acc_t>
 struct alignas(16) LineTap {
   int64_t offset;
@@ -94,7 +94,7 @@ class Readers {
     return sum;
   }
 
-  // Of those that are not kept.
+  // Of the readers that are not kept.
   __device__ acc_t sum_others(const rows_t* line, const PatchGeometry& g) const {
     acc_t sum = 0;
     for (int64_t o = first_ + kReaders; o < g.resized_w; ++o) {
@@ -152,12 +152,12 @@ __global__ void __launch_bounds__(
 
     const rows_t* plane = rows + b * g.stride_b + c * g.stride_c;
     const Readers<rows_t, acc_t> readers(plane, x, g);
-    int y = top - 1;               // the source line whose sum is next to be complete
+    int y = top - 1;               // the source line whose sum is completed next
     acc_t sum = 0, following = 0;  // of the lines y and y + 1
     scalar_t* to = grad_input + b * out.b + c * out.c + y * out.y + x * out.x;
     for (int64_t first = begin; first < end; first += kMaxTaps) {
       const int count = static_cast<int>(min(end - first, int64_t{kMaxTaps}));
-      __syncthreads();  // the last taps are read
+      __syncthreads();  // the last taps have been read
       fill_taps(taps, first, count, g);
       __syncthreads();
       if (!works) continue;
@@ -190,7 +190,7 @@ struct Cuda {
       launch(
           scope, kernel, blocks_for(tiling.blocks), job.rows, g, tiling, job.out, job.grad_input);
     };
-    const bool many = 2 * g.resized_w > kReaders * g.width;  // as it is widened by half
+    const bool many = 2 * g.resized_w > kReaders * g.width;  // widened by more than half
     many ? gather(patchify_backward_kernel<scalar_t, rows_t, true>)
          : gather(patchify_backward_kernel<scalar_t, rows_t, false>);
   }

@@ -7,7 +7,7 @@
 
 namespace pcka {
 
-// The largest value of the block's threads; every thread gets it.
+// The largest value over the block's threads; every thread gets it.
 __device__ inline double block_max(double value) {
   __shared__ double shared[kThreads];
   __syncthreads();  // an earlier call's readers are done

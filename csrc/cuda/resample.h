@@ -28,7 +28,7 @@ struct Axis {
   int64_t in, out;
   int stride;
 
-  // The resized pixel that is the i-th of theirs.
+  // The i-th of their resized pixels.
   __device__ int64_t pixel_of(int i) const {
     return (first + min(i / width, count - 1)) * size + pixel + i % width;
   }
@@ -52,11 +52,11 @@ __device__ inline Span make_span(const Axis& x) {
 template <typename acc_t>
 struct Shared {
   NearTap<acc_t> down[kMaxTaps], across[kMaxTaps];
-  short pixels[kMaxTaps];                      // of `across`: source pixels from the span's first
+  short pixels[kMaxTaps];                      // of `across`: source pixels, from the span's first
   acc_t folded[kFoldedBytes / sizeof(acc_t)];  // (down, height, span, channels)
   double sums[2][kThreads];
 
-  // Of the axis, and `more` times its last patch: what is read together may end beyond it.
+  // Of the axis, and `more` times its last patch: grouped reads may end beyond it.
   __device__ void fill_down(const Axis& y, int more) {
     for (int i = threadIdx.x; i < (y.count + more) * y.width; i += kThreads) {
       const Tap<acc_t> tap = bilinear_tap<acc_t>(y.pixel_of(i), y.in, y.out);
@@ -78,7 +78,7 @@ __device__ inline acc_t interpolate(acc_t low, acc_t high, acc_t weight) {
   return low + weight * (high - low);
 }
 
-// The two source lines of a resized one.
+// The two source lines of a resized line.
 template <typename scalar_t>
 class Lines {
  public:

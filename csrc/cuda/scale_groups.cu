@@ -1,4 +1,4 @@
-// A gradient times one factor for each group, on CUDA, in vectors of 16 bytes.
+// A gradient times one factor per group, on CUDA, in 16-byte vectors.
 
 #include "../scale_groups.h"
 
@@ -12,7 +12,7 @@
 namespace pcka {
 namespace {
 
-// index_t holds the number of values: divisions of 64 bits are slow.
+// index_t holds the number of values: 64-bit divisions are slow.
 template <typename gradient_t, typename out_t, typename index_t>
 __global__ void __launch_bounds__(kThreads) scale_groups_kernel(
     const gradient_t* gradient, index_t count, index_t groups, index_t stride, bool wide,

@@ -1,5 +1,5 @@
-// Accesses to memory: of up to 16 bytes, the widest that a thread makes, and the tails that are
-// narrower; of what no kernel writes.
+// Memory accesses: of up to 16 bytes, the widest that a thread makes, with narrower tails; and
+// through the read-only path.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +24,7 @@ bool vectors_aligned(const T* data, Strides... strides) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ((strides % size == 0) && ...);
 }
 
-// Neighbours: a whole vector in one access where `wide`, else `count` of them and zeros.
+// Neighbouring values: a whole vector in one access if `wide`, else `count` values and zeros.
 template <typename vector_t, typename T>
 __device__ inline vector_t load(const T* data, int count, bool wide) {
   if (wide && count >= vector_t::kSize) return *reinterpret_cast<const vector_t*>(data);
@@ -68,8 +68,8 @@ __device__ inline void for_each_vector_of_groups(
   }
 }
 
-// Keeps the compiler from forming a pointer anew at each of its uses, with 64-bit sums of its own:
-// an offset of 32 bits is then added in one instruction.
+// Keeps the compiler from recomputing a pointer at each use, with 64-bit sums of its own: a 32-bit
+// offset is then added in one instruction.
 template <typename T>
 __device__ inline void keep_in_registers([[maybe_unused]] const T*& pointer) {
 #if defined(__CUDA_ARCH__)
@@ -77,7 +77,7 @@ __device__ inline void keep_in_registers([[maybe_unused]] const T*& pointer) {
 #endif
 }
 
-// What nothing writes while the kernel runs, through the read-only path.
+// Loads what nothing writes while the kernel runs, through the read-only path.
 template <typename T>
 __device__ inline T load_constant(const T* pointer) {
 #if defined(__CUDA_ARCH__)

@@ -1,4 +1,4 @@
-"""Data sets by name: detectron2's own, any in COCO's format, and the embedded digits scenes."""
+"""Data sets by name: detectron2's own, custom ones, and the embedded digits scenes."""
 
 from detection.data.register import register_datasets
 

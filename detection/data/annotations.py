@@ -1,4 +1,4 @@
-"""What readers of annotations make: a data set as COCO's files describe it, and what they share."""
+"""The result of annotation readers, a data set in COCO's format, and their shared helpers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from pcka.engine.config import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange the sides
+ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Annotations:
     """Images with boxes, collected in COCO's format.
 
     Attributes:
-        source: what they are read from, for messages.
-        folder: that the images' names are relative to.
-        classes: names; category ids are 1, 2, … in their order.
+        source: what they were read from, for messages.
+        folder: folder that image names are relative to.
+        classes: class names; category ids are 1, 2, … in their order.
     """
 
     source: str
@@ -33,22 +33,22 @@ class Annotations:
     boxes: list[dict[str, Any]] = field(default_factory=list)
 
     def add_image(self, name: str, size: tuple[int, int]) -> None:
-        """Add an image of a width and height, pixels."""
+        """Add an image of the given width and height in pixels."""
         width, height = size
         entry = {"id": len(self.images) + 1, "file_name": name, "width": width, "height": height}
         self.images.append(entry)
 
     def add_box(self, index: int, box: tuple[float, ...], *, ignored: bool = False) -> None:
-        """Add an object of the last image.
+        """Add an object to the last image.
 
         Args:
-            index: of its class.
-            box: x, y, width, height, pixels; x and y from 0, at the upper left corner.
-            ignored: it is neither learnt nor counted, as a crowd of COCO's.
+            index: index of its class.
+            box: x, y, width, height in pixels; x and y of the top left corner, from 0.
+            ignored: exclude it from training and evaluation, like a crowd in COCO.
         """
         self.boxes.append(
             {
-                "id": len(self.boxes) + 1,  # COCO's evaluation takes an object 0 for none
+                "id": len(self.boxes) + 1,  # COCO's evaluation takes the id 0 as "no object"
                 "image_id": len(self.images),
                 "category_id": index + 1,
                 "bbox": list(box),
@@ -59,31 +59,31 @@ class Annotations:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What a file in COCO's format says."""
+        """The content of a file in COCO's format."""
         categories = [{"id": index + 1, "name": name} for index, name in enumerate(self.classes)]
         return {"images": self.images, "annotations": self.boxes, "categories": categories}
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return width and height in pixels as detectron2 reads the image: turned as its EXIF says.
+    """Return width and height in pixels as detectron2 reads the image, rotated by its EXIF tag.
 
     Raises:
-        ConfigError: it cannot be opened.
+        ConfigError: the image cannot be opened.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(ORIENTATION) in TURNED
-    except Exception as error:  # what a decoder meets in a broken file is of many types
+    except Exception as error:  # decoders raise many types for broken files
         raise ConfigError(f"{path}: the image cannot be opened: {error}") from error
     return (height, width) if turned else (width, height)
 
 
 def finite(text: str | None, what: str) -> float:
-    """Return a number that stands in a file.
+    """Parse a finite number from a file.
 
     Raises:
-        ConfigError: it is none; ``what`` says where it stands, and which it is.
+        ConfigError: it is not a finite number; ``what`` names it and its location.
     """
     try:
         number = float(text or "")
@@ -95,10 +95,10 @@ def finite(text: str | None, what: str) -> float:
 
 
 def read_lines(file: Path) -> list[tuple[int, str]]:
-    """Return number and content of the lines of a text file that are not empty.
+    """Return line numbers and content of the non-empty lines of a text file.
 
     Raises:
-        ConfigError: it is no text in UTF-8.
+        ConfigError: the file is not UTF-8 text.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

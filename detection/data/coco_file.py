@@ -1,4 +1,4 @@
-"""Annotation files in COCO's format, checked before anything is trained on them."""
+"""Annotation files in COCO's format, checked before training."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ NAMED = 5  # images that a message lists
 
 
 class DamagedFileError(ConfigError):
-    """A file whose content cannot be used, whatever the configuration says."""
+    """A file whose content cannot be used under any configuration."""
 
 
 def read_coco(key: str, path: str) -> dict[str, Any]:
-    """Return the content of a file in COCO's format; its categories have ids and names.
+    """Return the content of a file in COCO's format, whose categories have ids and names.
 
     Args:
-        key: of the configuration, for messages.
-        path: of the JSON file.
+        key: configuration key, for messages.
+        path: path of the JSON file.
 
     Raises:
-        DamagedFileError: another format, or categories that cannot be told apart.
+        DamagedFileError: the format is wrong, or categories are not uniquely identified.
     """
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text())
@@ -50,19 +50,19 @@ def read_coco(key: str, path: str) -> dict[str, Any]:
 def check_coco(
     key: str, path: str, content: Mapping[str, Any], images: str, *, evaluated: bool
 ) -> None:
-    """Refuse images and objects that would fail, or be passed over, in the middle of a run.
+    """Refuse images and objects that would fail, or be skipped, in the middle of a run.
 
-    Boxes without an area inside their image are told: nothing learns from them.
+    Boxes without area inside their image are logged as a warning: nothing learns from them.
 
     Args:
-        key: of the configuration, for messages.
-        path: of the JSON file.
-        content: as :func:`read_coco` gives it.
+        key: configuration key, for messages.
+        path: path of the JSON file.
+        content: as returned by :func:`read_coco`.
         images: folder of the images.
-        evaluated: the set is evaluated on, which asks for ``area`` and ``iscrowd``.
+        evaluated: the set is for evaluation, which requires ``area`` and ``iscrowd``.
 
     Raises:
-        DamagedFileError: what is wrong with the first entry that is, and with how many.
+        DamagedFileError: some entries are invalid; the message says how many, and shows the first.
     """
     where = f"{key}: {path}"
     pictures = _entries(content, "images", where)
@@ -89,7 +89,7 @@ def _entries(content: Mapping[str, Any], name: str, where: str) -> list[dict[str
 def _refuse(
     where: str, kind: str, entries: Iterable[Any], fault: Callable[[dict[str, Any]], str]
 ) -> None:
-    """Refuse entries with a fault: the first is shown."""
+    """Refuse entries with a fault; the message shows the first."""
     faults = [
         (entry, found)
         for entry in entries
@@ -157,7 +157,7 @@ def _check_boxes(
     *,
     refused: bool,
 ) -> None:
-    """Tell of boxes that no detector can learn; refuse a set that has no others."""
+    """Warn of boxes that no detector can learn; refuse a set that has no others."""
     placed = [(entry["bbox"], pictures[entry["image_id"]]) for entry in objects
               if entry["image_id"] in pictures]  # fmt: skip
     lost = [picture["file_name"] for box, picture in placed if not _inside(box, picture)]
@@ -184,7 +184,7 @@ def _is_number(value: object) -> bool:
 
 
 def first_names(names: list[str]) -> str:
-    """The first few names of a list, for a message."""
+    """Return the first few names of a list, for a message."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits with exact boxes and pixels: a set that nobody has to download."""
+"""Scenes of handwritten digits with exact boxes and pixel labels; no download is needed."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from sklearn.datasets import load_digits
 from pcka.engine.run_folder import write_text
 
 SPLIT_SEEDS = {"train": 0, "test": 1}
-FIRST_TEST_DIGIT = 900  # of 1,797: no digit of a training scene stands in a test scene
-HIGHEST_VALUE = 16  # pixel values of the package are 0..16
+FIRST_TEST_DIGIT = 900  # of 1,797: training and test scenes have no digit in common
+HIGHEST_VALUE = 16  # scikit-learn's pixel values are 0..16
 DIGIT_SIDES = (20, 72)  # pixels
-DIGITS_PER_AREA = (4, 12)  # for each AREA square pixels
+DIGITS_PER_AREA = (4, 12)  # per AREA square pixels
 AREA = 256**2
 VISIBLE = 40  # grey value from which a pixel counts as part of the digit
 TRIES = 30
-LABELS = "labels"  # folder of the label images, beside that of the images
-PIXEL_CLASSES = ("background", *map(str, range(10)))  # of a label image: a digit is its class + 1
+LABELS = "labels"  # folder of the label images, next to that of the images
+PIXEL_CLASSES = ("background", *map(str, range(10)))  # by pixel value: digit + 1
 
 
 def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path, Path]:
-    """Return the annotation file and the image folder; make them where they are missing.
+    """Return the annotation file and the image folder; create them if missing.
 
-    Beside them the folder ``labels`` holds the class of each pixel (``PIXEL_CLASSES``), in an image
-    of the same name. The scenes depend on (split, side, number of the scene) alone. The annotations
+    The folder ``labels`` next to them holds the class of each pixel (``PIXEL_CLASSES``), in an
+    image of the same name. The scenes depend only on (split, side, scene number). The annotations
     are written last, so that an interrupted run leaves nothing that looks complete.
 
     Args:
         root: folder of all sets.
-        split: "train" or "test"; their digits were written by hand apart.
+        split: "train" or "test"; they use different handwritten digits.
         scenes: number of images.
-        side: of the square images, pixels. Larger scenes hold more digits, not larger ones.
+        side: side of the square images in pixels. Larger scenes hold more digits, not larger ones.
 
     Raises:
-        ValueError: a scene that is too small for the largest digit.
+        ValueError: the scenes are too small for the largest digit.
     """
     if side < DIGIT_SIDES[1]:
         raise ValueError(f"DATASETS.DIGITS.SIDE: expected at least {DIGIT_SIDES[1]}, got {side}")
@@ -87,7 +87,7 @@ def _write_scenes(folder: Path, split: str, scenes: int, side: int) -> dict[str,
 def _draw_scene(
     generator: np.random.RandomState, pictures: np.ndarray, labels: np.ndarray, side: int
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
-    """Scatter digits over a noisy canvas; boxes are (x, y, width, height), none overlap.
+    """Scatter digits over a noisy canvas; boxes are (x, y, width, height) and do not overlap.
 
     Returns:
         The canvas ``(side, side, 3)``, the classes of its pixels ``(side, side)``, both uint8, and

@@ -1,4 +1,4 @@
-"""The training images in an order that a resumed run goes on with."""
+"""The training images, in an order that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pcka.engine.config import ConfigError
 
 @dataclass(eq=False)
 class ContinuedSampler(Sampler[int]):
-    """The stream of an infinite sampler without those entries that are used already."""
+    """The stream of an infinite sampler without the entries that were already used."""
 
     sampler: Sampler[int]
     skipped: int
@@ -29,14 +29,14 @@ class ContinuedSampler(Sampler[int]):
 
 
 def training_loader(cfg: CfgNode, dataset: Entries, start: int) -> DataLoader:
-    """Return detectron2's training loader, from the images of step ``start`` on.
+    """Return detectron2's training loader, starting at the images of step ``start``.
 
-    The order depends on ``SEED`` alone (where it is not negative). With
-    ``DATALOADER.ASPECT_RATIO_GROUPING`` images that waited for a partner when a run stopped are
-    passed over.
+    The order depends only on ``SEED`` (unless it is negative). With
+    ``DATALOADER.ASPECT_RATIO_GROUPING``, images that were waiting for a partner when a run stopped
+    are skipped.
 
     Raises:
-        ConfigError: an unknown ``DATALOADER.SAMPLER_TRAIN``.
+        ConfigError: ``DATALOADER.SAMPLER_TRAIN`` is unknown.
     """
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     sampler = ContinuedSampler(_sampler(cfg, dataset), used)

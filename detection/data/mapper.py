@@ -1,4 +1,4 @@
-"""From an entry of a data set to what a model takes; what cannot be read is named."""
+"""From a data set's entry to a model's input; errors name the file that cannot be read."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ class UnusableImageError(ConfigError):
 
 
 class NamingMapper(DatasetMapper):
-    """detectron2's mapper, whose errors say which image they are about.
+    """detectron2's mapper, with errors that name the image.
 
     Raises:
-        UnusableImageError: a file that is missing or broken, an image of another size than the
-            annotations say or too large to be opened, annotations that cannot be read.
+        UnusableImageError: a file is missing or broken, an image is too large to open or its size
+            differs from the annotations, or annotations cannot be read.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
             return self.read(dataset_dict)
-        except Exception as error:  # of image libraries, NumPy and assertions alike
+        except Exception as error:  # image libraries, NumPy and assertions raise many types
             raise UnusableImageError(
                 f"{dataset_dict.get('file_name')}: the image or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
     def read(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """What detectron2's mapper gives."""
+        """Read an entry as detectron2's mapper does."""
         return super().__call__(dataset_dict)
 
 
 class PixelMapper(NamingMapper):
     """Images with the class of each pixel, for a ``SemanticSegmentor``.
 
-    Unlike detectron2's, it reads palette images, refuses classes that the model has not, and crops
-    what was resized before: crops are of one size, whatever the scale. The classes are read for the
-    training alone.
+    Unlike detectron2's mapper, it reads palette images, refuses classes that the model lacks, and
+    crops after resizing, so that crops have one size at any scale. The classes are read only for
+    training.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool) -> None:
@@ -57,7 +57,7 @@ class PixelMapper(NamingMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """What ``DatasetMapper`` takes."""
+        """Return the arguments of ``DatasetMapper``."""
         keywords: dict[str, Any] = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.CROP.ENABLED:
             _, resize, *others = keywords["augmentations"]
@@ -66,7 +66,7 @@ class PixelMapper(NamingMapper):
         return keywords
 
     def read(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """An entry with ``image`` and, for the training, ``sem_seg``."""
+        """Return an entry with ``image`` and, for training, ``sem_seg``."""
         entry = dict(dataset_dict)
         labels = self.labels.read(entry["sem_seg_file_name"]) if self.is_train else None
         image = read_image(entry["file_name"], format=self.image_format)
@@ -80,6 +80,6 @@ class PixelMapper(NamingMapper):
 
 
 def make_mapper(cfg: CfgNode, *, training: bool) -> NamingMapper:
-    """Return what reads the images of a student."""
+    """Return the mapper that reads a student's images."""
     of_pixels = student_architecture(cfg) == SEGMENTER
     return (PixelMapper if of_pixels else NamingMapper)(cfg, training)

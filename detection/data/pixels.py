@@ -1,4 +1,4 @@
-"""Classes of pixels: label images, checked, and folders of one's own."""
+"""Semantic segmentation data: label images, checked, and custom folders of them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pcka.engine.class_names import read_class_names
 from pcka.engine.config import ConfigError
 
 LABEL_SUFFIX = ".png"
-TRIED_LABELS = 16  # of a set to train on; the loader checks each one that it reads
-LARGEST = 255  # value of a pixel, as detectron2 reads label images
+TRIED_LABELS = 16  # label images of a training set checked here; the loader checks all it reads
+LARGEST = 255  # largest pixel value that detectron2 reads from label images
 
 Entries = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Reads label images, and refuses what no model could learn.
+    """Reads label images, and refuses invalid ones.
 
     Args:
-        classes: a pixel holds 0 to ``classes - 1``,
-        ignored: or this value, where no class counts.
+        classes: number of classes; pixels hold values from 0 to ``classes - 1``.
+        ignored: value of pixels that are ignored.
     """
 
     classes: int
@@ -37,20 +37,20 @@ class Labels:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> Labels:
-        """Those of the student that a configuration describes."""
+        """Return the labels of the student that a configuration describes."""
         keys = cfg.MODEL.SEM_SEG_HEAD
         return cls(keys.NUM_CLASSES, keys.IGNORE_VALUE)
 
     def read(self, path: str | Path) -> np.ndarray:
-        """The class of each pixel, ``(H, W)`` uint8, of a grey or a palette image.
+        """Return the class of each pixel, ``(H, W)`` uint8, of a greyscale or palette image.
 
         Raises:
-            DamagedFileError: it cannot be opened, holds colours, or classes that the model has not.
+            DamagedFileError: it cannot be opened, holds colours, or classes that the model lacks.
         """
         try:
             with Image.open(path) as image:
                 values, mode = np.asarray(image), image.mode
-        except Exception as error:  # what a decoder meets in a broken file is of many types
+        except Exception as error:  # decoders raise many types for broken files
             raise DamagedFileError(f"{path}: the label image cannot be opened: {error}") from error
         if values.ndim != 2:
             raise DamagedFileError(
@@ -71,20 +71,20 @@ class Labels:
 def read_folders(
     key: str, images: str | Path, truths: str | Path, labels: Labels, *, evaluated: bool
 ) -> Entries:
-    """Return detectron2's entries of a folder of images and one of label images.
+    """Return detectron2's entries for a folder of images and a folder of label images.
 
-    The label image of ``a/b.jpg`` is ``a/b.png`` in the other folder.
+    The label image of ``a/b.jpg`` is ``a/b.png`` in the label folder.
 
     Args:
-        key: of the configuration, as ``DATASETS.SEMSEG_TRAIN``, for messages.
+        key: configuration key, e.g. ``DATASETS.SEMSEG_TRAIN``, for messages.
         images: folder of the images.
         truths: folder of the label images.
-        labels: what the model takes.
-        evaluated: every label image is read now, as the evaluation reads them; else a few.
+        labels: the labels that the model accepts.
+        evaluated: check every label image now, since the evaluation reads them all; else a few.
 
     Raises:
-        DamagedFileError: a folder that is missing or empty, an image without labels or with those
-            of another size, or labels that cannot be learnt.
+        DamagedFileError: a folder is missing or empty, an image has no labels or labels of another
+            size, or labels are invalid.
     """
     for leaf, folder in (("IMAGES", images), ("LABELS", truths)):
         if not str(folder) or not Path(folder).expanduser().is_dir():
@@ -122,10 +122,10 @@ def _entry(image: Path, truth: Path) -> dict[str, Any]:
 
 
 def class_names(key: str, path: str, classes: int) -> tuple[str, ...]:
-    """The names of the classes: lines of a file, or numbers where none is named.
+    """Return the class names: lines of a file, or numbers if no file is given.
 
     Raises:
-        ConfigError: no such file, or another number of names than the model has classes.
+        ConfigError: there is no such file, or its number of names is not the model's of classes.
     """
     if not path:
         return tuple(map(str, range(classes)))
@@ -137,7 +137,7 @@ def class_names(key: str, path: str, classes: int) -> tuple[str, ...]:
 
 
 def check_count(where: str, names: Sequence[str], classes: int) -> None:
-    """Refuse another number of classes than the model has."""
+    """Refuse names whose number is not the model's number of classes."""
     if len(names) != classes:
         raise ConfigError(
             f"{where}: the pixels have {len(names)} classes, the model {classes}; set "

@@ -1,4 +1,4 @@
-"""Make the data sets that a configuration names known to detectron2."""
+"""Register the data sets that a configuration names with detectron2."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from detection.data.yolo import read_yolo
 from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
 
-# What reads boxes of other formats than COCO's; their keys are DATASETS.<format>_TRAIN and _TEST.
+# Readers of boxes in formats other than COCO's; their keys are DATASETS.<format>_TRAIN and _TEST.
 READERS: dict[str, Callable[[str, Path, str], Annotations]] = {"VOC": read_voc, "YOLO": read_yolo}
 PIXELS = "SEMSEG"  # folders of images and of label images
 FORMATS = ("COCO", *READERS, PIXELS)
-CONVERTED = "annotations"  # folder of OUTPUT_DIR for the COCO files that are made of them
+CONVERTED = "annotations"  # folder in OUTPUT_DIR for annotations converted to COCO's format
 Categories = list[tuple[int, str]]  # id, name
 DIGITS_KEY = "DATASETS.DIGITS"
 DIGITS = {"digits_scenes_train": "train", "digits_scenes_test": "test"}
 
 
 def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
-    """Register the digits scenes and the sets of one's own.
+    """Register the digits scenes and custom data sets.
 
-    These are boxes in the format of COCO, VOC or YOLO, or folders of label images. A set of
-    ``DATASETS.COCO_TRAIN`` (``VOC_TRAIN``, ``YOLO_TRAIN``, ``SEMSEG_TRAIN``) takes the place of
-    ``DATASETS.TRAIN``, one of ``COCO_TEST`` and so on that of ``TEST``. detectron2's own sets are
-    found under ``DETECTRON2_DATASETS`` as ever. Boxes of VOC and YOLO are written to a file in
-    COCO's format, in ``OUTPUT_DIR``.
+    Custom sets are boxes in COCO, VOC or YOLO format, or folders of label images. A set given by
+    ``DATASETS.COCO_TRAIN`` (``VOC_TRAIN``, ``YOLO_TRAIN``, ``SEMSEG_TRAIN``) replaces
+    ``DATASETS.TRAIN``, and one given by ``COCO_TEST`` and so on replaces ``TEST``. detectron2's own
+    sets are found under ``DETECTRON2_DATASETS`` as usual. VOC and YOLO boxes are written to a file
+    in COCO's format, in ``OUTPUT_DIR``.
 
     Args:
         cfg: ``DATASETS`` is read; ``TRAIN`` and ``TEST`` are set.
-        training: ``DATASETS.TRAIN`` is needed, too.
+        training: also register ``DATASETS.TRAIN``, which must not be empty.
 
     Raises:
-        ConfigError: a missing file, a name that stands for something else, another number of
-            classes than the model has, or other classes to test on than to train on.
+        ConfigError: a file is missing, a name is taken, the number of classes is not the model's,
+            or the sets to train and test on have different classes.
     """
     keys = cfg.DATASETS
     name_own_sets(cfg)
@@ -72,10 +72,10 @@ def register_datasets(cfg: CfgNode, *, training: bool = True) -> None:
 
 
 def name_own_sets(cfg: CfgNode) -> None:
-    """Put the names of the sets of one's own into ``DATASETS.TRAIN`` and ``TEST``.
+    """Put the names of custom sets into ``DATASETS.TRAIN`` and ``TEST``.
 
     Raises:
-        ConfigError: files without a name, or several sets for one purpose.
+        ConfigError: a set has files but no name, or there are several sets for one split.
     """
     for split in ("TRAIN", "TEST"):
         if own := _own_key(cfg, split):
@@ -83,7 +83,7 @@ def name_own_sets(cfg: CfgNode) -> None:
 
 
 def _own_key(cfg: CfgNode, split: str) -> str:
-    """The key of the set of one's own for a purpose, as ``VOC_TRAIN``; "" where there is none."""
+    """Return the key of a split's custom set, e.g. ``VOC_TRAIN``; "" if there is none."""
     keys = [f"{name}_{split}" for name in FORMATS]
     named = [key for key in keys if cfg.DATASETS[key].NAME]
     if len(named) > 1:
@@ -102,12 +102,12 @@ def _own_key(cfg: CfgNode, split: str) -> str:
 
 
 def class_count(cfg: CfgNode) -> int:
-    """Number of classes of objects of the student that the configuration describes."""
+    """Return the student's number of object classes."""
     return cfg.MODEL[_head_section(cfg)].NUM_CLASSES
 
 
 def _head_section(cfg: CfgNode) -> str:
-    """The section of ``MODEL`` that says the student's number of classes."""
+    """Return the section of ``MODEL`` that holds the student's number of classes."""
     architecture = student_architecture(cfg)
     dense = ("RetinaNet", "FCOS", "GFL", "RepPoints")
     return architecture.upper() if architecture in dense else "ROI_HEADS"
@@ -134,7 +134,7 @@ def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
 
 
 def _register_own(cfg: CfgNode, own: str, *, evaluated: bool) -> Categories:
-    """Register the set of one's own that stands under a key, as ``VOC_TRAIN``."""
+    """Register the custom set that a key describes, e.g. ``VOC_TRAIN``."""
     key, keys, form = f"DATASETS.{own}", cfg.DATASETS[own], own.partition("_")[0]
     architecture = student_architecture(cfg)
     if (architecture == SEGMENTER) != (form == PIXELS):
@@ -167,7 +167,7 @@ def _register_own(cfg: CfgNode, own: str, *, evaluated: bool) -> Categories:
 
 
 def _register_own_pixels(cfg: CfgNode, key: str, keys: CfgNode, *, evaluated: bool) -> Categories:
-    """Register a folder of images and one of label images."""
+    """Register a custom set given by a folder of images and one of label images."""
     _check_name(key, keys.NAME, keys.LABELS)
     classes = class_names(f"{key}.CLASSES", keys.CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
     folders = keys.IMAGES, keys.LABELS
@@ -183,7 +183,7 @@ def _register_pixels(
     *,
     evaluated: bool = False,
 ) -> Categories:
-    """Make images and label images known under a name; return their classes."""
+    """Register images and label images under a name; return their classes."""
     check_count(key, classes, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
     labels = Labels.of(cfg)
     entries = read_folders(key, *folders, labels, evaluated=evaluated)
@@ -198,7 +198,7 @@ def _register_pixels(
 def _check(
     cfg: CfgNode, key: str, source: str, content: dict[str, Any], images: str, *, evaluated: bool
 ) -> None:
-    """Refuse what would fail later; ``source`` is what messages call the annotations."""
+    """Refuse content that would fail later; ``source`` names the annotations in messages."""
     if (found := len(content["categories"])) != (classes := class_count(cfg)):
         raise ConfigError(
             f"{key}: {source} has {found} categories, the model {classes} classes; set "
@@ -211,7 +211,7 @@ def _check(
 def _converted(cfg: CfgNode, name: str, content: dict[str, Any]) -> str:
     """Write annotations in COCO's format, which the evaluation reads; return the file.
 
-    It is named by its content, so that no other run in the folder gets other annotations by it.
+    The name contains a hash of the content, so that runs in one folder do not share a wrong file.
     """
     text = json.dumps(content)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -224,7 +224,7 @@ def _converted(cfg: CfgNode, name: str, content: dict[str, Any]) -> str:
 
 
 def _check_name(key: str, name: str, source: str) -> None:
-    """Refuse a name that stands for another set."""
+    """Refuse a name that belongs to another set."""
     if name in DatasetCatalog.list() and _source_of(name) != source:
         raise ConfigError(f"{key}.NAME: {name!r} is the name of another data set; choose a new one")
 
@@ -236,7 +236,7 @@ def _source_of(name: str) -> str | None:
 
 
 def _register(name: str, annotations: str, content: dict[str, Any], images: str) -> Categories:
-    """Make a file in COCO's format known under a name; return its classes."""
+    """Register a file in COCO's format under a name; return its classes."""
     listed = content["categories"]
     _forget(name)
     register_coco_instances(name, _keypoints(listed), annotations, images)
@@ -244,14 +244,14 @@ def _register(name: str, annotations: str, content: dict[str, Any], images: str)
 
 
 def _forget(name: str) -> None:
-    """Make room for a set: the next file under the name may be another."""
+    """Unregister a name, so that it can be registered again with another file."""
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
 
 def _check_known(split: str, name: str) -> None:
-    """Refuse a set that detectron2 does not know, or whose files are not there."""
+    """Refuse a set that detectron2 does not know, or whose files are missing."""
     if name not in DatasetCatalog.list():
         raise ConfigError(
             f"DATASETS: no data set is called {name!r}; take {' or '.join(DIGITS)}, one that "
@@ -267,7 +267,7 @@ def _check_known(split: str, name: str) -> None:
 
 
 def _keypoints(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Names of a person's keypoints, as COCO calls them, and which ones a flip exchanges."""
+    """Return the names of a person's keypoints in COCO, and which of them a flip swaps."""
     names = next((entry["keypoints"] for entry in categories if entry.get("keypoints")), None)
     if names is None:
         return {}
@@ -277,7 +277,7 @@ def _keypoints(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_same(categories: Mapping[str, Categories]) -> None:
-    """A class of one set would be taken for another class of the other set."""
+    """Refuse sets with different categories: a class of one would be taken for another's."""
     for one, other in itertools.pairwise(categories):
         if categories[one] != categories[other]:
             raise ConfigError(

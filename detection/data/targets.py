@@ -1,4 +1,4 @@
-"""Data sets are read before a run begins, and hold what its model learns and is asked for."""
+"""Checks, before a run begins, that its data sets can be read and suit the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pcka.engine.config import ConfigError
 
 Entries = list[dict[str, Any]]
 SEGMENTER = "SemanticSegmentor"
-SEGMENTERS = (SEGMENTER, "PanopticFPN")  # give a class for every pixel
-WITH_REGIONS = ("GeneralizedRCNN", "PanopticFPN")  # may have a head for masks
+SEGMENTERS = (SEGMENTER, "PanopticFPN")  # predict a class for every pixel
+WITH_REGIONS = ("GeneralizedRCNN", "PanopticFPN")  # may have mask and keypoint heads
 COCO_KEYPOINTS = 17
 
 
@@ -23,7 +23,7 @@ def training_set(cfg: CfgNode) -> Entries:
     """Return the entries of ``DATASETS.TRAIN`` that a run learns from.
 
     Raises:
-        ConfigError: a set that cannot be read or holds nothing, or lacks what the student learns.
+        ConfigError: a set cannot be read, is empty, or lacks what the student learns.
     """
     keypoints = cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     try:
@@ -45,11 +45,11 @@ def training_set(cfg: CfgNode) -> Entries:
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Read ``DATASETS.TEST`` as the evaluation will, which comes after the whole training.
+    """Read ``DATASETS.TEST`` as the evaluation will, which may only come after training.
 
     Raises:
-        ConfigError: a set that cannot be read, whose images are elsewhere, or that lacks what the
-            evaluation compares with.
+        ConfigError: a set cannot be read, its images are missing, or it lacks what the evaluation
+            compares with.
     """
     architecture = student_architecture(cfg)
     for name in cfg.DATASETS.TEST:

@@ -1,4 +1,4 @@
-"""Boxes in the format of Pascal VOC, of any classes: an XML file for each image."""
+"""Boxes in Pascal VOC format, with any classes: one XML file per image."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 def read_voc(key: str, root: Path, split: str) -> Annotations:
     """Return the images that ``ImageSets/Main/<split>.txt`` lists, and their boxes.
 
-    An image is ``JPEGImages/<name>.jpg`` (or of another suffix), its boxes stand in
-    ``Annotations/<name>.xml``. Pixels count from 1 and both corners are within the box, as in VOC
-    and in detectron2: ``x = xmin - 1``, ``width = xmax - x``. Objects that are ``difficult`` are
-    neither learnt nor counted. The classes are those of ``classes.txt``, one a line, or all that
-    ``Annotations`` names, in alphabetical order.
+    An image is ``JPEGImages/<name>.jpg`` (or has another suffix); its boxes are in
+    ``Annotations/<name>.xml``. Pixels count from 1 and both corners belong to the box, as in VOC
+    and in detectron2: ``x = xmin - 1``, ``width = xmax - x``. ``difficult`` objects are excluded
+    from training and evaluation. The classes are those in ``classes.txt``, one per line, or else
+    all that occur in ``Annotations``, in alphabetical order.
 
     Args:
-        key: of the configuration, for messages.
-        root: the folder of all that.
+        key: configuration key, for messages.
+        root: the folder that holds all of these.
         split: "train", "val", …
 
     Raises:
-        ConfigError: a missing folder, file or image, a file that is no such XML, a box that is no
-            box, or a class that ``classes.txt`` lacks.
+        ConfigError: a folder, file or image is missing, an XML file or a box is invalid, or
+            ``classes.txt`` lacks a class.
     """
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     annotations, folder = root / "Annotations", root / "JPEGImages"
@@ -100,7 +100,7 @@ def _add(found: Annotations, picture: Path, file: Path) -> None:
 
 
 def _size(tree: ElementTree.Element) -> tuple[int, int] | None:
-    """Width and height, where the file states them."""
+    """Return width and height, or None if the file does not state them."""
     stated = [(tree.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
     if not all(text.isdecimal() and int(text) for text in stated):
         return None
@@ -109,7 +109,7 @@ def _size(tree: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _objects(file: Path) -> Iterator[tuple[str, ElementTree.Element]]:
-    """Yield the objects of a file, each with what messages call it."""
+    """Yield the objects of a file, each with its name for messages."""
     for number, entry in enumerate(_parsed(file).findall("object"), 1):
         yield f"{file}: object {number}", entry
 

@@ -1,4 +1,4 @@
-"""Boxes in the format of YOLO: a text file for each image, beside it in a folder ``labels``."""
+"""Boxes in YOLO format: one text file per image, in a parallel folder ``labels``."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ logger = logging.getLogger("detectron2.pcka")
 
 YAML_FILE = "data.yaml"
 FIELDS = ("class", "center x", "center y", "width", "height")
-MOST = 1.01  # of the image's side: rounded numbers may lie a little outside
+MOST = 1.01  # fraction of the image's side: rounded values may exceed 1 slightly
 
 
 def read_yolo(key: str, root: Path, split: str) -> Annotations:
     """Return the images of a split, and their boxes.
 
-    The split's entry in ``data.yaml`` is a folder of images, at any depth, or a text file that
-    lists them, or several of these, relative to the entry ``path`` or to the file; ``names`` are
-    the classes. Without the file the images lie in ``images/<split>`` and ``classes.txt`` names the
-    classes, one a line. The boxes of ``…/images/a/b.jpg`` stand in ``…/labels/a/b.txt``, a line
-    each: class index from 0, then center x, center y, width and height as parts of the image's
-    sides. An image without such a file has no objects.
+    The split's entry in ``data.yaml`` is a folder of images, searched recursively, a text file that
+    lists them, or a list of these, relative to the entry ``path`` or to the YAML file; ``names``
+    holds the classes. Without ``data.yaml``, the images are in ``images/<split>`` and
+    ``classes.txt`` names the classes, one per line. The boxes of ``…/images/a/b.jpg`` are in
+    ``…/labels/a/b.txt``, one per line: class index from 0, then center x, center y, width and
+    height as fractions of the image's sides. An image without such a file has no objects.
 
     Args:
-        key: of the configuration, for messages.
+        key: configuration key, for messages.
         root: the folder, or the path of its YAML file.
         split: "train", "val", …
 
     Raises:
-        ConfigError: a missing folder or file, a split without images or without any label file, or
-            a line that is no box of one of the classes.
+        ConfigError: a folder or file is missing, a split has no images or no label files, or a
+            line is not a box of one of the classes.
     """
     file = root / YAML_FILE if root.is_dir() else root
     if file.is_file():
@@ -79,7 +79,7 @@ def read_yolo(key: str, root: Path, split: str) -> Annotations:
 
 
 def _plain(key: str, root: Path, split: str) -> tuple[Path, list[Path], tuple[str, ...]]:
-    """Folder, places of the images, and classes, where no YAML file says them."""
+    """Return folder, image locations and classes in the absence of a YAML file."""
     if not (root / CLASSES_FILE).is_file():
         raise ConfigError(
             f"{key}: expected {root / YAML_FILE}, or {root / CLASSES_FILE} with the name of a "
@@ -104,7 +104,7 @@ def _described(key: str, file: Path, split: str) -> tuple[Path, list[Path], tupl
 
 def _existing(folder: Path, place: str) -> Path:
     path = folder / place
-    if not path.exists() and place.startswith("../"):  # Roboflow's, of a folder in between
+    if not path.exists() and place.startswith("../"):  # Roboflow's paths have one level too many
         return folder / place.removeprefix("../")
     return path
 
@@ -138,7 +138,7 @@ def _images(key: str, place: Path) -> Iterator[Path]:
 
 
 def _labels_of(image: Path) -> Path:
-    """The file of an image's boxes: ``labels`` takes the place of the last ``images``."""
+    """Return the file of an image's boxes: ``labels`` replaces the last ``images``."""
     parts = list(image.parts)
     for index in reversed(range(len(parts) - 1)):
         if parts[index] == "images":

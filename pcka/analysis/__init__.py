@@ -1,4 +1,4 @@
-"""How alike the layers of two models are: CKA between layers over a data set, and their Grams."""
+"""Similarity of the layers of two models: CKA between layers over a data set, and their Grams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time __getattr__ find
     from pcka.analysis.gram_figure import grams_figure
     from pcka.analysis.gram_pairs import GramPair, patch_grams, sample_grams
 
-# No training needs them.
+# Not needed in training.
 _MODULES = {
     "gram_figure": ("grams_figure",),
     "gram_pairs": ("GramPair", "patch_grams", "sample_grams"),

@@ -1,4 +1,4 @@
-"""CKA of layers with layers, as a table and as a picture."""
+"""CKA between layers, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from pcka.extras import optional_package
 from pcka.files import atomic_write
 
-_MOST_LABELS = 40  # of an axis; more could not be read
-_MOST_FIGURES = 12  # layers of an axis whose values are written into the cells
-_INCHES = 0.24  # of a labelled row
+_MOST_LABELS = 40  # per axis; more would be illegible
+_MOST_FIGURES = 12  # layers per axis up to which values are written into the cells
+_INCHES = 0.24  # per labelled row
 
 
 @dataclass(frozen=True)
 class CKATable:
-    """CKA of all layers of one model with all layers of another.
+    """CKA between all layers of one model and all layers of another.
 
     Attributes:
         values: ``(layers of a, layers of b)``, float64.
@@ -34,7 +34,7 @@ class CKATable:
     layers_b: tuple[str, ...]
 
     def write_csv(self, path: str | Path) -> None:
-        """Write the values under the names of b's layers, each row after the name of a's layer."""
+        """Write the values below a header of b's layers, each row after the name of a's layer."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["layer", *self.layers_b])
@@ -43,7 +43,7 @@ class CKATable:
         atomic_write(lambda file: file.write(text.getvalue().encode()), path)
 
     def plot(self, path: str | Path, name_a: str = "a", name_b: str = "b", title: str = "") -> None:
-        """Write :meth:`figure`; the suffix of ``path`` picks the format."""
+        """Save :meth:`figure`; the suffix of ``path`` determines the format."""
         figure = self.figure(name_a, name_b, title)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -52,9 +52,9 @@ class CKATable:
         """Draw the table as a heatmap: the first layers at the bottom left, colours from 0 to 1.
 
         Args:
-            name_a: of the model of the rows.
-            name_b: of the model of the columns.
-            title: above the picture.
+            name_a: name of the model of the rows.
+            name_b: name of the model of the columns.
+            title: shown above the table.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -63,15 +63,15 @@ class CKATable:
 
     @property
     def inches(self) -> tuple[float, float]:
-        """Width and height that its cells and names need."""
+        """Width and height that the cells and labels need."""
         rows, columns = self.values.shape
         sides = [max(2.5, _INCHES * min(count, _MOST_LABELS)) for count in (columns, rows)]
         longest = [max(map(len, names)) for names in (self.layers_a, self.layers_b)]
-        # Room for the names, which stand upright below.
+        # Room for the labels, which are vertical below the table.
         return sides[0] + 0.07 * longest[0] + 0.5, sides[1] + 0.07 * longest[1] + 0.9
 
     def draw(self, axes: Any, name_a: str, name_b: str, title: str) -> Any:
-        """Draw :meth:`figure` into axes of matplotlib; return what a colour bar is of."""
+        """Draw :meth:`figure` into matplotlib axes; return the image, for a colour bar."""
         image = axes.imshow(
             self.values.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="magma"
         )
@@ -91,12 +91,12 @@ class CKATable:
 
 
 def tables_figure(tables: Mapping[str, CKATable], name_a: str, name_b: str) -> Any:
-    """Draw tables of one shape side by side, with one scale; see :meth:`CKATable.figure`.
+    """Draw tables of one shape side by side, with one colour scale; see :meth:`CKATable.figure`.
 
     Args:
         tables: title -> table.
-        name_a: of the rows.
-        name_b: of the columns.
+        name_a: name of the model of the rows.
+        name_b: name of the model of the columns.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -113,6 +113,6 @@ def tables_figure(tables: Mapping[str, CKATable], name_a: str, name_b: str) -> A
 
 
 def _label(set_ticks: Callable[..., object], names: Sequence[str], **style: Any) -> None:
-    """Name every layer, or every second, third, ... where they are too many."""
+    """Label every layer, or every second, third, ... if there are too many."""
     shown = range(0, len(names), -(-len(names) // _MOST_LABELS))
     set_ticks(shown, [names[index] for index in shown], fontsize="x-small", **style)

@@ -1,4 +1,4 @@
-"""How the terms of a loss pull at a model: the length and the direction of each one's gradient."""
+"""How the terms of a loss act on a model: the norm and direction of each term's gradient."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FAR = 1000.0
 
 
 class TermGradient(NamedTuple):
-    """The gradient of one term by all parameters together.
+    """The gradient of one term with respect to all parameters together.
 
     Attributes:
-        share: its norm over the sum of all terms' norms, in [0, 1].
-        cosine: with the gradient of the reference, in [-1, 1]; 0 where either is zero.
+        share: its norm divided by the sum of all terms' norms, in [0, 1].
+        cosine: with the gradient of the reference, in [-1, 1]; 0 if either is zero.
     """
 
     share: float
@@ -31,12 +31,13 @@ def term_gradients(
     r"""Measure ``g_i = d term_i / d parameters`` of each term.
 
     ``share_i = ||g_i|| / sum_j ||g_j||`` and ``cosine_i = <g_i, g_ref> / (||g_i|| ||g_ref||)``: a
-    term of a small share changes little, and one of a negative cosine works against the reference
-    (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, call it a conflict).
+    term with a small share changes little, and one with a negative cosine works against the
+    reference (Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, call it a
+    conflict).
 
     Args:
         terms: name -> weighted scalar with a graph, which is kept for the backward pass.
-        parameters: of the model, any shapes; those that need no gradient are passed over.
+        parameters: of the model, any shapes; those that do not require grad are skipped.
         reference: name of the term that the others are compared with, such as ``"loss_ce"``.
 
     Raises:
@@ -76,10 +77,11 @@ def _ratio(value: float, by: float) -> float:
 
 
 def far_apart(metrics: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Yield a sentence where a term pulls :data:`FAR` times as hard at the student as another.
+    """Yield a warning if a term's gradient is at least :data:`FAR` times as long as another's.
 
     Args:
-        metrics: records of epochs, of which some hold ``gradient_share_<term>``; the last counts.
+        metrics: records per epoch, some of which hold ``gradient_share_<term>``; the last of these
+            counts.
     """
     prefix = "gradient_share_"
     measured = [record for record in metrics if any(key.startswith(prefix) for key in record)]

@@ -1,4 +1,4 @@
-"""Pictures of Grams: student beside teacher, and what differs."""
+"""Figures of Grams: teacher, student and their difference."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pcka.analysis.gram_pairs import GramPair
 from pcka.extras import optional_package
 
 COLOURS = "RdBu_r"  # white is 0, red positive, blue negative
-_INCHES = 2.7  # of a Gram's side
-_MOST_LINES = 30  # that part the blocks of an axis; more would hide what they part
-_MOST_NAMES = 12  # classes of an axis that are named
+_INCHES = 2.7  # per side of a Gram
+_MOST_LINES = 30  # blocks per axis up to which lines separate them; more would hide the Gram
+_MOST_NAMES = 12  # classes per axis up to which they are named
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -23,17 +23,17 @@ def grams_figure(
     images: Mapping[str, np.ndarray] = NOTHING,
     classes: Mapping[str, int] = NOTHING,
 ) -> Any:
-    """Draw a row for each pair: teacher's Gram, student's Gram, student minus teacher.
+    """Draw one row per pair: teacher's Gram, student's Gram, student minus teacher.
 
-    The three have one diverging colour scale, symmetric about 0, up to the greatest value off the
-    diagonals; what a diagonal has beyond it is drawn in the last colour. The CKA of the pair, 1
-    minus the loss, stands above the row. Lines part the patches of one row of the map, or the
-    samples of one class, from the next.
+    The three share one diverging colour scale, symmetric about 0, up to the largest absolute value
+    off the diagonals of the two Grams; values beyond it are drawn in the last colour. The CKA of
+    the pair, 1 minus the loss, is shown above the row. Lines separate the patches of one row of the
+    map, or the samples of one class, from the next.
 
     Args:
         pairs: name of the level or stage -> its Grams.
-        images: name -> ``(H, W, 3)`` uint8, drawn first with the patches of its row.
-        classes: of Grams of samples sorted by class: name -> number of samples, in their order.
+        images: name -> ``(H, W, 3)`` uint8, drawn first in its row, with the patches.
+        classes: for Grams of samples sorted by class: name -> number of samples, in that order.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -54,7 +54,7 @@ def grams_figure(
             drawn = axes.imshow(values, vmin=-limit, vmax=limit, cmap=COLOURS)
             _part(axes, len(values), pair.grid, classes)
             if axes is not row[-3]:
-                axes.set_yticks([])  # those of the first one
+                axes.set_yticks([])  # as on the first one
         titles = ("teacher", "student", "student \N{MINUS SIGN} teacher")
         for axes, title in zip(row[-3:], titles):
             axes.set_title(title, fontsize="medium")
@@ -66,7 +66,7 @@ def grams_figure(
 
 
 def _scale(*grams: np.ndarray) -> tuple[float, bool]:
-    """The end of the colours, and whether a diagonal has more."""
+    """The limit of the colour scale, and whether a diagonal exceeds it."""
     off = [np.abs(gram[~np.eye(len(gram), dtype=bool)]).max(initial=0) for gram in grams]
     most = max(float(np.abs(gram).max(initial=0)) for gram in grams)
     limit = float(max(off)) or most or 1.0
@@ -78,14 +78,14 @@ def _draw_image(axes: Any, image: np.ndarray, grid: tuple[int, int]) -> None:
     axes.imshow(image)
     for set_lines, side, parts in ((axes.axhline, height, grid[0]), (axes.axvline, width, grid[1])):
         for part in range(1, parts):
-            # Two lines, so that they are seen on any ground.
+            # Two lines, so that they are visible on any background.
             set_lines(side * part / parts - 0.5, color="black", linewidth=1.2)
             set_lines(side * part / parts - 0.5, color="white", linewidth=0.5)
     axes.set(xticks=[], yticks=[], xlabel=f"{grid[0]} x {grid[1]} patches")
 
 
 def _part(axes: Any, rows: int, grid: tuple[int, int] | None, classes: Mapping[str, int]) -> None:
-    """Lines between blocks of rows, and the names of the blocks where they have some."""
+    """Draw lines between blocks of rows, and the names of the blocks if they have any."""
     counts = list(classes.values()) if grid is None else [grid[1]] * grid[0]
     ends = np.cumsum(counts)
     if len(counts) <= _MOST_LINES:

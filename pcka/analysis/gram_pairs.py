@@ -13,14 +13,15 @@ from pcka.ops.functional import as_patch_size
 
 @dataclass(frozen=True)
 class GramPair:
-    """What of a feature is alike in student and teacher: two Grams over the same rows.
+    """The Grams of a feature in student and teacher, over the same rows.
 
     Attributes:
-        student: ``(N, N)``, float32, or float64 of float64 features: the mean over groups of the
-            Grams, each scaled to unit Frobenius norm; 0 of a group that is constant over its rows.
+        student: ``(N, N)``, float32, or float64 for float64 features: the mean over groups of the
+            Grams, each scaled to unit Frobenius norm; a group that is constant over its rows counts
+            as 0.
         teacher: likewise.
         alignment: ``(G,)``, CKA of each group.
-        grid: how many patches below and beside one another the ``N`` rows are; None of samples.
+        grid: number of patches down and across that make up the ``N`` rows; None for samples.
     """
 
     student: Tensor
@@ -43,13 +44,13 @@ def patch_grams(
     group_by: str = "channel",
     center: bool = True,
 ) -> GramPair:
-    r"""The Grams between the patches of two feature maps, which PCKA aligns.
+    r"""The Grams between the patches of two feature maps, as aligned by PCKA.
 
-    ``1/G sum_g K_g / ||K_g||_F``, ``K_g`` of :func:`pcka.patch_gram` (Zhou et al. 2024, section
-    4.2 and figure 2). With unit norms ``1 - CKA_g = 1/2 ||K_s,g - K_t,g||_F^2`` (its Theorem 2), so
-    the difference of the two is what the loss lessens. In the mean over channels differences of
-    opposite signs cancel; pass ``student[:, c : c + 1]`` and ``teacher[:, c : c + 1]`` for the
-    Grams of channel ``c`` alone.
+    ``1/G sum_g K_g / ||K_g||_F``, with ``K_g`` from :func:`pcka.patch_gram` (Zhou et al. 2024,
+    section 4.2 and figure 2). With unit norms ``1 - CKA_g = 1/2 ||K_s,g - K_t,g||_F^2`` (its
+    Theorem 2), so the loss reduces the difference of the two. In the mean over channels,
+    differences of opposite signs cancel; pass ``student[:, c : c + 1]`` and
+    ``teacher[:, c : c + 1]`` for the Grams of channel ``c`` alone.
 
     Args:
         student: ``(B, C, H, W)``, any floating dtype.
@@ -59,8 +60,8 @@ def patch_grams(
         center: center over the patches.
 
     Returns:
-        Grams ``(N, N)`` of the ``N = n_h n_w`` patches in the order of rows of the map, and the
-        ``(G,)`` alignments of :func:`pcka.patch_cka`.
+        Grams ``(N, N)`` of the ``N = n_h n_w`` patches in row-major order, and the ``(G,)``
+        alignments of :func:`pcka.patch_cka`.
 
     Raises:
         ValueError: as :func:`pcka.patch_cka`.
@@ -84,9 +85,10 @@ def patch_grams(
 
 @torch.no_grad()
 def sample_grams(student: Tensor, teacher: Tensor, *, center: bool = True) -> GramPair:
-    r"""The Grams between the samples of a batch, which FCKA aligns.
+    r"""The Grams between the samples of a batch, as aligned by FCKA.
 
-    ``K / ||K||_F``, ``K = H X X' H`` of ``X = features (N, D)`` (Zhou et al. 2024, section 4.1).
+    ``K / ||K||_F``, ``K = H X X' H`` with the features ``X (N, D)`` (Zhou et al. 2024, section
+    4.1).
 
     Args:
         student: ``(N, C_s, H_s, W_s)`` or ``(N, D_s)``, any floating dtype.
@@ -94,7 +96,7 @@ def sample_grams(student: Tensor, teacher: Tensor, *, center: bool = True) -> Gr
         center: center over the samples.
 
     Returns:
-        Grams ``(N, N)``, and ``(1,)`` of :func:`pcka.cka`.
+        Grams ``(N, N)``, and the ``(1,)`` alignment of :func:`pcka.cka`.
 
     Raises:
         ValueError: as :func:`pcka.cka`.
@@ -102,7 +104,7 @@ def sample_grams(student: Tensor, teacher: Tensor, *, center: bool = True) -> Gr
     rows, others = (feature.detach().flatten(1) for feature in (student, teacher))
 
     def unit(x: Tensor) -> Tensor:
-        # Samples are patches of one row each, of a map of one channel.
+        # Each sample is a patch of one row, in a map with one channel.
         patch = (1, x.shape[1])
         gram = patch_gram(x[None, None], patch_size=patch, group_by="batch", center=center)
         return _mean_of_units(gram, cka(x, x, center=center)[None])
@@ -111,11 +113,11 @@ def sample_grams(student: Tensor, teacher: Tensor, *, center: bool = True) -> Gr
 
 
 def _mean_of_units(gram: Tensor, with_itself: Tensor) -> Tensor:
-    """``(G, N, N)`` -> ``(N, N)``; groups that are nothing but rounding count as 0.
+    """Mean of unit-norm Grams, ``(G, N, N)`` -> ``(N, N)``; mere rounding error counts as 0.
 
     Args:
         gram: of the groups.
-        with_itself: ``(G,)``, CKA of each group with itself: 1, or 0 where there is nothing.
+        with_itself: ``(G,)``, CKA of each group with itself: 1, or 0 for a degenerate group.
     """
     norm = torch.linalg.matrix_norm(gram)
     scale = torch.where((with_itself > 0.5) & (norm > 0), 1 / norm, 0)

@@ -1,4 +1,4 @@
-"""The Gram of a batch of features, in the form that unbiased HSIC is a scalar product of."""
+"""The Gram of a batch of features, in the form whose scalar products give unbiased HSIC."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from pcka.ops.reference import accumulation_dtype, without_autocast
 
 MIN_SAMPLES = 4  # unbiased HSIC is not defined below
 
-# Entries of the features that are centered at once, for each thread: few enough to stay in the
-# cache until they are multiplied. A GPU, on which each step is a launch, takes all but the widest
-# at once.
+# Feature entries centered at a time, per thread: few enough to stay in a core's cache until they
+# are multiplied. On a GPU, where each step is a launch, all but the widest features are one chunk.
 _CHUNK, _CHUNK_ON_GPU = 1 << 18, 1 << 24
-_BLOCK = 64  # rows of the Gram that are one product on a CPU
+_BLOCK = 64  # rows of the Gram per product on a CPU
 
 
 def u_centered_gram(feature: Tensor) -> Tensor:
-    r"""U-centered Gram of a batch (Szekely and Rizzo 2014, sec. 3): ``<K~, L~>_F`` is unbiased.
+    r"""U-centered Gram of a batch (Szekely and Rizzo 2014, sec. 3).
+
+    ``<K~, L~>_F / (N (N - 3))`` of two such Grams is unbiased HSIC.
 
     ``K~_ij = K_ij - r_i - r_j + t`` for ``i != j`` and 0 on the diagonal, ``K = X X^T`` without its
     diagonal, ``r = K 1 / (N - 2)`` and ``t = 1'K 1 / ((N - 1) (N - 2))``.
 
     Args:
-        feature: ``(N, ...)`` of any floating dtype, a row for each sample. It is centered before
-            the product, chunk by chunk of columns: the result does not depend on the mean, and
-            loses no digits to the large one that features have after a ReLU.
+        feature: ``(N, ...)`` of any floating dtype, one row per sample. It is centered before the
+            product, in chunks of columns: the result does not depend on the mean, and loses no
+            precision to the large one that features have after a ReLU.
 
     Returns:
-        ``(N, N)`` float64; zeros where centering leaves nothing but rounding, or ``N < 4``.
+        ``(N, N)`` float64; zeros if centering leaves only rounding error, or ``N < 4``.
     """
     rows = feature.detach().flatten(1)
     samples = len(rows)
@@ -42,7 +43,7 @@ def u_centered_gram(feature: Tensor) -> Tensor:
 
 
 def _lower_gram(rows: Tensor) -> Tensor:
-    """``H X X^T H`` below its diagonal, ``(N, D)`` -> ``(N, N)``: half of it is computed."""
+    """``H X X^T H`` below its diagonal, ``(N, D)`` -> ``(N, N)``; a CPU skips blocks above it."""
     samples, dtype = len(rows), accumulation_dtype(rows.dtype)
     chunk, block = _CHUNK_ON_GPU, samples
     if rows.is_cpu:
@@ -60,5 +61,5 @@ def _lower_gram(rows: Tensor) -> Tensor:
                 end = start + block
                 gram[start:end, :end].addmm_(columns[start:end], columns[:end].T)
     energy = gram.trace()
-    # Multiplied, so that what is not finite stays so.
+    # Multiplied, so that non-finite values stay so.
     return gram.tril(-1) * (energy > (8 * torch.finfo(dtype).eps) ** 2 * (energy + of_mean))

@@ -1,4 +1,4 @@
-"""Which layers a model has, by what runs."""
+"""Find the layers of a model by running it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from pcka.modes import evaluation_mode
 
 _LISTED = 8  # layers in a message
-_TRIED_SAMPLES = 5  # few other sizes within a model are 5
+_TRIED_SAMPLES = 5  # few other sizes in a model are 5
 
 
 def find_layers(model: nn.Module, images: Tensor) -> list[str]:
-    """Paths of the modules that give a feature of each sample, in the order in which they ran.
+    """Paths of the modules that return one feature per sample, in execution order.
 
-    Left out is what runs more than once in a forward pass, what gives no floating tensor
-    ``(B, ...)``, and what hands on the output of a module before it (``nn.Identity``, dropout and
-    flattening, or an ``nn.Sequential``, whose last module is named instead).
+    Left out are modules that run more than once in a forward pass, that return no floating tensor
+    ``(B, ...)``, or that pass on the output of an earlier module (``nn.Identity``, dropout and
+    flattening, or an ``nn.Sequential``, whose last module is listed instead).
 
     Args:
-        model: runs once in eval mode on the first images, and is left in the mode it was in.
+        model: runs once in eval mode on the first images; its mode is restored.
         images: ``(B, ...)``, two or more.
     """
     return [name for name, is_new in _features(model, images).items() if is_new]
@@ -33,16 +33,16 @@ def find_layers(model: nn.Module, images: Tensor) -> list[str]:
 def select_layers(
     model: nn.Module, wanted: str | Sequence[str] | None, images: Tensor
 ) -> list[str]:
-    """Paths as they are asked for, patterns replaced by the modules that match them.
+    """The requested paths, with patterns replaced by the modules that match them.
 
     Args:
-        model: runs as for :func:`find_layers` where there is a pattern.
-        wanted: paths and patterns (``*``, ``?``, ``[...]``), of which also a module that hands on
-            the output of another is one; None: what :func:`find_layers` finds.
+        model: runs as for :func:`find_layers` if there is a pattern or ``wanted`` is None.
+        wanted: paths and patterns (``*``, ``?``, ``[...]``), which also match modules that pass on
+            another's output; None: what :func:`find_layers` finds.
         images: ``(B, ...)``, two or more.
 
     Raises:
-        ValueError: a pattern that no module matches, or no layer at all.
+        ValueError: no module matches a pattern, or there is no layer at all.
     """
     if wanted is None:
         wanted = find_layers(model, images)
@@ -73,15 +73,15 @@ def select_layers(
 
 @torch.no_grad()
 def _features(model: nn.Module, images: Tensor) -> dict[str, bool]:
-    """Modules that run once and give a feature of each sample -> whether no other gave it before.
+    """Modules that run once and return a feature per sample -> whether no other returned it before.
 
-    In the order in which they ran, a module behind those inside it.
+    In execution order; a module comes after those inside it.
     """
     images = images[:_TRIED_SAMPLES]
     names = {module: name for name, module in model.named_modules() if name}
     calls: Counter[str] = Counter()
     is_new: dict[str, bool] = {}
-    given: dict[tuple[Any, ...], Tensor] = {}  # kept, else another could come to lie there
+    given: dict[tuple[Any, ...], Tensor] = {}  # kept, else another could reuse its memory
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
         name = names[module]

@@ -1,4 +1,4 @@
-"""How alike the layers of two models are, over a whole data set."""
+"""Similarity of the layers of two models, over a whole data set."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Grams = Mapping[str, Tensor]
 
 
 class MinibatchCKA:
-    r"""CKA of all layers of one model with all layers of another: the ratio of sums over batches.
+    r"""CKA between all layers of one model and all of another: the ratio of sums over batches.
 
     ``sum_b HSIC_1(K_b, L_b) / sqrt(sum_b HSIC_1(K_b, K_b) * sum_b HSIC_1(L_b, L_b))`` over
     batches ``b``, with ``HSIC_1`` the unbiased estimate (Song et al. 2012, eq. 5) of the Gram
     matrices of a batch (Nguyen, Raghu and Kornblith 2021, eq. 4). The sums are unbiased whatever
     the batch size, so the result does not rise with small batches of wide features, as plain CKA
-    does. It may come out slightly negative for unrelated layers.
+    does. It may be slightly negative for unrelated layers.
 
-    ``HSIC_1(K, L) = <K~, L~>_F / (N (N - 3))`` of U-centered Grams (Szekely and Rizzo 2014), so all
-    pairs of layers are one product, ``(L_a, N*N) @ (N*N, L_b)``.
+    ``HSIC_1(K, L) = <K~, L~>_F / (N (N - 3))`` with U-centered Grams (Szekely and Rizzo 2014), so
+    one product serves all pairs of layers, ``(L_a, N*N) @ (N*N, L_b)``.
 
     Args:
         layers_a: names of the rows.
         layers_b: names of the columns.
 
     Raises:
-        ValueError: no layers.
+        ValueError: a model has no layers.
     """
 
     def __init__(self, layers_a: Iterable[str], layers_b: Iterable[str]) -> None:
@@ -45,20 +45,20 @@ class MinibatchCKA:
         if not all(self._layers):
             raise ValueError("layers: expected one or more of each model, got none")
         rows, columns = map(len, self._layers)
-        # Between the layers, of each with itself, and how many batches: in one tensor, so that
-        # processes add up all of it at once.
+        # Sums between the layers, sums of each with itself, and the number of batches: in one
+        # tensor, so that processes add up all of it at once.
         self._sizes = rows * columns, rows, columns, 1
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
 
     def update(self, a: Grams, b: Grams) -> None:
-        """Add one batch; a batch of fewer than 4 samples says nothing and is passed over.
+        """Add one batch; a batch of fewer than 4 samples is skipped.
 
         Args:
             a: layer -> ``(N, N)`` by :func:`u_centered_gram`.
             b: likewise, of the same samples.
 
         Raises:
-            ValueError: a layer whose features are not of these samples.
+            ValueError: a layer's features are not of these samples.
         """
         stacked = [
             [(name, grams[name]) for name in layers] for grams, layers in zip((a, b), self._layers)
@@ -78,19 +78,19 @@ class MinibatchCKA:
         self._sums = self._sums.to(k.device) + torch.cat(parts) / one
 
     def sum_over_processes(self) -> None:
-        """Add up what all processes saw; every one of them calls this."""
+        """Sum over all processes; every process must call this."""
         sum_over_processes(self._sums)
 
     def compute(self) -> CKATable:
-        """CKA of all batches so far: 0 where a layer is constant, NaN where one is not finite.
+        """CKA over all batches so far: 0 if a layer is constant, NaN if one is not finite.
 
         Raises:
-            ValueError: no batch of at least 4 samples came.
+            ValueError: no batch of at least 4 samples was added.
         """
         cross, of_a, of_b, batches = self._sums.cpu().split(self._sizes)
         if not batches:
             raise ValueError(f"no batch of at least {MIN_SAMPLES} samples was given")
-        # The estimate of a similarity with itself may be negative: nothing to be alike with.
+        # The estimate of a self-similarity may be negative: nothing to compare with.
         scale = of_a.clamp(min=0).sqrt()[:, None] * of_b.clamp(min=0).sqrt()
         cross = cross.view_as(scale)
         values = torch.where(scale == 0, cross * 0, cross / scale)
@@ -107,25 +107,26 @@ def cka_matrix(
     *,
     shared: bool = True,
 ) -> CKATable:
-    """Minibatch CKA of all layers of a model with all layers of another; see :class:`MinibatchCKA`.
+    """Minibatch CKA between all layers of two models; see :class:`MinibatchCKA`.
 
-    One pass over the data: a layer's Gram is made as the layer runs, and its features are not kept.
-    Both models run in eval mode without gradients and are left in the mode they were in. A model
-    may be compared with itself. Of several processes each gives its own part of the data, the first
-    one a batch or more, and all get the table of the whole.
+    One pass over the data: a layer's Gram is computed as the layer runs, and its features are not
+    kept. Both models run in eval mode without gradients, and their modes are restored. A model may
+    be compared with itself. With several processes, each passes its own part of the data (the first
+    one at least one batch), and all get the table for the whole.
 
     Args:
         model_a: images ``(B, C, H, W)``, or another tensor with samples first -> anything.
         model_b: likewise, on the same device.
-        batches: what the models take, or tuples and lists that begin with it, as loaders give.
+        batches: the models' inputs, or tuples and lists that begin with them, as from data loaders.
         layers_a: the rows: module paths as :class:`pcka.FeatureTap` takes them, or patterns such as
             ``"layer*.conv1"``; None: every layer that :func:`pcka.analysis.find_layers` finds.
         layers_b: the columns, likewise.
-        shared: all processes measure together; else each by itself, and need not wait for others.
+        shared: all processes measure together; False: each on its own, without waiting for the
+            others.
 
     Raises:
-        ValueError: a path that a model lacks, a pattern without a layer, a layer that gives no row
-            for each sample, or no batch of at least 4 samples.
+        ValueError: a model lacks a path, a pattern matches no layer, a layer does not return one
+            row per sample, or there is no batch of at least 4 samples.
     """
     models = {"a": model_a, "b": model_b}
     device = next(chain(model_a.parameters(), model_b.parameters()), torch.empty(0)).device
@@ -136,7 +137,7 @@ def cka_matrix(
         if first is not None:
             wanted = layers_a, layers_b
             chosen = [select_layers(*of, first) for of in zip(models.values(), wanted)]
-        # One list for all processes, of which some may have no batch.
+        # One list for all processes, some of which may have no batch.
         chosen = from_first_process(chosen) if shared else chosen
         if chosen is None:
             raise ValueError(f"batches: expected one of at least {MIN_SAMPLES} samples, got none")
@@ -158,8 +159,8 @@ def layerwise_cka(
 ) -> dict[str, float]:
     """Minibatch CKA of tapped layers of two models over a data set; see :class:`MinibatchCKA`.
 
-    Both models run in eval mode without gradients and are left in the mode they were in. Processes
-    do not wait for one another: each gets the figures of its own batches.
+    Both models run in eval mode without gradients, and their modes are restored. Processes do not
+    wait for one another: each gets the values of its own batches.
 
     Args:
         student: images -> anything.
@@ -171,7 +172,7 @@ def layerwise_cka(
         layer name -> CKA.
 
     Raises:
-        ValueError: a path that a model lacks, or no batch of at least 4 samples.
+        ValueError: a model lacks a path, or there is no batch of at least 4 samples.
     """
     layers = [[pair[side] for pair in taps.values()] for side in (0, 1)]
     result = MinibatchCKA(*layers)
@@ -185,7 +186,7 @@ def layerwise_cka(
 def _gram_taps(
     model_a: nn.Module, model_b: nn.Module, layers_a: Iterable[str], layers_b: Iterable[str]
 ) -> Iterator[Callable[[Tensor], tuple[Grams, Grams]]]:
-    """Give what runs both models on images and returns the Grams of both by layer."""
+    """Yield a function that runs both models on images and returns the Grams of both by layer."""
     paths: dict[nn.Module, dict[str, str]] = {}
     for model, layers in ((model_a, layers_a), (model_b, layers_b)):
         paths.setdefault(model, {}).update(dict(zip(layers, layers)))

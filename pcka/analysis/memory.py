@@ -1,4 +1,4 @@
-"""By how much a call makes memory grow at its peak."""
+"""Peak growth of memory during a call."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _RESET_HIGH_WATER_MARK = "5"
 
 
 def peak_growth(call: Callable[[], object], device: torch.device | None = None) -> int:
-    """By how many bytes memory grows at most during the call.
+    """Return the peak growth of memory during the call, in bytes.
 
-    On CUDA the memory that torch allocated; on the CPU (Linux) the resident memory of this process,
-    after what malloc keeps of earlier calls went back to the system.
+    On CUDA, the memory allocated by torch; on the CPU (Linux), the resident memory of this process,
+    after malloc has returned what it kept from earlier calls to the system.
 
     Args:
-        call: warm it up before, so that libraries and workspaces are there.
-        device: that the call works on; the CPU where None.
+        call: warm it up first, so that libraries and workspaces are already loaded.
+        device: the device that the call uses; the CPU if None.
     """
     gc.collect()
     if device is not None and device.type == "cuda":
@@ -40,7 +40,7 @@ def peak_growth(call: Callable[[], object], device: torch.device | None = None) 
 
 
 def _status(field: str) -> int:
-    """A size of this process in bytes."""
+    """Read a memory size of this process, in bytes."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

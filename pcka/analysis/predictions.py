@@ -1,4 +1,4 @@
-"""What a classifier says of labelled images: where it errs, how sure it is, whom it agrees with."""
+"""A classifier's predictions on labelled images: errors, confidence, agreement with another."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BEST = 5  # of the logits: how far down the label is looked for
-BINS = 15  # of confidence, as most papers have
+BEST = 5  # largest logits, among which the label is looked for
+BINS = 15  # of confidence, as in most papers
 
 
 class Bin(NamedTuple):
-    """The images of one interval of confidence.
+    """The images in one interval of confidence.
 
     Attributes:
-        low: confidence above which the interval begins.
-        high: confidence that it ends with.
-        images: how many.
-        confidence: their mean; 0 where there are none.
-        accuracy: the share of them that is right; likewise.
+        low: lower bound of the confidence, exclusive.
+        high: upper bound of the confidence, inclusive.
+        images: number of images.
+        confidence: mean confidence; 0 if there are no images.
+        accuracy: share of correct images; 0 if there are none.
     """
 
     low: float
@@ -33,12 +33,12 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is kept of a classifier's logits, a few numbers for each image.
+    """A summary of a classifier's logits: a few numbers per image.
 
     Attributes:
         labels: ``(N,)`` int64.
-        best: classes of the greatest logits, ``(N, K)`` int64, ``K`` at most :data:`BEST`.
-        confidence: greatest probability, ``(N,)`` float32.
+        best: classes of the largest logits, ``(N, K)`` int64, ``K`` at most :data:`BEST`.
+        confidence: largest probability, ``(N,)`` float32.
         classes: number of classes.
     """
 
@@ -49,14 +49,14 @@ class Predictions:
 
     @classmethod
     def of_logits(cls, logits: Tensor, labels: Tensor) -> Predictions:
-        """Keep what counts of logits ``(N, C)`` and labels ``(N,)``."""
+        """Summarise logits ``(N, C)`` and labels ``(N,)``."""
         best = logits.topk(min(BEST, logits.shape[1]), dim=1).indices
         confidence = logits.float().softmax(dim=1).amax(dim=1)
         return cls(labels, best, confidence, logits.shape[1])
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
-        """The predictions of several batches as those of one."""
+        """Concatenate the predictions of several batches."""
         return cls(
             labels=torch.cat([part.labels for part in parts]),
             best=torch.cat([part.best for part in parts]),
@@ -65,7 +65,7 @@ class Predictions:
         )
 
     def cpu(self) -> Predictions:
-        """The same in the host's memory."""
+        """Copy to host memory."""
         return Predictions(self.labels.cpu(), self.best.cpu(), self.confidence.cpu(), self.classes)
 
     def __len__(self) -> int:
@@ -73,11 +73,11 @@ class Predictions:
 
     @property
     def right(self) -> Tensor:
-        """Whether the greatest logit is the label's, ``(N,)`` bool."""
+        """Whether the largest logit is the label's, ``(N,)`` bool."""
         return self.best[:, 0] == self.labels
 
     def hits(self) -> Tensor:
-        """How many labels are the greatest logit, the second, ...: ``(K,)`` int64."""
+        """Number of labels at the largest logit, the second largest, ...: ``(K,)`` int64."""
         return (self.best == self.labels[:, None]).sum(0)
 
     def confusion(self) -> Tensor:
@@ -86,13 +86,13 @@ class Predictions:
         return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
     def class_accuracy(self) -> list[float | None]:
-        """Percent right of each class; None of a class without images."""
+        """Percentage correct per class; None for a class without images."""
         confusion = self.confusion()
         pairs = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
         return [100 * right / images if images else None for right, images in pairs]
 
     def reliability(self, bins: int = BINS) -> list[Bin]:
-        """Accuracy by confidence, in intervals ``(low, high]`` of one width (Guo et al. 2017)."""
+        """Accuracy by confidence, in intervals ``(low, high]`` of equal width (Guo et al. 2017)."""
         confidence, right = self.confidence.double(), self.right.double()
         index = (confidence * bins).ceil().long().clamp(1, bins) - 1
         images = torch.bincount(index, minlength=bins)
@@ -111,5 +111,5 @@ class Predictions:
         return sum(gaps) / len(self)
 
     def agreement(self, other: Predictions) -> float:
-        """Percent of the images, the same ones, of which both predict the same class."""
+        """Percentage of images, the same ones in both, for which both predict the same class."""
         return 100 * float((self.best[:, 0] == other.best[:, 0]).double().mean())

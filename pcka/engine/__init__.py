@@ -1,1 +1,1 @@
-"""What the trainers of both tasks share: configuration, run folders, random states, commands."""
+"""Code shared by both tasks' trainers: configuration, run folders, random states, commands."""

@@ -1,4 +1,4 @@
-"""The parsers of commands: quick to import, so that ``--help`` is answered at once."""
+"""Command-line parsers: cheap to import, so that ``--help`` responds at once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# In capitals throughout, as methods, numbers and files (MODEL.pth) are not.
+# Upper case throughout, unlike methods, numbers and files (MODEL.pth).
 DOTTED_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)+")
-ANSWERED = ("-h", "--help", "--list")  # what needs nothing of a command but its parser
+ANSWERED = ("-h", "--help", "--list")  # need only the command's parser
 
 MakeParser = Callable[[], argparse.ArgumentParser]
 
 
 def command_parser(description: str, *examples: str) -> argparse.ArgumentParser:
-    """Return a parser whose help ends with examples, and that takes ``--debug``."""
+    """Return a parser that accepts ``--debug`` and whose help ends with examples."""
     shown = "\n".join(f"  {line}" for example in examples for line in example.splitlines())
     parser = argparse.ArgumentParser(
         description=textwrap.fill(description, 78),
@@ -31,7 +31,7 @@ def command_parser(description: str, *examples: str) -> argparse.ArgumentParser:
 
 
 def add_runs(parser: argparse.ArgumentParser, *, seeds: Sequence[int], output: str) -> None:
-    """Add ``--seeds`` and ``--output`` of a command that compares runs, with their defaults."""
+    """Add ``--seeds`` and ``--output``, with defaults, for a command that compares runs."""
     shown = " ".join(map(str, seeds))
     parser.add_argument(
         "--seeds",
@@ -51,47 +51,47 @@ def add_runs(parser: argparse.ArgumentParser, *, seeds: Sequence[int], output: s
 
 
 def positive(text: str) -> int:
-    """The type of an option that takes a number of things."""
+    """The ``type`` of an option that expects a positive integer."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
 
 
 class Answer(argparse.Action):
-    """An option that prints a text and ends, as ``--help`` does; ``const`` makes the text."""
+    """An option that prints text and exits, like ``--help``; ``const`` returns the text."""
 
     def __init__(
         self, option_strings: Sequence[str], dest: str, const: Callable[[], str], help: str
     ) -> None:
-        suppressed = argparse.SUPPRESS  # of what is parsed
+        suppressed = argparse.SUPPRESS  # leaves no attribute in the namespace
         super().__init__(option_strings, dest, nargs=0, const=const, default=suppressed, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         try:
             print(self.const(), flush=True)
-        except BrokenPipeError:  # its reader has seen enough, and the end is not to write again
+        except BrokenPipeError:  # closed by its reader; the flush at exit must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()
 
 
 def answer_help(parsers: Mapping[str, MakeParser], command: str, words: Sequence[str]) -> None:
-    """Answer ``--help`` before what takes a command seconds to import; else do nothing."""
+    """Answer ``--help`` before the command's slow imports; otherwise do nothing."""
     if command in parsers and any(word in ANSWERED for word in words):
         parsers[command]().parse_args([word for word in words if word in ANSWERED])
 
 
 def take_pairs(words: Sequence[str], keys: Collection[str]) -> tuple[list[str], list[str]]:
-    """Take ``KEY VALUE`` pairs from among the words of a command whose options take lists.
+    """Extract ``KEY VALUE`` pairs from the arguments of a command whose options take lists.
 
-    Without that an option such as ``--seeds 0 1`` would swallow what follows it. What stands
-    behind a ``--`` is left to the parser.
+    Otherwise an option such as ``--seeds 0 1`` would swallow the arguments that follow it. Anything
+    after a ``--`` is left to the parser.
 
     Args:
-        words: of the command line.
-        keys: those without a dot; directly behind an option such a word is its value.
+        words: command-line arguments.
+        keys: the keys without a dot; directly after an option, such a word is the option's value.
 
     Returns:
-        The other words, and the pairs one after the other.
+        The remaining words, and the pairs as a flat list.
     """
     words = list(words)
     end = words.index("--") if "--" in words else len(words)

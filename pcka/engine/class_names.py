@@ -12,10 +12,10 @@ CLASSES_FILE = "classes.txt"
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Return the names of a text file in UTF-8, one a line; their order is that of the indices.
+    """Return the names in a UTF-8 text file, one per line, in the order of the class indices.
 
     Raises:
-        ConfigError: a name that stands twice, no name, or another encoding.
+        ConfigError: a duplicate name, no names, or another encoding.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -37,6 +37,6 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
 
 def write_class_names(file: Path, classes: Sequence[str]) -> None:
-    """Write the names of classes, in the order of their indices, as they are read."""
+    """Write class names in index order, in the format that :func:`read_class_names` reads."""
     text = "".join(f"{name}\n" for name in classes)
     atomic_write(lambda opened: opened.write(text.encode()), file)

@@ -1,4 +1,4 @@
-"""How a command ends: what its user can mend is told in one line, without a traceback."""
+"""How a command ends: user errors are reported in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEBUG = "--debug"
 
 
 class TrainingFailedError(RuntimeError):
-    """A training cannot go on, or failed in another process; the message says where and why."""
+    """Training cannot continue, or failed in another process; the message says where and why."""
 
 
 TOLD: tuple[type[Exception], ...] = (
@@ -31,15 +31,15 @@ TOLD: tuple[type[Exception], ...] = (
 
 
 def run_command(main: Callable[[], object], *, interrupted: str = "") -> NoReturn:
-    """Run a command to its exit status: 0, or 1 after an error, or 130 after Ctrl-C, as shells do.
+    """Run a command and exit: status 0, 1 after an error, or 130 after Ctrl-C, as in shells.
 
-    An ``OSError`` of a file and an ``ImportError`` that names what to install are told as well.
-    With ``--debug`` an error keeps its traceback. A process of torchrun's leaves its error where
-    torchrun looks for it.
+    An ``OSError`` that concerns a file and an ``ImportError`` that says what to install are
+    reported in one line too. With ``--debug``, errors keep their traceback. A process started by
+    ``torchrun`` records its error where ``torchrun`` looks for it.
 
     Args:
         main: the command.
-        interrupted: how to continue work that was interrupted.
+        interrupted: how to resume interrupted work.
     """
     try:
         _recorded(main)()

@@ -1,4 +1,4 @@
-"""A comparison of methods over seeds: one table, one file and one picture for both tasks."""
+"""Comparison of methods over seeds, for both tasks: tables, CSV file and plot."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ HOW_TO_READ = (
 
 @dataclass
 class Comparison:
-    """Results of several methods over seeds; the others are compared with the first.
+    """Results of several methods over seeds, the others compared with the first.
 
     Attributes:
-        methods: in the order of the table.
-        metrics: key of a result -> heading of its column; differences are those of the first.
-        subject: heading of the methods' column.
-        difference: heading of the column of the differences.
-        also_in_csv: further keys of a result, which ``comparison.csv`` has and the table has not.
-        heading: what was compared, above the table.
+        methods: in table order.
+        metrics: result key -> column heading; differences are those of the first metric.
+        subject: heading of the method column.
+        difference: heading of the difference column.
+        also_in_csv: further result keys, written to ``comparison.csv`` but not shown in the table.
+        heading: what was compared; shown above the table.
         extra: heading of a further column -> method -> cell.
         results: method -> seed -> result.
         failures: method -> seed -> message.
@@ -53,19 +53,19 @@ class Comparison:
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def add(self, method: str, seed: int, result: Mapping[str, Any] | TrainingFailedError) -> None:
-        """Take in what a run came to."""
+        """Add the result or the failure of a run."""
         if isinstance(result, TrainingFailedError):
             self.failures.setdefault(method, {})[seed] = str(result)
         else:
             self.results.setdefault(method, {})[seed] = result
 
     def values(self, method: str, key: str | None = None) -> dict[int, float]:
-        """Seed -> a metric's value, that of the first metric where ``key`` is None."""
+        """Seed -> value of a metric, the first one if ``key`` is None."""
         key = next(iter(self.metrics)) if key is None else key
         return {seed: float(r[key]) for seed, r in self.results.get(method, {}).items()}
 
     def rows(self) -> list[dict[str, str]]:
-        """The table: a mapping of headings to cells for each method."""
+        """The rows of the table: for each method, a mapping from heading to cell."""
         return [self._row(method) for method in self.methods]
 
     def _row(self, method: str) -> dict[str, str]:
@@ -82,12 +82,12 @@ class Comparison:
         return row | {heading: cells.get(method, "") for heading, cells in self.extra.items()}
 
     def table(self) -> str:
-        """The table in Markdown; columns that nobody has are left out."""
+        """The table in Markdown, without empty columns."""
         headings, rows = self.cells()
         return tabulate(rows, headers=headings, tablefmt="github", disable_numparse=True)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and rows of the table, without the columns that nobody has."""
+        """Headings and rows of the table, without empty columns."""
         rows = self.rows()
         kept = [heading for heading in rows[0] if any(row[heading] for row in rows)]
         return kept, [[row[heading] for heading in kept] for row in rows]
@@ -103,7 +103,7 @@ class Comparison:
             disable_numparse=True,
             colalign=align,
         )
-        # A minus before a figure, which a hyphen is not.
+        # A true minus sign before figures, instead of a hyphen.
         text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.replace("±", r"$\pm$"))
         return f"% needs \\usepackage{{booktabs}}\n{text}\n"
 
@@ -115,7 +115,7 @@ class Comparison:
         return "\n\n".join(parts) + "\n"
 
     def csv(self) -> str:
-        """A line for each run that came to a result."""
+        """CSV with one line for each run that has a result."""
         keys = [*self.metrics, *self.also_in_csv]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

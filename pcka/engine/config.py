@@ -1,4 +1,4 @@
-"""What both trainers' configurations share: YAML files with bases, typed values, near names."""
+"""Configuration code shared by both trainers: YAML with bases, typed values, suggestions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 
 import yaml
 
-# Settings of a loss of which a single value serves all stages; the configuration holds lists.
+# Per-stage settings of a loss: lists in the configuration; a single value applies to all stages.
 PER_STAGE = ("WEIGHTS", "FEATURE_WEIGHTS", "PATCH_SIZES")
-# Settings that are mappings of anything: a value of their own, no section.
+# Settings that are free-form mappings: each is a single value, not a section.
 FREE = ("KWARGS",)
 
 BASE_KEY = "_BASE_"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the way out."""
+    """An unusable configuration; the message names the key and how to fix it."""
 
 
 def near_names(word: str, known: Iterable[str]) -> str:
-    """Say which known names a word may have meant: by its last part, or by spelling."""
+    """Suggest known names that a word may stand for, by its last part or by spelling."""
     by_upper = {name.upper(): name for name in known}
     matches = [name for name in by_upper if name.endswith(word.upper().rpartition(".")[2])]
     matches += difflib.get_close_matches(word.upper(), by_upper, n=3)
@@ -42,17 +42,17 @@ def merge_leaves(
     source: str,
     proposed: Callable[[], Iterable[str]] = tuple,
 ) -> None:
-    """Set dotted keys of a tree to values of their types.
+    """Set dotted keys of a tree, converting the values to the keys' types.
 
     Args:
-        tree: of mappings; its present values say which keys there are, and of which types.
-        leaves: dotted key -> value. Text is read as YAML (``true``, ``[a, b]``) or Python
-            (``1e-4``) where another type is wanted.
-        source: where they come from, for messages.
-        proposed: further keys that an unknown one may have meant.
+        tree: nested mappings; the current values define the keys and their types.
+        leaves: dotted key -> value. A string is parsed as YAML (``true``, ``[a, b]``) or Python
+            (``1e-4``) if the key expects another type.
+        source: where the values come from, for messages.
+        proposed: returns further keys to suggest for an unknown one.
 
     Raises:
-        ConfigError: an unknown key (near ones are named), or a value of another type.
+        ConfigError: an unknown key (close matches are named), or a value of the wrong type.
     """
     known = flatten(tree)
     for key, value in leaves.items():
@@ -65,7 +65,7 @@ def merge_leaves(
 
 
 def import_modules(names: Iterable[object], key: str) -> None:
-    """Import modules that a key names, installed or in the working folder.
+    """Import the modules that a key names, installed or in the working directory.
 
     Raises:
         ConfigError: a module that cannot be imported.
@@ -85,7 +85,7 @@ def import_modules(names: Iterable[object], key: str) -> None:
 
 
 def pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """The ``KEY VALUE ...`` words of a command line, by twos.
+    """The ``KEY VALUE ...`` words of a command line, as pairs.
 
     Raises:
         ConfigError: a key without a value.
@@ -96,7 +96,7 @@ def pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the leaves of a tree by their dotted keys; a mapping of ``FREE`` is one leaf."""
+    """Return the leaves of a tree by dotted key; a mapping in ``FREE`` is a single leaf."""
     leaves: dict[str, object] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -108,7 +108,7 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _coerced(key: str, value: object, default: object, source: str) -> object:
-    """Return the value in the default's type; int serves for float, a tuple for a list."""
+    """Return the value in the default's type; a float accepts an int, a list a tuple."""
     if isinstance(value, str) and not isinstance(default, str):
         value = _parsed(value)
     if isinstance(default, list):
@@ -132,7 +132,7 @@ def _coerced(key: str, value: object, default: object, source: str) -> object:
 
 
 def _parsed(text: str) -> object:
-    """Read the value of a word: YAML first (``true``, ``[a, b]``), then Python (``1e-4``)."""
+    """Parse a word, first as YAML (``true``, ``[a, b]``), then as Python (``1e-4``)."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -146,26 +146,26 @@ def _parsed(text: str) -> object:
 
 
 def _item(key: str, value: object, default: list) -> object:
-    """The default of a list's item; a patch is a side or a pair of sides."""
+    """The default of a list item; a patch size is a side or a pair of sides."""
     is_pair = key.endswith(".PATCH_SIZES") and isinstance(value, list | tuple)
     return default if is_pair else default[0]
 
 
 def read_leaves(path: str | Path) -> dict[str, object]:
-    """Return the values of a YAML file by their dotted keys, those of its bases first.
+    """Return the values of a YAML file by dotted key, those of its bases first.
 
-    ``_BASE_`` names a file, or a list of files, relative to the file that names it; what the file
-    says itself takes the place of what they say.
+    ``_BASE_`` names a file, or a list of files, relative to the file that names it, whose own
+    values override theirs.
 
     Raises:
-        ConfigError: no such file, no YAML, anything but plain values (a tag that would run code
-            included), a key that stands twice, or a circle of bases or of aliases.
+        ConfigError: a missing file, invalid YAML, anything but plain values (such as a tag that
+            would run code), a duplicate key, or a cycle of bases or aliases.
     """
     return _read(Path(path), ())
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
-    """Read a file for those that name it, directly or not, as their base."""
+    """Read a file; ``readers`` are the files that name it, directly or not, as their base."""
     if path.resolve() in readers:
         raise ConfigError(f"{path}: is its own {BASE_KEY}, directly or by a circle")
     tree = read_tree(path)
@@ -184,7 +184,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
 
 
 def read_tree(path: Path) -> dict[str, object]:
-    """Return the values of a YAML file as they stand there; errors as of :func:`read_leaves`."""
+    """Return the content of a YAML file as it is; raises as :func:`read_leaves` does."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
@@ -208,7 +208,7 @@ def read_tree(path: Path) -> dict[str, object]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which plain YAML silently keeps the last."""
+    """Refuses duplicate keys, of which plain YAML silently keeps the last."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

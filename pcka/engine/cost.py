@@ -1,4 +1,4 @@
-"""What a training step costs: time, and memory at its peak."""
+"""Cost of a training step: time and peak memory."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step: its batch, the teacher's forward pass, the student's update.
+    """Cost of one training step: batch, teacher's forward pass, student's update.
 
     Attributes:
-        milliseconds: for each image, the median over the rounds.
-        mebibytes: that memory grows by at the peak of the step, beside models and optimizer.
+        milliseconds: per image, the median over the rounds.
+        mebibytes: peak memory growth during the step, on top of models and optimizer.
     """
 
     milliseconds: float
@@ -39,12 +39,13 @@ class Cost:
 def median_seconds(
     rounds_of_calls: Iterator[Mapping[str, Call]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Time calls in turns, so that what slows the machine down slows all of them down.
+    """Time calls in turn, so that anything that slows the machine affects them all.
 
     Args:
-        rounds_of_calls: of each round the calls by name. What it takes to come counts for each.
-        rounds: that are timed, after :data:`WARM_UP_ROUNDS`.
-        device: that the calls work on.
+        rounds_of_calls: yields each round's calls by name. The wait for a round counts towards each
+            of its calls.
+        rounds: number of timed rounds, after :data:`WARM_UP_ROUNDS`.
+        device: the device that the calls run on.
     """
     seconds: dict[str, list[float]] = {}
     for turn in range(rounds + WARM_UP_ROUNDS):
@@ -67,20 +68,20 @@ def _timed(call: Call, device: torch.device) -> float:
 
 
 def peak_mebibytes(call: Call, device: torch.device) -> float:
-    """What memory grows by at the peak of a call, MiB."""
+    """Peak memory growth during a call, in MiB."""
     return peak_growth(call, device) / 2**20
 
 
 def kept_costs(
     path: Path, settings: Mapping[str, str], measure: Callable[[], Mapping[str, Cost]]
 ) -> dict[str, Cost]:
-    """Return the costs that a file keeps, or measure them all and keep them there.
+    """Return the costs cached in a file, or measure them all and cache them there.
 
     Args:
-        path: of the file; one that is damaged is written anew.
-        settings: name -> what its cost depends on, see :func:`settings_digest`. The file serves
-            where it has the costs of all names with the same settings.
-        measure: gives the costs of all names, in every process.
+        path: the cache file; a damaged one is rewritten.
+        settings: name -> what its cost depends on, see :func:`settings_digest`. The file is used if
+            it holds the costs of all names with the same settings.
+        measure: returns the costs of all names; called in every process.
     """
     kept = from_first_process(_read(path))
     if all(settings[name] == kept.get(name, {}).get("settings") for name in settings):
@@ -94,7 +95,7 @@ def kept_costs(
 
 
 def settings_digest(text: str, device: torch.device) -> str:
-    """A short name of what a step's cost depends on: its settings, and this machine."""
+    """A digest of what a step's cost depends on: its settings and this machine."""
     about = describe_environment(0, device)
     machine = {key: about[key] for key in ("torch", "device", "threads", "processes")}
     return hashlib.sha256(f"{text}{machine}".encode()).hexdigest()[:16]

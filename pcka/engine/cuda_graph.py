@@ -1,4 +1,4 @@
-"""Work of one shape, recorded once as a CUDA graph and replayed: no launch waits for Python."""
+"""Fixed-shape work, recorded once as a CUDA graph and replayed: no launch waits for Python."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pcka.engine.config import ConfigError
 
 logger = logging.getLogger("pcka")
 
-WARM_UP = 3  # calls before the recording: libraries choose their algorithms, caches fill
+WARM_UP = 3  # calls before recording, while libraries choose algorithms and caches fill
 
 
 class RecordingError(RuntimeError):
-    """A function could not be recorded; nothing that it changes was left changed.
+    """A function could not be recorded; the tensors that it changes were restored.
 
     Attributes:
-        draws_are_lost: it draws random numbers, and the device's generator is not to be had again
-            in this process.
+        draws_are_lost: the function draws random numbers, and the device's generator cannot be
+            recovered in this process.
     """
 
     def __init__(self, reason: str, *, draws_are_lost: bool) -> None:
@@ -32,25 +32,25 @@ class RecordingError(RuntimeError):
 
 
 class CapturedFunction:
-    """A function on the current CUDA device, as one graph.
+    """A function on the current CUDA device, recorded as one graph.
 
-    What it does must not depend on values of tensors, nor on anything but its inputs and the
-    tensors it reads: Python runs at the recording alone. It must not wait for the device.
+    What it does must depend neither on tensor values nor on anything but its inputs and the tensors
+    that it reads: Python runs only during recording. It must not wait for the device.
 
     Args:
-        function: of ``inputs``; whatever it returns consists of tensors in tuples, lists, mappings
-            and dataclasses.
-        inputs: likewise, on the device; of the shapes of all later calls.
-        changed: the tensors that the function changes in place. The calls that warm up leave no
-            trace in them.
-        beside: what was recorded before, and shares its memory: neither may run, nor its outputs
-            be read, while the other runs.
+        function: called with ``inputs``; returns tensors, possibly nested in tuples, lists,
+            mappings and dataclasses.
+        inputs: nested likewise, on the device, with the shapes of all later calls.
+        changed: the tensors that the function changes in place; warm-up calls leave no trace in
+            them.
+        beside: an earlier recording that shares its memory with this one: neither may run, nor may
+            its outputs be read, while the other runs.
 
     Attributes:
-        draws: the function draws from the device's default random generator.
+        draws: whether the function draws from the device's default random generator.
 
     Raises:
-        RecordingError: the function waits for the device, or there is too little memory.
+        RecordingError: the function waits for the device, or there is not enough memory.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class CapturedFunction:
     ) -> None:
         changed = list(changed)
         pool = None if beside is None else beside._graph.pool()
-        # Without a graph: one from the parameters would live through the recording, and tie their
-        # gradients to the stream that it was made on.
+        # Without an autograd graph: one from the parameters would live through the recording and
+        # tie their gradients to the stream on which it was built.
         with torch.no_grad():
             self._inputs = map_tensors(torch.clone, inputs)
             kept = [tensor.clone() for tensor in changed]
@@ -71,20 +71,20 @@ class CapturedFunction:
         self.draws, recording = False, False
         self._graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
         try:
-            # Worth its time: what is replayed thousands of times is chosen by measurement.
+            # Worth the time: algorithms replayed thousands of times are chosen by benchmarking.
             with _cudnn_benchmark():
                 _warm_up(function, self._inputs)
                 self.draws = not torch.equal(random, torch.cuda.get_rng_state())
                 torch.cuda.set_rng_state(random)
                 recording = True
-                # Of this thread alone: others (that pin batches, say) may go on meanwhile.
+                # Affects this thread only: others (pinning batches, say) may carry on meanwhile.
                 with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                     self._outputs = function(self._inputs)
                 recording = False
         except RuntimeError as error:
             raise RecordingError(str(error), draws_are_lost=self.draws and recording) from error
         finally:
-            torch.cuda.set_stream(current)  # a recording that fails leaves its own behind
+            torch.cuda.set_stream(current)  # a failed recording leaves its own stream current
             torch.cuda.synchronize()
             if not recording:
                 torch.cuda.set_rng_state(random)
@@ -93,7 +93,7 @@ class CapturedFunction:
                     tensor.copy_(value)
 
     def __call__(self, inputs: Any) -> Any:
-        """Run on new inputs; what is returned is overwritten by the next call."""
+        """Run on new inputs; the returned tensors are overwritten by the next call."""
         for static, fresh in zip(tensors_of(self._inputs), tensors_of(inputs), strict=True):
             if static.shape != fresh.shape or static.dtype != fresh.dtype:
                 raise ValueError(
@@ -106,17 +106,18 @@ class CapturedFunction:
 
 
 class Recorded:
-    """A function that is recorded at its first call where it can be, and called as it is elsewhere.
+    """A function that is recorded at its first call if possible, and otherwise called directly.
 
     Args:
-        function: as :class:`CapturedFunction` takes it.
-        changed: gives the tensors that it changes in place.
-        kind: what the function does now, where Python makes it do one thing or another: each is
-            recorded by itself. What a call returned is then overwritten by any other call.
-        obstacle: why it cannot be recorded, for the log; "" where nobody wants it; None where
-            nothing is known to stand against it.
-        plain: what is called where it is not recorded; ``function`` where None.
-        may_draw: it may draw random numbers when it is replayed.
+        function: as for :class:`CapturedFunction`.
+        changed: returns the tensors that the function changes in place.
+        kind: returns a key for what the function currently does, if Python makes it do different
+            things: each is recorded separately. A call's results are then overwritten by any other
+            call.
+        obstacle: why the function cannot be recorded, for the log; "" if recording is not wanted;
+            None if nothing is known to prevent it.
+        plain: called if the function is not recorded; ``function`` if None.
+        may_draw: whether a replay may draw random numbers.
     """
 
     def __init__(
@@ -141,14 +142,14 @@ class Recorded:
 
     @property
     def is_plain(self) -> bool:
-        """It is not recorded, and will not be."""
+        """Whether it is not recorded, and will not be."""
         return not self._captured and not self._tries
 
     def __call__(self, inputs: Any) -> Any:
-        """Run on inputs; what a replay returns is overwritten by the next call.
+        """Run on inputs; the results of a replay are overwritten by the next call.
 
         Raises:
-            ConfigError: recording failed, and took the device's random numbers with it.
+            ConfigError: recording failed, and the state of the device's random generator is lost.
         """
         kind = self._kind()
         if self._tries and kind not in self._captured:
@@ -177,7 +178,7 @@ class Recorded:
 
 
 def _warm_up(function: Callable[[Any], Any], inputs: Any) -> None:
-    """Call the function a few times on a stream of its own, as a recording will."""
+    """Call the function a few times on a side stream, as recording does."""
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -196,7 +197,7 @@ def _cudnn_benchmark() -> Iterator[None]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same tree with ``function(tensor)`` for each tensor; what is no tensor stays."""
+    """Apply ``function`` to each tensor of a tree; other leaves stay, tuples become lists."""
     if isinstance(tree, Tensor):
         return function(tree)
     if is_dataclass(tree) and not isinstance(tree, type):
@@ -212,7 +213,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors of a tree, in its order."""
+    """The tensors of a tree, in traversal order."""
     leaves: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from matplotlib.ticker import MaxNLocator
 
 Points = Sequence[tuple[float, float]]  # (step or epoch, value)
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; black is kept for totals.
+# Okabe and Ito's palette, distinguishable to colour-blind readers; black is kept for totals.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":")
 TEACHER_COLOUR = "#666666"
 _PANEL_INCHES = (5.0, 3.8)
-_MOST_ABREAST = 3  # panels of a row
+_MOST_ABREAST = 3  # panels per row
 
 
 class Panel(NamedTuple):
@@ -31,9 +31,9 @@ class Panel(NamedTuple):
         curves: name in the legend -> points.
         total: name of the curve that is drawn in black.
         best: name of the curve whose first maximum is marked.
-        from_zero: whether the vertical axis shows 0.
-        top: end of the vertical axis; None for one that fits.
-        across: name in the legend -> value of a line over the whole width.
+        from_zero: whether the vertical axis includes 0.
+        top: upper limit of the vertical axis; None to fit the data.
+        across: name in the legend -> value of a horizontal line.
     """
 
     title: str
@@ -47,17 +47,17 @@ class Panel(NamedTuple):
 
 
 def method_style(index: int) -> tuple[str, str]:
-    """Colour and dash of the ``index``-th method, term or stage, the same in every picture."""
-    # Both change together, so that the lines stay apart in grey too.
+    """Colour and line style of the ``index``-th method, term or stage, same in every picture."""
+    # Both change together, so that lines can be told apart in greyscale too.
     return _COLOURS[index % len(_COLOURS)], _LINES[index % len(_LINES)]
 
 
 def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str) -> bool:
-    """Draw the panels that have curves, at most three abreast; return whether there was any.
+    """Draw the panels that have curves, at most three per row; return whether there are any.
 
     Args:
-        panels: in reading order; each curve has a point or more.
-        path: picture to write; its suffix picks the format.
+        panels: in reading order; each curve has at least one point.
+        path: image file to write; its suffix determines the format.
         x: what the horizontal axes count, from 0: ``"epoch"`` or ``"step"``.
     """
     drawn = [panel for panel in panels if panel.curves]
@@ -72,14 +72,14 @@ def plot_panels(panels: Iterable[Panel], path: str | os.PathLike[str], *, x: str
     for panel, axes in zip(drawn, places):
         _draw(axes, panel, x, last)
         axes.set_title(panel.title)
-    for axes in places:  # those that are left
+    for axes in places:  # unused places
         axes.axis("off")
     figure.savefig(path, dpi=120)
     return True
 
 
 def panel_figure(panel: Panel, *, x: str) -> Figure:
-    """A panel that has curves as a picture of its own, without its title."""
+    """A panel with curves as a figure of its own, without its title."""
     figure = Figure(figsize=_PANEL_INCHES, layout="constrained")
     _draw(figure.subplots(), panel, x, _last(panel))
     return figure
@@ -104,18 +104,18 @@ def _draw(axes: Axes, panel: Panel, x: str, last: float) -> None:
         label = f"{name}: {value:.2f}"
         axes.axhline(value, color=TEACHER_COLOUR, linestyle=(0, (6, 3)), label=label)
     bottom, top = axes.get_ylim()
-    if top - bottom < 1e-9:  # of nothing but zeros
+    if top - bottom < 1e-9:  # nothing but zeros
         bottom, top = bottom - 0.05, top + 1
     axes.set_ylim(min(0, bottom) if panel.from_zero else bottom, panel.top or top)
     axes.set(xlabel=x, ylabel=panel.unit)
-    axes.set_xlim(0, max(last, 1) * 1.02)  # the last point is drawn whole
+    axes.set_xlim(0, max(last, 1) * 1.02)  # so that the last marker is not clipped
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small" if len(panel.curves) <= len(_COLOURS) else "x-small")
 
 
 def _draw_curve(axes: Axes, name: str, points: Points, colour: str, dash: str) -> None:
-    """A line; a single point is a line across, which can be read off and compared."""
+    """Draw a curve; a single point gets a horizontal line, to be read off and compared."""
     if len(points) > 1:
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colour, linestyle=dash, marker=".", markersize=4, label=name)
@@ -134,7 +134,7 @@ def plot_curves(
 
     Args:
         metrics: as there.
-        path: picture to write; its suffix picks the format.
+        path: image file to write; its suffix determines the format.
         teacher_accuracy: as there.
 
     Raises:
@@ -153,14 +153,14 @@ def classifier_panels(
 ) -> list[Panel]:
     """Losses, accuracy, layer-wise CKA and gradients of a classifier's run by epoch.
 
-    A panel without a figure in any epoch is left out; an epoch may lack any figure.
+    A panel without any values is left out; an epoch may lack any value.
 
     Args:
-        metrics: one mapping an epoch: ``epoch``; ``loss_<term>``; ``accuracy`` (evaluation),
+        metrics: one mapping per epoch: ``epoch``; ``loss_<term>``; ``accuracy`` (evaluation),
             ``accuracy_ema`` (of the averaged student) and ``train_accuracy``, in percent;
             ``cka_<layer>``, in [0, 1]; ``gradient_share_<term>`` and ``gradient_cosine_<term>``.
-            Other keys are passed over.
-        teacher_accuracy: percent; a line across. None: there is no teacher.
+            Other keys are ignored.
+        teacher_accuracy: in percent, drawn as a horizontal line. None: there is no teacher.
 
     Raises:
         ValueError: an entry without ``epoch``.
@@ -196,11 +196,11 @@ def classifier_panels(
 def plot_gradients(
     runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike[str]
 ) -> bool:
-    """Write :func:`gradients_figure`, if there is any; return whether there was.
+    """Write the :func:`gradients_figure`, if there is one; return whether there is.
 
     Args:
         runs: as there.
-        path: picture to write; its suffix picks the format.
+        path: image file to write; its suffix determines the format.
     """
     figure = gradients_figure(runs)
     if figure is not None:
@@ -209,10 +209,10 @@ def plot_gradients(
 
 
 def gradients_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure | None:
-    """Draw what each term pulls at the student, run beside run; None where none was measured.
+    """Draw the gradients of each loss term, runs side by side; None if none were measured.
 
-    Above, each term's share of the gradients' norms; below, its gradient's cosine with
-    cross-entropy's, whose own is left out. A term looks the same in every run.
+    Top: each term's share of the gradient norms. Bottom: the cosine of its gradient with
+    cross-entropy's, whose own is left out. A term has the same style in every run.
 
     Args:
         runs: name -> metrics as for :func:`classifier_panels`; runs without gradients are left
@@ -249,6 +249,6 @@ def gradients_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
 
 
 def _terms(entry: Mapping[str, float]) -> list[str]:
-    """The terms whose gradients an epoch measured."""
+    """The terms whose gradients were measured in an epoch."""
     prefix = "gradient_share_"
     return [key.removeprefix(prefix) for key in entry if key.startswith(prefix)]

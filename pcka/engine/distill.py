@@ -1,8 +1,8 @@
 """The section ``DISTILL`` of a configuration, and the losses that it describes, for both tasks.
 
-``DISTILL.METHODS`` names the losses that are summed; ``DISTILL.<NAME>`` holds the keywords of the
-loss ``<NAME>`` in upper case. A key's value is, from weakest to strongest, the loss's own default,
-the trainer's default, the configuration's and the command line's.
+``DISTILL.METHODS`` names the losses that are summed; ``DISTILL.<NAME>`` holds the keyword arguments
+of the loss ``<NAME>`` in upper case. A value is taken, in increasing order of precedence, from the
+loss's own default, the trainer's default, the configuration and the command line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pcka.engine.config import (
     near_names,
 )
 
-# What STAGES may hold beside names of taps: all numbered stages but the stem.
+# Allowed in STAGES besides names of taps: all numbered stages except the stem.
 WILDCARDS = {"all": "", "all_preact": "_preact"}
 
 
@@ -33,10 +33,10 @@ class UntappedError(ConfigError):
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a name that no loss has, and a loss that is named twice.
+    """Refuse unknown and repeated loss names.
 
     Raises:
-        ConfigError: near names are proposed.
+        ConfigError: an unknown name (close matches are suggested), or a repeated one.
     """
     if len(set(methods)) != len(methods):
         raise ConfigError(f"DISTILL.METHODS: expected each loss once, got {list(methods)}")
@@ -48,7 +48,7 @@ def check_methods(methods: Sequence[str]) -> None:
 
 
 def section_defaults(name: str) -> dict[str, object]:
-    """Key -> default of the section of a loss."""
+    """Key -> default value, for the section of a loss."""
     return {
         key.upper(): _as_setting(key.upper(), value) for key, value in losses.defaults(name).items()
     }
@@ -59,12 +59,12 @@ def add_sections(
     names: Iterable[str],
     defaults: Callable[[str], Mapping[str, object]] = section_defaults,
 ) -> None:
-    """Give ``DISTILL`` the sections of some losses; those that it has stay as they are.
+    """Add the sections of some losses to ``DISTILL``; existing ones are left unchanged.
 
     Args:
-        distill: the section; its type is that of the sections in it.
+        distill: the section; those added to it have its type.
         names: of registered losses.
-        defaults: name -> the section; a trainer may have defaults of its own.
+        defaults: name -> section; a trainer may have its own defaults.
     """
     for name in names:
         if name not in distill:
@@ -77,20 +77,20 @@ def merge_settings(
     source: str,
     defaults: Callable[[str], Mapping[str, object]] = section_defaults,
 ) -> None:
-    """:func:`pcka.engine.config.merge_leaves`, with the sections of the losses that are named.
+    """Apply :func:`pcka.engine.config.merge_leaves`, adding the sections of the named losses.
 
-    A loss has its section by being named, in ``DISTILL.METHODS`` or by a setting of its own. The
-    modules of ``IMPORTS`` are imported first, for what they register; those of all sources add up.
+    A loss gets a section by being named, in ``DISTILL.METHODS`` or by one of its own settings. The
+    modules in ``IMPORTS`` are imported first, for what they register; those of all sources add up.
 
     Args:
         cfg: the whole configuration.
         leaves: dotted key -> value.
-        source: where they come from, for messages.
+        source: where the values come from, for messages.
         defaults: as for :func:`add_sections`.
 
     Raises:
-        ConfigError: an unknown key (near ones are named), a value of another type, or a module that
-            cannot be imported.
+        ConfigError: an unknown key (close matches are named), a value of the wrong type, or a
+            module that cannot be imported.
     """
     if "IMPORTS" in leaves:
         before = cfg.IMPORTS
@@ -108,17 +108,17 @@ def merge_settings(
 
 
 def named_losses(keys: Iterable[str]) -> list[str]:
-    """The losses whose settings are among dotted keys, such as ``DISTILL.KD.WEIGHT``."""
+    """The losses with settings among dotted keys, such as ``DISTILL.KD.WEIGHT``."""
     sections = [key.split(".")[1] for key in keys if key.startswith("DISTILL.") and key.count(".")]
     return [name for name in dict.fromkeys(sections) if name in losses.names()]
 
 
 def changed_settings(had: CfgNode, wanted: CfgNode) -> dict[str, tuple[object, object]]:
-    """What two configurations do not share: dotted key -> (value had, value wanted).
+    """Settings that differ: dotted key -> (value in ``had``, value in ``wanted``).
 
-    Compared as YAML holds them: a tuple is a list, and one value for all stages is as many equal
-    ones. A key that ``had`` lacks is None there. Settings of losses that ``had`` leaves out do not
-    count: where the other names them, ``DISTILL.METHODS`` differs.
+    Values are compared as stored in YAML: a tuple equals a list, and a single value for all stages
+    equals a list of that value. A key that ``had`` lacks is None there. Settings of losses that
+    ``had`` does not use are ignored: if ``wanted`` uses them, ``DISTILL.METHODS`` differs.
     """
     before, after = (flatten(yaml.safe_load(cfg.dump())) for cfg in (had, wanted))
     return {
@@ -144,22 +144,22 @@ def build_losses(
     unfit: Callable[[losses.Loss], str | None] = lambda _: None,
     taps_key: str = "DISTILL.TAPS",
 ) -> list[losses.Loss]:
-    """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
+    """Return the losses of ``DISTILL.METHODS``, each built from the settings in its section.
 
-    ``STAGES`` are names of taps; ``all`` and ``all_preact`` stand for ``stage1``, ``stage2``, …
-    and ``stage1_preact``, …; an empty list for ``default_stages``. A setting of each stage may
-    hold a single value, which then serves all.
+    ``STAGES`` holds names of taps; ``all`` and ``all_preact`` stand for ``stage1``, ``stage2``, …
+    and ``stage1_preact``, …; an empty list stands for ``default_stages``. A per-stage setting may
+    hold a single value, which then applies to all stages.
 
     Args:
         methods: names of losses.
-        sections: the section ``DISTILL``; a loss without one has its own defaults.
-        taps: names of what is tapped.
-        default_stages: what an empty ``STAGES`` stands for; () refuses it.
-        unfit: loss -> why it cannot serve here, or None.
+        sections: the section ``DISTILL``; a loss without a section in it uses its own defaults.
+        taps: names of the taps.
+        default_stages: what an empty ``STAGES`` stands for; () to refuse it.
+        unfit: loss -> why it cannot be used here, or None.
         taps_key: the key that adds taps, for messages.
 
     Raises:
-        ConfigError: an unknown loss, values that a loss refuses, or a loss that is unfit.
+        ConfigError: an unknown loss, values that a loss rejects, or an unfit loss.
         UntappedError: stages that are not tapped.
     """
     check_methods(methods)
@@ -171,7 +171,7 @@ def build_losses(
         try:
             loss = losses.build(name, **keywords)
         except ValueError as error:
-            # Of a wrong name the number of its settings is wrong, too.
+            # A wrong stage name also makes the number of settings wrong: report the name.
             _check_tapped(name, keywords.get("stages", ()), taps, taps_key)
             raise ConfigError(f"DISTILL.{name}: {error}") from error
         if reason := unfit(loss):
@@ -182,7 +182,7 @@ def build_losses(
 
 
 def numbered_stages(taps: Iterable[str]) -> list[str]:
-    """The taps ``stage0``, ``stage1``, … alone."""
+    """Only the taps ``stage0``, ``stage1``, …"""
     return [name for name in taps if name.startswith("stage") and name[5:].isdigit()]
 
 
@@ -193,7 +193,7 @@ def _with_stages(
     default_stages: Sequence[str],
     taps_key: str,
 ) -> dict[str, Any]:
-    """The keywords with the wildcards replaced, and single values repeated for all stages."""
+    """The keyword arguments with wildcards expanded and single values repeated for all stages."""
     numbered = [stage for stage in numbered_stages(taps) if stage != "stage0"]
     stages: list[str] = []
     for stage in keywords["stages"] or default_stages:
@@ -228,7 +228,7 @@ def _check_tapped(name: str, stages: Sequence[str], taps: Collection[str], taps_
 
 
 def _as_setting(key: str, default: object) -> object:
-    """A keyword's default as the configuration holds it."""
+    """A keyword argument's default as stored in the configuration."""
     if isinstance(default, tuple):
         return list(default)
     return [default] if key in PER_STAGE and not isinstance(default, list) else default
@@ -239,7 +239,7 @@ def _as_keyword(value: object) -> Any:
 
 
 def _merged(value: object) -> object:
-    """A list of one value for each stage without its repetitions, where they are all equal."""
+    """A per-stage list, reduced to a single item if all of its items are equal."""
     if not isinstance(value, list | tuple):
         return [value]
     distinct = [item for item, _ in groupby(value)]

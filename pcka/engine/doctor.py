@@ -1,4 +1,4 @@
-"""What is wrong before a training is: verdicts, and those on the machine that hold for any run."""
+"""Checks before training: verdicts, and the checks of the machine that apply to any run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ import torch
 import pcka
 
 PASS, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "-"
-DRIVER = Path("/dev/nvidiactl")  # is there where a GPU and its driver are
-_WIDTH = 100  # of the screen
+DRIVER = Path("/dev/nvidiactl")  # exists if there is a GPU with a driver
+_WIDTH = 100  # columns of output
 
-# What a detectron2 of old cannot import beside current libraries (tools/install_detectron2.py).
+# Imports that fail in an old detectron2 with current libraries (tools/install_detectron2.py).
 _DETECTRON2_PROBE = (
     "import detectron2.model_zoo, detectron2.data.transforms, detectron2.evaluation, "
     "detectron2.modeling"
@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         status: one of PASS, WARN, FAIL, SKIP.
-        text: what was found and, unless it passes, the way out.
+        text: what was found and, unless the check passes, how to fix it.
     """
 
     status: str
@@ -45,7 +45,7 @@ class Verdict(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A line on the screen."""
+    """The outcome of a named check."""
 
     what: str
     status: str
@@ -56,10 +56,10 @@ Check = Callable[[], Verdict]
 
 
 def conclude(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
-    """Make the checks, print what they find and how many failed, and return the findings.
+    """Run the checks, print their findings and how many failed, and return the findings.
 
     Raises:
-        SystemExit: with 1, where a check failed.
+        SystemExit: with status 1 if a check failed.
     """
     findings = examine(checks)
     print(screen(findings))
@@ -72,12 +72,12 @@ def conclude(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
 
 
 def needing(what: str, found: Callable[[], object], check: Check) -> Check:
-    """The check, which is made where what it needs was found before.
+    """Wrap a check so that it runs only if what it needs was found.
 
     Args:
-        what: it needs.
-        found: returns that, or None.
-        check: to be made then.
+        what: name of what the check needs.
+        found: returns what the check needs, or None.
+        check: the check to wrap.
     """
 
     def guarded() -> Verdict:
@@ -89,12 +89,12 @@ def needing(what: str, found: Callable[[], object], check: Check) -> Check:
 
 
 def telling(check: Check, logger: logging.Logger, *categories: type[Warning]) -> Check:
-    """The check, whose verdict tells as well what a training would warn of.
+    """Wrap a check so that its verdict includes the warnings that training would give.
 
     Args:
-        check: that passes, or not.
-        logger: whose warnings are told, and shown nowhere else.
-        categories: of Python's warnings, likewise.
+        check: the check to wrap.
+        logger: its warnings are included, and shown nowhere else.
+        categories: of Python warnings, treated likewise.
     """
 
     def told() -> Verdict:
@@ -111,7 +111,7 @@ def telling(check: Check, logger: logging.Logger, *categories: type[Warning]) ->
 
 @contextmanager
 def messages_of(logger: logging.Logger, level: int = logging.WARNING) -> Iterator[list[str]]:
-    """Collect what a logger says, which is shown nowhere else meanwhile."""
+    """Collect a logger's messages, which are not shown anywhere else meanwhile."""
     found: list[str] = []
     handler = logging.Handler(level)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -128,12 +128,12 @@ def messages_of(logger: logging.Logger, level: int = logging.WARNING) -> Iterato
 
 
 def examine(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
-    """Make the checks one after the other; what a check raises is its verdict."""
+    """Run the checks one after the other; an exception becomes the check's verdict."""
     findings = []
     for what, check in checks:
         try:
             verdict = check()
-        except Exception as error:  # whatever it is, a training would end with it
+        except Exception as error:  # whatever it is, it would end a training run
             name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             verdict = Verdict(FAIL, name + " ".join(str(error).split()))
         findings.append(Finding(what, *verdict))
@@ -141,7 +141,7 @@ def examine(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
 
 
 def screen(findings: Iterable[Finding]) -> str:
-    """The findings, a line or a few each."""
+    """The findings as text, one or more lines each."""
     findings = list(findings)
     indent = max(len(finding.what) for finding in findings) + 8
     lines = []
@@ -153,7 +153,7 @@ def screen(findings: Iterable[Finding]) -> str:
 
 
 def machine_checks(*, for_detectors: bool = False) -> list[tuple[str, Check]]:
-    """Of what is installed, and of the devices; detectors cannot do without detectron2."""
+    """Checks of the installation and the devices; detectors require detectron2."""
     return [
         ("torch", check_torch),
         ("GPU", check_gpu),
@@ -164,14 +164,14 @@ def machine_checks(*, for_detectors: bool = False) -> list[tuple[str, Check]]:
 
 
 def check_torch() -> Verdict:
-    """Versions."""
+    """Versions of torch, CUDA and Python."""
     cuda = torch.version.cuda
     built = f"for CUDA {cuda}" if cuda else "for the CPU"
     return Verdict(PASS, f"{torch.__version__}, built {built}; Python {platform.python_version()}")
 
 
 def check_gpu() -> Verdict:
-    """Whether there is one, and torch can use it."""
+    """Whether there is a GPU that torch can use."""
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         count = torch.cuda.device_count()
@@ -191,7 +191,7 @@ def check_gpu() -> Verdict:
 
 
 def check_compiler() -> Verdict:
-    """What the operators are compiled by, or would be."""
+    """Which compilers there are for the operators."""
     there = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
     nvcc = shutil.which("nvcc")
     compiled = pcka.build_info()["compiler"]
@@ -204,7 +204,7 @@ def check_compiler() -> Verdict:
 
 
 def check_operators() -> Verdict:
-    """Whether the compiled operators are loaded, and hold code for this GPU."""
+    """Whether the compiled operators are loaded and contain code for this GPU."""
     info = pcka.build_info()
     reasons = info["fallback"]
     assert isinstance(reasons, dict)
@@ -233,13 +233,13 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
     number = "".join(letter for letter in arch if letter.isdigit())
     if not arch.startswith("sm_"):
         return False
-    if arch[-1].isalpha():  # of that very architecture
+    if arch[-1].isalpha():  # for exactly that architecture
         return number == f"{major}{minor}"
     return int(number[:-1]) == major and int(number[-1]) <= minor
 
 
 def check_detectron2(*, needed: bool = False) -> Verdict:
-    """Whether it is there for detection/, and can be imported beside the other packages."""
+    """Whether detectron2 is installed, for detection/, and importable with the other packages."""
     if importlib.util.find_spec("detectron2") is None:
         text = "not installed; detectors need it: python tools/install_detectron2.py"
         return Verdict(FAIL if needed else PASS, text)
@@ -258,12 +258,12 @@ def check_detectron2(*, needed: bool = False) -> Verdict:
 def check_disk(
     folder: str | Path, needed: int, way_out: str = "make room, or choose another OUTPUT_DIR"
 ) -> Verdict:
-    """Whether there is room for what a run writes.
+    """Whether there is enough disk space for what a run writes.
 
     Args:
-        folder: that it is written into; it need not be there yet.
-        needed: bytes.
-        way_out: what to do where there is no room.
+        folder: the output folder; need not exist yet.
+        needed: bytes that the run writes.
+        way_out: what to do if there is not enough space.
     """
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,4 +1,4 @@
-"""What a run's figures were made with."""
+"""The environment in which a run's results were produced."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ENVIRONMENT = "environment.json"  # in the folder of a run
 
 
 def choose_device(name: str) -> torch.device:
-    """Return this process's device for ``DEVICE``: auto takes CUDA where there is one.
+    """Return this process's device for ``DEVICE``; auto selects CUDA if available.
 
-    Of several processes that ``torchrun`` started on a machine, each takes the device of its
+    If ``torchrun`` started several processes on a machine, each takes the device of its
     ``LOCAL_RANK``.
 
     Raises:
-        ConfigError: cuda is asked for and not there.
+        ConfigError: cuda is requested but not available.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -39,16 +39,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(setting: str, device: torch.device) -> torch.autocast:
-    """Return the context of a training step's forward passes, by the key ``AUTOCAST``."""
+    """Return the autocast context of a training step's forward passes, as ``AUTOCAST`` sets it."""
     enabled = setting == "bfloat16" or (setting == "auto" and has_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; elsewhere float32 is faster."""
+    """Whether the device multiplies bfloat16 matrices in hardware; otherwise float32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Not in every supported torch: without the question, the safe answer.
+    # Not in every supported torch: without it, assume the safe answer.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -72,7 +72,7 @@ def describe_environment(seed: int, device: torch.device) -> dict[str, object]:
 
 
 def saved_environment(folder: Path) -> dict[str, Any] | None:
-    """What a run wrote down of its environment (:data:`ENVIRONMENT`); None where it did not."""
+    """The environment that a run recorded in :data:`ENVIRONMENT`; None if missing or damaged."""
     try:
         return dict(json.loads((folder / ENVIRONMENT).read_text()))
     except (OSError, ValueError):
@@ -87,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, object] | None:
-    """Return commit and whether the tree differs from it; None outside of a repository."""
+    """Return the commit and whether the working tree differs; None outside a repository."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent

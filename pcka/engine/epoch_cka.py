@@ -1,4 +1,4 @@
-"""How alike the layers of a student are to other models', over the epochs of its training."""
+"""Similarity of a student's layers to those of other models over the training epochs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pcka.analysis.cka_table import CKATable, tables_figure
 from pcka.engine.curves import Panel, plot_panels
 from pcka.engine.run_folder import write_text
 
-MOST_CURVES = 6  # of a panel, told apart by their colours; more layers are a heatmap
+MOST_CURVES = 6  # per panel, told apart by colour; more layers are drawn as a heatmap
 
 
 @dataclass(frozen=True)
 class EpochCKA:
-    """CKA of a student's layers in some epochs with other models.
+    """CKA of a student's layers with other models, at some epochs.
 
     Attributes:
-        epochs: in their order, the start being 0.
+        epochs: in order; 0 is the start of training.
         layers: of the student.
-        values: with what they are compared -> ``(layers, epochs)``, float64.
-        partners: where the most alike of several layers counts: its name -> which one it was, a
-            tuple of as many names as epochs for each layer.
+        values: model compared with -> ``(layers, epochs)``, float64.
+        partners: if the most similar of several layers counts: key of ``values`` -> which layer it
+            was, for each layer a tuple of one name per epoch.
     """
 
     epochs: tuple[int, ...]
@@ -35,9 +35,9 @@ class EpochCKA:
     partners: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
     def write_csv(self, path: Path) -> None:
-        """Write a row for each layer and what it is compared with, a column for each epoch.
+        """Write one row per layer and model compared with, and one column per epoch.
 
-        Rows of names follow, of those that were the most alike.
+        Rows with the names of the most similar layers follow.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -51,9 +51,9 @@ class EpochCKA:
         write_text(path, text.getvalue())
 
     def plot(self, path: Path) -> None:
-        """Draw a panel for each model: curves of a few layers, or a heatmap, the first one below.
+        """Draw a panel per model: curves for a few layers, else a heatmap, first layer lowest.
 
-        The suffix of ``path`` picks the format.
+        The suffix of ``path`` determines the format.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         titles = {name: f"CKA with the {name}" for name in self.values}

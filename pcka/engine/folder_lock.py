@@ -10,17 +10,17 @@ _held: dict[int, tuple[int, int]] = {}  # handle -> device and inode of the fold
 
 
 class FolderInUseError(ValueError):
-    """Another process works in the folder; the message names it and the way out."""
+    """Another process is using the folder; the message names the folder and what to do."""
 
 
 def lock_folder(directory: str | Path) -> int:
-    """Return an open handle of a folder that is locked until it is closed or the process ends.
+    """Lock a folder until the returned file descriptor is closed or the process ends.
 
-    Processes that this one forks (the workers of a ``DataLoader``) have no part in the lock: one
-    that outlives a killed training keeps nobody from the folder.
+    Processes that this one forks (the workers of a ``DataLoader``) do not hold the lock: one that
+    outlives a killed training run does not block the folder.
 
     Raises:
-        FolderInUseError: another process, or another handle of this one, holds the lock.
+        FolderInUseError: another process, or another descriptor of this one, holds the lock.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -41,7 +41,7 @@ def _identity(handle: int) -> tuple[int, int]:
 
 
 def _leave_to_the_parent() -> None:
-    """Close what was inherited, unless the handle's number serves for something else by now."""
+    """Close inherited descriptors, unless their number has been reused in the meantime."""
     for handle, folder in _held.items():
         try:
             if _identity(handle) == folder:

@@ -1,4 +1,4 @@
-"""What ``pcka grams`` takes and writes, of classifiers and of detectors."""
+"""Arguments and output of ``pcka grams``, for classifiers and detectors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pcka.engine.arguments import command_parser, positive
 from pcka.engine.config import ConfigError
 from pcka.files import atomic_write
 
-SAMPLES = 100  # of a classifier's Gram
+SAMPLES = 100  # in a classifier's Gram matrix
 
 
 def grams_parser() -> argparse.ArgumentParser:
-    """The command line of ``pcka grams``."""
+    """The argument parser of ``pcka grams``."""
     parser = command_parser(
         "Grams of teacher and student side by side, as the losses compare them: of a detector "
         "between the patches of each level, of a classifier between images sorted by class. "
@@ -64,10 +64,10 @@ def grams_parser() -> argparse.ArgumentParser:
 
 
 def chosen_taps(wanted: Sequence[str], there: Sequence[str]) -> list[str]:
-    """The taps that are asked for.
+    """The requested taps, each once.
 
     Raises:
-        ConfigError: one that is not there.
+        ConfigError: an unknown tap.
     """
     if unknown := [tap for tap in wanted if tap not in there]:
         raise ConfigError(
@@ -82,10 +82,10 @@ def write_grams(
     images: Mapping[str, np.ndarray] = NOTHING,
     classes: Mapping[str, int] = NOTHING,
 ) -> list[Path]:
-    """Write ``<path>.png``, see :func:`grams_figure`, and ``<path>.npz``; tell and return them.
+    """Write ``<path>.png`` (see :func:`grams_figure`) and ``<path>.npz``; print and return them.
 
-    The second holds ``<name>.teacher`` and ``<name>.student``, ``(N, N)``, and ``<name>.cka``, of
-    each group.
+    For each group, the latter holds ``<name>.teacher`` and ``<name>.student``, ``(N, N)``, and
+    ``<name>.cka``.
     """
     picture, values = (Path(f"{path}{suffix}") for suffix in (".png", ".npz"))
     arrays: dict[str, Any] = {

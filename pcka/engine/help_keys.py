@@ -1,4 +1,4 @@
-"""Every key of a configuration with its default and what it is, from where it is defined."""
+"""Every configuration key with its default and explanation, from where it is defined."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 class Key(NamedTuple):
-    """A key as it is explained."""
+    """A configuration key and its explanation."""
 
     name: str
     default: object
@@ -25,10 +25,10 @@ class Key(NamedTuple):
 
 
 def commented_keys(function: Callable[..., object]) -> dict[str, str]:
-    """Return dotted key -> the comment behind its default, of a function that builds a tree.
+    """Return dotted key -> comment after its default, from a function that builds a tree.
 
-    It assigns dictionaries, or ``CfgNode``s of them, and single values to ``cfg`` and to its
-    attributes; every key stands on a line of its own, with its comment behind it.
+    The function assigns dictionaries, or ``CfgNode``s of them, and single values to ``cfg`` and its
+    attributes; every key is on a line of its own, followed by its comment.
     """
     source = textwrap.dedent(inspect.getsource(function))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -48,7 +48,7 @@ def commented_keys(function: Callable[..., object]) -> dict[str, str]:
 
 
 def _leaves(key: str, value: ast.expr, line: int) -> Iterator[tuple[str, range]]:
-    """Dotted key -> the lines that a value takes."""
+    """Yield each dotted key with the range of lines that its value spans."""
     if isinstance(value, ast.Call) and value.args and isinstance(value.args[0], ast.Dict):
         value = value.args[0]
     if not isinstance(value, ast.Dict):
@@ -63,7 +63,7 @@ def _leaves(key: str, value: ast.expr, line: int) -> Iterator[tuple[str, range]]
 def loss_keys(
     name: str, defaults: Callable[[str], Mapping[str, object]] = section_defaults
 ) -> Iterator[Key]:
-    """The keys of the section of a loss, explained by its docstrings."""
+    """The keys of a loss's section, explained by its docstrings."""
     _, texts = losses.described(name)
     for key, default in defaults(name).items():
         yield Key(f"DISTILL.{name}.{key}", default, texts[key.lower()])
@@ -80,14 +80,14 @@ def all_losses(defaults: Callable[[str], Mapping[str, object]] = section_default
 
 
 def shown_default(key: Key) -> str:
-    """A default as the command line takes it."""
+    """A default as written on the command line."""
     if key.default == "":
         return "''"
     return str(dict(key.default) if isinstance(key.default, Mapping) else key.default)
 
 
 def shown(key: Key) -> str:
-    """A key in a line, or in some where its text is long."""
+    """A key as text, wrapped over several lines if long."""
     head = f"  {f'{key.name} {shown_default(key)}':44s} "
     further = " " * 47
     return textwrap.fill(key.text, WIDTH, initial_indent=head, subsequent_indent=further)

@@ -1,4 +1,4 @@
-"""A student that starts from parts of its teacher."""
+"""Initialising a student with parts of its teacher."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pcka.engine.config import ConfigError
 def inherit_weights(
     student: nn.Module, given: Mapping[str, Tensor], prefixes: Sequence[str], logger: logging.Logger
 ) -> list[str]:
-    """Copy the teacher's weights under ``prefixes`` where name and shape match; report them.
+    """Copy the teacher's weights under ``prefixes`` where name and shape match; log how many.
 
     Args:
-        student: takes the weights.
-        given: the teacher's weights by name, its heads among them.
-        prefixes: of the weights' names, e.g. ``"head."``, ``"fc."``.
-        logger: told how many were copied.
+        student: receives the weights.
+        given: the teacher's weights by name, including its heads.
+        prefixes: start of the weights' names, e.g. ``"head."``, ``"fc."``.
+        logger: logs how many weights were copied.
 
     Returns:
         The names that were copied.

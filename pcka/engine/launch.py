@@ -1,4 +1,4 @@
-"""One process or many: what torchrun started joins one process group."""
+"""One process or many: processes started by torchrun join one process group."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pcka.engine.environment import choose_device
 def process_group(device_name: str) -> Iterator[torch.device]:
     """Join the group that ``torchrun`` describes in the environment; yield this process's device.
 
-    NCCL where the processes train on CUDA, gloo otherwise. One process, started without
-    ``torchrun``, needs no group, and one that is in a group already stays in it. The first process
-    alone logs more than warnings. ``device_name`` is the key ``DEVICE``.
+    The backend is NCCL if the processes train on CUDA, otherwise gloo. A single process, started
+    without ``torchrun``, needs no group, and one that is already in a group stays in it. Only the
+    first process logs more than warnings. ``device_name`` is the value of ``DEVICE``.
     """
     device = choose_device(device_name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
@@ -31,8 +31,8 @@ def process_group(device_name: str) -> Iterator[torch.device]:
     if distributed.get_rank() > 0:
         logging.getLogger("pcka").setLevel(logging.WARNING)
     yield device
-    # Not after an error: the others, at another place, would keep this process waiting, and
-    # torchrun, which ends them all, would never hear of it.
+    # Not after an error: the other processes, elsewhere in the code, would keep this one waiting,
+    # and torchrun, which ends them all, would never learn of it.
     distributed.destroy_process_group()
 
 

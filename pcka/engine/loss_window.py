@@ -1,4 +1,4 @@
-"""The losses of an epoch, read from the device once in a while and checked at every read."""
+"""Losses of an epoch, read from the device occasionally and checked at every read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pcka.distributed import sum_over_processes, world_size
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss, or the model that it trains, became infinite or not a number.
+    """A loss, or the model that it trains, became infinite or NaN.
 
     Args:
         place: where in the epoch.
-        terms: loss terms there.
+        terms: loss terms at that point.
     """
 
     def __init__(self, place: str, terms: Mapping[str, float]) -> None:
@@ -26,7 +26,8 @@ class NonFiniteLossError(RuntimeError):
 class LossWindow:
     """Collects loss terms on the device; only :meth:`read` waits for them, and for all processes.
 
-    What is not finite in one process is so in the mean over all, so that none goes on alone.
+    A term that is not finite in one process is not finite in the mean over all, so that no process
+    continues alone.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a model costs to run: its size, its multiplications, its latency on this machine."""
+"""Cost of running a model: size, multiply-adds, latency on this machine."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from pcka.engine.cost import ROUNDS, Call, median_seconds
 from pcka.modes import evaluation_mode
 
-SECONDS = 4.0  # that the timing of a batch size may take, about
+SECONDS = 4.0  # approximate budget for timing one batch size
 LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How large a model is.
+    """Size of a model.
 
     Attributes:
-        parameters: how many.
-        state_bytes: of parameters and buffers.
-        macs: multiplications and additions (as one) of the forward pass of one input; None where
-            the model cannot be traced.
-        uncounted: operators of the pass that are known to multiply and are not counted.
+        parameters: number of parameters.
+        state_bytes: bytes of parameters and buffers.
+        macs: multiply-adds of the forward pass of one input; None if the model cannot be traced.
+        uncounted: operators of the pass that are known to multiply but are not counted.
     """
 
     parameters: int
@@ -37,20 +36,20 @@ class ModelSize:
     uncounted: tuple[str, ...] = ()
 
 
-# Of what fvcore leaves uncounted, the rest adds, copies or compares, as norms and activations do.
+# The other operators that fvcore does not count add, copy or compare, as norms and activations do.
 MULTIPLYING = ("attention", "mm", "conv", "linear", "matmul", "einsum", "lstm", "gru")
 
 
 @torch.no_grad()
 def model_size(model: nn.Module, inputs: Tensor) -> ModelSize:
-    """Count a model's parameters, bytes and multiplications; the modes of its modules are kept.
+    """Count a model's parameters, bytes and multiply-adds; its modules keep their modes.
 
     Args:
         model: takes ``inputs``.
         inputs: one input, in a batch of one if the model takes batches.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of how fvcore makes its losses
+        warnings.simplefilter("ignore", FutureWarning)  # from how fvcore defines its losses
         from fvcore.nn import FlopCountAnalysis
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(t.numel() * t.element_size() for t in tensors)
@@ -61,7 +60,7 @@ def model_size(model: nn.Module, inputs: Tensor) -> ModelSize:
         counted.tracer_warnings("none")
         try:
             macs = int(counted.total())
-        except Exception as error:  # what a tracer meets in a model is of many types
+        except Exception as error:  # tracing a model can raise errors of many types
             logging.getLogger("pcka").warning("MACs are not counted: %s", str(error).strip())
             return ModelSize(parameters, size, None)
         uncounted = (name.removeprefix("aten::") for name in counted.unsupported_ops())
@@ -71,13 +70,13 @@ def model_size(model: nn.Module, inputs: Tensor) -> ModelSize:
 
 @torch.no_grad()
 def latencies(calls: Mapping[str, Call], device: torch.device) -> dict[str, float]:
-    """Return name -> milliseconds of a call: the median, warm, of calls in turns.
+    """Return name -> milliseconds per call: the median over calls in turn, after a warm-up.
 
-    At most :data:`pcka.engine.cost.ROUNDS` rounds, and fewer where calls are slow.
+    At most :data:`pcka.engine.cost.ROUNDS` rounds, and fewer if calls are slow.
 
     Args:
         calls: name -> a forward pass, of a model in evaluation mode.
-        device: that they work on.
+        device: the device that they run on.
     """
     for call in calls.values():
         call()

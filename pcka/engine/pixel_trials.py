@@ -1,4 +1,4 @@
-"""Whether a trained model would be better with other pixels than it is given."""
+"""Whether a trained model would do better with differently preprocessed pixels."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-POINTS = 2.0  # percent, by which others must be better
-DEVIATIONS = 3.0  # of the difference, likewise
+POINTS = 2.0  # percentage points by which another input must be better
+DEVIATIONS = 3.0  # standard deviations of the difference, likewise
 
 
 class PixelInput(NamedTuple):
-    """What is done to pixels before a model sees them.
+    """How pixels are preprocessed for a model.
 
     Attributes:
-        mean: of each channel, subtracted.
-        std: of each channel, divided by.
-        swapped: red and blue change places first.
+        mean: per channel, subtracted.
+        std: per channel, divided by.
+        swapped: whether red and blue are swapped first.
     """
 
     mean: list[float]
@@ -26,13 +26,13 @@ class PixelInput(NamedTuple):
 
 
 class Better(NamedTuple):
-    """What :func:`better_input` found.
+    """The result of :func:`better_input`.
 
     Attributes:
-        ours: percent, of the input as it is.
-        reached: percent, of the best other one.
-        name: of the best other one, ``"statistics: …"`` or ``"channels: …"``.
-        given: the best other one; None where it is not clearly better.
+        ours: score with the input as it is, percent.
+        reached: score with the best alternative, percent.
+        name: of the best alternative, ``"statistics: …"`` or ``"channels: …"``.
+        given: the best alternative; None if it is not clearly better.
     """
 
     ours: float
@@ -49,14 +49,14 @@ def better_input(
 ) -> Better:
     """Try other statistics, and the channels in the other order.
 
-    Better means by two points, and by three standard deviations of the difference on the same
-    samples, were none of both better (McNemar's).
+    Better means by more than two percentage points, and by more than three standard deviations of
+    the paired difference if neither were better (McNemar's).
 
     Args:
         own: the input as it is.
-        usual: name -> means and deviations.
-        other_order: name of the other order, as ``"BGR"``.
-        score: input -> how right the model is on each sample, ``(N,)`` from 0 to 1.
+        usual: name -> means and standard deviations.
+        other_order: name of the other channel order, such as ``"BGR"``.
+        score: input -> how correct the model is on each sample, ``(N,)`` in [0, 1].
     """
     others = _others(own, usual, other_order)
     right = {name: score(given).double() for name, given in (("", own), *others.items())}
@@ -73,7 +73,7 @@ def _others(
     usual: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     other_order: str,
 ) -> dict[str, PixelInput]:
-    """By name, each once."""
+    """The alternatives by name, without duplicates."""
     named = {
         f"statistics: {n}": PixelInput(list(mean), list(std)) for n, (mean, std) in usual.items()
     }
@@ -89,10 +89,10 @@ def _others(
 
 
 def is_normal(mean: float, deviation: float) -> bool:
-    """Whether normalised pixels are near mean 0 and deviation 1."""
+    """Whether normalised pixels are close to mean 0 and standard deviation 1."""
     return abs(mean) < 1.5 and 0.25 < deviation < 4
 
 
 def numbers(values: Sequence[float]) -> str:
-    """As the command line takes them."""
+    """The values as written on the command line."""
     return f"[{', '.join(f'{value:.4g}' for value in values)}]"

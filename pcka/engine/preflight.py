@@ -1,4 +1,4 @@
-"""What is tried on a few inputs before a training begins, so that nothing fails later."""
+"""Checks on a few inputs before training starts, so that nothing fails later."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pcka.modes import evaluation_mode
 from pcka.taps import TapError
 from pcka.teacher import FrozenTeacher
 
-LARGEST = 1e6  # of a feature; those of trained models stay below 1e3
+LARGEST = 1e6  # magnitude of a feature; those of trained models stay below 1e3
 
 
 @contextmanager
 def naming(section: str) -> Iterator[None]:
-    """Name the section of the configuration, whatever in the block is refused."""
+    """Turn errors in the block into a ``ConfigError`` that names the configuration section."""
     try:
         yield
     except ConfigError:
@@ -32,10 +32,10 @@ def naming(section: str) -> Iterator[None]:
 
 @torch.no_grad()
 def try_losses(distiller: Distiller, *inputs: Any, **keywords: Any) -> None:
-    """Run a prepared distiller once; models, losses and random numbers stay as they are.
+    """Run a prepared distiller once; models, losses and random states stay unchanged.
 
     Raises:
-        ConfigError: a loss cannot compare what it taps, or gives no term.
+        ConfigError: a loss cannot compare what it taps, or yields no term.
     """
     devices = list({p.device for p in distiller.parameters() if p.is_cuda})
     with naming("DISTILL"), torch.random.fork_rng(devices), evaluation_mode(distiller):
@@ -46,17 +46,17 @@ def try_losses(distiller: Distiller, *inputs: Any, **keywords: Any) -> None:
 def check_teaching(
     teacher: FrozenTeacher, taps: Mapping[str, str], images: Tensor, *, logits: bool
 ) -> None:
-    """Refuse a teacher that has nothing to teach: what it gives is one for all images, or none.
+    """Refuse a teacher with nothing to teach: outputs not finite, or equal for all images.
 
     Args:
         teacher: on the images' device.
-        taps: name -> path in the teacher of what the losses read.
-        images: (B, 3, S, S), normalised for the teacher. Where they are all the same, nothing can
-            be said.
+        taps: name -> path in the teacher, of the features that the losses read.
+        images: (B, 3, S, S), normalised for the teacher. If they are all the same, nothing is
+            checked.
         logits: whether the losses read the logits too.
 
     Raises:
-        ConfigError: the tap is named.
+        ConfigError: an output has nothing to teach; its tap is named.
     """
     if is_constant(images):
         return
@@ -73,11 +73,11 @@ def check_teaching(
 
 
 def feature_fault(feature: Tensor, largest: float = math.inf) -> str:
-    """What is wrong with a teacher's features of different images, or nothing.
+    """What is wrong with a teacher's features of different images; "" if nothing.
 
     Args:
-        feature: (B, ...), a row for each image.
-        largest: magnitude beyond which no trained model's features go.
+        feature: (B, ...), one row per image.
+        largest: magnitude that no trained model's features exceed.
     """
     if not feature.isfinite().all():
         return "are not finite"
@@ -89,7 +89,7 @@ def feature_fault(feature: Tensor, largest: float = math.inf) -> str:
 
 
 def is_constant(feature: Tensor) -> bool:
-    """Whether nothing but rounding is left of the features once their mean is subtracted."""
+    """Whether only rounding errors are left once the mean of the features is subtracted."""
     rows = feature.flatten(1).double()
     bound = 8 * torch.finfo(torch.float32).eps * rows.norm()
     return bool((rows - rows.mean(0)).norm() <= bound)

@@ -1,4 +1,4 @@
-"""How far a work is, and how fast: a bar on a terminal, elsewhere a line each half minute."""
+"""Progress and speed: a bar on a terminal, elsewhere a line every half minute."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SECONDS = 30.0  # between two lines
 
 
 class Progress(tqdm):
-    """tqdm's bar of images, in the first process; lines where there is no terminal."""
+    """A tqdm bar over images, in the first process; log lines if there is no terminal."""
 
     def __init__(self, desc: str, total: int, **keywords: Any) -> None:
-        disable = True if rank() else None  # None: unless there is a terminal
+        disable = True if rank() else None  # None: disabled unless on a terminal
         super().__init__(
             desc=desc, total=total, unit="img", leave=False, disable=disable, **keywords
         )
@@ -42,9 +42,9 @@ class Progress(tqdm):
 
 
 class Pace:
-    """Times an epoch on the host, with a bar; a context manager.
+    """Times an epoch on the host and shows a bar; a context manager.
 
-    The first step, which warms up, does not count for the rate.
+    The first step is a warm-up and does not count towards the rate.
     """
 
     def __init__(self, desc: str, steps: int, batch_size: int) -> None:
@@ -61,7 +61,7 @@ class Pace:
         self._bar.close()
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield the batches; what they take to come is time in data."""
+        """Yield the batches; the time spent waiting for them counts as data time."""
         asked = time.perf_counter()
         for batch in batches:
             self._waiting += time.perf_counter() - asked
@@ -69,18 +69,18 @@ class Pace:
             asked = time.perf_counter()
 
     def count_step(self) -> None:
-        """A step was made."""
+        """Count a completed step."""
         if self._steps == 0:
             self._warm = time.perf_counter()
         self._steps += 1
         self._bar.update(self._batch_size)
 
     def show(self, **figures: float) -> None:
-        """Show figures behind the bar."""
+        """Show figures next to the bar."""
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
 
     def figures(self, students: int = 1) -> dict[str, float]:
-        """Seconds of the epoch, images a second, the share of time in data, students beside it."""
+        """Seconds of the epoch, images per second, share of data time, students side by side."""
         end = time.perf_counter()
         timed = max(self._steps - 1, 1) * self._batch_size
         return {
@@ -93,7 +93,7 @@ class Pace:
 
 @contextmanager
 def console_log() -> Iterator[None]:
-    """Print the log's lines, above a progress bar where there is one."""
+    """Print log lines, above the progress bar if there is one."""
     handler = logging.StreamHandler()
     handler.setFormatter(_RunFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -102,7 +102,7 @@ def console_log() -> Iterator[None]:
 
 
 class _RunFormatter(logging.Formatter):
-    """Names the folder of the run that a line concerns: several may be trained side by side."""
+    """Appends the folder of the run that a line concerns: several may be trained side by side."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)

@@ -9,7 +9,7 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, numpy and torch (CUDA's too)."""
+    """Seed the generators of Python, numpy and torch (including CUDA)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -18,7 +18,7 @@ def seed_everything(seed: int) -> None:
 def capture_random_state() -> dict[str, object]:
     """Return the state of all generators as tensors and plain values, which load safely."""
     numpy_state = np.random.get_state(legacy=True)
-    assert isinstance(numpy_state, tuple)  # what legacy asks for; the annotation leaves it open
+    assert isinstance(numpy_state, tuple)  # as legacy=True ensures; the annotation leaves it open
     algorithm, keys, position, has_gauss, cached = numpy_state
     return {
         "python": random.getstate(),
@@ -29,7 +29,7 @@ def capture_random_state() -> dict[str, object]:
 
 
 def restore_random_state(state: dict) -> None:
-    """Set all generators to a captured state; CUDA's only where as many devices are there."""
+    """Restore all generators to a captured state; CUDA's only if the device count matches."""
     algorithm, keys, position, has_gauss, cached = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))

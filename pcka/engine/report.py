@@ -1,4 +1,4 @@
-"""A run's report: one HTML file that holds its pictures, and the same figures as JSON."""
+"""A run's report: one HTML file with embedded pictures, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEMPLATE = "report.html.jinja"
 
 
 class Card(NamedTuple):
-    """A figure that is read first.
+    """A headline figure.
 
     Attributes:
         label: above it.
@@ -41,13 +41,13 @@ class Card(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows; the first column names them.
+    """A table of text; the first column names the rows.
 
     Attributes:
         headings: of the columns.
-        rows: of as many cells.
+        rows: one cell per column.
         caption: below the table.
-        prose: cells are words, which may take several lines.
+        prose: whether cells hold text that may wrap over several lines.
     """
 
     headings: Sequence[str]
@@ -62,10 +62,10 @@ class Picture:
 
     Attributes:
         title: above it.
-        figure: is drawn once, as SVG.
+        figure: drawn once, as SVG unless ``raster``.
         caption: below it.
-        wide: takes the whole width of a page.
-        raster: drawn as PNG: of photographs, or of very many shapes.
+        wide: whether it takes the full width of the page.
+        raster: draw it as PNG: for photographs, or very many shapes.
     """
 
     title: str
@@ -76,10 +76,10 @@ class Picture:
 
     @cached_property
     def source(self) -> str:
-        """The picture itself, as the ``src`` of an ``img``."""
+        """The image data, as the ``src`` of an ``img``."""
         kind, mime = ("png", "png") if self.raster else ("svg", "svg+xml")
         file = io.BytesIO()
-        metadata = {} if self.raster else {"Date": None}  # the same picture, the same bytes
+        metadata = {} if self.raster else {"Date": None}  # the same picture gives the same bytes
         with matplotlib.rc_context({"svg.hashsalt": "pcka"}):
             self.figure.savefig(file, format=kind, dpi=120, metadata=metadata)
         return f"data:image/{mime};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -87,14 +87,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under its heading.
+    """A section of the page.
 
     Attributes:
-        title: of the part.
+        title: heading of the section.
         text: a sentence or two below it.
-        tables: first.
-        pictures: then, side by side where there is room.
-        folded: title -> a table or a text that is shown when it is asked for.
+        tables: shown first.
+        pictures: shown next, side by side if there is room.
+        folded: title -> table or text that is collapsed at first.
     """
 
     title: str
@@ -106,15 +106,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What a person and what a program want to know of a run.
+    """A report of a run, for people and for programs.
 
     Attributes:
         title: of the page.
         lead: a sentence below it.
-        cards: the figures that are read first.
-        warnings: what is probably not as it was meant, a sentence or two each.
-        sections: in their order.
-        data: the content of ``report.json``, beside the warnings.
+        cards: the headline figures.
+        warnings: what is probably a mistake, a sentence or two each.
+        sections: in order.
+        data: the content of ``report.json``, apart from the warnings.
     """
 
     title: str
@@ -125,7 +125,7 @@ class Report:
     data: dict[str, Any]
 
     def html(self) -> str:
-        """The page, which needs no other file."""
+        """The page, which is self-contained."""
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent),
             autoescape=True,
@@ -136,7 +136,7 @@ class Report:
         return environment.get_template(TEMPLATE).render(report=self)
 
     def json(self) -> str:
-        """The figures; what is no number is ``null``."""
+        """The figures as JSON; NaN and infinity become ``null``."""
         content = {"warnings": list(self.warnings), **self.data}
         return json.dumps(_finite(content), indent=1) + "\n"
 
@@ -149,23 +149,23 @@ class Report:
 
 
 def attempt(make: Callable[[], Report], folder: Path, log: Log, again: str) -> None:
-    """Write the report of what has come to its end, and stands whatever happens here.
+    """Write the report of finished work; errors are logged, not raised.
 
     Args:
-        make: measures, and makes the report.
+        make: measures, and returns the report.
         folder: of the report.
-        log: is told where it is, or why there is none.
-        again: what tries it again.
+        log: logs where the report is, or why there is none.
+        again: the command that tries again.
     """
     try:
         log.info("report: %s", make().write(folder))
-    except Exception as error:  # of a model, a device or a disk: of many types
+    except Exception as error:  # from a model, a device or a disk: of many types
         reason = f"{type(error).__name__}: {error}"
         log.warning("the report is not written (%s); %s tries again", reason, again)
 
 
 def _finite(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

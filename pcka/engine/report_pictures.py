@@ -1,4 +1,4 @@
-"""Pictures of what classifiers predict: confusion, reliability, accuracy by class."""
+"""Pictures of classifiers' predictions: confusion, reliability, per-class accuracy."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from matplotlib.figure import Figure
 
 from pcka.analysis.predictions import Bin
 
-MOST_NAMES = 25  # classes of an axis that are named; more could not be read
-MOST_FIGURES = 12  # classes of a confusion whose shares are written into the cells
-LEAST_SPREAD = 10.0  # of an axis in percent
+MOST_NAMES = 25  # classes named on an axis; more would be illegible
+MOST_FIGURES = 12  # classes in a confusion matrix with shares written in its cells
+LEAST_SPREAD = 10.0  # least range of an axis in percent
 SIZE = (5.0, 4.4)  # inches
 
 Style = tuple[str, str]  # colour, dash
 
 
 def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
-    """A heatmap of the share of each label's images (row) that got each prediction (column).
+    """Heatmap of the share of each label's images (row) that got each prediction (column).
 
     Args:
         confusion: counts ``(C, C)``, by label and prediction.
-        classes: their names.
+        classes: class names.
     """
     totals = confusion.sum(1, keepdims=True)
     shares = 100 * confusion / np.maximum(totals, 1)
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
-    # By the root, so that a few per cent of errors can be seen beside the diagonal.
+    # On a square-root scale, so that a few per cent of errors are visible next to the diagonal.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     axes.set(xlabel="predicted", ylabel="label")
     if len(classes) <= MOST_NAMES:
@@ -46,11 +46,11 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 def reliability_figure(bins: Mapping[str, Sequence[Bin]], styles: Mapping[str, Style]) -> Figure:
-    """Accuracy over confidence of each model above, and how many images lie there below.
+    """Accuracy against confidence of each model (top), share of images by confidence (bottom).
 
     Args:
-        bins: name -> intervals of confidence.
-        styles: name -> colour and dash.
+        bins: name -> confidence bins.
+        styles: name -> colour and line style.
     """
     figure = Figure(figsize=SIZE, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -79,16 +79,16 @@ def class_figure(
     styles: Mapping[str, Style],
     unit: str = "accuracy (%)",
 ) -> Figure:
-    """A row for each class with a point for each model, which a line joins.
+    """One row per class with one point per model, joined by a line.
 
-    Classes are sorted by the last model's figure, the best on top; of more than
-    :data:`MOST_NAMES` classes the axis counts them.
+    Classes are sorted by the last model's value, best on top; if there are more than
+    :data:`MOST_NAMES`, the axis counts them.
 
     Args:
-        accuracies: name -> figure of each class in the classes' order; None: there is none.
-        classes: their names.
-        styles: name -> colour and dash.
-        unit: of the figures.
+        accuracies: name -> value of each class, in the order of ``classes``; None: there is none.
+        classes: class names.
+        styles: name -> colour and line style.
+        unit: of the values.
     """
     last = [-1.0 if figure is None else figure for figure in list(accuracies.values())[-1]]
     order = sorted(range(len(classes)), key=last.__getitem__)
@@ -100,7 +100,7 @@ def class_figure(
         for row, index in enumerate(order):
             known = [v for by_class in accuracies.values() if (v := by_class[index]) is not None]
             axes.plot([min(known, default=0), max(known, default=0)], [row, row], color="#bbbbbb")
-    # The first ones larger and hollow, so that equal figures do not hide one another.
+    # The first ones are larger and hollow, so that equal values do not hide one another.
     step = 3.0 if len(accuracies) <= 4 else 1.5
     sizes = [4 + step * i if named else 3.0 for i in range(len(accuracies), 0, -1)]
     for size, (name, by_class) in zip(sizes, accuracies.items()):
@@ -111,7 +111,7 @@ def class_figure(
         (line,) = axes.plot(*zip(*points), "o", fillstyle=fill, markersize=size, label=name)
         line.set_color(styles[name][0])
     low, high = axes.get_xlim()
-    if high - low < LEAST_SPREAD:  # small differences look small
+    if high - low < LEAST_SPREAD:  # so that small differences look small
         middle = (low + high) / 2
         axes.set_xlim(middle - LEAST_SPREAD / 2, middle + LEAST_SPREAD / 2)
     if named:
@@ -121,6 +121,6 @@ def class_figure(
         axes.set_ylabel(f"classes, the worst of {list(accuracies)[-1]} below")
     axes.set(xlabel=unit)
     axes.grid(alpha=0.3)
-    # Above the rows, where it can hide no point.
+    # Above the rows, where it cannot hide points.
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     return figure

@@ -1,4 +1,4 @@
-"""Parts of reports that classifiers and detectors share: comparisons, and what made a run."""
+"""Report sections shared by classifiers and detectors: comparisons, and how a run was made."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ VERSIONS = ("date", "python", "torch", "torchvision", "pcka", "device", "threads
 
 
 def run_section(cfg: CfgNode, silent: CfgNode, environment: Mapping[str, Any]) -> Section:
-    """The configuration, and what the run was made with.
+    """The configuration and the environment of a run.
 
     Args:
         cfg: of the run.
-        silent: the defaults.
+        silent: the default configuration.
         environment: see :func:`pcka.engine.environment.describe_environment`.
     """
     defaults = flatten(silent)
@@ -49,7 +49,7 @@ def _rows(pairs: Mapping[str, object]) -> list[list[str]]:
 
 
 def table_section(comparison: Comparison) -> Section:
-    """The table of a comparison, every run as a point, and what failed."""
+    """The table of a comparison, every run as a point, and the failed runs."""
     headings, rows = comparison.cells()
     failures = [
         f"{method}, seed {seed}: {text}"
@@ -69,7 +69,7 @@ def table_section(comparison: Comparison) -> Section:
 
 
 def method_cards(comparison: Comparison) -> Iterator[Card]:
-    """The methods' means, with what the seeds show of them."""
+    """Each method's mean, and what the seeds show about it."""
     heading = next(iter(comparison.metrics.values()))
     for row in comparison.rows():
         compared = " ".join(filter(None, (row[comparison.difference], row["difference"])))
@@ -77,7 +77,7 @@ def method_cards(comparison: Comparison) -> Iterator[Card]:
 
 
 def mean_curve(curves: Sequence[Points]) -> list[tuple[float, float]]:
-    """The mean of curves, at the steps that all of them have."""
+    """The mean of curves, at the steps common to all of them."""
     by_step = [dict(points) for points in curves]
     common = sorted(set.intersection(*map(set, by_step)))
     return [(step, sum(points[step] for points in by_step) / len(by_step)) for step in common]

@@ -1,4 +1,4 @@
-"""What a run writes into its OUTPUT_DIR, and what it finds there when it is continued."""
+"""What a run writes to its OUTPUT_DIR, and reads from it when resumed."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from pcka.files import atomic_save, atomic_write
 logger = logging.getLogger("pcka")
 
 CHECKPOINT = "checkpoint.pth"
-KEPT = "epochs"  # folder of the students of single epochs
+KEPT = "epochs"  # folder of students saved at single epochs
 
 
 class RunFolder:
-    """The files of one run; a context manager that holds the folder for this process alone.
+    """The files of one run; a context manager that reserves the folder for this process.
 
     A run's folder holds ``config.yaml``, ``classes.txt`` (in the order of the logits),
     ``environment.json``, ``log.txt``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint.pth`` (to
-    continue from), ``model_last.pth`` and ``model_best.pth`` (the bare student), ``model_ema.pth``
-    (where its weights are averaged), the students of single epochs in ``epochs/`` (where they are
-    kept) and, when finished, ``result.json`` and ``curves.png``.
+    resume from), ``model_last.pth`` and ``model_best.pth`` (the bare student), ``model_ema.pth``
+    (if its weights are averaged), the students of single epochs in ``epochs/`` (if they are kept)
+    and, once finished, ``result.json`` and ``curves.png``.
 
     Args:
-        directory: made where it is missing.
-        resume: continue what is there.
+        directory: created if missing.
+        resume: whether to resume the run that is there.
 
     Attributes:
-        logger: for what concerns this run and none beside it.
+        logger: logs what concerns this run alone.
 
     Raises:
-        ConfigError: a run is there and ``resume`` is false, or no folder can be made there.
-        FolderInUseError: another process is at work there.
+        ConfigError: the folder holds a run and ``resume`` is false, or the folder cannot be
+            created.
+        FolderInUseError: another process is using the folder.
     """
 
     def __init__(self, directory: str | Path, *, resume: bool) -> None:
@@ -81,14 +82,14 @@ class RunFolder:
         os.close(self._lock)
 
     def traces(self) -> list[str]:
-        """Return the names of files that a run has only after its first checkpoint."""
+        """Return the names of files that exist only after a run's first checkpoint."""
         later = [self.result, self.directory / "model_best.pth"]
         names = [path.name for path in later if path.exists()]
-        # Of an epoch the metrics are written before the checkpoint.
+        # An epoch's metrics are written before its checkpoint.
         return names + [self.metrics.name] * (len(_lines(self.metrics)) > 1)
 
     def read_result(self) -> dict[str, object] | None:
-        """Return the content of ``result.json``; None where it is missing or damaged."""
+        """Return the content of ``result.json``; None if it is missing or damaged."""
         try:
             result = json.loads(self.result.read_text())
         except FileNotFoundError:
@@ -99,19 +100,19 @@ class RunFolder:
         return result if isinstance(result, dict) else None
 
     def start_metrics(self, epochs: int) -> None:
-        """Cut the metrics back to the first ``epochs`` epochs; the rest will be trained anew."""
+        """Truncate the metrics to the first ``epochs`` epochs; the rest will be retrained."""
         kept = [record for record in read_metrics(self.metrics) if record["epoch"] <= epochs]
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._tensorboard = SummaryWriter(self.directory / "tensorboard", purge_step=epochs + 1)
 
     def start_kept(self, epochs: int) -> None:
-        """Remove the students of epochs that will be trained anew: all but the first ``epochs``."""
+        """Remove the students of epochs that will be retrained: all but the first ``epochs``."""
         for epoch, path in kept_students(self.directory).items():
             if epoch > epochs or epochs == 0:
                 path.unlink()
 
     def keep(self, student: nn.Module, epoch: int) -> None:
-        """Write the student of an epoch, ``epochs/0010.pth``, which stays."""
+        """Save the student of an epoch permanently, as in ``epochs/0010.pth``."""
         save_student(student, self.directory / KEPT / f"{epoch:04d}.pth")
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
@@ -127,7 +128,7 @@ class RunFolder:
         self._tensorboard.flush()
 
     def save_state(self, state: Mapping[str, object]) -> None:
-        """Replace the checkpoint to continue from."""
+        """Replace the checkpoint to resume from."""
         atomic_save(state, self.checkpoint)
 
     def save_last(self, student: nn.Module) -> None:
@@ -143,21 +144,21 @@ class RunFolder:
         save_student(student, self.directory / "model_ema.pth")
 
     def write_json(self, name: str, content: object) -> None:
-        """Write a JSON file, never half."""
+        """Write a JSON file atomically."""
         write_text(self.directory / name, json.dumps(content, indent=2) + "\n")
 
 
 def kept_students(directory: Path) -> dict[int, Path]:
-    """Epoch -> weights of the students that a run kept (``KEEP_EVERY``), the first one first."""
+    """Epoch -> weights file of each student that a run kept (``KEEP_EVERY``), in epoch order."""
     files = (directory / KEPT).glob("*.pth")
     return dict(sorted((int(path.stem), path) for path in files if path.stem.isdecimal()))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the records of a ``metrics.jsonl``; a line torn by a kill is left out.
+    """Return the records of a ``metrics.jsonl``; a line truncated by a kill is left out.
 
     Raises:
-        ConfigError: a whole line that is no record; file and line are named.
+        ConfigError: a complete line that is not a record; file and line are named.
     """
     records = []
     for number, line in enumerate(_lines(path), 1):
@@ -174,17 +175,17 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The whole lines of a file, none where it is missing."""
+    """The complete lines of a file; none if it is missing."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith(b"\n")]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, never half."""
+    """Write a text file atomically."""
     atomic_write(lambda file: file.write(text.encode()), path)
 
 
 def remove_temporaries(directory: Path, name: str = "*") -> None:
-    """Remove what killed processes left of a file, or of all; no other may be at work there."""
+    """Remove what killed processes left of a file, or of all; no other may be using the folder."""
     for path in directory.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):  # as atomic_write names them
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run goes on from, checked before anything is computed with it."""
+"""The state that a run resumes from, checked before it is used."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pcka.files import CheckpointError, load_file
 
 Kinds = Mapping[str, type | tuple[type, ...]]
 
-ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # read without a look at whether they are there
+ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # read without checking that they exist
 
 
 def load_state(path: Path, parts: Kinds) -> dict:
     """Return the state in a run's checkpoint, which must hold ``parts``, name -> type.
 
     Raises:
-        ConfigError: the file is damaged, or none of a run; it is named, with the way out.
+        ConfigError: the file is damaged or not a run's checkpoint; the message names it and what to
+            do.
     """
     try:
         state = load_file(path)
@@ -39,13 +40,14 @@ def load_state(path: Path, parts: Kinds) -> dict:
 
 
 def with_adapters(state: dict, distiller: Distiller, path: Path) -> dict:
-    """Return a state with the ``adapters`` beside the losses, where it has them in the losses.
+    """Return a state with ``adapters`` outside the losses, moved there if it has them inside.
 
     ``losses.<i>.adapters.<tap>.0.weight`` becomes ``adapters.<tap>.weight``. The optimizer's state
-    goes by the order of the parameters, which stays only where the losses have no others.
+    is indexed by parameter order, which is preserved only if the losses have no other parameters.
 
     Raises:
-        ConfigError: two losses have adapters of one tap, or other parameters; the file is named.
+        ConfigError: two losses have adapters for the same tap, or the losses have other parameters;
+            the file is named.
     """
     if isinstance(state.get("adapters"), dict):
         return state
@@ -66,19 +68,19 @@ def with_adapters(state: dict, distiller: Distiller, path: Path) -> dict:
 def check_fits(
     state: Mapping, parts: Mapping[str, nn.Module], optimizer: Optimizer, path: Path
 ) -> None:
-    """Refuse tensors of other shapes than what they would take the place of.
+    """Refuse tensors whose shapes differ from those that they would replace.
 
-    The fused optimizer reads its state without a look at the shapes, past the end of a tensor that
-    is too small.
+    The fused optimizer reads its state without checking shapes, past the end of a tensor that is
+    too small.
 
     Args:
-        state: of :func:`load_state`.
+        state: returned by :func:`load_state`.
         parts: name in the state -> module that will load it.
-        optimizer: whose state will be loaded, too.
+        optimizer: its state will be loaded too.
         path: of the checkpoint.
 
     Raises:
-        ConfigError: the file and the entry are named, with the way out.
+        ConfigError: an entry does not fit; the message names the file, the entry and what to do.
     """
     try:
         for part, module in parts.items():
@@ -131,7 +133,7 @@ def _described(value: object) -> str:
 
 
 def refusal(path: Path, reason: str) -> ConfigError:
-    """The error that says why a run cannot be continued from a checkpoint, and the way out."""
+    """The error that says why a run cannot be resumed from a checkpoint, and what to do."""
     return ConfigError(
         f"OUTPUT_DIR: the run in {str(path.parent)!r} cannot be continued from {path.name}: "
         f"{reason}; put the file back as it was, or choose another OUTPUT_DIR"

@@ -1,4 +1,4 @@
-"""What runs with several seeds say: mean and spread, and which differences are more than noise."""
+"""Statistics over seeds: mean and spread, and which differences are more than noise."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CONFIDENCE = 0.95
 
 
 def mean_and_deviation(values: Collection[float], *, signed: bool = False) -> str:
-    """``mean ± sample standard deviation``; of one value no deviation is known.
+    """``mean ± sample standard deviation``; for a single value, the mean alone.
 
-    ``nan`` where one of them is, as COCO's figures are of a model that finds nothing.
+    ``nan`` if any value is, as COCO's metrics are for a model that detects nothing.
     """
     if not values:
         return ""
@@ -26,22 +26,22 @@ def mean_and_deviation(values: Collection[float], *, signed: bool = False) -> st
 
 
 def paired_differences(own: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
-    """``own - other`` of the seeds that both have."""
+    """``own - other`` for the seeds that both have."""
     return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
 
 def verdict(pairs: Sequence[float]) -> str:
-    """``above``, ``below``, or ``not shown`` where the interval of the mean difference holds 0.
+    """``above``, ``below``, or ``not shown`` if the interval of the mean difference contains 0.
 
-    The interval is that of the paired t test at :data:`CONFIDENCE`. ``unknown`` where a value is
-    not a number.
+    The interval is that of the paired t test at :data:`CONFIDENCE`. ``unknown`` if a value is NaN,
+    or for a single seed.
     """
     if any(map(math.isnan, pairs)):
         return "unknown (nan)"
     if len(pairs) < 2:
         return "unknown (one seed)" if pairs else ""
     with warnings.catch_warnings():
-        # Of equal differences, whose interval is a point.
+        # For equal differences, whose interval is a point.
         warnings.simplefilter("ignore", RuntimeWarning)
         low, high = ttest_1samp(pairs, 0.0).confidence_interval(CONFIDENCE)
     if low > 0:

@@ -1,4 +1,4 @@
-"""Time and memory of a training's step, and what the whole training makes of them."""
+"""Time and memory of a training step, and what follows for the whole run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pcka.analysis.memory import peak_growth
 from pcka.engine.doctor import PASS, WARN, Verdict
 
 TIMED_STEPS = 5
-LONG_ENOUGH = 30.0  # seconds of timed steps, after which no other is timed
-MOST_OF_MEMORY = 0.9  # beyond it, something else may be in the way
+LONG_ENOUGH = 30.0  # seconds of timed steps, after which timing stops
+MOST_OF_MEMORY = 0.9  # share beyond which other uses of memory may get in the way
 
 
 class StepCost(NamedTuple):
-    """What a step costs.
+    """Cost of a step.
 
     Attributes:
-        seconds: median.
-        peak: bytes by which memory grows in it.
+        seconds: median duration.
+        peak: peak memory growth during the step, bytes.
     """
 
     seconds: float
     peak: int
 
     def verdict(self, spans: Mapping[str, float], device: torch.device, batch_key: str) -> Verdict:
-        """Time and memory in words; a warning where memory is short.
+        """Time and memory in words; a warning if memory is short.
 
         Args:
-            spans: what is done -> seconds that it takes.
+            spans: activity -> seconds that it takes.
             device: of the steps.
-            batch_key: of the configuration, that makes steps smaller.
+            batch_key: configuration key that makes steps smaller.
         """
         told = ", ".join(f"{duration(seconds)} {what}" for what, seconds in spans.items())
         text = f"{1e3 * self.seconds:.0f} ms and {self.peak / 2**20:.0f} MiB a step; {told}"
@@ -46,7 +46,7 @@ class StepCost(NamedTuple):
 
 
 def step_cost(step: Callable[[], object], device: torch.device) -> StepCost:
-    """Measure a step that ends when its device has done its work, after one that warms up."""
+    """Measure a step that waits for its device; run one before, to warm up."""
     taken: list[float] = []
     while len(taken) < TIMED_STEPS and sum(taken) < LONG_ENOUGH:
         taken.append(seconds_of(step))
@@ -54,14 +54,14 @@ def step_cost(step: Callable[[], object], device: torch.device) -> StepCost:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """How long a call takes."""
+    """Seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the largest unit of which they are one or more."""
+    """A duration in the largest unit in which it is at least 1."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def tensor_bytes(value: object) -> int:
-    """Of all tensors in nested containers."""
+    """Bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
@@ -78,7 +78,7 @@ def tensor_bytes(value: object) -> int:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the device, or of the machine."""
+    """Total memory of the GPU, or of the machine, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

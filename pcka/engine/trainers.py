@@ -1,4 +1,4 @@
-"""Which trainer a configuration file is for, told by its sections."""
+"""Which trainer a configuration file is for, judging by its sections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from pcka.engine.config import BASE_KEY, ConfigError
 
-# Trainer -> sections that the other one's files do not have; detectron2's are capitals, too.
+# Trainer -> sections that only its files have; detectron2's are upper case too.
 SECTIONS = {
     "classification": {"DATA", "STUDENT", "TEACHER"},
     "detection": {"MODEL", "DATASETS", "DATALOADER", "INPUT", "TEST", "VERSION"},
@@ -19,15 +19,15 @@ SECTIONS = {
 def trainer_of(path: Path, keys: Iterable[str] = ()) -> str:
     """Return "classification" or "detection".
 
-    What the file says itself decides, else what its bases say, else the keys. Nothing of it is
-    checked here.
+    The file's own sections decide, else those of its bases, else the keys. Nothing is validated
+    here.
 
     Args:
         path: YAML file.
-        keys: dotted, of the command line.
+        keys: dotted keys from the command line.
 
     Raises:
-        ConfigError: a file of neither, or with sections of both; or none that can be read.
+        ConfigError: a file for neither trainer, with sections of both, or that cannot be read.
     """
     for sections in (*_sections(path, ()), {key.partition(".")[0] for key in keys}):
         found = [trainer for trainer, own in SECTIONS.items() if sections & own]
@@ -46,9 +46,9 @@ def trainer_of(path: Path, keys: Iterable[str] = ()) -> str:
 
 
 def _sections(path: Path, readers: tuple[Path, ...]) -> Iterator[set[str]]:
-    """The names of a file's sections, and then those of its bases."""
+    """Yield the names of a file's sections, then those of its bases."""
     try:
-        # The tree alone: tags and values are the trainer's to judge.
+        # Only the structure: tags and values are for the trainer to check.
         tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error

@@ -1,21 +1,20 @@
 # ruff: noqa: F401 (__all__ has the names, from the registry)
-"""Losses: pure functions of student and teacher tensors, and a module of each, by name.
+"""Losses: pure functions of student and teacher tensors, and a module for each, found by name.
 
-What holds for all of them:
+Conventions that all of them share:
 
-- **Dtypes.** Both models' tensors may be of any floating dtype, also of two; sums are formed in
-  float32, or in float64 where either model gives float64, and so is the result, under autocast too.
-- **Gradients.** No gradient reaches what the teacher gave. (:func:`cc_neighbours_loss` and
-  :func:`fgd_relation_loss` compare what two trained modules gave and send it to both; the modules
-  :class:`CC` and :class:`FGD` give these detached features.)
-- **Keywords.** Functions take tensors by position and settings by keyword; modules take settings
-  alone, by keyword, each with a default.
-- **Lists.** Where a list is meant, text is refused; a setting of each stage may be a single value,
-  bare or in a list, which then serves all stages.
-- **Refusals.** ``ValueError`` names the argument, what was expected and what came.
+- **Dtypes.** Both models' tensors may be of any floating dtype, and their dtypes may differ. Sums
+  and results are in float32, or in float64 if either model's tensor is, also under autocast.
+- **Gradients.** No gradient reaches the teacher's outputs. (:func:`cc_neighbours_loss` and
+  :func:`fgd_relation_loss` compare the outputs of two trained modules and send gradients to both;
+  :class:`CC` and :class:`FGD` detach the teacher's features before these modules.)
+- **Keywords.** Functions take tensors by position and settings by keyword; modules take only
+  settings, by keyword, each with a default.
+- **Lists.** Where a list is expected, a string is rejected; a per-stage setting may be a single
+  value, bare or in a list, which then applies to all stages.
+- **Errors.** A ``ValueError`` names the argument, what was expected and what was passed.
 
-Nothing is imported before it is named: ``losses.KD`` and ``losses.build("KD")`` import what they
-need.
+Imports are lazy: ``losses.KD`` and ``losses.build("KD")`` import only what they need.
 """
 
 from __future__ import annotations

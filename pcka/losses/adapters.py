@@ -1,7 +1,7 @@
 """Adapters: small trained layers that bring features to another width or size.
 
-They are made from the shapes of a dry run, one at a time by :func:`fit` or for all of a loss's maps
-by :func:`fit_maps`; features go through them by :func:`adapt`.
+Their sizes come from a dry run. :func:`fit` places a single adapter, :func:`fit_maps` makes one for
+each of a loss's maps, and :func:`adapt` applies an adapter to features.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
 
 
 def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
-    """FitNet's regressor: one convolution that also matches the size, batch norm and ReLU.
+    """FitNet's regressor: a convolution that also matches the size, then batch norm and ReLU.
 
-    The convolution is 3x3 with stride 2 where the student's map has twice the sides of the
-    teacher's, a transposed 4x4 with stride 2 where it has half of them, and has a kernel of ``1 +
-    s - t`` otherwise (Romero et al. 2015, equation 3, sized as in Tian et al. 2020).
+    The convolution is 3x3 with stride 2 if the student's map has twice the side lengths of the
+    teacher's, a transposed 4x4 with stride 2 if it has half of them, and has a kernel of ``1 + s -
+    t`` otherwise (Romero et al. 2015, equation 3, sized as in Tian et al. 2020).
 
     Args:
         student_shape: ``(B, C_s, H_s, W_s)``.
@@ -35,7 +35,7 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
         A module, ``(B, C_s, H_s, W_s)`` -> ``(B, C_t, H_t, W_t)``.
 
     Raises:
-        ValueError: shapes of no maps, or a student's map that is smaller, but not by half.
+        ValueError: shapes that are not maps, or a student's map that is smaller but not by half.
     """
     c_s, h_s, w_s = _map_shape(student_shape, "student")
     c_t, h_t, w_t = _map_shape(teacher_shape, "teacher")
@@ -55,9 +55,9 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
 def pointwise(
     c_in: int, c_out: int, *, norm: bool = False, relu: bool = False, bias: bool = True
 ) -> nn.Sequential:
-    """A 1x1 convolution, ``(B, c_in, H, W)`` -> ``(B, c_out, H, W)``, maybe with a ReLU behind it.
+    """A 1x1 convolution, ``(B, c_in, H, W)`` -> ``(B, c_out, H, W)``, optionally with a ReLU.
 
-    With a batch norm, which comes before that, the convolution has no bias.
+    With batch norm, which comes before the ReLU, the convolution has no bias.
     """
     layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, 1, bias=bias and not norm)]
     if norm:
@@ -68,7 +68,7 @@ def pointwise(
 
 
 def pooled(x: Tensor) -> Tensor:
-    """Features ``(B, C)`` as they are, maps ``(B, C, H, W)`` averaged over their positions.
+    """Features ``(B, C)`` unchanged, maps ``(B, C, H, W)`` averaged over their positions.
 
     Raises:
         ValueError: features of any other shape, such as tokens.
@@ -82,14 +82,14 @@ def pooled(x: Tensor) -> Tensor:
 
 
 class PooledLinear(nn.Linear):
-    """A linear layer of features that are :func:`pooled` first."""
+    """A linear layer on :func:`pooled` features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(pooled(x))
 
 
 class ModulesByTap(nn.ModuleDict):
-    """Modules by the names of taps: a name may have dots, or be a word such as ``"pop"``."""
+    """Modules keyed by tap name, which may contain dots or be a word such as ``"pop"``."""
 
     def __getitem__(self, tap: str) -> nn.Module:
         return super().__getitem__(self._key(tap))
@@ -101,13 +101,13 @@ class ModulesByTap(nn.ModuleDict):
         return super().__contains__(self._key(tap))
 
     def _key(self, tap: str) -> str:
-        """The name of the submodule, which is no attribute that the dictionary has itself."""
+        """The submodule's name, which is never an attribute of the dictionary itself."""
         key = tap.replace(".", "/")
         return f"{key}/" if key in _ATTRIBUTES else key
 
 
 def fit(module: M, feature: Tensor) -> M:
-    """``module`` on the device of ``feature``, in float32, or in float64 for a float64 feature."""
+    """Move ``module`` to the device of ``feature``: in float32, or float64 if the feature is."""
     return module.to(device=feature.device, dtype=accumulation_dtype(feature.dtype))
 
 
@@ -117,27 +117,27 @@ def fit_maps(
     teacher: Outputs,
     stages: Sequence[str],
 ) -> ModulesByTap:
-    """A module for each stage, fitted to the student's map.
+    """Make a module for each stage, fitted to the student's map.
 
     Args:
-        make: from the student's and the teacher's number of channels.
+        make: makes a module from the student's and the teacher's number of channels.
         student: outputs of the dry run.
         teacher: likewise.
         stages: names of features ``(B, C, H, W)``.
 
     Raises:
-        ValueError: a feature that is no map.
+        ValueError: a feature that is not a map.
     """
     modules = ModulesByTap()
     for stage in stages:
         feature, other = student.feature(stage), teacher.feature(stage)
-        at_one_size(feature, other)  # refuses what is no map
+        at_one_size(feature, other)  # rejects features that are not maps
         modules[stage] = fit(make(feature.shape[1], other.shape[1]), feature)
     return modules
 
 
 def prepared(module: M | None, loss: str) -> M:
-    """What the ``prepare`` of a loss makes; before that it is None, or an empty ``ModuleDict``.
+    """Return ``module``, which is None or an empty ``ModuleDict`` until ``prepare`` is called.
 
     Raises:
         RuntimeError: ``prepare`` was not called.
@@ -150,7 +150,7 @@ def prepared(module: M | None, loss: str) -> M:
 
 
 def adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
-    """``adapter(feature)``, the feature cast to the dtype of the adapter's parameters.
+    """``adapter(feature)``, with the feature cast to the dtype of the adapter's parameters.
 
     Under autocast the adapter's layers choose their dtype, as in any other model.
     """

@@ -1,4 +1,4 @@
-"""What every loss is, what it reads, and what it gives."""
+"""Base classes of the losses, their inputs and their terms."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one model gave on one batch.
+    """The outputs of one model on one batch.
 
     Args:
-        logits: ``(B, P)`` class scores before the softmax, or None where the model gave none.
+        logits: ``(B, P)`` class scores before the softmax, or None if the model returned none.
         features: tap name -> ``(B, C, H, W)`` or ``(B, D)``.
-        indices: position of each sample in the training set, ``(B,)`` int64, or None where no loss
+        indices: position of each sample in the training set, ``(B,)`` int64, or None if no loss
             needs it.
-        raw: what the model returned; None where the batch is that of several processes.
-        head: what the head of a detector or a segmenter gave, or None where no loss needs it.
+        raw: what the model returned; None if the batch was gathered from several processes.
+        head: outputs of a detector's or segmenter's head, or None if no loss needs them.
     """
 
     logits: Tensor | None = None
@@ -38,7 +38,7 @@ class Outputs:
         """The feature tapped under ``name``.
 
         Raises:
-            ValueError: there is none; the message lists what there is.
+            ValueError: there is none; the message lists the tapped features.
         """
         if name not in self.features:
             raise ValueError(
@@ -50,7 +50,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss may need to know of the run beyond the outputs on a batch.
+    """What a loss may need to know about the run beyond the outputs on a batch.
 
     Args:
         train_labels: class of each training image, ``(N,)`` int64.
@@ -71,8 +71,8 @@ class Term(NamedTuple):
     """One term of a loss.
 
     Attributes:
-        weight: its factor in the sum that is trained on.
-        value: a scalar with a graph, without the factor.
+        weight: its factor in the training loss.
+        value: a scalar with its autograd graph, without the factor.
     """
 
     weight: float | Tensor
@@ -88,33 +88,34 @@ class Loss(nn.Module):
     """A distillation or task loss: outputs of both models and the target -> named terms.
 
     A subclass implements :meth:`terms`. It takes keyword-only arguments, each with a default that
-    YAML can hold, and says what it needs in these attributes. Parameters made in :meth:`prepare`
-    are trained with the student; buffers are saved and resumed.
+    YAML can represent, and declares what it needs in the attributes below. Parameters made in
+    :meth:`prepare` are trained with the student; buffers are saved and restored.
 
     Attributes:
         taps: names of the features read from ``Outputs.features``.
-        log_name: what the terms are called: ``loss_<log_name>``, or ``loss_<log_name>_<stage>``;
-            the class's name in lower case unless it says otherwise. Two losses of one class beside
-            each other need two names.
+        log_name: name of the terms, ``loss_<log_name>`` or ``loss_<log_name>_<stage>``; by default
+            the class's name in lower case. Losses of one class that are used together need
+            different names.
         needs_teacher: it needs the teacher's outputs.
         needs_target: it needs the target.
         refuses_soft_targets: why it cannot learn from mixed samples, whose targets are class
-            probabilities ``(B, P)``; empty where it can.
+            probabilities ``(B, P)``; empty if it can.
         needs_logits: it needs the logits of each model that it reads.
         needs_indices: it needs ``student.indices``.
         needs_context: ``prepare`` needs a part of its ``context``.
-        needs_boxes: its target is the boxes of the objects, ``(M, 5)``: the number of the image,
-            and x0, y0, x1, y1 as parts of the width and height that the maps cover.
-        needs_head: the type of ``Outputs.head`` that it needs of both models; None: it needs none.
-        head_depth: it reads the maps within a dense head that this many convolutions have given;
-            0: it reads none.
-        capturable: it can be recorded in a CUDA graph and replayed: it waits for no value of a
-            tensor, and keeps no state but in its buffers, which it changes in place.
-        relational: it is no mean over samples: it relates the samples of a batch to one another,
-            and in several processes has to see the batches of all of them.
-        same_shape: it compares maps of one shape. :class:`pcka.Distiller` brings them to one: the
-            student's to the teacher's width by a trained 1x1 convolution, and both to the smaller
-            size by pooling.
+        needs_boxes: its target is the boxes of the objects, ``(M, 5)``: the image's index, then x0,
+            y0, x1, y1 as fractions of the width and height that the maps cover.
+        needs_head: the type of ``Outputs.head`` that it needs from both models; None if it needs
+            none.
+        head_depth: it reads the maps inside a dense head after this many convolutions; 0 if it
+            reads none.
+        capturable: it can be captured in a CUDA graph and replayed: it never waits for a tensor's
+            value, and its only state is in buffers, which it updates in place.
+        relational: it is not a mean over samples: it relates the samples of a batch to one another,
+            so with several processes it has to see all their batches.
+        same_shape: it compares maps of the same shape. :class:`pcka.Distiller` makes their shapes
+            equal: a trained 1x1 convolution brings the student's maps to the teacher's width, and
+            pooling brings both to the smaller size.
     """
 
     taps: tuple[str, ...] = ()
@@ -143,35 +144,35 @@ class Loss(nn.Module):
 
     @property
     def of_detectors(self) -> bool:
-        """Whether it reads what only detectors and their data have."""
+        """Whether it needs inputs that only detectors and their data provide."""
         return self.needs_boxes or self.needs_head is not None
 
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Make the parts whose size depends on the models (adapters), from one dry run of both.
+        """Make the parts whose size depends on the models (adapters), using a dry run of both.
 
-        Called once, before the optimizer is made; most losses have nothing to prepare.
+        Called once, before the optimizer is created; most losses have nothing to prepare.
 
         Args:
             student: outputs of the student on any batch; only their shapes, dtypes and device
-                count.
+                matter.
             teacher: outputs of the teacher on the same batch, or None without a teacher.
-            context: of the run.
+            context: context of the run.
         """
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """Named terms, each with its weight beside it.
+        """The named terms, each with its weight.
 
         Args:
             student: outputs of the student.
             teacher: outputs of the teacher on the same samples; no gradient reaches them.
-            target: what the task compares with.
+            target: the target of the task.
 
         Raises:
-            ValueError: something that the loss needs is missing, or cannot be compared.
+            ValueError: something that the loss needs is missing or cannot be compared.
         """
         raise NotImplementedError
 
@@ -183,7 +184,7 @@ class Loss(nn.Module):
         return {name: t.weighted for name, t in self.terms(student, teacher, target).items()}
 
     def need(self, value: T | None, argument: str) -> T:
-        """``value``, or a ``ValueError`` that says which loss misses which argument."""
+        """Return ``value``; if it is None, raise a ``ValueError`` naming the loss and argument."""
         if value is None:
             name = type(self).__name__
             raise ValueError(f"{argument}: {name} needs it, got None; pass it, or leave {name} out")
@@ -191,11 +192,11 @@ class Loss(nn.Module):
 
 
 class StagewiseLoss(Loss):
-    """``compare(student, teacher)`` of each stage: ``{"loss_<log_name>_<stage>"}``.
+    """``compare(student, teacher)`` for each stage: ``{"loss_<log_name>_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
     """
 
     def __init__(self, stages: Sequence[str], weights: float | Sequence[float]) -> None:
@@ -204,13 +205,13 @@ class StagewiseLoss(Loss):
         self.weights = as_weights(stages, weights)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """The loss of one stage's features, a scalar without its weight."""
+        """The loss on one stage's features, a scalar without its weight."""
         raise NotImplementedError
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term a stage."""
+        """One term per stage."""
         return {
             f"loss_{self.log_name}_{stage}": Term(weight, self.compare(own, other, stage))
             for stage, weight, own, other in self.pairs(student, teacher)
@@ -222,7 +223,7 @@ class StagewiseLoss(Loss):
         """Each stage with its weight and both models' features.
 
         Raises:
-            ValueError: no teacher, or features of two shapes where the loss compares one.
+            ValueError: no teacher, or features of different shapes if the loss needs equal ones.
         """
         teacher = self.need(teacher, "teacher")
         for stage, weight in zip(self.taps, self.weights, strict=True):
@@ -237,7 +238,7 @@ class StagewiseLoss(Loss):
 
 
 class LogitLoss(Loss):
-    """``compare(student, teacher, target)`` of the logits: ``{"loss_<log_name>"}``.
+    """``compare(student, teacher, target)`` on the logits: ``{"loss_<log_name>"}``.
 
     Args:
         weight: factor of the term.
@@ -256,13 +257,13 @@ class LogitLoss(Loss):
         self.standardize = standardize
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """The loss of logits ``(B, P)``, a scalar without its weight."""
+        """The loss on logits ``(B, P)``, a scalar without its weight."""
         raise NotImplementedError
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """The one term."""
+        """The single term."""
         own = self.need(student.logits, "student.logits")
         other = self.need(self.need(teacher, "teacher").logits, "teacher.logits")
         if self.standardize:

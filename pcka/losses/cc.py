@@ -22,35 +22,35 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: ``(B, ...)``, flattened to ``(B, D)``, any floating dtype.
-        teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
+        teacher: ``(B, ...)`` of the same samples, on the same device; no gradient reaches it.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that do not hold the same samples.
+        ValueError: features of different batch sizes.
     """
     s, t = (x.flatten(1) for x in as_samples(student, teacher))
     return (t @ t.T - s @ s.T).norm() / student.shape[0] ** 2
 
 
 def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""``1/(B - 1) sum_i sum_d |D_i,d| |D_i+1,d|``, ``D = S - T``: the form of the field's recipes.
+    r"""``1/(B - 1) sum_i sum_d |D_i,d| |D_i+1,d|``, ``D = S - T``: the form in common use.
 
-    The differences of neighbouring samples of a batch, multiplied: what the authors of Peng et al.
-    2019 gave to those of Tian et al. 2020, in whose public code it stands.
+    It multiplies the differences of neighbouring samples of a batch. The authors of Peng et al.
+    2019 gave this form to those of Tian et al. 2020, whose public code contains it.
 
     Args:
         student: ``(B, D)`` embeddings, any floating dtype.
-        teacher: same shape, dtype and device. Gradient reaches it: both embeddings are trained.
+        teacher: same shape and device. Gradients reach it: both embeddings are trained.
 
     Returns:
         A scalar: float32, or float64 for float64 input; 0 for a single sample.
 
     Raises:
-        ValueError: embeddings that do not hold the same samples in one width.
+        ValueError: embeddings of different shapes.
     """
-    as_samples(student, teacher)  # refuses what cannot be compared
+    as_samples(student, teacher)  # rejects what cannot be compared
     if student.dim() != 2 or student.shape != teacher.shape:
         wanted = "embeddings of one shape (B, D)"
         raise unlike(student.shape, teacher.shape, wanted, "Embed both in one width")
@@ -63,14 +63,14 @@ FORMS = {"neighbours": cc_neighbours_loss, "bilinear": cc_loss}
 
 
 class CC(StagewiseLoss):
-    """Correlations of the samples' features at several stages: ``{"loss_cc_<stage>"}``.
+    """Correlations between samples at several stages: ``{"loss_cc_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
-        form: ``"neighbours"`` (:func:`cc_neighbours_loss`), of both models' features embedded by a
-            trained linear layer each, maps averaged over their positions; or ``"bilinear"``
-            (:func:`cc_loss`), of the features themselves.
+        weights: factor of each stage's term, or a single one for all.
+        form: ``"neighbours"`` (:func:`cc_neighbours_loss`), on both models' features, each embedded
+            by a trained linear layer, maps averaged over their positions; or ``"bilinear"``
+            (:func:`cc_loss`), on the features themselves.
         embedding: width of the embeddings.
     """
 
@@ -95,7 +95,7 @@ class CC(StagewiseLoss):
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Make both models' embeddings of each stage."""
+        """Make both models' embedding layers for each stage."""
         if self.form != "neighbours":
             return
         teacher = self.need(teacher, "teacher")
@@ -104,7 +104,7 @@ class CC(StagewiseLoss):
             self.teacher_embeddings[stage] = self._embedding_of(teacher.feature(stage))
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """The loss of the chosen form."""
+        """The loss in the chosen form."""
         if self.form == "neighbours":
             student = adapt(prepared(self.student_embeddings, "CC")[stage], student)
             teacher = adapt(prepared(self.teacher_embeddings, "CC")[stage], teacher.detach())

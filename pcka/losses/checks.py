@@ -1,4 +1,4 @@
-"""What losses take: both models' tensors made comparable, and refusals in one wording."""
+"""Argument checks of the losses: comparable tensors of both models, and uniform errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def as_logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both models' logits, ready to be compared (:func:`ready`).
 
     Raises:
-        ValueError: they are not ``(B, P)`` in both models, floating and on one device.
+        ValueError: they are not floating, of one shape ``(B, P)`` and on the same device.
     """
     _check_comparable(student, teacher)
     if student.dim() != 2 or student.shape != teacher.shape:
@@ -33,7 +33,7 @@ def as_samples(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple
     """Both models' features of the same samples, ready to be compared (:func:`ready`).
 
     Raises:
-        ValueError: they do not hold the same samples, or are not floating and on one device.
+        ValueError: they differ in batch size or device, or are not floating.
     """
     _check_comparable(student, teacher)
     if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
@@ -46,7 +46,7 @@ def as_maps(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Te
     """Both models' feature maps of one shape, ready to be compared (:func:`ready`).
 
     Raises:
-        ValueError: they are not ``(B, C, H, W)`` of one shape, floating and on one device.
+        ValueError: they are not floating, of one shape ``(B, C, H, W)`` and on the same device.
     """
     _check_comparable(student, teacher)
     if student.dim() != 4 or student.shape != teacher.shape:
@@ -57,10 +57,10 @@ def as_maps(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Te
 
 
 def as_maps_of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both models' feature maps of any sizes with as many channels, ready to be compared.
+    """Both models' feature maps of equal width and any size, ready to be compared.
 
     Raises:
-        ValueError: they are no maps of the same samples with as many channels.
+        ValueError: they are not maps, or differ in batch size or channels.
     """
     student, teacher = as_samples(student, teacher)
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[1] != teacher.shape[1]:
@@ -73,7 +73,7 @@ def as_maps_of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tens
 
 
 def unlike(student: Sequence[int], teacher: Sequence[int], wanted: str, way_out: str) -> ValueError:
-    """The error that says what both models' tensors must be, and which shapes they have."""
+    """The error that states what both models' tensors must be, and which shapes they have."""
     return ValueError(
         f"student and teacher must be {wanted}; got student {tuple(student)} and teacher "
         f"{tuple(teacher)}. {way_out}"
@@ -81,13 +81,13 @@ def unlike(student: Sequence[int], teacher: Sequence[int], wanted: str, way_out:
 
 
 def ready(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Tensor, Tensor]:
-    """Both tensors in one dtype, the teacher's detached.
+    """Both tensors in the same dtype, the teacher's detached.
 
     Args:
         student: of any floating dtype.
         teacher: likewise.
-        widen: float32, or float64 where either is; else the wider of the two dtypes, for operators
-            that widen by themselves.
+        widen: convert to float32, or to float64 if either is; False converts to the wider of the
+            two dtypes, for operators that widen by themselves.
     """
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     if widen:
@@ -96,7 +96,7 @@ def ready(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Tens
 
 
 def _check_comparable(student: Tensor, teacher: Tensor) -> None:
-    """Refuse integers, what is empty or not dense, and models on two devices."""
+    """Reject integer, empty or non-dense tensors, and tensors on different devices."""
     for name, tensor in (("student", student), ("teacher", teacher)):
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be dense, got {tensor.layout}; pass {name}.to_dense()")
@@ -112,10 +112,10 @@ def _check_comparable(student: Tensor, teacher: Tensor) -> None:
 
 
 def as_classes(logits: Tensor, target: Tensor) -> Tensor:
-    """The class of each row of the logits, ``(B,)``: of probabilities ``(B, P)``, the likeliest.
+    """The target class of each row, ``(B,)``; for probabilities ``(B, P)``, the most likely one.
 
     Raises:
-        ValueError: targets that are neither.
+        ValueError: targets that are neither classes nor probabilities.
     """
     if target.shape == logits.shape and target.is_floating_point():
         return target.argmax(1)
@@ -128,7 +128,7 @@ def as_classes(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def check_channels(maps: Tensor, **values: Tensor) -> None:
-    """Refuse what is not one value for each channel of the maps, ``(C,)``."""
+    """Reject values that do not have one entry per channel of the maps, ``(C,)``."""
     for name, value in values.items():
         if value.shape != maps.shape[1:2]:
             raise ValueError(
@@ -138,23 +138,23 @@ def check_channels(maps: Tensor, **values: Tensor) -> None:
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
-    """Refuse a temperature, or another divisor or power, that is no positive finite number."""
+    """Reject a temperature, or other divisor or power, that is not positive and finite."""
     if not (_is_number(temperature) and 0 < temperature < math.inf):
         raise ValueError(f"{name} must be positive and finite, got {temperature!r}")
 
 
 def check_weights(**weights: float) -> None:
-    """Refuse factors that are not finite numbers from 0 on: a negative one trains away."""
+    """Reject factors that are negative (which would maximise the term) or not finite numbers."""
     for name, weight in weights.items():
         if not (_is_number(weight) and 0 <= weight < math.inf):
             raise ValueError(f"{name} must be a finite number from 0 on, got {weight!r}")
 
 
 def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
-    """The names of a loss's stages, a tuple.
+    """The names of a loss's stages, as a tuple.
 
     Raises:
-        ValueError: text in the place of a list, no stage, or one named twice.
+        ValueError: a string instead of a list, no stage, or one named twice.
     """
     stages = as_list("stages", stages)
     if not stages:
@@ -170,7 +170,7 @@ def as_list(name: str, values: Sequence[str]) -> tuple[str, ...]:
     """A setting that is a list of names, as a tuple.
 
     Raises:
-        ValueError: text in the place of a list.
+        ValueError: a string instead of a list.
     """
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list of names, got {values!r}; write [{values!r}]")
@@ -178,10 +178,10 @@ def as_list(name: str, values: Sequence[str]) -> tuple[str, ...]:
 
 
 def for_each(stages: Sequence[str], name: str, values: T | Sequence[T]) -> tuple[T, ...]:
-    """The setting ``name``, one value for each stage: a single one, bare or in a list, serves all.
+    """The setting ``name``, one value per stage; a single one, bare or in a list, serves all.
 
     Raises:
-        ValueError: a sequence of another length, or text.
+        ValueError: a sequence of another length, or a string.
     """
     if not isinstance(values, Sequence):
         return (values,) * len(stages)
@@ -196,7 +196,7 @@ def for_each(stages: Sequence[str], name: str, values: T | Sequence[T]) -> tuple
 def as_weights(
     stages: Sequence[str], weights: float | Sequence[float], name: str = "weights"
 ) -> tuple[float, ...]:
-    """The factor of each stage's term; refuses what :func:`for_each` and no factor may be."""
+    """The factor of each stage's term, checked by :func:`for_each` and :func:`check_weights`."""
     each = for_each(stages, name, weights)
     for weight in each:
         check_weights(**{name: weight})

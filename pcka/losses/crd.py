@@ -1,4 +1,4 @@
-"""CRD: recognise the teacher's view of a sample among those of others (Tian et al., ICLR 2020)."""
+"""CRD: recognise the teacher's embedding of a sample among others (Tian et al., ICLR 2020)."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pcka.losses.checks import check_temperature, check_weights
 from pcka.ops.reference import accumulation_dtype
 
 EPSILON = 1e-7
-RANDOM_RANGE = 1 << 62  # so much more than any training set that a remainder is as good as uniform
+RANDOM_RANGE = 1 << 62  # so far above any training set's size that remainders are almost uniform
 
 
 def crd_loss(scores: Tensor, normalizer: Tensor | float, samples: int) -> Tensor:
-    r"""Noise-contrastive loss of one positive and ``K`` negatives of each anchor.
+    r"""Noise-contrastive loss with one positive and ``K`` negatives for each anchor.
 
     ``mean_i(-log h_i0 - sum_k log(1 - h_ik))`` with ``h = P / (P + K/N)``, ``P = exp(score) / Z``
     (Tian et al. 2020, section 3.1; ``Z``, and 1e-7 added to the denominators, as in their public
     code).
 
     Args:
-        scores: ``(B, 1 + K)``, ``<anchor, memory> / T`` of the positive first and then of the
-            negatives, any floating dtype.
+        scores: ``(B, 1 + K)``, ``<anchor, memory> / T`` of the positive, then of the negatives,
+            any floating dtype.
         normalizer: ``Z``, above 0.
-        samples: ``N``, of the training set.
+        samples: ``N``, the size of the training set.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: scores that are no ``(B, 1 + K)`` with a negative at least.
+        ValueError: scores that are not ``(B, 1 + K)`` with at least one negative.
     """
     if scores.dim() != 2 or scores.shape[1] < 2:
         got = tuple(scores.shape)
@@ -44,20 +44,21 @@ def crd_loss(scores: Tensor, normalizer: Tensor | float, samples: int) -> Tensor
         )
     noise = (scores.shape[1] - 1) / samples
     probability = scores.to(accumulation_dtype(scores.dtype)).exp() / normalizer
-    # log1p instead of a quotient's log: a negative adds far less than float32 tells from log(1).
+    # log1p, not the log of a quotient: a negative adds far less than float32 resolves near log(1).
     positive = torch.log1p((noise + EPSILON) / probability[:, 0])
     negative = torch.log1p((probability[:, 1:] + EPSILON) / noise)
     return (positive + negative.sum(1)).mean()
 
 
 class _View(nn.Module):
-    """How one model sees the training set: an embedding, and a memory of all that it embedded.
+    """One model's view of the training set: an embedding layer, and a memory of its embeddings.
 
     Args:
-        width: of the model's features.
-        samples: ``N``, of the training set.
-        dim: ``d``, of the embeddings.
-        generator: of the initial memory, uniform in ``+-sqrt(3 / d)``: rows of about unit length.
+        width: width of the model's features.
+        samples: ``N``, the size of the training set.
+        dim: ``d``, the width of the embeddings.
+        generator: draws the initial memory, uniform in ``+-sqrt(3 / d)``: rows of about unit
+            length.
     """
 
     memory: Tensor
@@ -77,11 +78,11 @@ class _View(nn.Module):
 
     def recognize(self, anchors: Tensor, picked: Tensor, temperature: float) -> Tensor:
         """:func:`crd_loss` of the other model's ``anchors (B, d)`` on rows ``picked (B, 1+K)``."""
-        # The products with all N rows, picked from: B * N numbers, where the picked rows
-        # themselves would be B * K * d, more for any N below K * d (two million as published).
+        # Products with all N rows, then gathering: B * N numbers. Gathering the rows first would
+        # take B * K * d, which is more for any N below K * d (two million as published).
         scores = (anchors @ self.memory.T).gather(1, picked) / temperature
         measured = scores.detach().exp().mean() * len(self.memory)
-        # On the device alone: the first batch sets Z, and no batch waits for the host.
+        # Only on the device: the first batch sets Z, and no batch waits for the host.
         normalizer = torch.where(self.normalizer > 0, self.normalizer, measured)
         if self.training:
             self.normalizer = normalizer
@@ -89,8 +90,8 @@ class _View(nn.Module):
 
     def remember(self, indices: Tensor, embeddings: Tensor, momentum: float) -> None:
         """Move the rows ``indices (B,)`` towards ``embeddings (B, d)``."""
-        # The last batch of an epoch may hold a sample twice: both write the first one's row, so
-        # that the order of writing does not count.
+        # The last batch of an epoch may contain a sample twice: both write the first one's row, so
+        # the order of the writes does not matter.
         first = (indices[:, None] == indices).int().argmax(1)
         rows = torch.lerp(embeddings.detach()[first], self.memory[indices], momentum)
         # A new tensor: the backward pass still needs the old one.
@@ -98,7 +99,7 @@ class _View(nn.Module):
 
 
 class _OtherClasses(nn.Module):
-    """The samples of every class but one, ``labels (N,)`` being the class of each sample."""
+    """Draws samples of other classes; ``labels (N,)`` holds the class of each sample."""
 
     labels: Tensor
     order: Tensor
@@ -124,32 +125,32 @@ class _OtherClasses(nn.Module):
         drawn = torch.randint(
             RANDOM_RANGE, (len(indices), number), generator=generator, device=indices.device
         ) % (len(self.order) - count)
-        # A place among the others; the own class is skipped in the order of classes.
+        # An index among the other samples; the sample's own class is skipped in the sorted order.
         return self.order[drawn + count * (drawn >= start)]
 
 
 class CRD(Loss):
     """Contrastive representation distillation: ``{"loss_crd"}``.
 
-    Linear embeddings of both models' features, each of unit length and both trained, are told from
-    other samples' embeddings by the other model, which memories of the whole training set hold:
-    :func:`crd_loss` of student on teacher plus that of teacher on student (Tian et al. 2020,
-    section 3.1; the positive is the sample itself, "exact" in their public code). ``Z`` is ``N``
-    times the mean of ``exp(score)`` on the first batch. After each step a memory's row moves to the
-    normalised ``m * row + (1 - m) * embedding``.
+    Trained linear layers embed both models' features at unit length. One model's embedding of a
+    sample is contrasted with the other model's embeddings of the same and of other samples, which
+    memories of the whole training set hold: :func:`crd_loss` of student on teacher plus that of
+    teacher on student (Tian et al. 2020, section 3.1; the positive is the sample itself, "exact" in
+    their public code). ``Z`` is ``N`` times the mean of ``exp(score)`` on the first batch. After
+    each step, a sample's row in a memory moves to the normalised ``m * row + (1 - m) * embedding``.
 
-    Negatives are drawn with replacement from the other classes, so there may be more than the
-    training set has. A draw depends on ``seed`` and on how many there were before, not on torch's
-    generator: all processes of a run draw the same, and a resumed run goes on with the same.
+    Negatives are drawn with replacement from the other classes, so ``K`` may exceed the size of the
+    training set. A draw depends on ``seed`` and the number of earlier draws, not on torch's
+    generator: all processes of a run draw the same, and a resumed run continues the sequence.
 
     Args:
         stage: name of the tapped features; maps are averaged over their positions.
         weight: factor of the term.
         dim: ``d``, the width of the embeddings.
-        negatives: ``K``, for each sample of the batch.
+        negatives: ``K``, the number of negatives for each sample of the batch.
         temperature: ``T`` of the scores.
         momentum: ``m``, in [0, 1).
-        seed: of the initial memories and of the negatives.
+        seed: seed of the initial memories and of the negatives.
     """
 
     needs_indices = True
@@ -216,12 +217,12 @@ class CRD(Loss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """The one term; in training, the memories take in the batch."""
+        """The single term; in training, the batch updates the memories."""
         teacher = self.need(teacher, "teacher")
         indices = self.need(student.indices, "student.indices")
         by_student = prepared(self.student_view, "CRD")
         by_teacher = prepared(self.teacher_view, "CRD")
-        # Half precision would change exp(score) by percents.
+        # Half precision would change exp(score) by several per cent.
         with torch.autocast(indices.device.type, enabled=False):
             v_s = by_student.embed(student.feature(self.taps[0]))
             v_t = by_teacher.embed(teacher.feature(self.taps[0]).detach())
@@ -235,11 +236,11 @@ class CRD(Loss):
         return {f"loss_{self.log_name}": Term(self.weight, loss)}
 
     def get_extra_state(self) -> Tensor:
-        """The number of draws so far; no buffer, which the host would have to wait for."""
+        """The number of draws so far; not a buffer, which the host would have to wait for."""
         return torch.tensor(self.draws)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on after as many draws."""
+        """Continue after that many draws."""
         self.draws = int(state)
 
     def _draw(self, indices: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ class CRD(Loss):
         return self.others.draw(indices, self.negatives, self._generator(indices.device))
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """Of the draw at hand; the sequence spreads neighbouring numbers to unlike seeds."""
+        """The current draw's generator; the sequence maps adjacent numbers to unrelated seeds."""
         sequence = np.random.SeedSequence((self.seed, self.draws))
         return torch.Generator(device).manual_seed(int(sequence.generate_state(1)[0]))
 

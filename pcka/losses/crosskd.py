@@ -13,14 +13,14 @@ from pcka.losses.densekd import DenseLoss
 from pcka.losses.heads import Dense, DenseHead
 from pcka.ops.reference import accumulation_dtype
 
-EPSILON = 1e-12  # of a variance
+EPSILON = 1e-12  # added to a variance
 
 
 def at_scale(student: Tensor, teacher: Tensor) -> Tensor:
-    """``(B, C, H, W)`` with the teacher's mean and deviation of each channel.
+    """``(B, C, H, W)``, each channel with the teacher's mean and standard deviation.
 
     ``(s - mean(s)) / sqrt(var(s) + 1e-12) * sqrt(var(t)) + mean(t)``, over images and positions.
-    A channel that is constant becomes the teacher's mean.
+    A constant channel becomes the teacher's mean.
     """
     exact = student.to(accumulation_dtype(student.dtype))
     over = (0, 2, 3)
@@ -33,27 +33,28 @@ def at_scale(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class CrossKD(DenseLoss):
-    r"""What the rest of the teacher's head predicts from the student's features is the teacher's.
+    r"""Match the teacher with what the rest of its head predicts from the student's features.
 
     ``{"loss_crosskd_cls", "loss_crosskd_box"}``. With ``f`` the student's maps after the first
-    ``depth`` convolutions of its head, ``h`` the layers of the teacher's head behind as many, and
-    ``t`` the teacher's predictions, :func:`pcka.losses.dense_scores_loss` and
+    ``depth`` convolutions of its head, ``h`` the teacher's head after as many, and ``t`` the
+    teacher's predictions, :func:`pcka.losses.dense_scores_loss` and
     :func:`pcka.losses.dense_boxes_loss` compare ``h(f)`` with ``t`` (Wang et al. 2024, section 3).
-    So what the teacher says and what the labels say never meet in one layer. The maps cross before
-    a ReLU, each channel of a level brought to the teacher's mean and deviation over images and
-    positions, as in the authors' public code: a student at the start would leave the range that
-    the teacher's layers know. The student's maps go through a 1x1 convolution first, one a branch
-    for all levels, where the heads' widths differ.
+    The teacher's predictions and the labels thus never supervise the same layer. The maps cross
+    before a ReLU, and each channel of a level is rescaled to the teacher's mean and standard
+    deviation over images and positions, as in the authors' public code: early in training, the
+    student's maps would leave the range that the teacher's layers know. Where the heads' widths
+    differ, the student's maps first pass a 1x1 convolution, one per branch for all levels.
 
-    The defaults are the authors' for RetinaNet. For FCOS they take ``cls_weight`` 0.4,
+    The defaults are the authors' for RetinaNet. For FCOS they use ``cls_weight`` 0.4,
     ``box_weight`` 0.75 (of the IoU), ``depth`` 2; for GFL ``box_weight`` 2. They divide by the
-    positive anchors of the labels, where this library counts what the teacher sees.
+    number of positive anchors of the labels, this library by the number of objects that the teacher
+    sees.
 
     Args:
         cls_weight: factor of the scores' term.
         box_weight: factor of the boxes' term; 0 leaves it out.
-        depth: convolutions of a branch before the crossing, from 1 on.
-        beta: exponent of the difference by which a score weighs in
+        depth: convolutions of a branch before the crossing, at least 1.
+        beta: exponent of the difference that weights a score in
             :func:`pcka.losses.dense_scores_loss`.
     """
 
@@ -74,16 +75,16 @@ class CrossKD(DenseLoss):
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Make the convolution of each branch, where the heads' widths differ."""
+        """Make the convolution of each branch whose widths differ."""
         own, other = self.heads(student, teacher)
         for branch, maps in own.inner.items():
             widths = maps[0].shape[1], other.inner[branch][0].shape[1]
             if widths[0] != widths[1] and self._compares(branch):
                 self.adapters[branch] = fit(pointwise(*widths), maps[0])
-        self.terms(student, teacher, None)  # refuses heads of other levels
+        self.terms(student, teacher, None)  # rejects heads with different levels
 
     def predictions(self, student: DenseHead, teacher: DenseHead) -> tuple[Dense, Dense]:
-        """The crossed ones, and the teacher's own."""
+        """The crossed predictions and the teacher's own."""
         rest = self.need(teacher.rest, "teacher.head.rest")
         inner = {
             branch: self._crossed(branch, maps, other) if self._compares(branch) else other
@@ -94,7 +95,7 @@ class CrossKD(DenseLoss):
     def _crossed(
         self, branch: str, maps: Sequence[Tensor], other: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The student's maps of a branch, as the teacher's layers take them."""
+        """The student's maps of a branch, adapted to the teacher's layers."""
         if len(maps) != len(other):
             raise ValueError(
                 f"student and teacher have {len(maps)} and {len(other)} levels; both heads need "
@@ -103,7 +104,7 @@ class CrossKD(DenseLoss):
         return [at_scale(self._adapted(branch, x), y) for x, y in zip(maps, other)]
 
     def _compares(self, branch: str) -> bool:
-        """Whether a branch counts; the teacher's own maps take the way of one that does not."""
+        """Whether a branch is compared; if not, the teacher's own maps take its place."""
         return branch != "box" or self.box_weight > 0
 
     def _adapted(self, branch: str, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ FORMS = ("global", "instance")
 
 
 def ctkd_loss(student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
-    r"""Divergence of softened probabilities at a temperature that gradient reaches.
+    r"""Divergence of softened probabilities at a learnable temperature.
 
     ``mean_i T_i^2 KL(softmax(t_i / T_i) || softmax(s_i / T_i))``, with one ``T`` for all samples or
     one for each (Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023).
@@ -32,7 +32,7 @@ def ctkd_loss(student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, or a temperature of another shape.
+        ValueError: logits that differ in shape or device, or a temperature of any other shape.
     """
     student, teacher = as_logits(student, teacher)
     if temperature.shape not in (torch.Size([]), student.shape[:1]):
@@ -48,7 +48,7 @@ def ctkd_loss(student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
 
 
 class _Reversed(torch.autograd.Function):
-    """The same value; the gradient times ``-factor``."""
+    """The identity, with the gradient multiplied by ``-factor``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
@@ -64,22 +64,23 @@ class _Reversed(torch.autograd.Function):
 class CTKD(LogitLoss):
     r""":func:`ctkd_loss` with a learned temperature: ``{"loss_ctkd"}``.
 
-    ``T = lowest + span * sigmoid(u)``. In the form ``"global"``, ``u`` is one trained number, from
-    1; in the form ``"instance"`` two trained linear layers, with a ReLU between them, give one for
-    each sample from the probabilities of both models, which get no gradient by it, from 0.
+    ``T = lowest + span * sigmoid(u)``. In the form ``"global"``, ``u`` is one trained number that
+    starts at 1. In the form ``"instance"``, two trained linear layers with a ReLU between them
+    compute ``u`` for each sample from the probabilities of both models, which receive no gradient
+    from it; it starts at 0.
 
-    What trains ``u`` maximises the loss that the student minimises: its gradient is reversed, by a
-    factor ``(1 - cos(pi n / curriculum_steps)) / 2`` at the ``n``-th training step, which stays 1
-    at the end (Li et al. 2023; the values are those of the authors' public code for CIFAR, whose
-    ten epochs of 781 batches are the curriculum. The code has the global form alone).
+    ``u`` is trained to maximise the loss that the student minimises: its gradient is reversed and
+    multiplied by ``(1 - cos(pi n / curriculum_steps)) / 2`` at the ``n``-th training step, and by 1
+    after ``curriculum_steps`` (Li et al. 2023; the values are those of the authors' public code for
+    CIFAR, whose curriculum is ten epochs of 781 batches. That code has only the global form).
 
     Args:
         weight: factor of the term.
         form: ``"global"`` or ``"instance"``.
-        lowest: what the temperature never falls below, above 0.
-        span: how far above that it may rise, above 0.
-        curriculum_steps: training steps until the temperature learns at full pace, 1 or more.
-        hidden: width between the linear layers of the form ``"instance"``.
+        lowest: lower bound of the temperature, above 0.
+        span: how far the temperature may rise above ``lowest``; above 0.
+        curriculum_steps: training steps until the temperature learns at full rate, 1 or more.
+        hidden: hidden width of the layers of the form ``"instance"``.
     """
 
     steps: Tensor

@@ -26,7 +26,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> T
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices, or a temperature that is not positive.
+        ValueError: maps that differ in shape or device, or a temperature that is not positive.
     """
     student, teacher = as_maps(student, teacher)
     check_temperature(temperature)
@@ -39,11 +39,11 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> T
 
 
 class CWD(StagewiseLoss):
-    """:func:`cwd_loss` of several maps: ``{"loss_cwd_<stage>"}``.
+    """:func:`cwd_loss` for several maps: ``{"loss_cwd_<stage>"}``.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
         temperature: ``T > 0``, divides the activations.
     """
 

@@ -14,19 +14,19 @@ EPSILON = 1e-7  # square pixels
 
 
 def dense_scores_loss(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
-    r"""Quality focal loss to the teacher's scores, which are the soft labels.
+    r"""Quality focal loss with the teacher's scores as soft labels.
 
     ``1/S sum |sigmoid(s) - p|^beta ((1 - p) log 1/(1 - sigmoid(s)) + p log 1/sigmoid(s))``,
     ``p = sigmoid(t)`` (Li et al., "Generalized Focal Loss", NeurIPS 2020, equation 5; with a
     teacher's scores in place of the quality: Wang et al., "CrossKD", CVPR 2024, section 3, with
     ``beta = 1`` in the authors' public code). ``S`` is how many objects the teacher sees, ``max(1,
-    sum_r max_k p)``: our choice, which needs no labels; there it is the number of anchors that the
-    labels make positive.
+    sum_r max_k p)``: our choice, which needs no labels; in CrossKD it is the number of positive
+    anchors according to the labels.
 
     Args:
         student: ``(B, R, K)`` logits, any floating dtype.
         teacher: same shape and device; no gradient reaches it.
-        beta: 0 (plain cross-entropy) or from 1 on: how much less it counts where both agree.
+        beta: 0 (plain cross-entropy) or at least 1: how strongly agreement lowers the weight.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
@@ -40,7 +40,7 @@ def dense_scores_loss(student: Tensor, teacher: Tensor, *, beta: float = 1.0) ->
 
 
 def quality_focal(logits: Tensor, label: Tensor, beta: float) -> Tensor:
-    """The addends of :func:`dense_scores_loss`: ``label`` holds what the scores should be."""
+    """The summands of :func:`dense_scores_loss`; ``label`` holds the target scores."""
     distance = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
     return (logits.sigmoid() - label).abs() ** beta * distance if beta else distance
 
@@ -61,7 +61,7 @@ def dense_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: boxes of different shapes, or other scores than theirs.
+        ValueError: boxes of different shapes, or scores of other positions.
     """
     student, teacher = _as_dense(student, teacher)
     if student.shape[2] != 4 or scores.shape[:2] != student.shape[:2]:
@@ -74,7 +74,7 @@ def dense_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor
 
 
 def objects_seen(weights: Tensor) -> Tensor:
-    """``max(1, sum_r w_r)``, what losses over positions are divided by."""
+    """``max(1, sum_r w_r)``, the divisor of losses over positions."""
     return weights.sum().clamp_min(1)
 
 
@@ -97,7 +97,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def check_beta(beta: float) -> None:
-    """Refuse a power of a difference whose gradient is infinite where the difference is 0."""
+    """Reject an exponent of a difference whose gradient is infinite at a difference of 0."""
     check_weights(beta=beta)
     if 0 < beta < 1:
         raise ValueError(f"beta must be 0, or 1 or more, got {beta}")
@@ -112,7 +112,7 @@ def _as_dense(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DenseLoss(Loss):
-    """Terms of two :class:`pcka.losses.heads.Dense`; a subclass says whose.
+    """Terms that compare two :class:`pcka.losses.heads.Dense`, which a subclass chooses.
 
     Args:
         cls_weight: factor of :func:`dense_scores_loss`.
@@ -129,11 +129,11 @@ class DenseLoss(Loss):
         self.cls_weight, self.box_weight, self.beta = cls_weight, box_weight, beta
 
     def predictions(self, student: DenseHead, teacher: DenseHead) -> tuple[Dense, Dense]:
-        """What is compared: the student's, and the teacher's."""
+        """The predictions to compare, the student's and the teacher's."""
         raise NotImplementedError
 
     def heads(self, student: Outputs, teacher: Outputs | None) -> tuple[DenseHead, DenseHead]:
-        """What both models' heads gave.
+        """The outputs of both models' heads.
 
         Raises:
             ValueError: a model without a dense head.
@@ -150,7 +150,7 @@ class DenseLoss(Loss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term of the scores, and one of the boxes."""
+        """One term for the scores, and one for the boxes."""
         own, other = self.predictions(*self.heads(student, teacher))
         scores = dense_scores_loss(own.logits, other.logits, beta=self.beta)
         terms = {f"loss_{self.log_name}_cls": Term(self.cls_weight, scores)}
@@ -164,9 +164,9 @@ class DenseKD(DenseLoss):
     """The student's own predictions imitate the teacher's.
 
     ``{"loss_densekd_cls", "loss_densekd_box"}``, :func:`dense_scores_loss` and
-    :func:`dense_boxes_loss`. Both heads need the same levels, anchors and classes. Compared with
-    :class:`pcka.losses.CrossKD`, it is what Wang et al. 2024 call prediction mimicking: the
-    student's last layers learn from the labels and from the teacher at once.
+    :func:`dense_boxes_loss`. Both heads need the same levels, anchors and classes. Unlike
+    :class:`pcka.losses.CrossKD`, this is what Wang et al. 2024 call prediction mimicking: the
+    student's last layers learn from the labels and the teacher at the same time.
 
     Args:
         cls_weight: factor of the scores' term.
@@ -182,11 +182,11 @@ class DenseKD(DenseLoss):
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Nothing is made; heads that cannot be compared are refused before the training."""
+        """Make nothing, but reject heads that cannot be compared before training starts."""
         self.terms(student, teacher, None)
 
     def predictions(self, student: DenseHead, teacher: DenseHead) -> tuple[Dense, Dense]:
-        """Both heads' own."""
+        """Both heads' own predictions."""
         return (
             self.need(student.predictions, "student.head.predictions"),
             self.need(teacher.predictions, "teacher.head.predictions"),

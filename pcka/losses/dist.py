@@ -36,7 +36,7 @@ def dist_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, or a temperature that is not positive.
+        ValueError: logits that differ in shape or device, or a temperature that is not positive.
     """
     student, teacher = as_logits(student, teacher)
     check_temperature(temperature)

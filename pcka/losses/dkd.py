@@ -1,4 +1,4 @@
-"""DKD: target and non-target knowledge weighed apart (Zhao et al., CVPR 2022)."""
+"""DKD: target and non-target knowledge, weighted separately (Zhao et al., CVPR 2022)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def dkd_loss(
     Args:
         student: ``(B, P)`` logits, any floating dtype.
         teacher: ``(B, P)`` logits; no gradient reaches it.
-        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, of which the likeliest
-            class counts, as in OFA-KD's public code (Hao et al., NeurIPS 2023).
+        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, whose most likely
+            class is used, as in OFA-KD's public code (Hao et al., NeurIPS 2023).
         alpha: factor of the target part.
         beta: factor of the non-target part.
         temperature: ``T > 0``, divides the logits.
@@ -38,7 +38,7 @@ def dkd_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, targets that are no classes of the
+        ValueError: logits that differ in shape or device, targets that do not match the
             batch, or a temperature that is not positive.
     """
     student, teacher = as_logits(student, teacher)

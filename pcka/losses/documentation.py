@@ -1,4 +1,4 @@
-"""What the docstrings of losses say of their keywords, as plain text."""
+"""Descriptions of losses and their keywords, from their docstrings, as plain text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ REFERENCE = re.compile(r":func:`(?:[\w.]*\.)?(\w+)`")
 
 
 def summary(loss: type[Loss]) -> str:
-    """The method and its paper, as a module of ours begins; the class's first line of others."""
+    """The method and its paper: first paragraph of our module, or of a class that is not ours."""
     of_ours = loss.__module__.startswith("pcka.")
     text = inspect.getdoc(sys.modules[loss.__module__] if of_ours else loss) or ""
     return _plain(text.partition("\n\n")[0])
 
 
 def keywords(loss: type[Loss]) -> dict[str, str]:
-    """Keyword -> what it is, of a loss's ``__init__``; "" where nothing is said.
+    """Keyword of a loss's ``__init__`` -> its description; "" if there is none.
 
-    A keyword that is one of a function (``temperature: of :func:`kd_loss```), and one that the
-    class leaves out, is looked up where the function says what it is.
+    A keyword that refers to a function (``temperature: of :func:`kd_loss```), or that the class
+    leaves out, is looked up in the function's docstring.
     """
     own = arguments(loss)
     pointed = REFERENCE.findall(inspect.getdoc(loss) or "")
@@ -41,7 +41,7 @@ def keywords(loss: type[Loss]) -> dict[str, str]:
 
 
 def arguments(documented: object) -> dict[str, str]:
-    """Name -> text of the section ``Args`` of a docstring, {} where there is none."""
+    """Name -> text from the ``Args`` section of a docstring; {} if there is none."""
     _, _, section = (inspect.getdoc(documented) or "").partition("Args:\n")
     lines = []
     for line in section.splitlines():
@@ -49,7 +49,7 @@ def arguments(documented: object) -> dict[str, str]:
             break
         lines.append(line)
     texts: dict[str, str] = {}
-    # An entry begins at the section's indent, and its further lines stand deeper.
+    # Entries start at the section's indent; their continuation lines are indented further.
     for entry in re.split(r"\n(?=\S)", textwrap.dedent("\n".join(lines)).strip()):
         names, colon, text = entry.partition(": ")
         if colon:
@@ -58,6 +58,6 @@ def arguments(documented: object) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Without the marks of reStructuredText."""
+    """The text without reStructuredText markup."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
     return " ".join(text.replace("``", "").replace("`", "").split()).rstrip(".")

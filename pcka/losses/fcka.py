@@ -1,4 +1,4 @@
-"""Feature CKA: align the samples of a batch as the teacher's features relate them."""
+"""Feature CKA: relate the samples of a batch as the teacher's features do."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def fcka_loss(
 ) -> Tensor:
     r"""``1 - CKA`` of the features of a batch.
 
-    ``1 - CKA(X_s, X_t)`` with ``X = features (B, C*H*W)``, one row an image (Zhou et al. 2024,
-    section 4.1), or ``(B*H*W, C)``, one row a position of the map. The widths of the two models
+    ``1 - CKA(X_s, X_t)`` with ``X = features (B, C*H*W)``, one row per image (Zhou et al. 2024,
+    section 4.1), or ``(B*H*W, C)``, one row per position of the map. The widths of the two models
     may differ: only the Gram matrices between the rows are compared.
 
     Args:
         student: ``(B, C_s, H_s, W_s)`` or ``(B, D_s)``, any floating dtype.
         teacher: ``(B, C_t, H_t, W_t)`` or ``(B, D_t)``; no gradient reaches it.
         center: center the Gram matrices.
-        unbiased: estimate HSIC without bias, see :func:`pcka.cka`: for few images and wide maps,
-            where the plain estimate is close to 1 whatever the features are.
+        unbiased: use the unbiased estimator of HSIC (:func:`pcka.cka`): for few images and wide
+            maps, where the plain estimate is close to 1 for any features.
         samples: ``"images"`` or ``"positions"``; for positions both maps are pooled to the smaller
             size.
-        level: what the warning of a degenerate batch calls this level.
+        level: name of this level in the warning about a degenerate batch.
 
     Returns:
-        A scalar: float32, or float64 for float64 input. In [0, 1] unless ``unbiased``. Where the
-        batch makes CKA constant (one sample, or two when centered) it is 0 with gradient 0.
+        A scalar: float32, or float64 for float64 input. In [0, 1] unless ``unbiased``. If the
+        batch makes CKA constant (one sample, or two when centered), it is 0 with gradient 0.
 
     Raises:
-        ValueError: features that do not hold the same samples, or differ in device; positions of
-            what is no map; ``unbiased`` without centering, of positions, or of fewer than four
+        ValueError: features that differ in batch size or device; positions of features that are
+            not maps; ``unbiased`` without centering, with positions, or with fewer than four
             images.
     """
     _check_settings(center=center, unbiased=unbiased, samples=samples)
@@ -74,13 +74,13 @@ def _check_settings(*, center: bool, unbiased: bool, samples: str) -> None:
 
 
 class FCKA(StagewiseLoss):
-    """:func:`fcka_loss` of several stages: ``{"loss_fcka_<stage>"}``.
+    """:func:`fcka_loss` for several stages: ``{"loss_fcka_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
         center: center the Gram matrices.
-        unbiased: estimate HSIC without bias.
+        unbiased: use the unbiased estimator of HSIC.
         samples: ``"images"`` or ``"positions"``.
     """
 

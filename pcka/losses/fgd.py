@@ -1,4 +1,4 @@
-"""FGD: imitate objects and background apart, and how positions relate (Yang et al., CVPR 2022)."""
+"""FGD: imitate objects, background and global relations separately (Yang et al., CVPR 2022)."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ def fgd_loss(
     attention: float = 5e-4,
     temperature: float = 0.5,
 ) -> Tensor:
-    r"""Focal distillation: squared differences, weighed by objects and by the teacher's attention.
+    r"""Focal distillation: squared differences, weighted by objects and the teacher's attention.
 
     ``1/B sum_bkij (alpha S_ij + beta S'_ij) A^S_ij A^C_k (X_t - X_s)^2
     + gamma/B (|A^S_t - A^S_s|_1 + |A^C_t - A^C_s|_1)``. ``S`` is ``1 / (H_r W_r)`` in the object
-    ``r`` (:func:`pcka.losses.foreground.foreground_scale`), ``S'`` one over their number at the
-    positions of the background; ``A^S = H W softmax(mean_k |X| / T)`` over positions and ``A^C = C
-    softmax(mean_ij |X| / T)`` over channels, the teacher's in the first sum (Yang et al. 2022,
-    equations 2 to 9, with the mean over images of the authors' code).
+    ``r`` (:func:`pcka.losses.foreground.foreground_scale`), ``S'`` one over the number of
+    background positions at each of them; ``A^S = H W softmax(mean_k |X| / T)`` over positions and
+    ``A^C = C softmax(mean_ij |X| / T)`` over channels, the teacher's in the first sum (Yang et al.
+    2022, equations 2 to 9, with the mean over images of the authors' code).
 
     Args:
         student: ``(B, C, H, W)``, any floating dtype.
         teacher: same shape and device; no gradient reaches it.
-        boxes: the objects, ``(M, 5)`` as ``Loss.needs_boxes`` says.
-        foreground: ``alpha``. In the authors' public configurations 1e-3 for RetinaNet and GFL,
+        boxes: boxes of the objects, ``(M, 5)`` as described in ``Loss.needs_boxes``.
+        foreground: ``alpha``. In the authors' public configurations, 1e-3 for RetinaNet and GFL,
             1.6e-3 for FCOS and RepPoints, 5e-5 for Faster R-CNN.
-        background: ``beta``, there half of ``alpha``.
-        attention: ``gamma``, there 5e-4, 8e-4 and 5e-5.
+        background: ``beta``; in those configurations half of ``alpha``.
+        attention: ``gamma``; in those configurations 5e-4, 8e-4 and 5e-5.
         temperature: ``T > 0``, divides the mean magnitudes.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices, what is no boxes, or factors that are no
-            finite numbers from 0 on.
+        ValueError: maps that differ in shape or device, malformed boxes, or factors that are
+            negative or not finite.
     """
     student, teacher = as_maps(student, teacher)
     check_temperature(temperature)
@@ -67,7 +67,7 @@ def fgd_loss(
 
 
 def _attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """``A^S (B, H, W)``, with the mean 1 over the positions, and ``A^C (B, C)``, likewise."""
+    """``A^S (B, H, W)``, with mean 1 over the positions, and ``A^C (B, C)``, over the channels."""
     magnitude = x.abs()
     places, channels = magnitude.mean(1).flatten(1), magnitude.mean((2, 3))
     places, channels = (
@@ -79,8 +79,8 @@ def _attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 def fgd_relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Squared differences of the maps with their global context, ``1/B sum (R(X_t) - R(X_s))^2``.
 
-    The global term of Yang et al. 2022, equation 11. Both context blocks learn: gradients reach
-    what either gave.
+    The global term of Yang et al. 2022, equation 11. Both context blocks are trained: gradients
+    reach the outputs of both.
 
     Args:
         student: ``R(X_s) (B, C, H, W)`` of :class:`GlobalContext`, any floating dtype.
@@ -90,7 +90,7 @@ def fgd_relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices.
+        ValueError: maps that differ in shape or device.
     """
     own, _ = as_maps(student, teacher)
     return (own - teacher.to(own.dtype)).square().sum() / len(own)
@@ -99,11 +99,11 @@ def fgd_relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class GlobalContext(nn.Module):
     r"""``R(X) = X + W_2 relu(LN(W_1 sum_j softmax(W_k X)_j X_j))`` (Yang et al. 2022, equation 10).
 
-    The global context block of Cao et al., "GCNet", ICCVW 2019: one context for all positions, by
-    which every position is shifted. The last layer starts at 0, so that ``R`` starts as ``X``.
+    The global context block of Cao et al., "GCNet", ICCVW 2019: one context shifts every position.
+    The last layer is initialised to 0, so ``R`` starts as the identity.
 
     Args:
-        channels: ``C`` of the maps; ``W_1`` gives half of them.
+        channels: ``C`` of the maps; ``W_1`` outputs half as many.
     """
 
     def __init__(self, channels: int) -> None:
@@ -118,14 +118,14 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` -> the same."""
+        """``(B, C, H, W)`` -> the same shape."""
         where = self.where(x).flatten(1).softmax(1).to(x.dtype)
         context = torch.einsum("bn,bcn->bc", where, x.flatten(2))
         return x + self.shift(context)[:, :, None, None].to(x.dtype)
 
 
 class _Relations(nn.Module):
-    """The context blocks of both models, at one level."""
+    """The context blocks of both models at one level."""
 
     def __init__(self, student: int, teacher: int) -> None:
         super().__init__()
@@ -133,18 +133,18 @@ class _Relations(nn.Module):
 
 
 class FGD(StagewiseLoss):
-    """:func:`fgd_loss` and :func:`fgd_relation_loss` of several levels.
+    """:func:`fgd_loss` and :func:`fgd_relation_loss` for several levels.
 
-    ``{"loss_fgd_<stage>", "loss_fgd_<stage>_relation"}``. Each model has a :class:`GlobalContext`
-    of its own at each level. The defaults are the authors' for RetinaNet; they compare all five
-    levels.
+    ``{"loss_fgd_<stage>", "loss_fgd_<stage>_relation"}``. Each model has its own
+    :class:`GlobalContext` at each level. The defaults are the authors' for RetinaNet; they compare
+    all five levels.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's terms, or one of all.
+        weights: factor of each stage's terms, or a single one for all.
         foreground, background, attention, temperature: of :func:`fgd_loss`.
-        relation: factor of the relation's term, ``lambda``; 5e-6 for RetinaNet and GFL, 8e-6 for
-            FCOS and RepPoints, 5e-7 for Faster R-CNN there; 0 leaves the term out.
+        relation: factor of the relation term, ``lambda``; the authors use 5e-6 for RetinaNet and
+            GFL, 8e-6 for FCOS and RepPoints, 5e-7 for Faster R-CNN; 0 leaves the term out.
     """
 
     same_shape = True
@@ -186,7 +186,7 @@ class FGD(StagewiseLoss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """Two terms a stage; one without the relation."""
+        """Two terms per stage; one without the relation."""
         boxes = self.need(target, "target")
         terms = {}
         for stage, weight, own, other in self.pairs(student, teacher):

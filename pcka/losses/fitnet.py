@@ -25,20 +25,20 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices.
+        ValueError: maps that differ in shape or device.
     """
     student, teacher = as_maps(student, teacher)
     return (student - teacher).square().mean()
 
 
 class FitNet(StagewiseLoss):
-    """:func:`fitnet_loss` of several maps: ``{"loss_fitnet_<stage>"}``.
+    """:func:`fitnet_loss` for several maps: ``{"loss_fitnet_<stage>"}``.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all.
-        regressor: send the student's maps through a trained one first, which :meth:`prepare` makes
-            (:func:`pcka.losses.adapters.regressor`); False compares maps of one shape.
+        weights: factor of each stage's term, or a single one for all.
+        regressor: pass the student's maps through a trained regressor first, which :meth:`prepare`
+            makes (:func:`pcka.losses.adapters.regressor`); False compares maps of the same shape.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which positions of a map lie in objects, and how large those are."""
+"""Which positions of a map lie in objects, and how large the objects are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def foreground_scale(boxes: Tensor, batch: int, size: tuple[int, int]) -> Tensor
     smallest one counts (Yang et al., "FGD", CVPR 2022, equations 2 and 3).
 
     Args:
-        boxes: ``(M, 5)``, float32 or float64: the number of the image, and x0, y0, x1, y1 as parts
+        boxes: ``(M, 5)``, float32 or float64: the image's index, then x0, y0, x1, y1 as fractions
             of the width and height that the maps cover. ``M`` may be 0.
         batch: ``B``, the number of images.
         size: ``H, W`` of the map.
@@ -22,7 +22,7 @@ def foreground_scale(boxes: Tensor, batch: int, size: tuple[int, int]) -> Tensor
         ``(B, H, W)``, in the dtype of the boxes.
 
     Raises:
-        ValueError: what is no such boxes.
+        ValueError: boxes of any other shape.
     """
     if boxes.dim() != 2 or boxes.shape[1] != 5:
         raise ValueError(
@@ -40,7 +40,7 @@ def foreground_scale(boxes: Tensor, batch: int, size: tuple[int, int]) -> Tensor
 
 
 def _touched(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """Which of the equal parts of [0, 1] each interval touches, ``(M, cells)``: one or more."""
+    """Which of the equal parts of [0, 1] each interval touches, ``(M, cells)``; at least one."""
     first = (start * cells).floor().clamp(0, cells - 1)
     last = torch.maximum((end * cells).ceil() - 1, first)
     places = torch.arange(cells, device=start.device)

@@ -1,6 +1,6 @@
-"""What the heads of detectors give, for the losses that compare predictions.
+"""Outputs of detectors' and segmenters' heads, for the losses that compare predictions.
 
-A detector's trainer fills these in; the losses know no detector.
+A detector's trainer fills these in; the losses depend on no detector.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Inner = Mapping[str, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Dense:
-    """Predictions at every position and anchor of all levels, one after the other.
+    """Predictions at every position and anchor, concatenated over all levels.
 
     Args:
         logits: ``(B, R, K)``, a score for each class, before the sigmoid.
         boxes: ``(B, R, 4)``, x0, y0, x1, y1 in pixels, float32 or better.
-        distributions: ``(B, R, 4, N)``, logits over the distances of each edge, of heads that
-            predict them; None for those that predict one number an edge.
+        distributions: ``(B, R, 4, N)``, logits over the distances of each edge, from heads that
+            predict them; None for heads that predict one number per edge.
     """
 
     logits: Tensor
@@ -32,13 +32,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class DenseHead:
-    """What a dense head gave on one batch.
+    """The outputs of a dense head on one batch.
 
     Args:
-        predictions: the head's own; None where no loss needs them.
-        inner: branch -> a map ``(B, C, H, W)`` of each level, within the head.
-        rest: maps like ``inner`` -> what the head's remaining layers predict from them, with a
-            graph; None where no loss needs it.
+        predictions: the head's own predictions; None if no loss needs them.
+        inner: branch -> one map ``(B, C, H, W)`` per level, from inside the head.
+        rest: maps like ``inner`` -> the predictions of the head's remaining layers, with their
+            autograd graph; None if no loss needs them.
     """
 
     predictions: Dense | None = None
@@ -48,13 +48,13 @@ class DenseHead:
 
 @dataclass(frozen=True)
 class RegionHead:
-    """What a head of regions gave for the same proposals in both models.
+    """The outputs of a region head for proposals that both models share.
 
     Args:
         logits: ``(R, K + 1)``, the background last, before the softmax.
-        deltas: ``(R, K, 4)``, or ``(R, 1, 4)`` for one box whatever the class: the shifts of
-            centre and size, as both models encode them.
-        proposals: boxes of each image, as the detector holds them.
+        deltas: ``(R, K, 4)``, or ``(R, 1, 4)`` if class-agnostic: the shifts of centre and size, as
+            both models encode them.
+        proposals: boxes of each image, as the detector represents them.
     """
 
     logits: Tensor
@@ -64,13 +64,13 @@ class RegionHead:
 
 @dataclass(frozen=True)
 class PixelHead:
-    """What a head of classes of pixels gave on one batch.
+    """The outputs of a per-pixel classification head on one batch.
 
     Args:
         logits: ``(B, K, H, W)``, a score for each class, before the softmax.
-        features: ``(B, C, H, W)``, what its last layer was given.
-        labels: ``(B, H', W')`` int64, the class of each pixel, or -1 where none counts; None where
-            it was told none.
+        features: ``(B, C, H, W)``, the input of its last layer.
+        labels: ``(B, H', W')`` int64, the class of each pixel, or -1 if ignored; None if no labels
+            were given.
     """
 
     logits: Tensor

@@ -16,21 +16,21 @@ from pcka.losses.numerics import unit_length, without_autocast
 
 @without_autocast
 def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Squared differences of the channels' correlations, of each sample by itself.
+    r"""Squared differences of the correlations between channels, for each sample separately.
 
     ``sum((G_s - G_t)^2) / (B C)`` with ``G`` the inner products ``X X^T (C, C)`` of a sample's
     channels ``X (C, H*W)``, each row scaled to unit length (Liu et al. 2021, section 3.2; the
-    scaling and the factor as in the authors' public code for CIFAR, the paper divides by ``C^2``).
+    scaling and the factor as in the authors' public code for CIFAR; the paper divides by ``C^2``).
 
     Args:
         student: ``(B, C, H_s, W_s)``, any floating dtype.
-        teacher: ``(B, C, H_t, W_t)``, same dtype and device; no gradient reaches it.
+        teacher: ``(B, C, H_t, W_t)``, same device; no gradient reaches it.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that are no maps of the same samples with as many channels.
+        ValueError: features that are not maps, or differ in batch size or channels.
     """
     student, teacher = as_maps_of_one_width(student, teacher)
     difference = _correlations(student) - _correlations(teacher)
@@ -44,13 +44,13 @@ def _correlations(x: Tensor) -> Tensor:
 
 
 class ICKD(StagewiseLoss):
-    """:func:`ickd_loss` of several stages: ``{"loss_ickd_<stage>"}``.
+    """:func:`ickd_loss` for several stages: ``{"loss_ickd_<stage>"}``.
 
     A trained 1x1 convolution with batch norm brings the student's map to the teacher's width.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
     """
 
     def __init__(

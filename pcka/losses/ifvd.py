@@ -14,26 +14,25 @@ from pcka.losses.pixelkd import PixelLoss
 
 @without_autocast
 def ifvd_loss(student: Tensor, teacher: Tensor, labels: Tensor, classes: int) -> Tensor:
-    r"""Squared differences of how like each position is to the mean of its class.
+    r"""Squared differences of each position's similarity to the mean of its class.
 
     ``1 / (B H W) sum_p (M_s(p) - M_t(p))^2`` with ``M(p) = cos(f(p), m_c(p))``, ``c`` the class of
-    the position and ``m_c`` the mean of the features of its image's positions of that class (Wang
+    the position and ``m_c`` the mean feature of the positions of that class in its image (Wang
     et al., "Intra-class Feature Variation Distillation for Semantic Segmentation", ECCV 2020,
-    equations 1 to 3). Positions without a class add 0. A feature of zeros is like nothing: ``M``
-    is 0.
+    equations 1 to 3). Positions without a class add 0. For a feature of zeros, ``M`` is 0.
 
     Args:
         student: ``(B, C_s, H, W)`` features, any floating dtype.
         teacher: ``(B, C_t, H, W)`` features on the same device; no gradient reaches it.
-        labels: ``(B, H', W')`` int64, from 0 to ``classes - 1``, or -1 where none counts; brought
-            to the size of the features by their nearest neighbours.
-        classes: how many there are.
+        labels: ``(B, H', W')`` int64, from 0 to ``classes - 1``, or -1 if ignored; resized to the
+            features by nearest neighbour.
+        classes: number of classes.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features of different sizes, devices or samples, or labels of other samples.
+        ValueError: features that differ in size, device or batch size, or labels that do not match.
     """
     student, teacher = as_samples(student, teacher)
     if student.dim() != 4 or teacher.dim() != 4 or student.shape[2:] != teacher.shape[2:]:
@@ -52,20 +51,20 @@ def ifvd_loss(student: Tensor, teacher: Tensor, labels: Tensor, classes: int) ->
 
 
 def _likeness(features: Tensor, members: Tensor) -> Tensor:
-    """``M (B, N)``: features ``(B, N, C)``, which class each is of ``(B, N, K)`` -> cosines."""
+    """Cosines ``M (B, N)``, from features ``(B, N, C)`` and one-hot classes ``(B, N, K)``."""
     counts = members.sum(1).clamp_min(1)
     means = members.mT @ features / counts[..., None]
     return (_unit(features) * (members @ _unit(means))).sum(-1)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """``x / ||x||``; zeros stay, and have the gradient of ``x`` itself, not of a division by 0."""
+    """``x / ||x||``; zeros stay zero, and get the gradient of ``x`` itself, not of ``0 / 0``."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm == 0, 1)
 
 
 class IFVD(PixelLoss):
-    """:func:`ifvd_loss` of what the head's last layer is given: ``{"loss_ifvd"}``.
+    """:func:`ifvd_loss` on the input of the head's last layer: ``{"loss_ifvd"}``.
 
     Both models' features are pooled to the smaller size; their widths may differ.
 
@@ -79,13 +78,13 @@ class IFVD(PixelLoss):
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Nothing is made; models without such a head are refused before the training."""
+        """Make nothing, but reject models without such a head before training starts."""
         self.heads(student, teacher)
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """The one term."""
+        """The single term."""
         own, other = self.heads(student, teacher)
         labels = self.need(own.labels, "student.head.labels")
         features = at_one_size(own.features, other.features)

@@ -22,15 +22,15 @@ def itrd_loss(
     r"""``w_c * correlation + w_m * mutual information`` of one pair of representations.
 
     The correlation term is ``log2 sum_j |c_j - 1|^(2 alpha)``, with ``c_j = sum_i z_s[i, j] z_t[i,
-    j] / B`` of features standardized over the batch (deviation with ``B - 1``, so that it ends at
-    ``log2(D B^(-2 alpha))``, not at minus infinity). The mutual information term is ``||G_s||_F^2
+    j] / B`` of features standardized over the batch (deviation with ``B - 1``, so its minimum is
+    ``log2(D B^(-2 alpha))``, not minus infinity). The mutual information term is ``||G_s||_F^2
     - ||G_st||_F^2`` with ``G`` the cosines between samples and ``G_st = G_s * G_t`` entry by entry,
     each divided by its trace (Miles et al., "Information Theoretic Representation Distillation",
-    BMVC 2022; both in the form of the authors' public code, which takes the second
+    BMVC 2022; both in the form of the authors' public code, which computes the second
     without the logarithms of Renyi's entropy).
 
     Args:
-        student: ``(B, D)``, brought to the teacher's width, any floating dtype.
+        student: ``(B, D)``, adapted to the teacher's width, any floating dtype.
         teacher: ``(B, D)``, same device; no gradient reaches it.
         correlation_weight: ``w_c``.
         mutual_weight: ``w_m``.
@@ -41,7 +41,7 @@ def itrd_loss(
         in either model counts as uncorrelated.
 
     Raises:
-        ValueError: features of different shapes or devices, fewer than two samples, or an order
+        ValueError: features that differ in shape or device, fewer than two samples, or an order
             that is not positive.
     """
     correlation = correlation_loss(student, teacher, alpha=alpha)
@@ -80,10 +80,10 @@ def _standardized(x: Tensor) -> Tensor:
 
 
 class ITRD(Loss):
-    """:func:`itrd_loss` of one tap: ``{"loss_itrd_correlation", "loss_itrd_mutual"}``.
+    """:func:`itrd_loss` at one tap: ``{"loss_itrd_correlation", "loss_itrd_mutual"}``.
 
     A trained linear layer brings the student's features to the teacher's width. The correlation
-    term always reads it, the mutual information term only where the widths differ, as in the
+    term always uses its output, the mutual information term only if the widths differ, as in the
     authors' public code. Maps are averaged over their positions first.
 
     Args:

@@ -24,7 +24,7 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Te
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, or of no floating dtype, or a
+        ValueError: logits that differ in shape or device, or are not floating, or a
             temperature that is not positive.
     """
     student, teacher = as_logits(student, teacher)
@@ -41,8 +41,8 @@ class KD(LogitLoss):
     Args:
         weight: factor of the term.
         temperature: ``T > 0``, divides the logits.
-        standardize: compare the z-scores of both models' logits (there with ``weight=9`` and
-            ``temperature=2``).
+        standardize: compare the z-scores of both models' logits (Sun et al. 2024, with ``weight=9``
+            and ``temperature=2``).
     """
 
     def __init__(

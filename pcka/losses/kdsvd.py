@@ -1,4 +1,4 @@
-"""KDSVD: keep how the main directions of neighbouring stages relate (Lee et al., ECCV 2018)."""
+"""KDSVD: keep the relations of neighbouring stages' main directions (Lee et al., ECCV 2018)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
 from pcka.losses.checks import as_maps_of_one_width, as_stages, check_weights
 from pcka.ops.reference import without_autocast
 
-CANDIDATES = 3  # of the student's directions, beyond as many as the teacher has
+CANDIDATES = 3  # student directions to match with, beyond as many as the teacher has
 BANDWIDTH = 8.0
 DAMPING = 1e-3  # gaps between eigenvalues below this share of their sum count as ties
 
@@ -25,26 +25,26 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int
     ``1/B sum over stages i > 1 of ||R_s - R_t||^2``, ``R[c, c', j] = exp(-(V_i[c, j] - V_i-1[c',
     j])^2 / 8)``, ``V (C, k)`` the first right singular vectors of a sample's map ``(H * W, C)``,
     times the teacher's singular values scaled to unit length. Each of the teacher's vectors is
-    compared with that of the student's first ``k + 3`` which is closest to it, turned to its side
-    (Lee et al. 2018, section 3; in the form of Tian et al. 2020). A singular vector has no sign:
-    those of the teacher are turned to have a sum of 0 or more, so that the loss does not depend on
+    compared with the closest of the student's first ``k + 3``, whose sign is matched to it (Lee et
+    al. 2018, section 3; in the form of Tian et al. 2020). The sign of a singular vector is
+    arbitrary: the teacher's are chosen to have a non-negative sum, so the loss does not depend on
     how they are computed.
 
     The gradient is that of the singular vectors, damped where their singular values nearly
     coincide and it would be unbounded.
 
     Args:
-        students: ``(B, C, H_s, W_s)`` of each stage in order, two at least, any floating dtype.
-        teachers: ``(B, C, H_t, W_t)`` of the same stages, widths, samples, dtypes and device; no
-            gradient reaches them.
-        k: vectors of each stage.
+        students: one ``(B, C, H_s, W_s)`` per stage in order, at least two, any floating dtype.
+        teachers: ``(B, C, H_t, W_t)`` of the same stages, widths, samples and device; no gradient
+            reaches them.
+        k: number of vectors per stage.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: fewer than two stages, features that are no maps of equal widths, or that do
-            not hold the same samples.
+        ValueError: fewer than two stages, or features that are not maps or differ in width or
+            batch size.
     """
     if len(students) < 2 or len(students) != len(teachers):
         got = f"{len(students)} and {len(teachers)}"
@@ -60,7 +60,7 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int
 
 
 def _matched_vectors(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scaled vectors ``(B, C, k)`` of both models; the student's are those like the teacher's."""
+    """Scaled vectors ``(B, C, k)`` of both models; the student's are matched to the teacher's."""
     values, v_t = _singular_vectors(teacher, k)
     v_t = torch.where(v_t.sum(1, keepdim=True) < 0, -v_t, v_t)
     _, v_s = _singular_vectors(student, k + CANDIDATES)
@@ -80,8 +80,8 @@ def _correlations(v: Tensor, before: Tensor) -> Tensor:
 def _singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first singular values ``(B, count)`` and right vectors ``(B, C, count)`` of each map.
 
-    From the smaller of the two Gram matrices. The map is scaled to norm 1 first, which changes no
-    vector; one that is 0 throughout stays so, and gets no gradient.
+    Computed from the smaller of the two Gram matrices. The map is scaled to norm 1 first, which
+    changes no vector; an all-zero map stays zero and gets no gradient.
     """
     rows = x.flatten(2).mT
     norm = torch.linalg.matrix_norm(rows.detach(), keepdim=True)
@@ -96,7 +96,7 @@ def _singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first eigenvalues and vectors of symmetric ``(B, n, n)``; the vectors have a gradient.
 
-    ``dv_j = sum_i v_i (v_i^T dG v_j) / (l_j - l_i)``, the quotient ``1 / gap`` replaced by
+    ``dv_j = sum_i v_i (v_i^T dG v_j) / (l_j - l_i)``, with ``1 / gap`` replaced by
     ``gap / (gap^2 + damping^2)``, which is bounded and 0 at ``i = j``.
     """
     with torch.no_grad():
@@ -109,15 +109,15 @@ def _eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class KDSVD(Loss):
-    """:func:`kdsvd_loss` of several stages: ``{"loss_kdsvd"}``.
+    """:func:`kdsvd_loss` for several stages: ``{"loss_kdsvd"}``.
 
-    Where the widths of a stage differ, the student's map goes through a 1x1 convolution that
-    :meth:`prepare` makes, trained with the student.
+    If the widths of a stage differ, the student's map passes through a 1x1 convolution that
+    :meth:`prepare` makes and that is trained with the student.
 
     Args:
         stages: names of the tapped feature maps, in the models' order.
         weight: factor of the term.
-        k: vectors of each stage.
+        k: number of vectors per stage.
     """
 
     capturable = False  # eigh waits for its result
@@ -152,7 +152,7 @@ class KDSVD(Loss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term of all stages."""
+        """One term for all stages."""
         teacher = self.need(teacher, "teacher")
         students = [self._adapted(student.feature(stage), stage) for stage in self.taps]
         teachers = [teacher.feature(stage) for stage in self.taps]

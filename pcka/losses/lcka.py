@@ -45,8 +45,8 @@ def lcka_loss(
     r"""Weighted sum of ``1 - CKA`` over samples and ``1 - CKA`` over classes.
 
     ``w_intra (1 - CKA(Z_s, Z_t)) + w_inter (1 - CKA(Z_s', Z_t'))`` with ``Z (B, P)`` the logits,
-    or the class probabilities ``softmax(logits / T)`` (Zhou et al. 2024, section 4.1). A logit of
-    minus infinity, which masks a class out, counts as 0 in both models.
+    or the class probabilities ``softmax(logits / T)`` (Zhou et al. 2024, section 4.1). When logits
+    are compared, minus infinity in either model, which masks a class out, counts as 0 in both.
 
     Args:
         student: ``(B, P)`` logits, any floating dtype.
@@ -62,7 +62,7 @@ def lcka_loss(
         (two when centered) is constant, and is 0 with gradient 0.
 
     Raises:
-        ValueError: logits of different shapes or devices, or of no floating dtype, or a
+        ValueError: logits that differ in shape or device, or are not floating, or a
             temperature that is not positive.
     """
     intra, inter = lcka_terms(
@@ -84,7 +84,7 @@ def _soften(logits: Tensor, temperature: float | None) -> Tensor:
 
 
 class LCKA(Loss):
-    """:func:`lcka_loss`, with its arguments: ``{"loss_lcka_intra", "loss_lcka_inter"}``."""
+    """:func:`lcka_loss`, with the same arguments: ``{"loss_lcka_intra", "loss_lcka_inter"}``."""
 
     needs_logits = True
     relational = True

@@ -18,16 +18,16 @@ def ld_loss(
 
     ``T^2 / (4 S) sum_r w_r sum_e KL(softmax(t_re / T) || softmax(s_re / T))``, the softmax over the
     ``N`` distances of an edge (Zheng et al. 2022, equation 3); ``w`` and ``S`` as in
-    :func:`pcka.losses.dense_boxes_loss`, in place of the paper's regions by labels. With ``T = 1``
-    it is what CrossKD compares of a GFL (Wang et al., CVPR 2024, in the authors' public code).
+    :func:`pcka.losses.dense_boxes_loss`, instead of the paper's label-based regions. With ``T = 1``
+    it is what CrossKD compares for GFL (Wang et al., CVPR 2024, in the authors' public code).
     LD's own code takes the mean over the ``N`` distances, sums over the positive anchors, and does
-    not divide by ``S``: a weight ``a`` there is ``a S / N`` here, so 0.25 is 0.18 for a dozen
+    not divide by ``S``: a weight ``a`` there is ``a S / N`` here, so 0.25 becomes 0.18 for a dozen
     objects and the usual ``N`` of 17.
 
     Args:
         student: ``(B, R, 4, N)`` logits, any floating dtype.
         teacher: same shape and device; no gradient reaches it.
-        scores: ``(B, R, K)``, the teacher's logits of the classes.
+        scores: ``(B, R, K)``, the teacher's class logits.
         temperature: ``T > 0``, divides logits.
 
     Returns:
@@ -50,7 +50,7 @@ def ld_loss(
 
 
 class LD(DenseKD):
-    """:func:`ld_loss` of dense heads that predict distributions: ``{"loss_ld"}``.
+    """:func:`ld_loss` for dense heads that predict distributions: ``{"loss_ld"}``.
 
     Args:
         weight: factor of the term.
@@ -70,7 +70,7 @@ class LD(DenseKD):
         """The one term.
 
         Raises:
-            ValueError: a head that predicts one number for each edge.
+            ValueError: a head that predicts one number per edge.
         """
         own, other = self.predictions(*self.heads(student, teacher))
         loss = ld_loss(

@@ -1,4 +1,4 @@
-"""MGD: generate the teacher's features from masked ones of the student (Yang et al., ECCV 2022)."""
+"""MGD: generate the teacher's features from the student's masked ones (Yang et al., ECCV 2022)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MASKS = ("channels", "positions")
 
 
 def mgd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Squared differences to what was generated, ``sum((X_s - X_t)^2) / B``.
+    r"""Squared differences between generated and teacher features, ``sum((X_s - X_t)^2) / B``.
 
     The generation loss of Yang et al. 2022, section 3, with the mean over samples of the authors'
     public code. The larger map is pooled (adaptive average) to the size of the smaller one; the
-    original takes maps of one size only.
+    original takes only maps of the same size.
 
     Args:
         student: ``(B, C, H_s, W_s)``, generated from the student's features, any floating dtype.
@@ -31,17 +31,17 @@ def mgd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that are no maps of the same samples with as many channels.
+        ValueError: features that are not maps, or differ in batch size or channels.
     """
     student, teacher = as_maps(*at_one_size(student, teacher))
     return (student - teacher).square().sum() / len(student)
 
 
 def random_mask(x: Tensor, ratio: float, over: str) -> Tensor:
-    """Whole channels, or positions of all channels, of ``x (B, C, H, W)``: 0 with ``ratio``, or 1.
+    """Mask of channels or positions of ``x (B, C, H, W)``, False with probability ``ratio``.
 
-    Drawn for each sample by torch's generator of the device of ``x``: ``(B, C, 1, 1)`` for
-    ``over="channels"``, ``(B, 1, H, W)`` for ``"positions"``, bool.
+    Drawn per sample by torch's generator for the device of ``x``: bool, ``(B, C, 1, 1)`` for
+    ``over="channels"``, ``(B, 1, H, W)`` for ``"positions"``.
     """
     b, c, h, w = x.shape
     shape = (b, c, 1, 1) if over == "channels" else (b, 1, h, w)
@@ -49,7 +49,7 @@ def random_mask(x: Tensor, ratio: float, over: str) -> Tensor:
 
 
 class _Generation(nn.Module):
-    """Align the width where it differs, mask, and generate: ``(B, C_s, H, W)`` -> ``C_t``."""
+    """Align the width if it differs, mask, and generate: ``(B, C_s, H, W)`` -> ``C_t``."""
 
     def __init__(self, c_s: int, c_t: int, mask_ratio: float, mask: str) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ class _Generation(nn.Module):
 
 
 class MGD(StagewiseLoss):
-    """:func:`mgd_loss` of several stages: ``{"loss_mgd_<stage>"}``.
+    """:func:`mgd_loss` for several stages: ``{"loss_mgd_<stage>"}``.
 
-    ``X_s = G(M * A(student))``: ``A`` a 1x1 convolution where the widths differ, ``M`` a random
+    ``X_s = G(M * A(student))``: ``A`` a 1x1 convolution if the widths differ, ``M`` a random
     mask, ``G`` a 3x3 convolution, ReLU and another 3x3 convolution (Yang et al. 2022, section 3).
     The defaults are those of the authors' public code for classification, which masks whole
-    channels; for detection it has ``mask="positions"``, ``mask_ratio=0.65`` and weights of 2e-5.
+    channels; for detection it uses ``mask="positions"``, ``mask_ratio=0.65`` and weights of 2e-5.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all.
-        mask_ratio: part of the channels or positions that is masked, in [0, 1).
+        weights: factor of each stage's term, or a single one for all.
+        mask_ratio: fraction of the channels or positions to mask, in [0, 1).
         mask: ``"channels"`` or ``"positions"``.
     """
 

@@ -19,7 +19,7 @@ TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
 def mlkd_terms(
     student: Tensor, teacher: Tensor, *, temperatures: Sequence[float] = TEMPERATURES
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The instance, batch and class level of :func:`mlkd_loss`, without their weights."""
+    """The instance, batch and class levels of :func:`mlkd_loss`, without their weights."""
     _check_temperatures(temperatures)
     student, teacher = as_logits(student, teacher)
     levels = torch.zeros(3, dtype=student.dtype, device=student.device)
@@ -60,7 +60,7 @@ def mlkd_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, no temperature, or one that is not
+        ValueError: logits that differ in shape or device, no temperature, or one that is not
             positive.
     """
     levels = mlkd_terms(student, teacher, temperatures=temperatures)
@@ -71,7 +71,7 @@ def mlkd_loss(
 
 @without_autocast
 def _apart(x: Tensor, y: Tensor) -> Tensor:
-    """``||x x' - y y'||_F^2 / N`` of rows ``(N, D)``."""
+    """``||x x' - y y'||_F^2 / N`` for rows ``(N, D)``."""
     return (x @ x.T - y @ y.T).square().sum() / len(x)
 
 
@@ -88,9 +88,9 @@ class MLKD(Loss):
     """:func:`mlkd_loss`: ``{"loss_mlkd_instance", "loss_mlkd_batch", "loss_mlkd_class"}``.
 
     The weights are those that the authors' public code gives to the terms of one view of the
-    images: 0.9, and of that the half that its confidence mask leaves. The code trains on a second,
-    strongly augmented view beside it (cross-entropy of both, the instance level of both), for which
-    each model runs twice a step; this loss compares the views that both models were given.
+    images: 0.9, of which its confidence mask leaves half. That code also trains on a second,
+    strongly augmented view (cross-entropy of both, the instance level of both), so each model runs
+    twice per step; this loss compares the views that both models were given.
 
     Args:
         instance_weight, batch_weight, class_weight, temperatures: of :func:`mlkd_loss`.

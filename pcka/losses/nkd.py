@@ -18,7 +18,7 @@ def nkd_loss(
     gamma: float = 1.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Cross-entropies of the target and of the normalised other classes, without the task's own.
+    r"""Cross-entropies of the target and of the normalised other classes, without the task loss.
 
     ``-mean(p_t[target] log p_s[target]) - gamma T^2 mean_i sum_j q_t log q_s``, ``p`` the softmax
     of all classes and ``q`` that of the others at temperature ``T`` (Yang et al. 2023, equation 9).
@@ -26,8 +26,8 @@ def nkd_loss(
     Args:
         student: ``(B, P)`` logits, any floating dtype.
         teacher: ``(B, P)`` logits; no gradient reaches it.
-        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, of which the likeliest
-            class counts, as in the authors' public code.
+        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, whose most likely
+            class is used, as in the authors' public code.
         gamma: factor of the non-target part.
         temperature: ``T > 0``, divides the logits of the other classes.
 
@@ -35,7 +35,7 @@ def nkd_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, targets that are no classes of the
+        ValueError: logits that differ in shape or device, targets that do not match the
             batch, or a temperature that is not positive.
     """
     student, teacher = as_logits(student, teacher)

@@ -23,13 +23,13 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: ``(B, C_s, H_s, W_s)``, any floating dtype.
-        teacher: ``(B, C_t, H_t, W_t)``, same dtype and device; no gradient reaches it.
+        teacher: ``(B, C_t, H_t, W_t)``, same device; no gradient reaches it.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that are no maps, or do not hold the same samples.
+        ValueError: features that are not maps, or differ in batch size.
     """
     maps = at_one_size(*as_samples(student, teacher))
     s, t = (F.normalize(x.flatten(2), dim=2) for x in maps)
@@ -41,11 +41,11 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 class NST(StagewiseLoss):
-    """:func:`nst_loss` of several stages: ``{"loss_nst_<stage>"}``.
+    """:func:`nst_loss` for several stages: ``{"loss_nst_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Arithmetic that several losses share: full precision, one size, what carries no signal."""
+"""Arithmetic that several losses share: full precision, equal sizes, degenerate levels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STANDARDIZING_EPSILON = 1e-7
 
 
 def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
-    """Decorator of a loss of student and teacher: autocast does not round its matrix products."""
+    """Decorate a loss of student and teacher: autocast does not round its matrix products."""
 
     @functools.wraps(loss)
     def exact(student: Tensor, teacher: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -32,7 +32,7 @@ def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
 
 
 def unit_length(x: Tensor, dim: int) -> Tensor:
-    """``x / ||x||`` along ``dim``, 0 where it is zero, for values whose squares would overflow."""
+    """``x / ||x||`` along ``dim``, 0 where ``x`` is zero, even if its squares would overflow."""
     largest = x.detach().abs().amax(dim, keepdim=True)
     return F.normalize(x / largest.masked_fill(largest == 0, 1), dim=dim)
 
@@ -45,7 +45,7 @@ def at_one_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         teacher: ``(B, C_t, H_t, W_t)``.
 
     Raises:
-        ValueError: features that are no maps.
+        ValueError: features that are not maps.
     """
     if student.dim() != 4 or teacher.dim() != 4:
         wanted = "feature maps (B, C, H, W)"
@@ -65,14 +65,13 @@ def standardized_logits(logits: Tensor) -> Tensor:
 
     ``(z - mean(z)) / (std(z) + 1e-7)``, ``std`` with ``P - 1`` (Sun et al., "Logit
     Standardization in Knowledge Distillation", CVPR 2024, and the authors' public code). A student
-    that is compared by them need not match the teacher's magnitude.
+    compared by z-scores need not match the teacher's magnitude.
 
     Args:
         logits: ``(B, P)``, any floating dtype, ``P >= 2``.
 
     Returns:
-        ``(B, P)``: float32, or float64 for float64 input. Where a sample's logits are all equal,
-        0.
+        ``(B, P)``: float32, or float64 for float64 input; 0 where a sample's logits are all equal.
     """
     z = logits.to(accumulation_dtype(logits.dtype))
     variance = z.var(-1, keepdim=True)
@@ -82,9 +81,9 @@ def standardized_logits(logits: Tensor) -> Tensor:
 
 
 def without_target(logits: Tensor, target: Tensor) -> Tensor:
-    """The logits of the classes that are not the sample's own.
+    """The logits of all classes but each sample's own.
 
-    By gathering, not by a mask: the host need not wait to learn how many entries a mask picks.
+    Gathered, not masked: the host need not wait to learn how many entries a mask selects.
 
     Args:
         logits: ``(B, P)``.
@@ -112,21 +111,21 @@ def this_or_other(logits: Tensor, index: Tensor) -> Tensor:
 
 
 class DegenerateLevelWarning(UserWarning):
-    """A loss leaves a level out, because its shape makes the alignment constant."""
+    """A loss leaves a level out because its shape makes the alignment constant."""
 
 
 def leave_out_constant(loss: Tensor, *, samples: int, center: bool, level: str) -> Tensor:
-    """``loss``, or a zero with zero gradient where ``samples`` makes the alignment constant.
+    """``loss``, or a zero with zero gradient if ``samples`` makes the alignment constant.
 
     One sample always aligns with one sample, and two centered samples (``x`` and ``-x``) with any
-    other two: CKA is 1 whatever the features are. The zero stays attached to the graph, so a
-    backward pass through it works; the first one of each level warns.
+    other two: CKA is 1 for any features. The zero stays attached to the graph, so a backward pass
+    through it works; the first one at each level warns.
 
     Args:
         loss: scalar computed from the alignment.
         samples: ``N``, the side of the Gram matrices.
         center: whether the Gram matrices are centered.
-        level: what the warning calls this level.
+        level: name of this level in the warning.
     """
     if samples > (2 if center else 1):
         return loss

@@ -31,10 +31,10 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
         bias: of the batch norm, ``(C,)``.
 
     Returns:
-        ``(C,)`` of their dtype, never positive.
+        ``(C,)`` in the dtype of ``weight``, never positive.
     """
     mean, std = bias.double(), weight.double().abs()
-    # A weight of zero is the limit of small ones: a constant, negative or never.
+    # A weight of zero is the limit of small ones: a constant, always or never negative.
     ratio = mean / std.clamp_min(torch.finfo(std.dtype).tiny)
     negative = torch.special.ndtr(-ratio)
     density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
@@ -43,22 +43,22 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-    r"""Partial squared distance to the teacher's margin ReLU, summed over all but the samples.
+    r"""Partial squared distance to the teacher's margin ReLU, averaged over samples only.
 
     ``1/B sum d``, ``d = (X_s - T)^2`` where ``T > 0`` or ``X_s > T``, else 0; ``T = max(X_t,
-    margin)``: a student need not meet a negative target that it is below already (Heo et al. 2019,
-    section 3).
+    margin)``: a student already below a negative target need not meet it (Heo et al. 2019, section
+    3).
 
     Args:
         student: ``(B, C, H, W)`` before the activation, any floating dtype.
         teacher: same shape and device, before the activation; no gradient reaches it.
-        margin: ``(C,)``, as :func:`ofd_margin` gives it.
+        margin: ``(C,)``, as computed by :func:`ofd_margin`.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices, or a margin that is not one a channel.
+        ValueError: maps that differ in shape or device, or a margin that is not one per channel.
     """
     student, teacher = as_maps(student, teacher)
     check_channels(student, margin=margin)
@@ -68,7 +68,7 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
 
 
 class Connector(nn.Module):
-    """From the student's map to the teacher's width, by a 1x1 convolution and a batch norm.
+    """Bring the student's map to the teacher's width, by a 1x1 convolution and batch norm.
 
     Args:
         c_s: channels of the student.
@@ -92,15 +92,15 @@ class Connector(nn.Module):
 
 
 class OFD(StagewiseLoss):
-    """:func:`ofd_loss` of several stages: ``{"loss_ofd_<stage>"}``.
+    """:func:`ofd_loss` for several stages: ``{"loss_ofd_<stage>"}``.
 
-    Stage ``i`` of ``L`` counts ``1 / 2^(L - i)``: the last one whole, each before it half as much
-    as the next. A :class:`Connector` of each stage, made by :meth:`prepare`, is trained with the
-    student.
+    Stage ``i`` of ``L`` is weighted by ``1 / 2^(L - i)``: the last one by 1, each earlier one half
+    as much as the next. A :class:`Connector` for each stage, made by :meth:`prepare`, is trained
+    with the student.
 
     Args:
         stages: names of the tapped feature maps before their activation, from shallow to deep.
-        weight: factor of all terms; 1e-3 for CIFAR and 1e-4 for ImageNet there.
+        weight: factor of all terms; Heo et al. use 1e-3 for CIFAR and 1e-4 for ImageNet.
     """
 
     needs_context = True
@@ -127,12 +127,12 @@ class OFD(StagewiseLoss):
         teacher = self.need(teacher, "teacher")
         for stage in self.taps:
             feature, other = student.feature(stage), teacher.feature(stage)
-            at_one_size(feature, other)  # refuses what is no map
+            at_one_size(feature, other)  # rejects features that are not maps
             margin = _margin(context, stage, channels=other.shape[1])
             self.connectors[stage] = fit(Connector(feature.shape[1], margin), feature)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:
-        """:func:`ofd_loss` of the connected map."""
+        """:func:`ofd_loss` of the connector's output."""
         connector = prepared(self.connectors, "OFD")[stage]
         return connector(*as_samples(student, teacher, widen=False))
 

@@ -1,4 +1,4 @@
-"""Other methods on PCKA's patches: what is left of its gain when CKA is replaced."""
+"""Other methods on PCKA's patches: how much of its gain remains when CKA is replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def patched_loss(
 ) -> Tensor:
     r"""Compare the patches of two feature maps as another method compares its inputs.
 
-    Both maps are tiled as PCKA does it: resized up to a multiple of the patch, ``X (C, N, D)`` with
+    Both maps are tiled as in PCKA: resized up to a multiple of the patch, ``X (C, N, D)`` with
     ``N`` patches and ``D = B * P_H * P_W`` (Zhou et al. 2024, section 4.2, and its ablation).
 
     - ``"at"``: ``1/C mean((A_s - A_t)^2)``, ``A (N, D) = sum over channels of X``, each row divided
@@ -37,10 +37,10 @@ def patched_loss(
     - ``"kl"``: ``T^2 mean over channels and patches of KL(softmax(x_t / T) || softmax(x_s / T))``,
       the softmax over ``D`` (the authors' public code).
     - ``"pkd"``: ``1/2 mean((n(x_s) - n(x_t))^2)``, ``n(x) = (x - mean) / (std + 1e-6)`` of each
-      patch (Cao et al. 2022, equation 2, with a patch in the place of a channel; the authors'
+      patch (Cao et al. 2022, equation 2, with a patch in place of a channel; the authors'
       public class of that name does not cut patches).
-    - ``"dist"``: mean over channels of :func:`dist_loss`, patches in the place of samples and the
-      ``D`` entries in that of classes (the authors' public code).
+    - ``"dist"``: mean over channels of :func:`dist_loss`, with patches as samples and the ``D``
+      entries as classes (the authors' public code).
 
     Args:
         student: ``(B, C, H, W)``, any floating dtype.
@@ -53,7 +53,7 @@ def patched_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices, an unknown method, a patch size or a
+        ValueError: maps that differ in shape or device, an unknown method, a patch size or a
             temperature that is not positive, or ``"pkd"`` on patches of a single entry.
     """
     student, teacher = as_maps(student, teacher)
@@ -100,20 +100,20 @@ _METHODS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def check_method(method: str) -> None:
-    """Refuse a method that no patched variant is known of."""
+    """Reject a method without a patched variant."""
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
 
 
 class Patched(StagewiseLoss):
-    """:func:`patched_loss` of several levels: ``{"loss_patched_<method>_<stage>"}``.
+    """:func:`patched_loss` for several levels: ``{"loss_patched_<method>_<stage>"}``.
 
     Args:
         method, temperature: of :func:`patched_loss`.
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all.
-        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a single
-            ``P`` serves all.
+        weights: factor of each stage's term, or a single one for all.
+        patch_sizes: patch size of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a
+            single ``P`` serves all stages.
     """
 
     relational = True

@@ -38,12 +38,11 @@ def pcka_loss(
         group_by: ``"channel"`` (the method), ``"batch"`` or ``"position"``.
         relation: ``"rows"`` between patches, ``"columns"`` between the entries of a patch.
         center: center the Gram matrices.
-        level: what the warning of a degenerate map calls this level.
+        level: name of this level in the warning about a degenerate map.
 
     Returns:
-        A scalar in [0, 1]: float32, or float64 for float64 input. Where the shape makes the
-        alignment constant (one row in the Gram matrices, or two when centered) it is 0 with
-        gradient 0.
+        A scalar in [0, 1]: float32, or float64 for float64 input. If the shape makes the alignment
+        constant (one row in the Gram matrices, or two when centered), it is 0 with gradient 0.
 
     Raises:
         ValueError: as :func:`pcka.patch_cka`.
@@ -73,7 +72,7 @@ def _gram_side(x: Tensor, patch_size: PatchSize, group_by: str, relation: str) -
 def as_patches(
     stages: Sequence[str], patch_sizes: PatchSize | Sequence[PatchSize]
 ) -> tuple[PatchSize, ...]:
-    """The patch of each stage; refuses what is none, and another number of them."""
+    """The patch size of each stage; rejects invalid sizes, or a wrong number of them."""
     each: tuple[PatchSize, ...] = for_each(stages, "patch_sizes", cast(Any, patch_sizes))
     for patch in each:
         as_patch_size(patch)
@@ -81,22 +80,23 @@ def as_patches(
 
 
 class PCKA(StagewiseLoss):
-    """:func:`pcka_loss` of several levels and relations: ``{"loss_pcka_<stage>_<relation>"}``.
+    """:func:`pcka_loss` for several levels and relations: ``{"loss_pcka_<stage>_<relation>"}``.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's terms, or one of all.
-        patch_sizes: patch of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a single
-            ``P`` serves all.
+        weights: factor of each stage's terms, or a single one for all.
+        patch_sizes: patch size of each stage, ``P`` or ``(P_H, P_W)``, in pixels of its map; a
+            single ``P`` serves all stages.
         relations: which of ``"rows"`` and ``"columns"`` to align, one term each.
         group_by, center: of :func:`pcka_loss`.
         background: factor of both maps outside the objects' boxes, from 0 to 1; below 1 the loss
-            needs the boxes, and patches count by what of an object is in them. 1 is the method;
-            less is ours, with the foreground of :class:`pcka.losses.FGD`.
+            needs the boxes, and patches count by how much of an object they contain. 1 is the
+            published method; less is our addition, with the foreground of
+            :class:`pcka.losses.FGD`.
 
     Raises:
-        ValueError: no relation, an unknown one or grouping, what is no patch size, or no factor
-            from 0 to 1.
+        ValueError: no relation, an unknown relation or grouping, an invalid patch size, or a
+            ``background`` outside [0, 1].
     """
 
     relational = True
@@ -131,7 +131,7 @@ class PCKA(StagewiseLoss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term a stage and relation."""
+        """One term per stage and relation."""
         terms = {}
         for (stage, weight, own, other), patch in zip(
             self.pairs(student, teacher), self.patch_sizes, strict=True

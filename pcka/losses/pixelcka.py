@@ -41,24 +41,24 @@ def pixel_cka_loss(
 
     With ``samples="positions"``, our own definition, every position is a sample: ``Z (B H W, K)``
     are the logits, the first term aligns the relations between positions and the second those
-    between classes, as :func:`pcka.losses.lcka_loss` does for images of one label. With
-    ``samples="images"`` every image is one, ``Z (B, K H W)``: what the public code of Zhou et al.
-    2024 compares for Cityscapes (there uncentered, with weights of 10, and each row of a Gram
-    matrix divided by the root of its diagonal entry, which is left out here).
+    between classes, as :func:`pcka.losses.lcka_loss` does for single-label images. With
+    ``samples="images"``, every image is a sample, ``Z (B, K H W)``: what the public code of Zhou et
+    al. 2024 compares for Cityscapes (there uncentered, with weights of 10, and with each row of a
+    Gram matrix divided by the root of its diagonal entry, which is left out here).
 
     Args:
         student: ``(B, K, H, W)`` logits, any floating dtype.
         teacher: same shape and device; no gradient reaches it.
         intra_weight: factor of the term over samples.
-        inter_weight: factor of the term over classes, or over what a sample is made of.
+        inter_weight: factor of the term over classes, or over the entries of an image.
         samples: ``"positions"`` or ``"images"``.
-        center: center the Gram matrices. One or two images are constant when centered.
+        center: center the Gram matrices, which makes CKA of one or two images constant.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, or an unknown ``samples``.
+        ValueError: logits that differ in shape or device, or an unknown ``samples``.
     """
     intra, inter = pixel_cka_terms(student, teacher, samples=samples, center=center)
     return intra_weight * intra + inter_weight * inter

@@ -10,11 +10,11 @@ from pcka.losses.pixelkd import PixelLoss
 
 
 class PixelCWD(PixelLoss):
-    """:func:`pcka.losses.cwd_loss` of the class scores of every pixel: ``{"loss_pixelcwd"}``.
+    """:func:`pcka.losses.cwd_loss` on the class scores of every pixel: ``{"loss_pixelcwd"}``.
 
     Args:
-        weight: factor of the term; 3 there.
-        temperature: ``T > 0``, divides the logits; 4 there.
+        weight: factor of the term; Shu et al. use 3.
+        temperature: ``T > 0``, divides the logits; Shu et al. use 4.
     """
 
     def __init__(self, *, weight: float = 3.0, temperature: float = 4.0) -> None:

@@ -27,19 +27,19 @@ def pixel_kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0)
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, or a temperature that is not positive.
+        ValueError: logits that differ in shape or device, or a temperature that is not positive.
     """
     return kd_loss(*positions(student, teacher), temperature=temperature)
 
 
 def positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps of one shape ``(B, K, H, W)`` -> a row for each position, ``(B * H * W, K)`` each."""
+    """Maps of one shape ``(B, K, H, W)`` -> one row per position, ``(B * H * W, K)`` each."""
     own, other = (x.movedim(1, -1).flatten(0, -2) for x in as_maps(student, teacher))
     return own, other
 
 
 class PixelLoss(Loss):
-    """``compare(student, teacher)`` of the class scores of both models: ``{"loss_<log_name>"}``.
+    """``compare(student, teacher)`` on both models' class scores: ``{"loss_<log_name>"}``.
 
     Args:
         weight: factor of the term.
@@ -55,14 +55,14 @@ class PixelLoss(Loss):
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Nothing is made; models of other classes are refused before the training."""
+        """Make nothing, but reject models with different classes before training starts."""
         self.scores(student, teacher)
 
     def heads(self, student: Outputs, teacher: Outputs | None) -> tuple[PixelHead, PixelHead]:
-        """What both models' heads gave.
+        """The outputs of both models' heads.
 
         Raises:
-            ValueError: a model without a head of classes of pixels.
+            ValueError: a model without a per-pixel classification head.
         """
         heads = student.head, self.need(teacher, "teacher").head
         for head, role in zip(heads, ("student", "teacher")):
@@ -77,7 +77,7 @@ class PixelLoss(Loss):
         """Both models' logits, ``(B, K, H, W)``, pooled to the smaller size.
 
         Raises:
-            ValueError: scores of other classes, or none.
+            ValueError: scores of different classes, or none.
         """
         own, other = self.heads(student, teacher)
         pair = at_one_size(own.logits, other.logits)
@@ -88,19 +88,19 @@ class PixelLoss(Loss):
         return pair
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of logits ``(B, K, H, W)``, a scalar without its weight."""
+        """The loss on logits ``(B, K, H, W)``, a scalar without its weight."""
         raise NotImplementedError
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """The one term."""
+        """The single term."""
         value = self.compare(*self.scores(student, teacher))
         return {f"loss_{self.log_name}": Term(self.weight, value)}
 
 
 class PixelKD(PixelLoss):
-    """:func:`pixel_kd_loss` of the class scores of every pixel: ``{"loss_pixelkd"}``.
+    """:func:`pixel_kd_loss` on the class scores of every pixel: ``{"loss_pixelkd"}``.
 
     Args:
         weight: factor of the term.

@@ -13,7 +13,7 @@ EPSILON = 1e-6
 
 
 def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Half the mean squared difference of channel-normalised maps: ``1 - Pearson``, nearly.
+    r"""Half the mean squared difference of channel-normalised maps: nearly ``1 - Pearson``.
 
     ``1/2 mean((n(X_s) - n(X_t))^2)``, ``n(x) = (x - mean) / (std + 1e-6)`` of each channel over
     batch and positions, ``std`` with ``N - 1`` (Cao et al. 2022, equation 2).
@@ -26,7 +26,7 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices.
+        ValueError: maps that differ in shape or device.
     """
     student, teacher = as_maps(student, teacher)
     difference = _normalize(student) - _normalize(teacher)
@@ -39,12 +39,12 @@ def _normalize(x: Tensor) -> Tensor:
 
 
 class PKD(StagewiseLoss):
-    """:func:`pkd_loss` of several maps: ``{"loss_pkd_<stage>"}``.
+    """:func:`pkd_loss` for several maps: ``{"loss_pkd_<stage>"}``.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all; 6 for Faster R-CNN and 10 for
-            RetinaNet there.
+        weights: factor of each stage's term, or a single one for all; Cao et al. use 6 for Faster
+            R-CNN and 10 for RetinaNet.
     """
 
     relational = True

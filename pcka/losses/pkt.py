@@ -23,13 +23,13 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: ``(B, ...)``, flattened to ``(B, D)``, any floating dtype.
-        teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
+        teacher: ``(B, ...)`` of the same samples, on the same device; no gradient reaches it.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that do not hold the same samples.
+        ValueError: features of different batch sizes.
     """
     p_s, p_t = map(_probabilities, as_samples(student, teacher))
     return (p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()).mean()
@@ -43,11 +43,11 @@ def _probabilities(x: Tensor) -> Tensor:
 
 
 class PKT(StagewiseLoss):
-    """:func:`pkt_loss` of several stages: ``{"loss_pkt_<stage>"}``.
+    """:func:`pkt_loss` for several stages: ``{"loss_pkt_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
     """
 
     relational = True

@@ -25,7 +25,7 @@ def rcka_loss(
     center: bool = True,
     row_normalize: bool = False,
 ) -> Tensor:
-    r"""The distillation part of RCKA for one stage; cross-entropy is added beside it.
+    r"""The distillation part of RCKA for one stage; cross-entropy is separate.
 
     ``w_f (1 - FCKA) + w_intra (1 - intra) + w_inter (1 - inter)`` (Zhou et al. 2024, section 4.1):
     :func:`fcka_loss` of the features plus :func:`lcka_loss` of the logits.
@@ -59,11 +59,11 @@ def rcka_loss(
 
 
 class RCKA(Loss):
-    """The terms of :class:`FCKA` and :class:`LCKA`; cross-entropy is the loss ``CE`` beside it.
+    """The terms of :class:`FCKA` and :class:`LCKA`; cross-entropy is the separate loss ``CE``.
 
     Args:
         stages: names of the tapped features.
-        feature_weights: factor of each stage's term, or one of all.
+        feature_weights: factor of each stage's term, or a single one for all.
         intra_weight, inter_weight, temperature, row_normalize: of :func:`lcka_loss`.
         center: center all Gram matrices.
     """
@@ -97,6 +97,6 @@ class RCKA(Loss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """Those of the two parts."""
+        """The terms of both parts."""
         given = student, teacher, target
         return {**self.feature_loss.terms(*given), **self.logit_loss.terms(*given)}

@@ -1,4 +1,4 @@
-"""Loss modules by name, for configuration files; each is imported where it is first needed."""
+"""Loss modules by name, for configuration files; each is imported when first needed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pcka.losses.base import Loss
 
 L = TypeVar("L", bound=type[Loss])
 
-# Module -> what it gives to pcka.losses: the loss first, which is built by its name in upper case,
-# then its functions.
+# Module -> its names in pcka.losses: first the loss, which is built by its name in upper case, then
+# its functions.
 PUBLIC = {
     "at": "AT at_loss",
     "cc": "CC cc_loss cc_neighbours_loss",
@@ -81,7 +81,7 @@ def register(name: str) -> Callable[[L], L]:
 
 
 def public(name: str) -> Any:
-    """The loss or function that ``pcka.losses`` has under ``name``; imports its module.
+    """The loss or function that ``pcka.losses`` exports as ``name``; imports its module.
 
     Raises:
         AttributeError: there is none.
@@ -122,7 +122,7 @@ def defaults(name: str) -> dict[str, object]:
 
 
 def described(name: str) -> tuple[str, dict[str, str]]:
-    """What the loss registered under ``name`` is, and keyword -> what it is, by its docstrings.
+    """Summary of the loss registered under ``name``, and keyword -> description, from docstrings.
 
     Raises:
         ValueError: an unknown name.

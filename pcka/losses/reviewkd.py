@@ -1,4 +1,4 @@
-"""ReviewKD: shallow features learn with what the deep ones know (Chen et al., CVPR 2021)."""
+"""ReviewKD: distil shallow features fused with deeper ones (Chen et al., CVPR 2021)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ PYRAMID = (4, 2, 1)
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Hierarchical context loss: mean squared differences of a map and of poolings of it.
+    r"""Hierarchical context loss: mean squared differences of a map and of its poolings.
 
     ``sum_k w_k mean((P_k(X_s) - P_k(X_t))^2) / sum_k w_k`` with ``w_k = 1, 1/2, 1/4, ...``: ``P_0``
-    is the map itself, the next ones are adaptive averages to 4x4, 2x2 and 1x1, those alone that are
-    smaller than the map (Chen et al. 2021, section 3.3, figure 3b; weights as in the authors'
-    public code).
+    is the map itself, the others are adaptive averages to 4x4, 2x2 and 1x1, but only those smaller
+    than the map (Chen et al. 2021, section 3.3, figure 3b; weights as in the authors' public code).
 
     Args:
         student: ``(B, C, H, W)``, any floating dtype.
@@ -33,7 +32,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices.
+        ValueError: maps that differ in shape or device.
     """
     student, teacher = as_maps(student, teacher)
     difference = student - teacher  # pooling is linear
@@ -45,17 +44,17 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """Attention based fusion (ABF) of a stage with the deeper ones (Chen et al. 2021, figure 3a).
+    """Attention-based fusion (ABF) of a stage with the deeper ones (Chen et al. 2021, figure 3a).
 
     ``z = a_1 * conv1(x) + a_2 * up(deeper)``, ``a = sigmoid(conv([conv1(x), up(deeper)]))`` one map
     each; then ``z`` is resized (nearest) to the teacher's size, and ``conv3(z)`` is compared with
-    the teacher. ``conv1`` and ``conv3`` end with a batch norm.
+    the teacher. ``conv1`` and ``conv3`` end with batch norm.
 
     Args:
         c_s: channels of the student.
         width: channels of ``z``, the same at all stages.
         c_t: channels of the teacher.
-        deepest: nothing is deeper: ``z = conv1(x)``.
+        deepest: there is no deeper stage: ``z = conv1(x)``.
     """
 
     def __init__(self, c_s: int, width: int, c_t: int, *, deepest: bool) -> None:
@@ -91,16 +90,16 @@ class Fusion(nn.Module):
 class ReviewKD(Loss):
     """:func:`hcl_loss` of every stage, fused with all deeper ones: ``{"loss_reviewkd_<stage>"}``.
 
-    From the pooled features to the shallowest stage, each stage of the student passes a
-    :class:`Fusion` with what came before, and the result imitates the teacher's stage. The
-    fusions, made by :meth:`prepare`, are trained with the student.
+    From the pooled features to the shallowest stage, a :class:`Fusion` combines each stage of the
+    student with the previous result, and its output imitates the teacher's stage. The fusions,
+    made by :meth:`prepare`, are trained with the student.
 
     Args:
         stages: names of the tapped feature maps before their activation, from shallow to deep.
         pooled: name of the tapped pooled features, the deepest stage.
-        weight: factor of all terms; 5 there for most pairs, warmed up over 20 epochs.
-        max_width: the most channels that the fusions work in; as many as the student's pooled
-            features have where these are fewer.
+        weight: factor of all terms; Chen et al. use 5 for most pairs, warmed up over 20 epochs.
+        max_width: upper bound of the fusions' width, which is otherwise that of the student's
+            pooled features.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class ReviewKD(Loss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term a stage, the pooled features among them."""
+        """One term per stage, including the pooled features."""
         teacher = self.need(teacher, "teacher")
         fusions = prepared(self.fusions, "ReviewKD")
         terms, deeper = {}, None
@@ -148,7 +147,7 @@ class ReviewKD(Loss):
 
 
 def _as_map(outputs: Outputs, stage: str) -> Tensor:
-    """The feature as ``(B, C, H, W)``; pooled ones have one position."""
+    """The feature as ``(B, C, H, W)``; pooled features have one position."""
     feature = outputs.feature(stage)
     if feature.dim() not in (2, 4):
         raise ValueError(

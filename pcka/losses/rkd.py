@@ -27,7 +27,7 @@ def rkd_loss(
 
     Args:
         student: ``(B, ...)``, flattened to ``(B, D)``, any floating dtype.
-        teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
+        teacher: ``(B, ...)`` of the same samples, on the same device; no gradient reaches it.
         distance_weight: ``w_d``, factor of the distances' part.
         angle_weight: ``w_a``, factor of the angles' part.
 
@@ -35,7 +35,7 @@ def rkd_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that do not hold the same samples.
+        ValueError: features of different batch sizes.
     """
     s, t = (x.flatten(1) for x in as_samples(student, teacher))
     distance = F.smooth_l1_loss(_distances(s), _distances(t))
@@ -61,11 +61,11 @@ def _angles(x: Tensor) -> Tensor:
 
 
 class RKD(StagewiseLoss):
-    """:func:`rkd_loss` of several stages: ``{"loss_rkd_<stage>"}``.
+    """:func:`rkd_loss` for several stages: ``{"loss_rkd_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
         distance_weight, angle_weight: of :func:`rkd_loss`.
     """
 

@@ -24,19 +24,19 @@ def rld_loss(
     r"""``alpha * sample confidence + beta * masked correlation``.
 
     The sample confidence ``T_c^2 * mean KL(b_t || b_s)`` compares two probabilities at the
-    temperature ``T_c``: ``b_t`` of the teacher's first class and of all others, ``b_s`` of the
-    target and of all others. The student becomes as sure of the label as the teacher is of its
-    choice, be it right or wrong. The masked correlation ``T^2 * mean KL(q_t || q_s)`` is that of
-    the softmax over the classes to which the teacher gives a lower logit than to the target: what
-    it ranks as high or higher is left out of both models (Sun et al., "Knowledge Distillation with
-    Refined Logits", ICCV 2025, and the authors' public code). Where the teacher ranks the target
-    last, nothing is left, and this part is 0.
+    temperature ``T_c``: ``b_t`` of the teacher's top class and of all others, ``b_s`` of the target
+    and of all others. The student becomes as confident in the label as the teacher is in its
+    choice, right or wrong. The masked correlation ``T^2 * mean KL(q_t || q_s)`` compares the
+    softmax over the classes to which the teacher gives a lower logit than to the target; classes
+    that it ranks as high or higher are left out of both models (Sun et al., "Knowledge Distillation
+    with Refined Logits", ICCV 2025, and the authors' public code). Where the teacher ranks the
+    target last, no class is left, and this part is 0.
 
     Args:
         student: ``(B, P)`` logits, any floating dtype.
         teacher: ``(B, P)`` logits; no gradient reaches it.
-        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, of which the likeliest
-            class counts, as in :func:`pcka.losses.dkd_loss`.
+        target: ``(B,)`` class indices, or ``(B, P)`` class probabilities, whose most likely
+            class is used, as in :func:`pcka.losses.dkd_loss`.
         alpha: factor of the sample confidence.
         beta: factor of the masked correlation.
         temperature: ``T > 0``, divides the logits of the masked correlation.
@@ -46,7 +46,7 @@ def rld_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, targets that are no classes of the
+        ValueError: logits that differ in shape or device, targets that do not match the
             batch, or a temperature that is not positive.
     """
     student, teacher = as_logits(student, teacher)
@@ -58,7 +58,7 @@ def rld_loss(
         this_or_other(teacher / confidence_temperature, teacher.argmax(1)),
     )
     as_high = teacher >= teacher.gather(1, target[:, None])
-    # Not minus infinity: a sample with every class masked has equal logits then, and no NaN.
+    # Not minus infinity: a sample with every class masked then has equal logits, not NaN.
     lowest = torch.finfo(student.dtype).min
     below = [(x / temperature).masked_fill(as_high, lowest) for x in (student, teacher)]
     correlation = _divergence(*(F.log_softmax(x, dim=1) for x in below))
@@ -70,7 +70,7 @@ def _divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
 
 
 class RLD(LogitLoss):
-    """:func:`rld_loss` as a module: ``{"loss_rld"}``; cross-entropy with the labels comes beside.
+    """:func:`rld_loss` as a module: ``{"loss_rld"}``; cross-entropy with labels is separate.
 
     Args:
         weight: factor of the term.

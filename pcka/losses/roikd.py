@@ -11,14 +11,14 @@ from pcka.losses.kd import kd_loss
 
 
 def roi_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor:
-    r"""Differences of the boxes' shifts, by how sure the teacher is of each class.
+    r"""Differences of the boxes' shifts, weighted by how sure the teacher is of each class.
 
     ``sum_rk p_rk |d^s_rk - d^t_rk|_1 / max(1, sum_rk p_rk)``, ``p = softmax(t)`` without the
-    background. In place of the bound by labels of Chen et al. 2017, section 3.3, the teacher's
-    scores say where its boxes mean something.
+    background. Instead of the label-based bound of Chen et al. 2017, section 3.3, the teacher's
+    scores decide where its boxes are meaningful.
 
     Args:
-        student: ``(R, K, 4)``, or ``(R, 1, 4)`` for one box whatever the class, any floating dtype.
+        student: ``(R, K, 4)``, or ``(R, 1, 4)`` if class-agnostic, any floating dtype.
         teacher: same shape and device; no gradient reaches it.
         scores: ``(R, K + 1)``, the teacher's logits, the background last.
 
@@ -44,16 +44,16 @@ def roi_boxes_loss(student: Tensor, teacher: Tensor, scores: Tensor) -> Tensor:
 
 
 class RoIKD(Loss):
-    """:func:`pcka.losses.kd_loss` of the classes and :func:`roi_boxes_loss`, proposal by proposal.
+    """:func:`pcka.losses.kd_loss` on the classes and :func:`roi_boxes_loss`, proposal by proposal.
 
     ``{"loss_roikd_cls", "loss_roikd_box"}``, on the proposals of the teacher. Chen et al. 2017,
-    section 3.2, let the background count 1.5 times in the first; here all classes count alike.
+    section 3.2, weight the background by 1.5 in the first; here all classes count equally.
 
     Args:
         cls_weight: factor of the classes' term.
         box_weight: factor of the boxes' term; 0 leaves it out.
         temperature: ``T > 0``, divides logits.
-        proposals: how many of the teacher's best proposals of an image are compared.
+        proposals: how many of the teacher's best proposals per image are compared.
     """
 
     needs_head = RegionHead
@@ -78,13 +78,13 @@ class RoIKD(Loss):
     def prepare(
         self, student: Outputs, teacher: Outputs | None, context: Context = NO_CONTEXT
     ) -> None:
-        """Nothing is made; heads that cannot be compared are refused before the training."""
+        """Make nothing, but reject heads that cannot be compared before training starts."""
         self.terms(student, teacher, None)
 
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term of the classes, and one of the boxes."""
+        """One term for the classes, and one for the boxes."""
         own = self._regions(student, "student")
         other = self._regions(self.need(teacher, "teacher"), "teacher")
         classes = kd_loss(own.logits, other.logits, temperature=self.temperature)

@@ -20,13 +20,13 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: ``(B, ...)``, any floating dtype.
-        teacher: ``(B, ...)`` of the same samples, dtype and device; no gradient reaches it.
+        teacher: ``(B, ...)`` of the same samples, on the same device; no gradient reaches it.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features that do not hold the same samples.
+        ValueError: features of different batch sizes.
     """
     student, teacher = as_samples(student, teacher)
     difference = _similarities(teacher) - _similarities(student)
@@ -39,11 +39,11 @@ def _similarities(x: Tensor) -> Tensor:
 
 
 class SP(StagewiseLoss):
-    """:func:`sp_loss` of several stages: ``{"loss_sp_<stage>"}``.
+    """:func:`sp_loss` for several stages: ``{"loss_sp_<stage>"}``.
 
     Args:
         stages: names of the tapped features.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
     """
 
     relational = True

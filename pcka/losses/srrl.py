@@ -30,7 +30,7 @@ def srrl_loss(
     weights of 1 as in the authors' public code).
 
     Args:
-        student: ``(B, D)``, brought to the teacher's width, any floating dtype.
+        student: ``(B, D)``, adapted to the teacher's width, any floating dtype.
         teacher: ``(B, D)``, same device; no gradient reaches it.
         classifier: ``(B, D)`` in float32, or in float64 for float64 input -> logits ``(B, P)``.
         feature_weight: ``w_f``, factor of the features' part.
@@ -40,7 +40,7 @@ def srrl_loss(
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features of different shapes or devices.
+        ValueError: features that differ in shape or device.
     """
     student, teacher = as_samples(student, teacher)
     if student.shape != teacher.shape:
@@ -56,12 +56,12 @@ class SRRL(Loss):
     """:func:`srrl_loss` of the student's last map: ``{"loss_srrl"}``.
 
     A trained connector (1x1 convolution, batch norm, ReLU) brings the map to the teacher's width.
-    The teacher's classifier is a frozen copy held beside the module, not in it: it is in neither
-    ``state_dict`` nor ``parameters``, but follows ``.to()``.
+    The teacher's classifier is a frozen copy that is not registered as a submodule: it is in
+    neither ``state_dict`` nor ``parameters``, but follows ``.to()``.
 
     Args:
-        stage: name of the student's tapped map; of the teacher, the features tapped as ``pooled``
-            are read, which its classifier reads.
+        stage: name of the student's tapped map; from the teacher, the features tapped as ``pooled``
+            are used, the input of its classifier.
         feature_weight, regression_weight: of :func:`srrl_loss`.
     """
 
@@ -89,7 +89,7 @@ class SRRL(Loss):
         """Make the connector, and copy the teacher's classifier.
 
         Raises:
-            ValueError: no teacher, no ``context.teacher_classifier``, or a stage that is no map.
+            ValueError: no teacher, no ``context.teacher_classifier``, or a stage that is not a map.
         """
         pooled = self.need(teacher, "teacher").feature("pooled")
         classifier = self.need(context.teacher_classifier, "context.teacher_classifier")
@@ -109,7 +109,7 @@ class SRRL(Loss):
     def terms(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None
     ) -> dict[str, Term]:
-        """One term of feature matching and regression, which carry their own weights."""
+        """One term for feature matching and regression, which carry their own weights."""
         teacher = self.need(teacher, "teacher")
         connector, classifier = prepared(self.connector, "SRRL"), prepared(self.classifier, "SRRL")
         connected = adapt(connector, student.feature(self.taps[0]))
@@ -123,7 +123,7 @@ class SRRL(Loss):
         return {f"loss_{self.log_name}": Term(1.0, loss)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every move and cast of a module goes through here: take the classifier along."""
+        """Include the classifier: every move and cast of a module goes through here."""
         super()._apply(fn, recurse)
         if self.classifier is not None:
             self.classifier._apply(fn, recurse)

@@ -32,7 +32,7 @@ def vid_loss(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: maps of different shapes or devices, or a variance that is not one a channel.
+        ValueError: maps that differ in shape or device, or a variance that is not one per channel.
     """
     student, teacher = as_maps(student, teacher)
     check_channels(student, variance=variance)
@@ -44,15 +44,15 @@ def vid_loss(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
 class Predictor(nn.Module):
     """A Gaussian of the teacher's map, given the student's: mean and variance are trained.
 
-    Three 1x1 convolutions without bias, ReLU between them, give the mean; ``softplus(a_c) + eps``
-    the variance of each channel, whatever the position (Ahn et al. 2019, section 2, and the
-    authors' public code).
+    Three 1x1 convolutions without bias, with ReLU between them, predict the mean;
+    ``softplus(a_c) + eps`` is the variance of each channel at all positions (Ahn et al. 2019,
+    section 2, and the authors' public code).
 
     Args:
         c_s: channels of the student.
         c_t: channels of the teacher, and of the hidden layers.
-        variance: the initial one, above ``epsilon``.
-        epsilon: what the variance never falls below.
+        variance: initial variance, above ``epsilon``.
+        epsilon: lower bound of the variance.
     """
 
     def __init__(self, c_s: int, c_t: int, *, variance: float, epsilon: float) -> None:
@@ -74,15 +74,15 @@ class Predictor(nn.Module):
 
 
 class VID(StagewiseLoss):
-    """:func:`vid_loss` of several stages: ``{"loss_vid_<stage>"}``.
+    """:func:`vid_loss` for several stages: ``{"loss_vid_<stage>"}``.
 
-    A :class:`Predictor` of each stage, made by :meth:`prepare`, is trained with the student.
+    A :class:`Predictor` for each stage, made by :meth:`prepare`, is trained with the student.
 
     Args:
         stages: names of the tapped feature maps.
-        weights: factor of each stage's term, or one of all.
-        variance: the initial one, above ``epsilon``.
-        epsilon: what the variance never falls below.
+        weights: factor of each stage's term, or a single one for all.
+        variance: initial variance, above ``epsilon``.
+        epsilon: lower bound of the variance.
     """
 
     def __init__(

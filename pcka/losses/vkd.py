@@ -15,10 +15,10 @@ from pcka.ops.reference import without_autocast
 
 
 def vkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Smooth L1 distance of projected features to the teacher's, standardized.
+    r"""Smooth L1 distance from projected features to the teacher's standardized ones.
 
     ``mean huber(P z_s - (z_t - mean(z_t)) / sqrt(var(z_t) + 1e-5))``, with ``huber(x) = x^2 / 2``
-    for ``|x| < 1`` and ``|x| - 1/2`` beyond, mean and variance (with ``D``) of each sample over its
+    for ``|x| < 1`` and ``|x| - 1/2`` beyond, mean and variance (by ``D``) of each sample over its
     channels (Miles et al., "VkD: Improving Knowledge Distillation using Orthogonal Projections",
     CVPR 2024, the normalisation for discriminative tasks; distance and epsilon as in the authors'
     public code).
@@ -31,7 +31,7 @@ def vkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: features of different shapes or devices.
+        ValueError: features that differ in shape or device.
     """
     student, teacher = as_samples(student, teacher)
     if student.dim() != 2 or student.shape != teacher.shape:
@@ -41,16 +41,16 @@ def vkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class VKD(StagewiseLoss):
-    """:func:`vkd_loss` of several stages: ``{"loss_vkd_<stage>"}``.
+    """:func:`vkd_loss` for several stages: ``{"loss_vkd_<stage>"}``.
 
-    Maps are averaged over their positions, tokens over theirs (tapped as maps by ``:map``), so that
-    it goes between transformers and convolutional networks. A trained projection ``P (D_t, D_s)``
-    of each stage, made by :meth:`prepare`, keeps orthonormal columns, or rows where the student is
-    wider: it can turn the student's features, and cannot learn in their place.
+    Maps and tokens (tapped as maps by ``:map``) are averaged over their positions, so the loss also
+    works between transformers and convolutional networks. A trained projection ``P (D_t, D_s)`` for
+    each stage, made by :meth:`prepare`, keeps orthonormal columns, or rows if the student is wider:
+    it can rotate the student's features, but cannot learn in their place.
 
     Args:
         stages: names of the tapped features, vectors or maps.
-        weights: factor of each stage's term, or one of all.
+        weights: factor of each stage's term, or a single one for all.
     """
 
     capturable = False  # the projection solves a linear system, which the host checks
@@ -69,8 +69,8 @@ class VKD(StagewiseLoss):
         for stage in self.taps:
             own, other = pooled(student.feature(stage)), pooled(teacher.feature(stage))
             linear = PooledLinear(own.shape[1], other.shape[1], bias=False)
-            # By Cayley's map: weight decay shrinks the signs that Householder's keeps among its
-            # parameters, and would make the projection 0.
+            # Cayley's map: Householder's keeps signs among its parameters, which weight decay would
+            # shrink, and with them the projection, to 0.
             self.projections[stage] = fit(orthogonal(linear, orthogonal_map="cayley"), own)
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:

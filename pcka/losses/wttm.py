@@ -1,4 +1,4 @@
-"""WTTM: match a teacher softened by a power, the more the softer (Zheng and Yang, ICLR 2024)."""
+"""WTTM: match a power-softened teacher, more where it is softer (Zheng and Yang, ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2) -> Tensor
     r"""Weighted divergence of the student's probabilities from the teacher's, power-transformed.
 
     ``mean_i U_i KL(p_t^gamma / U_i || p_s)`` with ``p = softmax(logits)`` and ``U_i = sum_j
-    p_t[i, j]^gamma``, which is the larger the softer the teacher is about the sample (Zheng and
-    Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024, and the
-    authors' public code). The transformed teacher is the one at temperature ``1 / gamma``; the
-    student has none.
+    p_t[i, j]^gamma``, which is larger the softer the teacher's prediction for the sample is (Zheng
+    and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024, and the
+    authors' public code). The transformed teacher is the teacher at temperature ``1 / gamma``; the
+    student has no temperature.
 
     Args:
         student: ``(B, P)`` logits, any floating dtype.
@@ -27,7 +27,7 @@ def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2) -> Tensor
         A scalar: float32, or float64 for float64 input.
 
     Raises:
-        ValueError: logits of different shapes or devices, or a power that is not positive.
+        ValueError: logits that differ in shape or device, or a power that is not positive.
     """
     student, teacher = as_logits(student, teacher)
     check_temperature(gamma, "gamma")
@@ -39,7 +39,7 @@ def wttm_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.2) -> Tensor
 
 
 class WTTM(LogitLoss):
-    """:func:`wttm_loss` as a module: ``{"loss_wttm"}``; cross-entropy with the labels comes beside.
+    """:func:`wttm_loss` as a module: ``{"loss_wttm"}``; cross-entropy with labels is separate.
 
     Args:
         weight: factor of the term.

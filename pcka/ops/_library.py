@@ -22,9 +22,9 @@ _NONE, _OVER_ROWS = 0, 1  # codes of center
 
 
 def _workspace_bytes(mebibytes: str | None) -> int:
-    """Of PCKA_WORKSPACE_MIB: what patch_cka may take for a chunk of groups on a GPU.
+    """Parse PCKA_WORKSPACE_MIB: what patch_cka may use for a chunk of groups on a GPU.
 
-    0, where it is not set, stands for the operator's own 256 MiB.
+    Returns 0 if it is not set: the operator's default of 256 MiB.
     """
     if not mebibytes:
         return 0
@@ -71,9 +71,10 @@ def patch_cka(
 
 
 def _refuse_tangents(*inputs: Tensor) -> None:
-    """Forward-mode derivatives (torch.func.jvp): without this they would silently be 0.
+    """Refuse forward-mode derivatives (torch.func.jvp), which would silently be 0.
 
-    And the backward ones of torch.func, of which torch says nothing that names the operator.
+    Also refuse the backward ones of torch.func, for which torch's own error does not name the
+    operator.
     """
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
@@ -88,7 +89,7 @@ def _refuse_tangents(*inputs: Tensor) -> None:
 
 
 def _func_differentiates(x: Tensor) -> bool:
-    """Whether torch.func takes a derivative by ``x``, be it within or around its vmap."""
+    """Whether torch.func differentiates with respect to ``x``, within or around its vmap."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_gradtrackingtensor(x):
@@ -102,7 +103,7 @@ def _needs_grad(x: Tensor) -> bool:
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient formed in the forward pass, before any loss scaling: see csrc/dtypes.h."""
+    """Dtype of a gradient computed in the forward pass, before loss scaling; see csrc/dtypes.h."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -138,7 +139,7 @@ def _patchify_fake(
 
 
 def _in_place_fake(*_: Any) -> None:
-    """Of the operators that write into their arguments alone."""
+    """For the operators that only write into their arguments."""
 
 
 def _gram_alignment_fake(alignment: Tensor, k: Tensor, *_: Any) -> Tensor:
@@ -170,12 +171,12 @@ def _patch_cka_fake(
 
 
 # --- autograd ------------------------------------------------------------------------------------
-# cka and patch_cka form their gradients in the forward pass; the backward scales them by the
-# incoming gradient of each group. That is differentiable once, and a second time is refused.
+# cka and patch_cka compute their gradients in the forward pass; the backward pass scales them by
+# the incoming gradient of each group. That is differentiable once; a second derivative is refused.
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse create_graph=True: to autograd a gradient formed in the forward is a constant."""
+    """Refuse create_graph=True: to autograd, a gradient computed in the forward is a constant."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
@@ -198,9 +199,8 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _scaled(gradient: Tensor, factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """``gradient`` times ``factor (G,)`` along ``dim``, in ``dtype``.
 
-    On a CPU in the gradient's own memory where nobody will ask for it again: the first touch of
-    fresh memory costs more there than the product. A GPU's allocator hands out memory that is
-    there.
+    On a CPU, in place if the gradient will not be needed again: the first touch of fresh memory
+    costs more there than the product. A GPU's allocator returns memory that is already there.
     """
     if type(gradient) is not Tensor:  # traced
         shape = [-1 if i == dim else 1 for i in range(gradient.dim())]
@@ -212,13 +212,13 @@ def _scaled(gradient: Tensor, factor: Tensor, dim: int, dtype: torch.dtype) -> T
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward was called with retain_graph=True, or that is unknown."""
+    """Whether the current backward was called with retain_graph=True; True if unknown."""
     asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asks is None or bool(asks())
 
 
 def _mark_rest(ctx: Any, *outputs: Tensor) -> None:
-    """Outputs without a gradient. Else autograd would make them one of zeros, as large as a map."""
+    """Mark outputs without a gradient; else autograd would make one of zeros, as large as a map."""
     ctx.mark_non_differentiable(*outputs)
     ctx.set_materialize_grads(False)
 

@@ -68,7 +68,7 @@ class _Loaded:
 
 
 def _compiled_info() -> dict[str, str] | None:
-    """The facts of csrc/build_info.cpp, or None where nothing was compiled."""
+    """The build information of csrc/build_info.cpp; None if nothing was compiled."""
     try:
         answer = ctypes.CDLL(str(_PACKAGE / "_build_info.abi3.so")).pcka_build_info
     except OSError:
@@ -86,7 +86,7 @@ _loaded = _Loaded()
 
 
 def available(device: torch.device) -> bool:
-    """Whether compiled operators serve this device; says so once where they do not."""
+    """Whether compiled operators serve this device; warns once if they do not."""
     kind = "cpu" if device.type == "meta" else device.type
     if kind in _loaded.devices:
         return True
@@ -95,7 +95,7 @@ def available(device: torch.device) -> bool:
 
 
 def disuse(reason: str) -> None:
-    """Let the eager reference serve every device, for a reason that shows only after loading."""
+    """Use the eager reference on every device, for a reason that is only found after loading."""
     _loaded.reasons.update(dict.fromkeys(_loaded.devices, reason))
     _loaded.devices.clear()
     _loaded._check_required(os.environ.get("PCKA_REQUIRE", ""))
@@ -112,15 +112,15 @@ def _warn_fallback(kind: str) -> None:
 
 
 def build_info() -> dict[str, object]:
-    """What was compiled, by what, and what is in use.
+    """What was compiled, with what, and what is in use.
 
     Returns:
         ``extension`` (bool): the compiled CPU operators are loaded; ``cuda`` (bool): CUDA code was
-        compiled; ``cuda_loaded`` (bool): and is loaded under this torch; ``cuda_archs``: e.g.
+        compiled; ``cuda_loaded`` (bool): it is also loaded under this torch; ``cuda_archs``: e.g.
         ``["sm_80", "sm_90"]``; ``compiler``, ``cuda_version`` (of nvcc), ``torch_version`` (whose
-        headers were used), ``minimum_torch``, ``note`` (of the build): None where nothing was
-        compiled; ``running_torch``, ``running_cuda``; ``fallback``: device -> why the eager
-        reference serves it.
+        headers were used), ``minimum_torch``, ``note`` (of the build): None if nothing was
+        compiled; ``running_torch``, ``running_cuda``; ``fallback``: device -> why it uses the eager
+        reference.
     """
     info = _loaded.info
     archs = info["cuda_archs"] if info else ""

@@ -1,4 +1,4 @@
-"""What callers use: argument checks, then the compiled operator or the eager reference."""
+"""The public functions: argument checks, then the compiled operator or the eager reference."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def cka(
         x: ``(N, D_x)``, or ``(G, N, D_x)`` for ``G`` independent groups; any floating dtype.
         y: ``(N, D_y)`` or ``(G, N, D_y)``, of the same dtype and device as ``x``.
         center: subtract each column's mean over the ``N`` samples first.
-        unbiased: estimate HSIC without bias (Song et al. 2012, eq. 5), which centers by itself;
-            needs ``N >= 4``. The plain estimate is close to 1 on noise when ``N`` is far
-            below ``D``. A group whose own unbiased HSIC is not positive has alignment 0.
+        unbiased: estimate HSIC without bias (Song et al. 2012, eq. 5), which includes centering;
+            needs ``N >= 4``. The plain estimate is close to 1 on noise when ``N`` is far below
+            ``D``. A group whose own unbiased HSIC is not positive has alignment 0.
         row_normalize: divide row ``i`` of each Gram by ``sqrt(K_ii)``, after centering.
 
     Returns:
@@ -42,8 +42,8 @@ def cka(
         samples (zero, when uncentered) has alignment 0 and gradient 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, ``unbiased`` with ``N < 4``,
-            without centering, or with ``row_normalize``.
+        ValueError: shapes, dtypes or devices do not match, or ``unbiased`` with ``N < 4``, without
+            centering, or with ``row_normalize``.
     """
     _check_tensor("x", x, dims=(2, 3))
     _check_pair("x", x, "y", y)
@@ -83,10 +83,11 @@ def patch_gram(
         center: center over the patches.
 
     Returns:
-        ``(G, N, N)``: float32, or float64 for float64 input. Differentiable in ``x``.
+        ``(G, N, N)``: float32, or float64 for float64 input. Differentiable once, in ``x``.
 
     Raises:
-        ValueError: not a floating four-dimensional map, a bad patch size or grouping.
+        ValueError: ``x`` is not a floating four-dimensional map, or the patch size or grouping is
+            invalid.
     """
     _check_tensor("x", x, dims=(4,))
     patch = as_patch_size(patch_size)
@@ -128,8 +129,8 @@ def patch_cka(
         gradient 0.
 
     Raises:
-        ValueError: maps that cannot be aligned, a teacher that requires grad, a bad patch size,
-            grouping or relation.
+        ValueError: the maps cannot be aligned, the teacher requires grad, or the patch size,
+            grouping or relation is invalid.
     """
     _check_tensor("student", student, dims=(4,))
     _check_pair("student", student, "teacher", teacher)
@@ -200,15 +201,15 @@ def _check_unbiased(n: int, *, center: bool, row_normalize: bool) -> None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Refuse a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def as_patch_size(patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """``(P_H, P_W)``; refuses what is no positive int or pair of them."""
+    """Return ``(P_H, P_W)``; refuse anything but a positive int or a pair of them."""
     pair = tuple(patch_size) if isinstance(patch_size, list | tuple) else (patch_size, patch_size)
-    # A bool is an int to Python, and nobody means it for a size.
+    # A bool is an int in Python, but never meant as a size.
     if len(pair) != 2 or not all(
         type(p) is not bool and isinstance(p, int) and p >= 1 for p in pair
     ):

@@ -1,11 +1,11 @@
 """The oracle: centered kernel alignment in plain, eager, differentiable PyTorch.
 
-Every function here has the signature and the results of its compiled counterpart in
-:mod:`pcka.ops.functional`, and is written to be read. It is what the compiled operators are tested
-against, and what runs where they are not available.
+Functions with a compiled counterpart in :mod:`pcka.ops.functional` take the same arguments and give
+the same results, and are written for readability. The compiled operators are tested against them,
+and they run where those are not available.
 
-Inputs of any floating dtype; half precision is widened to float32 first, so sums and results are
-float32 (float64 for float64 input).
+Inputs may have any floating dtype; half precision is widened to float32 first, so sums and results
+are float32 (float64 for float64 input).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are formed in: float32, or float64 for float64 input."""
+    """The accumulation dtype: float32, or float64 for float64 input."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """A block in which autocast rounds no matrix product on ``device``."""
+    """Context in which autocast is off on ``device``, so that it rounds no matrix product."""
     # torch refuses even to switch autocast off on the meta device, where nothing is computed.
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
@@ -58,8 +58,9 @@ def _rows(x: Tensor, patch_size: tuple[int, int], group_by: str) -> Tensor:
 
 
 def _scale(x: Tensor) -> Tensor:
-    """Scale each group so that its largest magnitude is below 1, by a power of two: that rounds
-    nothing, CKA does not depend on it, and no square of it can leave the dtype's range.
+    """Scale each group by a power of two, so that its largest magnitude is below 1.
+
+    That rounds nothing, CKA does not depend on it, and no square can leave the dtype's range.
     """
     _, exponent = torch.frexp(x.detach().abs().amax((1, 2), keepdim=True))
     most = 126 if x.dtype == torch.float32 else 1000
@@ -67,10 +68,10 @@ def _scale(x: Tensor) -> Tensor:
 
 
 def _center(x: Tensor, *, center: bool) -> tuple[Tensor, Tensor]:
-    """Center the rows of ``(G, N, D)``; also which groups are degenerate, ``(G,)`` bool.
+    """Center the rows of ``(G, N, D)``; also return which groups are degenerate, ``(G,)`` bool.
 
-    A group is degenerate when centering leaves nothing but rounding,
-    ``|X_c|^2 <= (8 eps)^2 |X|^2``, or when it is zero altogether.
+    A group is degenerate if centering leaves only rounding error, ``|X_c|^2 <= (8 eps)^2 |X|^2``,
+    or if it is all zeros.
     """
     energy = x.square().sum((1, 2))
     if not center:
@@ -87,7 +88,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _row_normalize(gram: Tensor) -> Tensor:
-    """``K / sqrt(diag K)[:, None]``; a diagonal that is zero up to rounding gives a zero row."""
+    """``K / sqrt(diag K)[:, None]``; a diagonal entry of 0 up to rounding gives a zero row."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     threshold = (8 * torch.finfo(gram.dtype).eps) ** 2
     positive = diagonal > threshold * diagonal.amax(-1, keepdim=True)
@@ -112,7 +113,7 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:
 
 
 def _alignment(kl: Tensor, kk: Tensor, ll: Tensor, degenerate: Tensor) -> Tensor:
-    """``kl / sqrt(kk * ll)`` per group; 0, with gradient 0, where the group is degenerate."""
+    """``kl / sqrt(kk * ll)`` per group; 0, with gradient 0, if the group is degenerate."""
     degenerate = degenerate | (kk == 0) | (ll == 0)
     product = torch.where(degenerate, 1, kk) * torch.where(degenerate, 1, ll)
     return torch.where(degenerate, 0, kl / product.sqrt())
@@ -130,7 +131,7 @@ def _cka_groups(
         k, l = _row_normalize(k), _row_normalize(l)
     if unbiased:
         hsic_xx, hsic_yy = unbiased_hsic(k, k), unbiased_hsic(l, l)
-        # An unbiased estimate of a self-similarity may come out negative: nothing to align with.
+        # An unbiased estimate of a self-similarity may be negative: nothing to align with.
         degenerate = x_degenerate | y_degenerate | (hsic_xx <= 0) | (hsic_yy <= 0)
         return _alignment(unbiased_hsic(k, l), hsic_xx, hsic_yy, degenerate)
     kl, kk, ll = ((a * b).sum((1, 2)) for a, b in ((k, l), (k, k), (l, l)))
@@ -145,7 +146,7 @@ def cka(
     unbiased: bool = False,
     row_normalize: bool = False,
 ) -> Tensor:
-    """Reference of :func:`pcka.cka`."""
+    """Reference implementation of :func:`pcka.cka`."""
     with without_autocast(x.device):
         x, y = x.to(accumulation_dtype(x.dtype)), y.to(accumulation_dtype(y.dtype))
         grouped = x.dim() == 3
@@ -156,7 +157,7 @@ def cka(
 
 
 def patch_gram(x: Tensor, *, patch_size: tuple[int, int], group_by: str, center: bool) -> Tensor:
-    """Reference of :func:`pcka.patch_gram`."""
+    """Reference implementation of :func:`pcka.patch_gram`."""
     with without_autocast(x.device):
         rows, _ = _center(_rows(x, patch_size, group_by), center=center)
         return rows @ rows.mT
@@ -171,7 +172,7 @@ def patch_cka(
     relation: str,
     center: bool,
 ) -> Tensor:
-    """Reference of :func:`pcka.patch_cka`."""
+    """Reference implementation of :func:`pcka.patch_cka`."""
     with without_autocast(student.device):
         x, y = _rows(student, patch_size, group_by), _rows(teacher, patch_size, group_by)
         if relation == "columns":

@@ -1,1 +1,1 @@
-"""The stages of ``tools/gpu_check.py``, and what runs and reports them."""
+"""The stages of ``tools/gpu_check.py``, and the code that runs and reports them."""

@@ -1,4 +1,4 @@
-"""Unpacks what ``tools/gpu_bundle.py`` packed."""
+"""Unpacks a bundle made by ``tools/gpu_bundle.py``."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def unpack(bundle: Path, work: Path) -> dict[str, str]:
     """Put the compiled operators into ``pcka/`` and the rest below ``work``.
 
     Returns:
-        Environment variables under which the packages and the data are found: ``PYTHONPATH`` and,
-        where there are data, ``PCKA_GPU_DATA``, a folder with one folder for each data set.
+        Environment variables that make the packages and the data available: ``PYTHONPATH`` and, if
+        there is data, ``PCKA_GPU_DATA``, a folder with one subfolder per data set.
     """
     for name in LIBRARIES:
         if (bundle / name).exists():
-            # Replaced, not overwritten: a process that has it loaded keeps its own.
+            # Replaced, not overwritten: a process that has it loaded keeps its copy.
             shutil.copyfile(bundle / name, ROOT / "pcka" / f"{name}.part")
             (ROOT / "pcka" / f"{name}.part").replace(ROOT / "pcka" / name)
     site = work / "site"

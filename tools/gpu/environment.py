@@ -1,6 +1,6 @@
 """The machine, its software, and whether the compiled operators are in use on it.
 
-Ends with 1 where they are not: nothing that follows would say anything about them.
+Exits with 1 if they are not: the later stages would say nothing about them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write ``environment.json``; fail where the operators are not in use."""
+    """Write ``environment.json``; fail if the operators are not in use."""
     given = output.arguments(__doc__, arguments)
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _operators(device: str) -> dict[str, Any]:
-    """What is loaded, after one call of it.
+    """What is loaded, after calling it once.
 
     Raises:
-        ImportError: PCKA_REQUIRE asks for operators that are not there.
-        RuntimeError: there is no such device, or the code on it does not run.
+        ImportError: PCKA_REQUIRE asks for operators that are not available.
+        RuntimeError: there is no such device, or the code does not run on it.
     """
     import torch
 
@@ -84,7 +84,7 @@ def _version(package: str) -> str | None:
 
 
 def _said_by(*command: str) -> str | None:
-    """Standard output; None where the program is not there or fails."""
+    """Standard output; None if the program is missing or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

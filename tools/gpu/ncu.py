@@ -1,6 +1,6 @@
 """Nsight Compute's counters of every kernel of ours at P3 in bfloat16 and P2 in float32.
 
-The clocks stay as they are. Where ncu is not there or refuses the machine, that is noted.
+The clocks are left as they are. If ncu is missing or refuses the machine, that is noted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read(text: str) -> list[dict[str, Any]]:
-    """One entry a launch, in order: ``kernel``, and the metrics by their short names."""
+    """One entry per launch, in order: ``kernel``, and the metrics by their short names."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     launches: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines))):

@@ -1,4 +1,4 @@
-"""One profiled step of the operators for each case named, after one that is not."""
+"""One profiled step of the operators for each named case, after one that is not profiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.variants import alignments, step
 
 
 def main(device: str, names: list[str], *, quick: bool) -> None:
-    """Forward and backward; the profiler is told of the second step alone."""
+    """Run two steps, forward and backward; only the second is profiled."""
     for name in names:
         case: Case = GPU_CASES[name].quick() if quick else GPU_CASES[name]
         inputs, alignment = case.inputs(0, device), alignments(case)["pcka"]

@@ -1,4 +1,4 @@
-"""What the modules of the stages share: their arguments, and their JSON."""
+"""Code shared by the stages' modules: arguments and JSON output."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 
 def arguments(description: str | None, given: Sequence[str] | None) -> argparse.Namespace:
-    """Parse what every stage takes; ``output`` exists afterwards.
+    """Parse the arguments that every stage takes; create the folder ``output``.
 
-    ``seconds``: the stage's limit. One that starts programs stops them a little before.
+    ``seconds`` is the stage's time limit. A stage that starts programs stops them a little earlier.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -30,21 +30,21 @@ def arguments(description: str | None, given: Sequence[str] | None) -> argparse.
 
 
 def program(name: str) -> str | None:
-    """Where a tool of the CUDA toolkit is; its folder need not be on PATH."""
+    """Path of a tool of the CUDA toolkit, whose folder need not be on PATH; None if missing."""
     folders = ["/usr/local/cuda/bin", *sorted(glob("/opt/nvidia/nsight-compute/*"), reverse=True)]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def watcher(given: argparse.Namespace, name: str, driver: Sequence[str]) -> str:
-    """Where a tool is that watches the driver; without it, or a GPU, the driver alone runs.
+    """Path of a tool that watches the driver; without it, or a GPU, run the driver alone and exit.
 
     Args:
-        given: of :func:`arguments`.
-        name: of the tool.
-        driver: command that is to be watched.
+        given: returned by :func:`arguments`.
+        name: name of the tool.
+        driver: command to watch.
 
     Raises:
-        SystemExit: the driver ran by itself, to this end.
+        SystemExit: with the exit code of the driver, which ran by itself.
     """
     found = program(name)
     if given.device == "cuda" and found is not None:
@@ -57,7 +57,7 @@ def watcher(given: argparse.Namespace, name: str, driver: Sequence[str]) -> str:
 
 
 def write(folder: Path, name: str, content: dict[str, Any], summary: Sequence[str]) -> None:
-    """``name.json``, and the summary on the screen."""
+    """Write ``name.json``, and print the summary."""
     text = json.dumps({**content, "summary": list(summary)}, indent=1)
     (folder / f"{name}.json").write_text(text + "\n")
     print("\n".join(summary), flush=True)

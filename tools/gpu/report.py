@@ -1,7 +1,7 @@
 """Tables of a run: ``python -m tools.gpu.report RESULTS.json`` prints Markdown.
 
-The results of ``tools/gpu_check.py`` say themselves what they were made with: card, driver,
-versions, commit and command.
+The results of ``tools/gpu_check.py`` record what they were made with: card, driver, versions,
+commit and command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VARIANTS = ("pcka", "eager", "strong eager", "compiled eager", "products")
 
 
 def markdown(results: Results) -> str:
-    """All tables, of the stages that have something to say."""
+    """All tables of the stages that have something to report."""
     parts = ["# GPU check", _made_with(results), _stages(results)]
     for name, stage in results["stages"].items():
         texts = {title: part(results) for title, part in TABLES.get(name, {}).items()}
@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _written(results: Results, stage: str, name: str) -> Mapping[str, Any]:
-    """What a stage wrote under a name; empty where it did not."""
+    """What a stage wrote under a name; empty if nothing."""
     found = results["stages"].get(stage, {}).get("written", {}).get(name, {})
     return found if isinstance(found, Mapping) else {}
 
@@ -65,13 +65,13 @@ def _stages(results: Results) -> str:
 
 
 def said(stage: Mapping[str, Any]) -> list[str]:
-    """The lines that a stage has for the summary."""
+    """A stage's lines for the summary."""
     written = [content for content in stage["written"].values() if isinstance(content, Mapping)]
     return [line for content in written for line in content.get("summary", [])]
 
 
 def _operators(results: Results) -> str:
-    """Milliseconds as launched / as a graph, and what they come to."""
+    """Milliseconds as launched / as a graph, throughput, memory and launches."""
     rows = []
     for entry in _written(results, "operators", "operators_gpu").get("records", []):
         ms, figures = entry["median_ms"], entry["figures"]
@@ -140,9 +140,9 @@ def _detector(results: Results) -> str:
     return table(header, rows) if rows else ""
 
 
-# Of the stages whose summary does not say it all: title -> part.
+# For stages whose summary does not say it all: stage -> title -> part.
 TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
-    "environment": {},  # stands above
+    "environment": {},  # shown at the top
     "operators": {
         "Operators: milliseconds as launched / as a CUDA graph": _operators,
         "Kernels of one step": _kernels,

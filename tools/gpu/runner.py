@@ -28,7 +28,7 @@ WIDTH = 200  # of a line in the summary
 
 @dataclass
 class Running:
-    """A stage at work."""
+    """A running stage."""
 
     stage: Stage
     folder: Path
@@ -39,18 +39,18 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self.began
 
     def status(self) -> str | None:
-        """``passed``, ``failed`` or ``timed out``; None while it is at work and in time."""
+        """``passed``, ``failed`` or ``timed out``; None while it runs within its limit."""
         code = self.process.poll()
         if code is not None:
             return "passed" if code == 0 else "failed"
         return "timed out" if self.seconds > self.limit else None
 
     def stop(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and all that it started."""
         if self.log.closed:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -64,10 +64,10 @@ class Runner:
     """Runs stages and writes ``results.json`` and ``log.txt`` after each group of them.
 
     Args:
-        out: where the results go; few files, as only few may come back from the machine.
+        out: folder of the results; few files, as only a few may come back from the machine.
         work: a folder for everything else.
-        device, quick: handed to every stage.
-        environment: variables of every stage.
+        device, quick: passed to every stage.
+        environment: environment variables of every stage.
         bundle: the manifest of what was unpacked.
     """
 
@@ -88,7 +88,7 @@ class Runner:
         }
 
     def run(self, stages: Sequence[Stage]) -> bool:
-        """Run them all; False, and at once, where a needed one fails."""
+        """Run all stages; if a needed one fails, return False at once."""
         for group in together(stages):
             running = [self._start(stage) for stage in group]
             try:
@@ -122,7 +122,7 @@ class Runner:
         command = [sys.executable, "-m", stage.module, "--output", str(folder)]
         command += ["--device", self.device, *stage.arguments]
         command += ["--quick", *stage.quick] if self.quick else []
-        # A CPU only rehearses: there it matters that a stage ends, not when.
+        # A CPU only rehearses: what matters there is that a stage ends, not when.
         limit = stage.seconds * (PATIENCE if self.device == "cpu" else 1)
         print(f"[{stage.name}] at most {limit} s", flush=True)
         log = (self.work / f"{stage.name}.log").open("wb")
@@ -138,7 +138,7 @@ class Runner:
 
     def _finish(self, one: Running, status: str) -> None:
         seconds = round(one.seconds, 1)
-        one.stop()  # and what it left running
+        one.stop()  # including what it left running
         written = {path.stem: _read(path) for path in sorted(one.folder.glob("*.json"))}
         self.results["stages"][one.stage.name] = {
             "status": status, "seconds": seconds, "limit": one.limit, "written": written,
@@ -156,7 +156,7 @@ class Runner:
 
 
 def _anywhere(word: str) -> str:
-    """A word of the command line without the machine's own folders."""
+    """A command-line argument without machine-specific folders."""
     return Path(word).name if Path(word).is_absolute() else word
 
 
@@ -168,7 +168,7 @@ def _read(path: Path) -> Any:
 
 
 def summary(results: Mapping[str, Any], most: int = 60) -> list[str]:
-    """At most so many lines: every stage's status, then what they said themselves."""
+    """At most ``most`` lines: every stage's status, then the stages' own lines."""
     lines = [f"{results['command']} on {results['device']}"]
     told: dict[str, list[str]] = {}
     for name, stage in results["stages"].items():
@@ -183,7 +183,7 @@ def summary(results: Mapping[str, Any], most: int = 60) -> list[str]:
 
 
 def _share(counts: Sequence[int], room: int) -> int:
-    """How many lines each may have at most, so that those who have fewer leave more to others."""
+    """The most lines that each may have, so that those with fewer leave more to the others."""
     share = max([0, *counts])
     while share > 1 and sum(min(count, share) for count in counts) > room:
         share -= 1

@@ -1,7 +1,7 @@
 """compute-sanitizer's four tools over small shapes, at the same time.
 
-Errors in kernels of other libraries are counted apart. Where the program is not there, and on a
-CPU, the driver runs by itself.
+Errors in kernels of other libraries are counted separately. If the program is missing, or on a CPU,
+the driver runs by itself.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tools.gpu import output
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DRIVER = ("-m", "tools.gpu.small_shapes")
 OWN = "pcka"  # in the name of every kernel of this project
-PORT, PORTS = 49152, 64  # each tool its own range
+PORT, PORTS = 49152, 64  # a range for each tool
 MARGIN = 8  # seconds for reading the logs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write ``sanitizer.txt`` and its JSON.
 
-    Ends with 1 where a kernel of ours is at fault, or a tool did not come to its end.
+    Exits with 1 if one of our kernels is at fault, or a tool did not finish.
     """
     given = output.arguments(__doc__, arguments)
     driver = [sys.executable, *DRIVER, given.device, *(["--quick"] if given.quick else [])]
@@ -63,15 +63,15 @@ def _command(program: str, tool: str, index: int, log: Path) -> list[str]:
         "--launch-timeout", "120", "--port", str(PORT + PORTS * index),
         "--target-processes", "application-only",
     ]  # fmt: skip
-    # initcheck has to see what every kernel writes.
+    # initcheck must see what every kernel writes.
     ours = [] if tool == "initcheck" else ["--kernel-name", f"kernel_substring={OWN}"]
     return [*command, *ours]
 
 
 def read(log: str) -> dict[str, int | bool]:
-    """``own`` and ``other``: errors by whose kernel; ``finished``: the tool came to its summary."""
+    """``own`` and ``other``: errors in our and others' kernels; ``finished``: has a summary."""
     finished = re.search(r"^========= \w+ SUMMARY:", log, re.MULTILINE) is not None
-    places = []  # of each error, the lines that say where on the device
+    places = []  # per error, the lines that say where on the device
     for block in re.split(r"^=========\s*$", log, flags=re.MULTILINE):
         lines = [line for line in block.splitlines() if re.search(r" at \S", line)]
         places.append(" ".join(line for line in lines if "Host Frame" not in line))

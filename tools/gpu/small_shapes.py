@@ -1,4 +1,4 @@
-"""Every operator on small odd shapes, in every layout and dtype: what a memory checker watches."""
+"""Every operator on small odd shapes, in every layout and dtype, for a memory checker to watch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pcka
 MAPS = [((2, 5, 33, 41), (16, 16)), ((3, 3, 9, 14), (2, 5)), ((1, 1, 32, 24), (8, 8))]
 QUICK_MAPS = MAPS[1:2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A checker takes milliseconds for each kernel: without centering only once.
+# A checker takes milliseconds per kernel: only one case without centering.
 OPTIONS = (
     *itertools.product(("channel", "batch", "position"), ("rows", "columns"), (True,)),
     ("channel", "rows", False),
@@ -23,7 +23,7 @@ OPTIONS = (
 
 
 def main(device: str, *, quick: bool) -> None:
-    """Run them all, forward and backward."""
+    """Run all operators, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     calls = 0
     for (shape, patch), dtype in itertools.product(QUICK_MAPS if quick else MAPS, DTYPES):

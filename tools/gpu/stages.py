@@ -1,11 +1,11 @@
-"""What is checked on a GPU machine, in this order, and how long each may take.
+"""The checks on a GPU machine, in order, with their time limits.
 
-A stage is a module that is run as ``python -m MODULE --output FOLDER --device cuda|cpu [--quick]``
-and further arguments. It writes JSON into its folder, whatever it has each time that it has more:
-a stage that is stopped at its limit keeps what it wrote. ``summary`` in that JSON is a list of
-lines for the end of the run. A module that ends with another code than 0 has failed.
+A stage is a module run as ``python -m MODULE --output FOLDER --device cuda|cpu [--quick]`` with
+further arguments. It writes its results so far as JSON into its folder whenever it has more: a
+stage that is stopped at its limit keeps what it wrote. ``summary`` in that JSON is a list of lines
+for the end of the run. A module with a non-zero exit code has failed.
 
-To add one, write such a module and give it a line in ``STAGES``.
+To add one, write such a module and add a line to ``STAGES``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Stage:
     """One module to run.
 
     Attributes:
-        name: what ``--only`` and ``--skip`` call it.
+        name: as given to ``--only`` and ``--skip``.
         module: run with ``python -m``.
-        seconds: it is stopped after so long.
-        arguments: further ones of the module.
-        quick: and further ones of a rehearsal.
-        alone: nothing else may run beside it, because it measures time. Neighbours that are not
-            alone run at the same time.
-        files: of its folder, that are kept beside the results.
-        needed: whether the run ends with 3 where this stage fails.
+        seconds: time limit.
+        arguments: further arguments of the module.
+        quick: further arguments of a rehearsal.
+        alone: whether nothing else may run beside it, because it measures time. Neighbours that are
+            not alone run at the same time.
+        files: files in its folder that are kept with the results.
+        needed: whether the run exits with 3 if this stage fails.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Stage:
     needed: bool = False
 
 
-# A rehearsal has one thread: on a busy machine several wait for each other.
+# A rehearsal uses one thread: on a busy machine, several wait for each other.
 _ONE_THREAD = ("--threads", "1")
 
 STAGES = (
@@ -71,10 +71,10 @@ STAGES = (
 
 
 def choose(only: Sequence[str], skip: Sequence[str]) -> list[Stage]:
-    """The stages asked for; those that the others need are always among them.
+    """The requested stages; needed ones are always included.
 
     Raises:
-        ValueError: a name that no stage has.
+        ValueError: an unknown stage name.
     """
     names = [stage.name for stage in STAGES]
     for name in (*only, *skip):
@@ -85,7 +85,7 @@ def choose(only: Sequence[str], skip: Sequence[str]) -> list[Stage]:
 
 
 def together(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Groups that run one after the other; within a group at the same time."""
+    """Groups of stages, run one after the other; within a group, at the same time."""
     groups: list[list[Stage]] = []
     for stage in stages:
         if groups and not stage.alone and not groups[-1][-1].alone:

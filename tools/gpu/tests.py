@@ -15,12 +15,12 @@ from tools.gpu import output
 
 FILES = ("tests/ops", "tests/cuda/test_on_gpu.py", "tests/classification/test_steps_on_gpu.py")
 PROCESSES = 12
-MARGIN = 12  # seconds for the report of a run that is stopped
-SHOWN = 12  # failures and skips by name
+MARGIN = 12  # seconds for a stopped run to write its report
+SHOWN = 12  # failures listed by name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run them, write ``tests.xml`` and ``tests.json``; end with 1 where one failed."""
+    """Run the tests, write ``tests.xml`` and ``tests.json``; exit with 1 if one failed."""
     given = output.arguments(__doc__, arguments)
     report = given.output / "tests.xml"
     command = [sys.executable, "-m", "pytest", *FILES, "-vv", "--tb=short", f"--junitxml={report}"]
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: Sequence[str], seconds: float) -> bool:
-    """Whether pytest came to its end in time; else it is asked to report what there is."""
+    """Return whether pytest finished in time; if not, it is asked to report what there is."""
     process = subprocess.Popen(command)
     try:
         process.wait(timeout=seconds)
@@ -53,7 +53,7 @@ def run(command: Sequence[str], seconds: float) -> bool:
 
 
 def count(report: Path) -> dict[str, Any]:
-    """``passed``: how many; ``failed`` and ``skipped``: which, each with its first line of why."""
+    """``passed``: count; ``failed`` and ``skipped``: names, with the first line of each reason."""
     passed, named = 0, {"failed": list[str](), "skipped": list[str]()}
     for case in ElementTree.parse(report).iter("testcase"):
         why = {child.tag: child.get("message", "") for child in case}

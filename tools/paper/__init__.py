@@ -1,1 +1,1 @@
-"""The paper's tables: their runs, and what trains, measures and collects them."""
+"""The paper's tables: their runs, and the code that trains, measures and collects them."""

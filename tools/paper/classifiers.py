@@ -29,10 +29,10 @@ WEIGHTS = Path("weights")  # holds teachers that are not trained here
 
 
 class Classifiers:
-    """The runs of a table of classifiers; the teachers' own come first.
+    """The runs of a table of classifiers; the teachers' runs come first.
 
     Args:
-        plan: what is to be run.
+        plan: what to run.
     """
 
     metrics: Mapping[str, str] = METRICS
@@ -42,7 +42,7 @@ class Classifiers:
         self._teachers = {pair: self._teacher(pair) for pair in plan.pairs}
 
     def _teacher(self, pair: str) -> tuple[Run | None, tuple[str, ...]]:
-        """The teacher's own run, where it is trained here, and the overrides of its students."""
+        """The teacher's own run, if it is trained here, and the overrides of its students."""
         plan, known = self.plan, self.plan.table.keys["TEACHERS"]
         first = plan.table.methods[0]
         keys = load_config(plan.table.config_file(pair, first), plan.overrides, first).TEACHER
@@ -68,7 +68,7 @@ class Classifiers:
         return [*self._trained_teachers(), *chain.from_iterable(students)]
 
     def _trained_teachers(self) -> list[Run]:
-        """One run for each teacher, whatever the number of its pairs."""
+        """One run per teacher, however many pairs it has."""
         runs = [run for run, _ in self._teachers.values() if run is not None]
         return list({run.folder: run for run in reversed(runs)}.values())[::-1]
 
@@ -81,7 +81,7 @@ class Classifiers:
         }
 
     def jobs(self) -> list[Job]:
-        """What is missing: a job for each teacher, then one for each pair and seed."""
+        """Jobs for the missing runs: one per teacher, then one per pair and seed."""
         teachers = {
             run.folder: Job(f"teacher-{run.folder.name}", (run,))
             for run in self._trained_teachers()
@@ -103,7 +103,7 @@ class Classifiers:
         return load_config(run.config_file, [*run.overrides, *own], method)
 
     def state(self, run: Run) -> State:
-        """How far a run is; one of other settings is not taken for it."""
+        """The state of a run; one with other settings is not mistaken for it."""
         config = run.folder / "config.yaml"
         if not config.is_file():
             return MISSING
@@ -117,10 +117,10 @@ class Classifiers:
         return State(f"epoch {records[-1]['epoch'] if records else 0} of {cfg.SOLVER.EPOCHS}")
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse before anything is trained what a job would refuse.
+        """Refuse, before anything is trained, what a job would refuse.
 
         Raises:
-            ConfigError: a wrong setting, or a teacher's checkpoint that is not there.
+            ConfigError: an invalid setting, or a missing checkpoint of a teacher.
         """
         own = {str(run.folder / "model_last.pth") for run in self._trained_teachers()}
         for job in jobs:
@@ -129,12 +129,12 @@ class Classifiers:
                     check_teacher(cfg)
 
     def session(self, jobs: Sequence[Job], *, torchrun: bool) -> AbstractContextManager:
-        """What all calls of :meth:`train` happen in."""
+        """The context in which all calls of :meth:`train` run."""
         alone = torchrun or not jobs
         return nullcontext() if alone else process_group(self.configure(jobs[0].runs[0]).DEVICE)
 
     def train(self, job: Job, *, torchrun: bool) -> None:
-        """As :meth:`tools.paper.table.Task.train` says."""
+        """See :meth:`tools.paper.table.Task.train`."""
         if torchrun:
             command = self.plan.command(job, "local")
             _run([*TORCHRUN, str(self.plan.gpus), *command[1:]], job)
@@ -152,10 +152,10 @@ class Classifiers:
             raise TrainingFailedError("; ".join(failed))
 
     def _groups(self, job: Job) -> Iterator[list[Run]]:
-        """Runs that are trained side by side.
+        """Groups of runs that are trained side by side.
 
-        A loss that cannot be part of a CUDA graph keeps all that are trained beside it out of one,
-        which costs them most of their speed: such runs come together, apart from the others.
+        A loss that cannot be part of a CUDA graph keeps all runs beside it out of one, which costs
+        them most of their speed: such runs are grouped apart from the others.
         """
         together = self.plan.together
         fit: dict[bool, list[Run]] = {True: [], False: []}
@@ -166,10 +166,10 @@ class Classifiers:
             yield from (runs[i : i + together] for i in range(0, len(runs), together))
 
     def steps(self, job: Job) -> list[Step]:
-        """What the steps of a job cost, measured on this device.
+        """The cost of a job's steps, measured on this device.
 
         Raises:
-            ConfigError: a table that does not say how many images an epoch has.
+            ConfigError: the table does not give the numbers of images and classes.
         """
         keys, gpus = self.plan.table.keys, self.plan.gpus
         if not keys["IMAGES"] or not keys["CLASSES"]:
@@ -181,7 +181,7 @@ class Classifiers:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    """What a run came to; nothing where that is missing or damaged, and is written anew."""
+    """The result of a run; empty if missing or damaged, and then rewritten."""
     try:
         result = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -190,7 +190,7 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str], job: Job) -> None:
-    """Run a command; it tells itself why it fails."""
+    """Run a command, which itself reports why it fails."""
     ended = subprocess.run(command, check=False)
     if ended.returncode == 130:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A table with the paper's figures beside ours."""
+"""A table with the paper's figures next to ours."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def compare(plan: Plan, pair: str, metrics: Mapping[str, str], states: States) -
     """Return the comparison of a pair's finished runs, with the published figures.
 
     Args:
-        plan: whose methods are compared.
+        plan: its methods are compared.
         pair: of teacher and student.
-        metrics: key of a result -> heading.
+        metrics: result key -> heading.
         states: of all runs.
     """
     table = plan.table
@@ -46,7 +46,7 @@ def compare(plan: Plan, pair: str, metrics: Mapping[str, str], states: States) -
 
 
 def _comparable(metrics: Mapping[str, str]) -> str:
-    """Heading of what the first published column is of: the best epoch, where there is one."""
+    """Heading of the metric in the first published column: the best epoch's, if there is one."""
     return metrics.get("best_accuracy", next(iter(metrics.values())))
 
 
@@ -64,7 +64,7 @@ def _published(plan: Plan, pair: str, methods: Iterable[str]) -> dict[str, dict[
 
 
 def _differences(comparison: Comparison, plan: Plan, pair: str) -> dict[str, str]:
-    """Method -> mean of ours minus the published figure of the first column."""
+    """Method -> our mean minus the published figure in the first column."""
     metrics, column = comparison.metrics, plan.table.keys["COLUMNS"][0]
     (key,) = (key for key, heading in metrics.items() if heading == _comparable(metrics))
     cells = {}
@@ -84,7 +84,7 @@ def _missing(plan: Plan, method: str, states: States) -> str:
 
 
 def markdown(plan: Plan, metrics: Mapping[str, str], states: States) -> str:
-    """The table: a section for each pair."""
+    """The table in Markdown, one section per pair."""
     counted = of_students(states).values()
     done = sum(state.done for state in counted)
     parts = [
@@ -100,7 +100,7 @@ def markdown(plan: Plan, metrics: Mapping[str, str], states: States) -> str:
 
 
 def lines(plan: Plan, metrics: Mapping[str, str], states: States) -> str:
-    """CSV: a line for each run, finished or not."""
+    """CSV with one line per run, finished or not."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = plan.table.keys["COLUMNS"]

@@ -28,14 +28,14 @@ from tools.paper.table import MISSING, TORCHRUN, Job, Plan, Run, State, Step
 RANDOM_WEIGHTS = [
     "MODEL.WEIGHTS", "", "DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True",
 ]  # fmt: skip
-ASPECT = 4 / 3  # of most images of COCO
+ASPECT = 4 / 3  # of most COCO images
 
 
 class Detectors:
     """The runs of a table of detectors.
 
     Args:
-        plan: what is to be run.
+        plan: what to run.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -53,7 +53,7 @@ class Detectors:
         ]
 
     def jobs(self) -> list[Job]:
-        """What is missing, a job for each run."""
+        """Jobs for the missing runs, one per run."""
         return [
             Job(f"{run.pair}-{run.method}-seed{run.seed}", (run,))
             for run in self.runs()
@@ -61,7 +61,7 @@ class Detectors:
         ]
 
     def state(self, run: Run) -> State:
-        """How far a run is; one of other settings is not taken for it."""
+        """The state of a run; one with other settings is not mistaken for it."""
         if not (run.folder / CONFIG).is_file():
             return MISSING
         if changed := other_settings(run.config_file, run.seed, run.folder, run.overrides):
@@ -75,10 +75,10 @@ class Detectors:
         return State(f"step {int(saved[1]) + 1 if saved else 0} of {steps}")
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse before anything is trained what a job would refuse.
+        """Refuse, before anything is trained, what a job would refuse.
 
         Raises:
-            ConfigError: a wrong setting, or a teacher's checkpoint that is not there.
+            ConfigError: an invalid setting, or a missing checkpoint of a teacher.
         """
         for job in jobs:
             (run,) = job.runs
@@ -92,21 +92,21 @@ class Detectors:
                 )
 
     def session(self, jobs: Sequence[Job], *, torchrun: bool) -> AbstractContextManager:
-        """What all calls of :meth:`train` happen in: nothing, as each starts processes."""
+        """The context of all calls of :meth:`train`: empty, as each starts processes."""
         return nullcontext()
 
     def train(self, job: Job, *, torchrun: bool) -> None:
-        """Train the run of a job, or go on with it, in one process or the plan's number of them.
+        """Train or resume the run of a job, in one process or in as many as the plan has GPUs.
 
         Raises:
-            TrainingFailedError: it failed.
+            TrainingFailedError: the run failed.
         """
         launcher = [*TORCHRUN, str(self.plan.gpus)] if torchrun else [sys.executable]
         (run,) = job.runs
         train(run.config_file, run.seed, run.folder, run.overrides, launcher=launcher)
 
     def steps(self, job: Job) -> list[Step]:
-        """What a step of a job costs, measured on this device with random weights."""
+        """The cost of a job's steps, measured on this device with random weights."""
         (run,) = job.runs
         cfg = load_config(str(run.config_file), [*run.overrides, *RANDOM_WEIGHTS])
         cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)

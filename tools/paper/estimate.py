@@ -1,4 +1,4 @@
-"""What is missing of a table will cost: GPU hours and disk, from measured steps."""
+"""Cost of the missing runs of a table: GPU hours and disk, from measured steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GIB = 2**30
 
 
 def table(plan: Plan, task: Task) -> str:
-    """Measure a step of every pair's missing runs, and tell what follows from it."""
+    """Measure a step of every pair's missing runs; return the resulting estimate as text."""
     measured: dict[tuple, list[Step]] = {}
     costs: dict[str, list[tuple[Job, list[Step]]]] = {}
     for job in task.jobs():
-        # Seeds do not differ in what they cost.
+        # All seeds cost the same.
         alike = (job.runs[0].pair, *(run.method for run in job.runs))
         if alike not in measured:
             measured[alike] = task.steps(job)
@@ -29,7 +29,7 @@ def table(plan: Plan, task: Task) -> str:
 
 
 def _figures(jobs: Sequence[tuple[Job, Sequence[Step]]]) -> list[float]:
-    """Runs, seconds of a step of all groups of a job, GPU hours, bytes."""
+    """Number of runs, GPU hours, disk in GiB."""
     steps = [step for _, steps in jobs for step in steps]
     runs = sum(len(job.runs) for job, _ in jobs)
     hours, size = sum(step.gpu_hours for step in steps), sum(step.size for step in steps)

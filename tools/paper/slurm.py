@@ -1,4 +1,4 @@
-"""Jobs in SLURM's queue, by submitit (the extra ``slurm``)."""
+"""Submits jobs to SLURM through submitit (the extra ``slurm``)."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from pcka.extras import optional_package
 from tools.paper.table import Job, Plan
 
 DAY = 24 * 60  # minutes
-REQUEUES = 100  # after the time limit, where the runs go on; a table takes more than submitit's 3
-SHARED = ("timeout_min", "mem_gb", "cpus_per_task")  # what submitit calls alike everywhere
+REQUEUES = 100  # after the time limit, when runs resume; a table takes more than submitit's 3
+SHARED = ("timeout_min", "mem_gb", "cpus_per_task")  # named alike by submitit for every cluster
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command as a job, which submitit puts into the queue again when its time is up."""
+    """A command as a job, which submitit requeues when its time is up."""
 
     words: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Run it; raises ``CalledProcessError`` where it fails."""
+        """Run the command; raises ``CalledProcessError`` if it fails."""
         subprocess.run(self.words, check=True, preexec_fn=_leave_signal)
 
     def checkpoint(self) -> Any:
-        """What submitit submits again: the same, since the runs go on by themselves."""
+        """What submitit resubmits: the same command, since runs resume by themselves."""
         return optional_package("submitit.helpers", "slurm").DelayedSubmission(self)
 
 
 def _leave_signal() -> None:
-    """SLURM tells all processes that the time is up; it would end those that do not handle it."""
+    """Ignore the time limit's signal, which SLURM sends to all processes; it would end them."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def options(words: Sequence[str]) -> dict[str, Any]:
-    """The ``KEY=VALUE`` words of ``--slurm``, with values as YAML has them.
+    """The ``KEY=VALUE`` words of ``--slurm``, with values parsed as YAML.
 
     Raises:
         ConfigError: a word without ``=``.
@@ -55,19 +55,19 @@ def options(words: Sequence[str]) -> dict[str, Any]:
 def submit(
     plan: Plan, jobs: Sequence[Job], given: Mapping[str, Any], *, cluster: str = "slurm"
 ) -> dict[str, Any]:
-    """Submit jobs; one that waits for another starts once that has ended well.
+    """Submit jobs; one that waits for another starts once that has succeeded.
 
     Args:
-        plan: of the jobs; submitit's files go to ``output/slurm``.
+        plan: the jobs' plan; submitit's files go to ``output/slurm``.
         jobs: those that others wait for come first.
-        given: parameters of submitit, such as ``partition`` or ``timeout_min``.
-        cluster: of submitit; ``local`` and ``debug`` need no SLURM.
+        given: submitit's parameters, such as ``partition`` or ``timeout_min``.
+        cluster: submitit's cluster; ``local`` and ``debug`` need no SLURM.
 
     Returns:
-        Name -> submitit's job.
+        Job name -> submitit's job.
 
     Raises:
-        ConfigError: there is no SLURM here, or it has no such parameter.
+        ConfigError: there is no SLURM here, or no such parameter.
         ImportError: submitit is not installed; the message says how to get it.
     """
     submitit = optional_package("submitit", "slurm")

@@ -1,4 +1,4 @@
-"""What a training will cost, from some of its steps on this device, on random images."""
+"""Cost of a training run, from a few steps on this device, on random images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from classification.trainer import Trainer
 from pcka.engine.launch import process_group
 from tools.paper.table import Step
 
-# Device -> untimed and timed steps. A CUDA graph is recorded first; eight steps share a teacher's.
+# Device -> untimed and timed steps. The first record CUDA graphs; a teacher's pass serves eight.
 COUNTS = {"cpu": (1, 3), "cuda": (16, 32)}
-RESIDENT = 2**28  # bytes of random images, at most, unless the steps need more
+RESIDENT = 2**28  # most bytes of random images, unless the steps need more
 
 
 def classifiers_step(cfgs: Sequence[CfgNode], images: int, classes: int, gpus: int) -> Step:
-    """Measure a step of students side by side, with a teacher of random weights.
+    """Measure a step of students trained side by side, with a randomly initialised teacher.
 
     Args:
-        cfgs: of the students; they share data and teacher.
-        images: to train on, in the whole set.
-        classes: of the data.
-        gpus: that share a batch; this device takes the part of one.
+        cfgs: configurations of the students, which share data and teacher.
+        images: number of training images in the whole set.
+        classes: number of classes.
+        gpus: number of GPUs that share a batch; this device takes one GPU's share.
     """
     lead = cfgs[0]
     wanted = lead.DATA.TRAIN_IMAGES or images - lead.DATA.HOLDOUT
@@ -78,15 +78,15 @@ def _seconds(trainers: Sequence[Trainer], untimed: int, timed: int) -> float:
 
 
 def moment(device: torch.device) -> float:
-    """The time once the device has done what it was asked for, seconds."""
+    """The time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _size_on_disk(trainer: Trainer) -> int:
-    """Of the checkpoint, and of the last and the best student beside it."""
-    trainer.changed_tensors()  # makes the momentum, which the checkpoint holds
+    """Bytes of the checkpoint, and of the last and the best student beside it."""
+    trainer.changed_tensors()  # creates the momentum, which the checkpoint holds
     return saved_size(trainer.state()) + 2 * saved_size(trainer.distiller.student.state_dict())
 
 

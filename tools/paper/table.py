@@ -1,4 +1,4 @@
-"""A table of the paper as data, ``configs/reproduce/*.yaml``, and the runs that it asks for."""
+"""A table of the paper as data, ``configs/reproduce/*.yaml``, and the runs that it needs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Table:
     """What a table compares, and the paper's figures.
 
     Attributes:
-        name: of its file.
-        source: the name or path that it was asked for by.
+        name: stem of its file's name.
+        source: the name or path by which it was requested.
         keys: the content of the file.
         configs: the folder of the configuration files.
     """
@@ -57,12 +57,12 @@ class Table:
         return list(self.keys["METHODS"])
 
     def config_file(self, pair: str, method: str) -> Path:
-        """The configuration of a pair; in detection each method has one of its own."""
+        """The configuration of a pair; in detection each method has its own."""
         file = self.keys["PAIRS"][pair]
         return self.configs / (file[method] if isinstance(file, dict) else file)
 
     def published(self, pair: str, method: str) -> dict[str, float]:
-        """Column -> the paper's figure; without those that it does not give."""
+        """Column -> the paper's figure, where it gives one."""
         row = {**self.keys["METHODS"], **self.keys["NOT_HERE"]}[method]
         figures = row[self.pairs.index(pair)]
         figures = figures if isinstance(figures, list) else [figures]
@@ -71,10 +71,10 @@ class Table:
 
 
 def load_table(name: str) -> Table:
-    """Return a table by its name, or from a YAML file of one's own.
+    """Return a table by its name, or from a YAML file.
 
     Raises:
-        ConfigError: no such table, or a file that is none; the key is named.
+        ConfigError: an unknown table, or an invalid file; the key is named.
     """
     path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
     known = [path.stem for path in sorted(TABLES.glob("*.yaml"))]
@@ -115,14 +115,14 @@ def _check(path: Path, keys: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training run.
 
     Attributes:
         pair: of teacher and student.
         method: a name of ``METHODS``.
         seed: of the student.
         config_file: of the pair, or of the run.
-        folder: that it writes into.
+        folder: the folder that it writes to.
         overrides: ``KEY VALUE`` words, without seed and folder.
     """
 
@@ -135,18 +135,18 @@ class Run:
 
     @property
     def is_teacher(self) -> bool:
-        """It trains the teacher of its pair, and of others maybe."""
+        """Whether it trains the teacher of its pair, and perhaps of others."""
         return self.method == TEACHER
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is.
+    """The state of a run.
 
     Attributes:
-        text: for people.
-        result: what it came to, once it is finished.
-        foreign: its folder holds a run of other settings.
+        text: description for people.
+        result: the run's result, once it is finished.
+        foreign: whether its folder holds a run with other settings.
     """
 
     text: str
@@ -155,7 +155,7 @@ class State:
 
     @property
     def done(self) -> bool:
-        """The run is finished."""
+        """Whether the run is finished."""
         return self.result is not None
 
 
@@ -169,7 +169,7 @@ class Job:
     Attributes:
         name: of the job.
         runs: of one pair.
-        after: the name of the job that must have ended before.
+        after: the name of the job that must finish first.
     """
 
     name: str
@@ -178,23 +178,23 @@ class Job:
 
     @property
     def trains_teacher(self) -> bool:
-        """Its run is that of a teacher, which the students of its pairs wait for."""
+        """Whether it trains a teacher, which the students of its pairs wait for."""
         return self.runs[0].is_teacher
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a table is to be run, and how.
+    """Which runs of a table to make, and how.
 
     Attributes:
-        table: the whole.
-        output: its runs lie in ``output/<pair>/<method>/seed<seed>``.
+        table: the whole table.
+        output: its runs are in ``output/<pair>/<method>/seed<seed>``.
         pairs: chosen.
         methods: chosen.
         seeds: chosen.
-        gpus: of each job.
-        together: students that are trained side by side.
-        teachers: folder of the teachers' checkpoints; None: as the table has it.
+        gpus: number per job.
+        together: number of students trained side by side.
+        teachers: folder of the teachers' checkpoints; None: as in the table.
         overrides: ``KEY VALUE`` words for all runs.
     """
 
@@ -215,7 +215,7 @@ class Plan:
         return Run(pair, method, seed, file, folder, (*self.overrides, *overrides))
 
     def command(self, job: Job, how: str) -> list[str]:
-        """The words that train a job where they are called; ``how`` is that of ``--launch``."""
+        """The command line that trains a job; ``how`` is the value of ``--launch``."""
         first = job.runs[0]
         words = [sys.executable, str(SCRIPT), self.table.source, "--launch", how]
         words += ["--pairs", first.pair, "--output", str(self.output.parent)]
@@ -231,13 +231,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of runs that are trained together, and what follows for their whole training.
+    """A step of runs trained together, and the resulting cost of their whole training.
 
     Attributes:
-        seconds: of one step, with all its students.
-        steps: of the training.
-        gpus: that share each step's batch.
-        size: bytes that the runs leave on disk, their logs aside.
+        seconds: duration of one step, with all its students.
+        steps: number of steps of the training.
+        gpus: number of GPUs that share each step's batch.
+        size: bytes that the runs leave on disk, logs excluded.
     """
 
     seconds: float
@@ -247,12 +247,12 @@ class Step:
 
     @property
     def gpu_hours(self) -> float:
-        """Of the training's steps alone."""
+        """GPU hours of the training's steps alone."""
         return self.seconds * self.steps * self.gpus / 3600
 
 
 class Task(Protocol):
-    """What a table's runs are: of classifiers or of detectors."""
+    """Interface to a table's runs, of classifiers or of detectors."""
 
     @property
     def metrics(self) -> Mapping[str, str]:
@@ -262,32 +262,32 @@ class Task(Protocol):
         """All runs of the plan, those of teachers first."""
 
     def jobs(self) -> list[Job]:
-        """What is missing; a job comes after the one that it waits for."""
+        """Jobs for the missing runs; a job comes after the one that it waits for."""
 
     def state(self, run: Run) -> State:
-        """How far a run is; one of other settings is not taken for it."""
+        """The state of a run; one with other settings is not mistaken for it."""
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse before anything is trained what a job would refuse.
+        """Refuse, before anything is trained, what a job would refuse.
 
         Raises:
-            ConfigError: a wrong setting, or a teacher's checkpoint that is not there.
+            ConfigError: an invalid setting, or a missing checkpoint of a teacher.
         """
 
     def session(self, jobs: Sequence[Job], *, torchrun: bool) -> AbstractContextManager:
-        """What all calls of :meth:`train` happen in."""
+        """The context in which all calls of :meth:`train` run."""
 
     def train(self, job: Job, *, torchrun: bool) -> None:
-        """Train the runs of a job, or go on with them.
+        """Train or resume the runs of a job.
 
         Args:
-            job: of :meth:`jobs`.
-            torchrun: start the plan's number of processes; else this one trains, or, where torchrun
-                started several, these.
+            job: one of :meth:`jobs`.
+            torchrun: start one process per GPU of the plan; otherwise train in this process or, if
+                torchrun started several, in these.
 
         Raises:
             TrainingFailedError: a run failed; the others of the job are finished.
         """
 
     def steps(self, job: Job) -> list[Step]:
-        """Steps of a job, one for each group of runs, measured on this device."""
+        """The steps of a job, one for each group of runs, measured on this device."""
