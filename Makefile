@@ -8,6 +8,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
+# One process per core, of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 CPP_TESTS := $(wildcard tests/csrc/*.h tests/csrc/*.cpp tests/emulation/*.h tests/emulation/torch/csrc/stable/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 
@@ -50,12 +52,12 @@ ctest: install
 	$(BIN)/cmake --build build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
-# One process per core, of one thread each; the tests of a file share what they prepare.
+# The tests of a file run in one process, because they share fixtures.
 pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not exhaustive"
+	$(PYTEST) --dist loadfile -m "not exhaustive"
 
 test-models: install
-	$(BIN)/python -m pytest -m "" tests/classification/models/test_every_model.py
+	$(PYTEST) -m "" tests/classification/models/test_every_model.py
 
 gpu-bundle: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/gpu_bundle.py $(BUNDLE)
