@@ -52,9 +52,10 @@ ctest: install
 	$(BIN)/cmake --build build
 	$(BIN)/ctest --test-dir build --output-on-failure
 
-# The tests of a file run in one process, because they share fixtures.
+# The tests of a file run in one process, because they share fixtures. Files start in their order:
+# xdist would start those of the fewest tests last, of which some take minutes.
 pytest: install
-	$(PYTEST) --dist loadfile -m "not exhaustive"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not exhaustive"
 
 test-models: install
 	$(PYTEST) -m "" tests/classification/models/test_every_model.py
