@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print the tables and write the files; return the records."""
     parser = report.parser("Errors of the operators and of eager PyTorch against float64.")
     report.add_device(parser, default="cpu")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="number, starting at --seed")
     options = parser.parse_args(arguments)
     environment = report.start(options.device, options)
     cases = [case.quick() for case in CASES] if options.quick else CASES

@@ -199,7 +199,7 @@ def select(
     """
     for pattern in patterns:
         if not fnmatch.filter(cases, pattern):
-            raise ValueError(f"--cases: nothing matches {pattern!r}; there are {', '.join(cases)}")
+            raise ValueError(f"--cases: nothing matches {pattern!r}; available: {', '.join(cases)}")
     chosen = [
         case
         for name, case in cases.items()

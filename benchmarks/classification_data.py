@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _options(arguments: Sequence[str] | None) -> Namespace:
     parser = report.parser("Images a second of the streaming and the resident image set.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the batches")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for the batches")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     parser.add_argument("--images", type=int, default=2048, help="files of a streaming epoch")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--image-size", type=int, default=224, help="of the streaming set, pixels")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels, of the streaming set")
     parser.add_argument("--resident-images", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each variant")
     parser.add_argument(

@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[tup
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=15, help="counted steps of a block")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps per block")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args(arguments)

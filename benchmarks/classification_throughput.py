@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser("Images a second of CIFAR trainings.")
     report.add_device(parser)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=5, help="timed for each run")
+    parser.add_argument("--seconds", type=float, default=5, help="timed per run")
     options = parser.parse_args(arguments)
     environment = report.start(options.device, options)
     seconds, images = (0.0, 64) if options.quick else (options.seconds, IMAGES)

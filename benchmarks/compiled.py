@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compile the cases, each in its own process, or only the named one in this process."""
     parser = report.parser("Compile eager code ahead of its timing.")
     report.add_device(parser)
-    parser.add_argument("--case", help="in this process")
+    parser.add_argument("--case", help="compile it in this process")
     options = parser.parse_args(arguments)
     if options.case:
         case: Case = GPU_CASES[options.case]

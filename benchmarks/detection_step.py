@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = report.parser("Cost of the distilled step.")
     report.add_device(parser, default="cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
-    parser.add_argument("--autocast", choices=["bfloat16"], help="of both models' forward pass")
+    parser.add_argument("--autocast", choices=["bfloat16"], help="for both models' forward pass")
     parser.add_argument("--short-side", type=int, default=480)
     parser.add_argument("--long-side", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=7)

@@ -78,7 +78,7 @@ def in_fresh_process(script: str, task: Mapping[str, Any]) -> int:
         text=True,
     )
     if result.returncode != 0:
-        raise SystemExit(f"{task}: the measuring process ended with {result.returncode}")
+        raise SystemExit(f"{task}: the measuring process exited with {result.returncode}")
     return int(result.stdout)
 
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     report.add_cases(parser)
     report.add_device(parser)
     parser.add_argument("--rounds", type=int, default=7, help="samples of each variant")
-    parser.add_argument("--seconds", type=float, default=600, help="begin no case after so long")
+    parser.add_argument("--seconds", type=float, default=600, help="start no case after this time")
     options = parser.parse_args(arguments)
     cases = report.chosen_cases(parser, options, GPU_CASES)
     began = time.monotonic()
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for case in cases:
         if time.monotonic() - began > options.seconds:
-            print(f"out of time: left out {', '.join(c.name for c in cases[len(records) :])}")
+            print(f"out of time: skipped {', '.join(c.name for c in cases[len(records) :])}")
             break
         records.append(record(case, options, environment["ceilings"]))
         print(timing_table(records[-1:]), flush=True)
@@ -177,7 +177,7 @@ def _check_room(needed: float) -> None:
     _empty_cache()
     free = torch.cuda.mem_get_info()[0] / (1 << 20)
     if 1.5 * needed > free:
-        raise MemoryError(f"a graph of {needed:.0f} MiB beside {free:.0f} MiB of free memory")
+        raise MemoryError(f"a graph needs {needed:.0f} MiB; {free:.0f} MiB of memory is free")
 
 
 def _peak_memory(call: Call) -> float:

@@ -26,11 +26,11 @@ _VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "sve", "asimd", "bf16")
 def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments of every script."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    result.add_argument("--quick", action="store_true", help="smoke test with tiny sizes")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--threads", type=int, help="2; beside a GPU as many as 8")
+    result.add_argument("--threads", type=int, help="default: 2, or up to 8 with a GPU")
     result.add_argument(
-        "--output", type=Path, metavar="DIR", help="write the figures (JSON) and a plot there"
+        "--output", type=Path, metavar="DIR", help="folder for the figures (JSON) and a plot"
     )
     return result
 
@@ -50,7 +50,10 @@ def add_rounds(arguments: argparse.ArgumentParser, rounds: int, loop_rounds: int
         "--rounds", type=_count(1), default=rounds, help="samples of each variant, 1 or more"
     )
     arguments.add_argument(
-        "--loop-rounds", type=_count(0), default=loop_rounds, help="of the loops; 0 leaves them out"
+        "--loop-rounds",
+        type=_count(0),
+        default=loop_rounds,
+        help="samples of the loops; 0 skips them",
     )
 
 

@@ -36,8 +36,8 @@ def config_arguments(
 def train_parser() -> argparse.ArgumentParser:
     """The command line of ``train.py``."""
     parser = config_arguments(
-        "Train a student, by itself or from a teacher. A configuration file describes data and "
-        "models, or --data, --teacher and --student name them, and the rest is proposed.",
+        "Train a student, alone or from a teacher. Give a configuration file, or name data and "
+        "models with --data, --teacher and --student; the other settings are proposed.",
         "python classification/train.py --data flowers --teacher torchvision/resnet34 \\\n"
         "    --student torchvision/mobilenet_v3_small",
         f"python classification/train.py --config-file {DIGITS} \\\n"
@@ -50,7 +50,7 @@ def train_parser() -> argparse.ArgumentParser:
     )
     _add_method(parser)
     parser.add_argument(
-        "--show-taps", action="store_true", help="print the taps of both models, and end"
+        "--show-taps", action="store_true", help="print the taps of both models and exit"
     )
     return parser
 
@@ -60,19 +60,19 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="",
         metavar="M",
-        help="what to train by: a name that --list prints (default: what the file says, or ce; "
-        "with --data and --teacher kd_fcka)",
+        help="training method: a name from --list (default: the file's, or ce; with --data and "
+        "--teacher, kd_fcka)",
     )
 
 
 def _add_pair(parser: argparse.ArgumentParser) -> None:
     """Add the options that replace a configuration file."""
-    group = parser.add_argument_group("in the place of --config-file")
+    group = parser.add_argument_group("instead of --config-file")
     group.add_argument(
-        "--data", metavar="FOLDER", help="images: train/<class>/* and, if there is, test/<class>/*"
+        "--data", metavar="FOLDER", help="images: train/<class>/* and, if present, test/<class>/*"
     )
     group.add_argument("--student", default="", metavar="NAME", help="model, e.g. timm/resnet18")
-    group.add_argument("--teacher", default="", metavar="NAME", help="model; none: no teacher")
+    group.add_argument("--teacher", default="", metavar="NAME", help="model (default: none)")
     group.add_argument(
         "--weights",
         default="",
@@ -91,9 +91,9 @@ def compare_parser() -> argparse.ArgumentParser:
     )
     _add_pair(parser)
     compared = parser.add_mutually_exclusive_group(required=True)
-    compared.add_argument("--methods", nargs="+", metavar="M", help="names that --list prints")
+    compared.add_argument("--methods", nargs="+", metavar="M", help="names from --list")
     compared.add_argument(
-        "--variants", type=Path, metavar="F", help="YAML file of methods with settings of their own"
+        "--variants", type=Path, metavar="F", help="YAML file of methods with their own settings"
     )
     add_runs(parser, seeds=(0, 1, 2), output="output/comparison")
     parser.add_argument(
@@ -103,7 +103,7 @@ def compare_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="students trained side by side (default: %(default)s)",
     )
-    parser.add_argument("--no-costs", action="store_true", help="do not measure what steps cost")
+    parser.add_argument("--no-costs", action="store_true", help="do not measure step costs")
     return parser
 
 
@@ -124,14 +124,14 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--role",
         choices=("student", "teacher"),
         default="student",
-        help="whose model it is (default: %(default)s)",
+        help="which model to evaluate (default: %(default)s)",
     )
-    _add_recalibration(parser, "and write the model beside the weights, <name>_recalibrated.pth")
+    _add_recalibration(parser, "and write <name>_recalibrated.pth next to the weights")
     parser.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
-        help="write report.html and report.json of the student beside its teacher there",
+        help="write report.html and report.json there, comparing student and teacher",
     )
     return parser
 
@@ -144,7 +144,7 @@ def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
         const=2048,
         default=0,
         metavar="N",
-        help="estimate batch norm's running statistics anew on N training images (default: "
+        help="re-estimate batch norm's running statistics on N training images (default: "
         f"%(const)s), {purpose}",
     )
 
@@ -152,9 +152,9 @@ def _add_recalibration(parser: argparse.ArgumentParser, purpose: str) -> None:
 def doctor_parser() -> argparse.ArgumentParser:
     """The command line of ``pcka doctor``, except for detectors and segmenters."""
     parser = config_arguments(
-        "Will this machine, and this configuration, train? A line for each thing that is looked "
-        "at: ok, warn or FAIL with the way out, or - where it could not be looked at. The file may "
-        "be a detector's or a segmenter's as well, with KEY VALUE pairs alone beside it.",
+        "Will this machine and this configuration train? Prints one line per check: ok, warn or "
+        "FAIL with the way out, or - if it could not be made. The file may also be a detector's "
+        "or segmenter's, with KEY VALUE pairs as the only other arguments.",
         "pcka doctor",
         f"pcka doctor --config-file {DIGITS} --method kd_fcka",
         "pcka doctor --data flowers --teacher torchvision/resnet34 \\\n"
@@ -172,7 +172,7 @@ def doctor_parser() -> argparse.ArgumentParser:
 def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
-        "Report on a classifier's run: report.html, which needs no other file, and report.json.",
+        "Report on a classifier's run: a self-contained report.html, and report.json.",
         "pcka report output/run --baseline output/ce",
     )
     parser.prog = "pcka report"

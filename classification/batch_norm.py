@@ -77,10 +77,10 @@ def lagging(
     if not losses[-1] < FALLEN * losses[0]:
         return
     path, norm = min(norms.items(), key=lambda item: item[1].momentum or 1.0)
-    faster = f"; in a training they follow faster by STUDENT.BN_MOMENTUM {USUAL_MOMENTUM}"
+    faster = f"; in training they follow faster with STUDENT.BN_MOMENTUM {USUAL_MOMENTUM}"
     yield (
         f"the evaluation is at chance ({top1:.2f} %) although the loss falls (from {losses[0]:.4g} "
         f"to {losses[-1]:.4g}): the running statistics of batch norm may lag behind the weights "
-        f"(momentum {norm.momentum} at {path!r}). evaluate.py --recalibrate-bn estimates them anew"
+        f"(momentum {norm.momentum} at {path!r}). evaluate.py --recalibrate-bn re-estimates them"
         + (faster if (norm.momentum or 1.0) < USUAL_MOMENTUM else "")
     )

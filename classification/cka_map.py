@@ -62,37 +62,37 @@ def _parser() -> argparse.ArgumentParser:
         "pcka cka --a resnet8 --weights-a model.pth --data digits --layers 'layer?'",
     )
     parser.prog = "pcka cka"
-    model = (
-        "zoo's name, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
-    )
+    model = "zoo name, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
     parser.add_argument("--a", required=True, metavar="MODEL", help=f"rows: {model}")
-    parser.add_argument("--b", default="", metavar="MODEL", help="columns; left out: a itself")
+    parser.add_argument("--b", default="", metavar="MODEL", help="columns; default: a itself")
     for side in "ab":
         parser.add_argument(f"--weights-{side}", default="", metavar="W", help="its checkpoint")
     parser.add_argument(
         "--data",
         default="",
         metavar="FOLDER",
-        help="images at any depth, or digits (built in); left out: those that the run of a is "
-        "evaluated on",
+        help="images at any depth, or digits (built in); default: the evaluation images of the "
+        "run of a",
     )
-    parser.add_argument("--layers", nargs="+", metavar="L", help="paths or patterns, of both")
+    parser.add_argument("--layers", nargs="+", metavar="L", help="paths or patterns, for both")
     for side in "ab":
-        parser.add_argument(f"--layers-{side}", nargs="+", metavar="L", help=f"of {side} alone")
+        parser.add_argument(f"--layers-{side}", nargs="+", metavar="L", help=f"for {side} only")
     parser.add_argument("--images", type=int, default=512, help="how many, evenly spaced (512)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images a batch (%(default)s)")
-    parser.add_argument("--image-size", type=int, help="pixels; left out: the run's, or 32")
-    parser.add_argument("--classes", type=int, help="of models without weights (1000; digits: 10)")
-    parser.add_argument("--pretrained", action="store_true", help="weights of the model's library")
+    parser.add_argument(
+        "--batch-size", type=int, default=128, help="images per batch (%(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels; default: the run's, or 32")
+    parser.add_argument("--classes", type=int, help="for models without weights (1000; digits: 10)")
+    parser.add_argument("--pretrained", action="store_true", help="the library's own weights")
     for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-        about = "of models that are no runs; left out: ImageNet's"
+        about = "for models outside runs; default: ImageNet's"
         parser.add_argument(f"--pixel-{key}", type=float, nargs=3, default=default, help=about)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--output",
         default="output/cka",
         metavar="PATH",
-        help="of the files, without suffix (%(default)s)",
+        help="path of the files, without suffix (%(default)s)",
     )
     return parser
 
@@ -130,7 +130,7 @@ def _images(given: argparse.Namespace) -> ImageSet:
         return _of_folder(Path(name).expanduser(), given.images, side)
     if not name and run is None:
         raise ConfigError(
-            "--data: expected a folder of images, or digits; it may be left out where --a is the "
+            "--data: expected a folder of images, or digits; it may be omitted if --a is the "
             "folder of a run"
         )
     cfg = default_config() if run is None else run.clone()

@@ -351,9 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         print(comparison.markdown())
         print(f"\nwritten: comparison.md, .csv and .png in {given.output}, a folder for each run")
     if not comparison.results:
-        raise TrainingFailedError("no run came to a result; the reasons stand below the table")
+        raise TrainingFailedError("no run produced a result; the reasons are below the table")
     return comparison
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="the same command goes on after the last epoch of each run")
+    run_command(main, interrupted="repeat the command to continue after the last epoch of each run")

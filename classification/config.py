@@ -219,8 +219,8 @@ def _refuse_saved(of_file: Mapping[str, object], source: str) -> None:
     everything = flatten(default_config())
     if of_file.keys() >= {key for key in everything if key.startswith(("SOLVER.", "DATA."))}:
         raise ConfigError(
-            f"{source}: is the saved configuration of a run, and would leave nothing to the "
-            "method; give the file of the pair, or leave the method out"
+            f"{source}: is the saved configuration of a run and would override the method's "
+            "settings; give the pair's file, or omit the method"
         )
 
 
@@ -232,7 +232,7 @@ def method_file(method: str, config_file: str | Path | None = None) -> Path:
     """
     known = method_files(config_file)
     if method not in known:
-        raise ConfigError(f"method: no method is called {method!r}; {near_names(method, known)}")
+        raise ConfigError(f"method: unknown method {method!r}; {near_names(method, known)}")
     return known[method]
 
 
@@ -320,7 +320,7 @@ def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
         )
     if solver.OPTIMIZER == "adamw" and solver.BASE_LR > ADAMW_LR:
         yield (
-            f"SOLVER.BASE_LR: {solver.BASE_LR:g} is a rate for sgd; adamw mostly takes 0.0005 to "
+            f"SOLVER.BASE_LR: {solver.BASE_LR:g} is a rate for sgd; adamw usually needs 0.0005 to "
             "0.005"
         )
     yield from _without_effect(cfg)
@@ -330,10 +330,10 @@ def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
     weight = max(rcka.FEATURE_WEIGHTS) + rcka.INTRA_WEIGHT + rcka.INTER_WEIGHT
     if weight > 10 * task:
         yield (
-            f"DISTILL.RCKA: weights of {weight:g} beside {task:g} of cross-entropy are made for "
+            f"DISTILL.RCKA: weights of {weight:g} with {task:g} for cross-entropy are meant for "
             f"trainings like the paper's, of {RCKA_STEPS:,} steps; in {steps:,} a student may "
-            "learn less than from cross-entropy alone (docs/results.md). Take the method "
-            "dist_fitnet_fcka, or rcka_short"
+            "learn less than from cross-entropy alone (docs/results.md). Use the method "
+            "dist_fitnet_fcka or rcka_short"
         )
 
 
@@ -341,8 +341,8 @@ def _without_effect(cfg: CfgNode) -> Iterator[str]:
     """Yield warnings about settings that have no effect because of others."""
     solver, distill = cfg.SOLVER, cfg.DISTILL
     reasons = {
-        "SOLVER.NESTEROV": ("is a form of sgd", solver.NESTEROV and solver.OPTIMIZER != "sgd"),
-        "SOLVER.MIN_LR": ("is of the cosine", solver.MIN_LR and solver.SCHEDULE != "cosine"),
+        "SOLVER.NESTEROV": ("is for sgd", solver.NESTEROV and solver.OPTIMIZER != "sgd"),
+        "SOLVER.MIN_LR": ("is for cosine", solver.MIN_LR and solver.SCHEDULE != "cosine"),
     }
     if not any(losses.find(name).needs_teacher for name in distill.METHODS):
         for key in ("WARMUP", "RELATIVE", "DOT_DELTA"):

@@ -39,4 +39,4 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="the same command goes on after the last epoch of each run")
+    run_command(main, interrupted="repeat the command to continue after the last epoch of each run")

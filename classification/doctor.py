@@ -145,8 +145,8 @@ class Examination:
         if Path(cfg.OUTPUT_DIR, CHECKPOINT).exists():
             return Verdict(
                 WARN,
-                f"OUTPUT_DIR: {cfg.OUTPUT_DIR!r} holds a run; --resume goes on with it, or choose "
-                "another folder",
+                f"OUTPUT_DIR: {cfg.OUTPUT_DIR!r} holds a run; continue it with --resume, or choose "
+                "another",
             )
         return Verdict(PASS, f"{', '.join(cfg.DISTILL.METHODS)} into {cfg.OUTPUT_DIR}")
 
@@ -209,7 +209,7 @@ class Examination:
         assert self._teacher is not None
         sample, top1, stated = self.sets[1], self._teacher.accuracy, cfg.TEACHER.ACCURACY
         if self._is_stand_in:
-            return Verdict(WARN, f"is trained first, {cfg.TEACHER.EPOCHS} epochs; not known yet")
+            return Verdict(WARN, f"trained first, {cfg.TEACHER.EPOCHS} epochs; accuracy unknown")
         text = f"{cfg.TEACHER.NAME} reaches {top1:.2f} % on {len(sample)} evaluation images"
         whole = self._sets is not None and len(self._sets[1]) == len(sample)
         noise = 0.0 if whole else 200 * (stated / 100 * (1 - stated / 100) / len(sample)) ** 0.5
@@ -222,25 +222,23 @@ class Examination:
         if is_guessing(top1, len(sample.classes), len(sample)):
             return Verdict(
                 FAIL,
-                f"{text}, as guessing does: it is untrained, or of other classes; check "
+                f"{text}, at chance level: it is untrained or has other classes; check "
                 "TEACHER.WEIGHTS, or set TEACHER.TRAIN True",
             )
-        return Verdict(PASS, text + (f", {stated:.2f} % are stated" if stated else ""))
+        return Verdict(PASS, text + (f", {stated:.2f} % is stated" if stated else ""))
 
     def check_teacher_pixels(self) -> Verdict:
         """Check that no other channel order or usual statistics improve the teacher."""
         if self._teacher is None or self._is_stand_in:
-            reason = (
-                "there is none with weights" if self.cfg.TEACHER.NAME else "there is no teacher"
-            )
-            return Verdict(SKIP, f"not looked at: {reason}")
+            reason = "no teacher with weights" if self.cfg.TEACHER.NAME else "no teacher"
+            return Verdict(SKIP, f"skipped: {reason}")
         return check_channels(self._teacher.model, self.cfg.TEACHER, self.sets[1])
 
     def check_step(self) -> Verdict:
         """Run one step and check that its loss terms and gradients are finite."""
         cfg, device = self.cfg, self.sets[0].device
         if cfg.TEACHER.NAME and self._teacher is None:
-            return Verdict(SKIP, "not looked at: needs the teacher")
+            return Verdict(SKIP, "skipped: needs the teacher")
         try:
             trainer = Run(cfg).prepare(self.sets, self._teacher, device)
             trainer.start_epoch()
@@ -248,7 +246,7 @@ class Examination:
             trainer.step(inputs, trainer.steps_per_epoch - 1)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"SOLVER.BATCH_SIZE: {cfg.SOLVER.BATCH_SIZE} images do not fit the GPU; take "
+                f"SOLVER.BATCH_SIZE: {cfg.SOLVER.BATCH_SIZE} images do not fit the GPU; use "
                 "fewer, or set AUTOCAST auto"
             ) from error
         losses = trainer.read_losses()
@@ -286,7 +284,7 @@ class Examination:
         epoch = cost.seconds * trainer.steps_per_epoch + evaluating / cfg.EVAL_EVERY
         spans = {"an epoch": epoch, "the run": epoch * cfg.SOLVER.EPOCHS}
         status, text = cost.verdict(spans, device, "SOLVER.BATCH_SIZE")
-        return Verdict(status, text + ", beside the teacher's training" * self._is_stand_in)
+        return Verdict(status, text + ", plus the teacher's training" * self._is_stand_in)
 
     def check_room(self) -> Verdict:
         """Check disk space for the run's checkpoints, plus one that is being written."""

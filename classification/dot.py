@@ -45,8 +45,8 @@ class DistillationOriented(torch.optim.Optimizer):
     ) -> None:
         if not 0 <= delta <= momentum < 1 - delta:
             raise ValueError(
-                "delta must be between 0 and the momentum, and below 1 with it; got "
-                f"{delta} beside a momentum of {momentum}"
+                "delta: expected 0 to the momentum, and a sum of both below 1, got "
+                f"{delta} with a momentum of {momentum}"
             )
         settings = {"lr": lr, "momentum": momentum, "delta": delta, "weight_decay": weight_decay}
         super().__init__(parameters, settings)

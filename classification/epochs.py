@@ -180,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> EpochCKA:
         kept = kept_students(given.run)
         if len(kept) < LEAST:
             raise ConfigError(
-                f"KEEP_EVERY: {given.run} holds the students of {len(kept)} epochs, {LEAST} or "
-                "more are needed; train with KEEP_EVERY 1, or another number of epochs between them"
+                f"KEEP_EVERY: {given.run} holds the students of {len(kept)} epochs, at least "
+                f"{LEAST} are needed; train with KEEP_EVERY 1, or another interval"
             )
         found = cka_over_epochs(material, kept, given.layers, given.images)
     path = given.output or given.run / "epochs"
@@ -190,15 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> EpochCKA:
     found.write_csv(values)
     for name, partners in found.partners.items():
         for layer, of_epochs, value in zip(found.layers, partners, found.values[name][:, -1]):
-            print(f"{layer}: {name} in the end: {of_epochs[-1]}, CKA {value:.3f}")
+            print(f"{layer}: {name} at the end: {of_epochs[-1]}, CKA {value:.3f}")
     print(f"CKA of {len(found.layers)} layers in {len(kept)} epochs: {picture}, {values}")
     return found
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        "CKA of the layers of a classifier's run in each epoch that it kept (KEEP_EVERY) with the "
-        "last student, and with the teacher: a picture (PNG) and a table (CSV).",
+        "CKA of the layers of a classifier's run, in each kept epoch (KEEP_EVERY), with the last "
+        "student and with the teacher: a picture (PNG) and a table (CSV).",
         "pcka epochs output/run",
         "pcka epochs output/run --layers 'layer?.?'",
     )
@@ -208,8 +208,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layers",
         nargs="+",
         metavar="L",
-        help="paths or patterns of the student, compared with the most alike of the teacher's "
-        "stages (default: the stages, each with the teacher's)",
+        help="paths or patterns of the student, compared with the most similar teacher stage "
+        "(default: the stages, each with the teacher's)",
     )
     parser.add_argument(
         "--images",
@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         default="",
         metavar="PATH",
-        help="of the files, without suffix (default: epochs in the run's folder)",
+        help="path of the files, without suffix (default: epochs in the run's folder)",
     )
     add_device(parser)
     return parser

@@ -49,7 +49,7 @@ def evaluate(
         ConfigError: no model or weights, several teachers to recalibrate, or a report on a teacher.
     """
     if report is not None and role == "teacher":
-        raise ConfigError("--report: is of a student beside its teacher; leave --role out")
+        raise ConfigError("--report: compares a student with its teacher; omit --role")
     device = choose_device(cfg.DEVICE)
     sections = [cfg[role.upper()]]
     if role == "teacher" and not weights:
@@ -66,7 +66,7 @@ def evaluate(
         return accuracy(model, pixel_statistics(sections[0]).to(device), data)
     if len(sections) > 1:
         raise ConfigError(
-            "--recalibrate-bn: takes one model, there are several teachers; name one by --weights"
+            "--recalibrate-bn: expected one model, got several teachers; name one with --weights"
         )
     result, path = _recalibrated(cfg, role, weights, recalibrated)
     return result if report is None else _reported(cfg, str(path), report)
@@ -90,7 +90,7 @@ def _recalibrated(
     train_set, data = (one.to(device) for one in load_image_sets(cfg))
     model = model_of(section, len(data.classes), role=role, weights=weights).to(device)
     pixels = pixel_statistics(section).to(device)
-    logger.info("as it is: %s", told(accuracy(model, pixels, data)))
+    logger.info("original: %s", told(accuracy(model, pixels, data)))
     recalibrate(model, pixels, train_set, cfg, images)
     path = Path(weights or section.WEIGHTS or section.NAME.rpartition("/")[2])
     path = path.with_name(f"{path.stem}_recalibrated.pth")

@@ -70,7 +70,7 @@ def export_student(
     """
     output = Path(output)
     if output.suffix not in EXPORTED:
-        raise ConfigError(f"output: expected a file of {', '.join(EXPORTED)}, got {str(output)!r}")
+        raise ConfigError(f"output: expected one of {', '.join(EXPORTED)}, got {str(output)!r}")
     if with_normalization and output.suffix != ONNX:
         raise ConfigError(
             f"with_normalization: weights alone hold no normalisation, got {str(output)!r}; "
@@ -130,7 +130,7 @@ def _classes_of(cfg: CfgNode, weights: str) -> int:
         raise ConfigError(f"weights: {weights!r}: {error}") from error
     if classifier not in state or state[classifier].dim() == 0:
         raise ConfigError(
-            f"DATA.NUM_CLASSES: {weights!r} does not say it (it has no {classifier!r} of a "
+            f"DATA.NUM_CLASSES: not known from {weights!r} (it has no {classifier!r} of a "
             f"{name}); set it to the number of classes that the student was trained on"
         )
     return len(state[classifier])

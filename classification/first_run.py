@@ -178,8 +178,8 @@ def _divide(draft: _Draft, source: Source) -> tuple[int, int]:
     if not data.TEST_PART and data.NAME in FORMS and data.NAME not in forms_in(data, "test"):
         share = min(int(images * SHARE_HELD_OUT), MOST_HELD_OUT)
         held_out = draft.suggest("DATA.HOLDOUT", share)
-        text += f"; there is no part test or val, so that {held_out:,} of them are held out to"
-        text += " evaluate on (DATA.HOLDOUT)"
+        text += f"; without a test or val part, {held_out:,} of them are held out for evaluation"
+        text += " (DATA.HOLDOUT)"
     draft.notes.append(f"data: {text}")
     evaluated = data.HOLDOUT or len(make_source(data, "test").labels)
     return data.TRAIN_IMAGES or images - data.HOLDOUT, evaluated
@@ -199,7 +199,7 @@ def _size(draft: _Draft, source: Source, images: int) -> None:
         wanted = data.IMAGE_SIZE
     side = _accepted(draft.models, wanted)
     if draft.suggest("DATA.IMAGE_SIZE", side) == side != wanted:
-        why = "a model takes no other"
+        why = "a model accepts no other"
     side = data.IMAGE_SIZE
     draft.suggest("DATA.CROP_PADDING", side // 8)
     gigabytes = images * 3 * side**2 / 1e9
@@ -298,8 +298,8 @@ def _schedule(draft: _Draft, trained: int) -> None:
     if "TEACHER" in _trained(draft):
         teacher_epochs = draft.suggest("TEACHER.EPOCHS", epochs)
         draft.notes.append(
-            f"teacher: has no weights for these classes (--weights F gives them), and is trained "
-            f"first, TEACHER.EPOCHS {teacher_epochs}; it is kept in {draft.cfg.TEACHER.CACHE_DIR} "
+            f"teacher: has no weights for these classes (--weights F gives them), so it is trained "
+            f"first, TEACHER.EPOCHS {teacher_epochs}, and kept in {draft.cfg.TEACHER.CACHE_DIR} "
             "for other runs"
         )
 
@@ -340,7 +340,7 @@ def _quicken(draft: _Draft, steps: int) -> None:
             momentum = draft.suggest(f"{role}.BN_MOMENTUM", USUAL_MOMENTUM)
             draft.notes.append(
                 f"batch norm: {role}.BN_MOMENTUM {momentum:g}: the model's own, {slowest:g}, would "
-                "follow a batch's statistics in more than an epoch"
+                "need more than an epoch to adapt"
             )
 
 

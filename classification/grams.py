@@ -79,16 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, GramPair]:
     for option in ("patch_size", "channel"):
         if getattr(given, option) is not None:
             raise ConfigError(
-                f"--{option.replace('_', '-')}: is of a detector's maps, and {given.run} is the "
-                "run of a classifier, whose Grams are between images; leave it out"
+                f"--{option.replace('_', '-')}: is for a detector's maps, but {given.run} is a "
+                "classifier's run, whose Grams are between images; leave it out"
             )
     with console_log():
         material = Material.of_run(given.run, given.device)
         cfg = material.cfg
         if not cfg.TEACHER.NAME:
             raise ConfigError(
-                f"{given.run}: its student learned without a teacher, and there is nothing beside "
-                "it; give the folder of a run with TEACHER.NAME"
+                f"{given.run}: its student learned without a teacher, so there is nothing to "
+                "compare; give the folder of a run with TEACHER.NAME"
             )
         device = choose_device(cfg.DEVICE)
         train_set, data = (one.to(device) for one in load_image_sets(cfg))

@@ -24,5 +24,5 @@ def all_keys() -> str:
         before, section = section, key.name.rpartition(".")[0]
         lines += [""] * (section != before and before is not None)
         lines.append(shown(key))
-    lines += ["", "Losses: what DISTILL.METHODS may name, each with a section of its own.", ""]
+    lines += ["", "Losses: names for DISTILL.METHODS, each with its own section.", ""]
     return "\n".join([*lines, all_losses()])

@@ -162,7 +162,7 @@ def _shared_taps(students: Sequence[Distiller]) -> dict[str, str]:
         if paths.setdefault(tap, path) != path:
             raise ConfigError(
                 f"DISTILL.TAPS: {tap!r} is {paths[tap]!r} of the teacher for one student and "
-                f"{path!r} for another beside it; give them different names"
+                f"{path!r} for another one; give them different names"
             )
     return paths
 

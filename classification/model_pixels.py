@@ -60,12 +60,12 @@ def stated_statistics(section: Mapping[str, Any]) -> Statistics | None:
     if name.startswith("timm/"):
         model: Any = named_model(name, 2, role="teacher", **without_weights(section))
         stated = model.pretrained_cfg
-        return Statistics(list(stated["mean"]), list(stated["std"]), "timm's of this model")
+        return Statistics(list(stated["mean"]), list(stated["std"]), "the model's in timm")
     preprocessor = Path(name.removeprefix("hf/")).expanduser() / "preprocessor_config.json"
     if name.startswith("hf/") and preprocessor.is_file():
         stated = json.loads(preprocessor.read_text())
         if stated.get("do_normalize", True) and {"image_mean", "image_std"} <= stated.keys():
-            return Statistics(stated["image_mean"], stated["image_std"], f"of {preprocessor}")
+            return Statistics(stated["image_mean"], stated["image_std"], f"from {preprocessor}")
     return None
 
 
@@ -105,6 +105,6 @@ def likeliest_statistics(
             parts = [model(normalize(part / 255)) for part in pixels.split(AT_ONCE)]
         logits = torch.cat(parts)
         right = 100 * float((logits.argmax(1) == labels).double().mean())
-        told = f"{one.source}, by which it has {right:.0f} % of {len(labels)} training images right"
+        told = f"{one.source}, with {right:.0f} % of {len(labels)} training images correct"
         found.append((float(F.cross_entropy(logits.float(), labels)), one._replace(source=told)))
     return min(found, key=lambda loss_and_statistics: loss_and_statistics[0])[1]

@@ -33,17 +33,17 @@ def pair_settings(
     if given.config_file:
         if named:
             raise ConfigError(
-                f"{', '.join(named)}: stand in the place of --config-file; give the one or the "
-                "other, and override a file's values by KEY VALUE pairs, as TEACHER.WEIGHTS F"
+                f"{', '.join(named)}: replace --config-file; give one or the other, and override a "
+                "file's values with KEY VALUE pairs, such as TEACHER.WEIGHTS F"
             )
         return Path(given.config_file), method
     if missing := [option for option, value in proposed.items() if not value]:
         raise ConfigError(
-            f"{' and '.join(missing)}: expected --config-file F (--list prints those that there "
-            "are), or --data FOLDER --student NAME --teacher NAME"
+            f"{' and '.join(missing)}: expected --config-file F (--list prints the available "
+            "ones), or --data FOLDER --student NAME --teacher NAME"
         )
     if given.weights and not given.teacher:
-        raise ConfigError("--weights: is the checkpoint of the teacher; name it by --teacher")
+        raise ConfigError("--weights: is the teacher's checkpoint; name its model with --teacher")
     from classification.first_run import BASELINE, DEFAULT_METHOD, propose
 
     method = method or (DEFAULT_METHOD if given.teacher else BASELINE)

@@ -87,7 +87,7 @@ class Material:
         for path in (config, files[STUDENT]):
             if not path.is_file():
                 raise ConfigError(
-                    f"{folder}: expected the folder of a classifier's run, there is no "
+                    f"{folder}: expected the folder of a classifier's run, found no "
                     f"{path.name}; give the OUTPUT_DIR of one that has finished an epoch"
                 )
         cfg = load_config(config, ["DEVICE", device] if device else [])
@@ -228,7 +228,7 @@ def run_doubts(
     for who in (TEACHER, name):
         top1 = found[who].top1 if who in found else 100.0
         if is_guessing(top1, len(data.classes), len(data)) and not (who == name and at_chance):
-            yield f"The {who} guesses: top-1 {top1:.2f} % of {len(data.classes)} classes."
+            yield f"The {who} is at chance: top-1 {top1:.2f} %, {len(data.classes)} classes."
     if not material.metrics:
         return
     updates = cfg.SOLVER.EPOCHS * steps_per_epoch(train_set, cfg) // cfg.SOLVER.ACCUMULATE

@@ -210,7 +210,7 @@ def overview(found: Mapping[str, Measured], device: str, images: int, text: str 
                 ["", "parameters", "MACs (millions)", "file (MiB)", *batches],
                 cost,
                 f"MACs of one image.{missing} Latency of the forward pass on this machine "
-                f"({device}), float32: median, warm, the models in turns.",
+                f"({device}), float32: median after warm-up, models interleaved.",
             ),
         ],
     )
@@ -267,7 +267,7 @@ def calibration_section(found: Mapping[str, Measured]) -> Section:
     return Section(
         "Calibration",
         f"Accuracy over confidence (greatest probability) in {BINS} intervals, and the share of "
-        "images in each. Below the diagonal a model is surer than it is right.",
+        "images in each. Below the diagonal, a model is overconfident.",
         pictures=[Picture("Reliability", reliability_figure(bins, styles_of(list(found))))],
     )
 

@@ -165,7 +165,7 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
 
     def unfit(loss: losses.Loss) -> str | None:
         if loss.of_detectors:
-            return "compares detectors or segmenters, by their heads or the boxes of objects"
+            return "is for detectors or segmenters: it compares their heads or object boxes"
         if mixes(cfg.DATA) and loss.refuses_soft_targets:
             from classification.data.mixing import mixing_keys  # few runs mix images
 
@@ -176,8 +176,8 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
         if not loss.needs_teacher or cfg.TEACHER.NAME:
             return None
         return (
-            "needs a teacher and TEACHER.NAME is empty; name one, with its TEACHER.WEIGHTS or "
-            "with TEACHER.TRAIN True"
+            "needs a teacher, but TEACHER.NAME is empty; name one, with TEACHER.WEIGHTS or "
+            "TEACHER.TRAIN True"
         )
 
     return build_losses(cfg.DISTILL.METHODS, cfg.DISTILL, taps, unfit=unfit)
@@ -247,12 +247,14 @@ class Run:
                     stack.push(opened.pop_all())  # a finished run is left alone
             if result is not None:
                 files.logger.info(
-                    "finished before: accuracy %.2f %% after the last epoch, %.2f %% after the "
-                    "best; another OUTPUT_DIR trains anew",
+                    "already finished: accuracy %.2f %% after the last epoch, %.2f %% after the "
+                    "best; use another OUTPUT_DIR to train again",
                     *(result.get("last_accuracy", nan), result.get("best_accuracy", nan)),
                 )
             elif saved is not None:
-                files.logger.info("goes on after epoch %d of %d", saved["epoch"], cfg.SOLVER.EPOCHS)
+                files.logger.info(
+                    "resuming after epoch %d of %d", saved["epoch"], cfg.SOLVER.EPOCHS
+                )
         saved, result = from_first_process((saved, result))
         return cls(cfg, files, saved, result)
 
@@ -261,8 +263,8 @@ class Run:
         cfg, (train_set, evaluation_set) = self.cfg, sets
         if self.saved is not None and self.saved["images"] != [s.fingerprint for s in sets]:
             raise ConfigError(
-                "DATA.ROOT: the images are not those that the run was started with; give the "
-                "folder that holds them, or choose another OUTPUT_DIR"
+                "DATA.ROOT: the images are not those the run was started with; give the folder "
+                "that holds them, or choose another OUTPUT_DIR"
             )
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
@@ -323,8 +325,8 @@ class Run:
             return {name: taps[name] for name in numbered_stages(taps)}
         if self.files is not None:
             self.files.logger.warning(
-                "the CKA of the stages is not followed: it needs %d evaluation images or more, "
-                "there are %d (DATA.HOLDOUT, or the folder of test images)",
+                "the CKA of the stages is not tracked: it needs at least %d evaluation images, "
+                "got %d (DATA.HOLDOUT, or the folder of test images)",
                 *(MIN_SAMPLES, len(evaluation_set)),
             )
         return {}
@@ -348,7 +350,7 @@ def _train_teacher(cfg: CfgNode, image_sets: ImageSets) -> Path:
         run_experiment(cfg, resume=True, image_sets=image_sets)
     except ConfigError as error:
         raise ConfigError(
-            f"TEACHER.CACHE_DIR: the unfinished training of the teacher does not go on: {error} "
+            f"TEACHER.CACHE_DIR: the teacher's unfinished training cannot be resumed: {error} "
             f"(here: remove {cfg.OUTPUT_DIR!r}, or set another TEACHER.CACHE_DIR)"
         ) from error
     return Path(cfg.OUTPUT_DIR) / "model_last.pth"
@@ -368,7 +370,7 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
 def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str]) -> None:
     """Initialise a student from parts of its teacher."""
     if teacher is None:
-        raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; TEACHER.NAME")
+        raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; set TEACHER.NAME")
     inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
 
 

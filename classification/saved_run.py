@@ -48,8 +48,8 @@ def load_state(cfg: CfgNode, path: Path) -> dict:
         )
     if saved["epoch"] > cfg.SOLVER.EPOCHS:
         raise ConfigError(
-            f"SOLVER.EPOCHS: the run in {cfg.OUTPUT_DIR!r} has {saved['epoch']} epochs already, "
-            f"{cfg.SOLVER.EPOCHS} are asked for; choose another OUTPUT_DIR"
+            f"SOLVER.EPOCHS: the run in {cfg.OUTPUT_DIR!r} already has {saved['epoch']} epochs, "
+            f"{cfg.SOLVER.EPOCHS} are requested; choose another OUTPUT_DIR"
         )
     return saved
 
@@ -59,9 +59,9 @@ def _prolonged(old: CfgNode, new: CfgNode) -> str:
     last = Path(new.OUTPUT_DIR) / "model_last.pth"
     solver = old.SOLVER
     return (
-        f". Its rates depend on SOLVER.EPOCHS; to train on from its last weights give, without "
-        f"--resume, STUDENT.WEIGHTS {last} OUTPUT_DIR {new.OUTPUT_DIR}-further SOLVER.EPOCHS "
-        f"{new.SOLVER.EPOCHS - solver.EPOCHS} SOLVER.BASE_LR {solver.BASE_LR / 10:g} "
+        f". Its rates depend on SOLVER.EPOCHS; to train further from its last weights, give, "
+        f"without --resume, STUDENT.WEIGHTS {last} OUTPUT_DIR {new.OUTPUT_DIR}-further "
+        f"SOLVER.EPOCHS {new.SOLVER.EPOCHS - solver.EPOCHS} SOLVER.BASE_LR {solver.BASE_LR / 10:g} "
         "SOLVER.WARMUP_EPOCHS 0 DISTILL.WARMUP 0"
     )
 
@@ -83,6 +83,6 @@ def result_alone(cfg: CfgNode, files: RunFolder, traces: list[str]) -> Result:
         return result
     raise ConfigError(
         f"OUTPUT_DIR: {str(files.directory)!r} holds a run ({', '.join(traces)}) without its "
-        f"{files.checkpoint.name}, from which alone it can be continued; put that file back, "
-        "choose another OUTPUT_DIR, or remove the folder to train anew"
+        f"{files.checkpoint.name}, which is needed to continue it; put that file back, "
+        "choose another OUTPUT_DIR, or remove the folder to train again"
     )

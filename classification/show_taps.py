@@ -11,7 +11,7 @@ from classification.run import untrained_pair
 from pcka.engine.config import ConfigError
 
 BEHIND = (
-    "So one lies before an activation and the other behind one. Where both models are of one kind, "
+    "So one is before an activation and the other after one. If both models are of the same kind, "
     "tap both at the same place (DISTILL.TAPS)."
 )
 

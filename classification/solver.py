@@ -31,7 +31,7 @@ def check_solver(solver: CfgNode) -> None:
             f"SOLVER.BETAS: expected two numbers from 0 to below 1, got {solver.BETAS}"
         )
     if solver.EMA_DECAY == 1:
-        raise ConfigError("SOLVER.EMA_DECAY: with 1 nothing is averaged; take 0.999, or 0 for none")
+        raise ConfigError("SOLVER.EMA_DECAY: with 1 nothing is averaged; use 0.999, or 0 for none")
     if solver.SCHEDULE == "cosine" and solver.MIN_LR > solver.BASE_LR:
         raise ConfigError(
             f"SOLVER.MIN_LR: expected at most SOLVER.BASE_LR {solver.BASE_LR}, got {solver.MIN_LR}"
@@ -55,14 +55,14 @@ def check_dot(solver: CfgNode, delta: float) -> None:
     """
     if not delta <= solver.MOMENTUM < 1 - delta:
         raise ConfigError(
-            "DISTILL.DOT_DELTA: expected no more than SOLVER.MOMENTUM, and a sum of both below 1, "
-            f"got {delta} beside {solver.MOMENTUM}"
+            "DISTILL.DOT_DELTA: expected at most SOLVER.MOMENTUM, and a sum of both below 1, "
+            f"got {delta} with {solver.MOMENTUM}"
         )
     fitting = {"OPTIMIZER": "sgd", "NESTEROV": False, "ACCUMULATE": 1, "CLIP_GRADIENTS": 0.0}
     for key, value in fitting.items():
         if solver[key] != value:
             raise ConfigError(
-                f"DISTILL.DOT_DELTA: is a form of plain SGD; set SOLVER.{key} {value}, got "
+                f"DISTILL.DOT_DELTA: requires plain SGD; set SOLVER.{key} {value}, got "
                 f"{solver[key]}"
             )
 

@@ -159,8 +159,8 @@ def _measured(name: str, model: nn.Module, section: CfgNode, data: ImageSet) -> 
     logger.info("teacher %s: accuracy %.2f %%", name, top1)
     if is_guessing(top1, len(data.classes), len(data)):
         logger.warning(
-            "teacher %s guesses, and has nothing to teach: check TEACHER.WEIGHTS, TEACHER.EPOCHS "
-            "(where it is trained), TEACHER.PIXEL_MEAN and PIXEL_STD, and the data",
+            "teacher %s is at chance and has nothing to teach: check TEACHER.WEIGHTS, "
+            "TEACHER.EPOCHS (if it is trained), TEACHER.PIXEL_MEAN and PIXEL_STD, and the data",
             name,
         )
     return top1
@@ -190,18 +190,20 @@ def _trained_teacher(
     run, weights = teacher_run(cfg, image_sets[0])
     folder = Path(run.OUTPUT_DIR)
     if from_first_process(weights.exists()):
-        logger.info("teacher %s: trained before, %s", cfg.TEACHER.NAME, weights)
+        logger.info("teacher %s: already trained, %s", cfg.TEACHER.NAME, weights)
     told = False
     while not from_first_process(weights.exists()):
         if from_first_process(rank() == 0 and _is_in_use(folder)):
             if not told:
-                logger.info("teacher %s: another run trains it in %s", cfg.TEACHER.NAME, folder)
+                logger.info(
+                    "teacher %s: another run is training it in %s", cfg.TEACHER.NAME, folder
+                )
             told = True
             time.sleep(WAITING_SECONDS)
             continue
         if not folder.exists() and (other := _nearest_kept(run, weights)):
             logger.info(
-                "teacher %s: %s is kept, too, and differs in %s; TEACHER.WEIGHTS takes it as it is",
+                "teacher %s: %s also exists and differs in %s; set TEACHER.WEIGHTS to use it as is",
                 *(cfg.TEACHER.NAME, *other),
             )
         logger.info("teacher %s: training it in %s", cfg.TEACHER.NAME, folder)
@@ -257,8 +259,8 @@ def _keep(trained: Path, weights: Path) -> None:
             atomic_save(load_file(trained), weights)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"TEACHER.CACHE_DIR: the finished training of the teacher has lost its {trained}; "
-                f"remove {str(trained.parent)!r} to train it anew"
+                f"TEACHER.CACHE_DIR: the teacher's finished training has lost its {trained}; "
+                f"remove {str(trained.parent)!r} to train it again"
             ) from error
         finally:
             os.close(handle)

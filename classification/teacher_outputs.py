@@ -102,7 +102,7 @@ class KeptOutputs:
         about = " x ".join(map(str, tensors[largest].shape[1:])) + _users(distiller, largest)
         raise ConfigError(
             f"TEACHER.OUTPUTS_GB: the teacher's outputs take {total:.3g} GB in {epochs} epochs, "
-            f"{gigabytes[largest]:.3g} of them at {largest} ({about}), allowed are {allowed:.3g}; "
+            f"{gigabytes[largest]:.3g} of them at {largest} ({about}), the limit is {allowed:.3g}; "
             "raise it, choose losses that read less, or set TEACHER.OUTPUTS to ''"
         )
 
@@ -187,8 +187,8 @@ class EpochOutputs:
             indices, outputs = content["indices"], Outputs(content["logits"], content["features"])
         except (CheckpointError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"TEACHER.OUTPUTS: {str(file)!r} is damaged ({error}); remove it, and the teacher "
-                "is asked anew"
+                f"TEACHER.OUTPUTS: {str(file)!r} is damaged ({error}); remove it to compute it "
+                "again"
             ) from error
         if outputs.features.keys() >= set(self._taps.values()):
             by_path = {path: outputs.features[path] for path in self._taps.values()}
@@ -264,7 +264,7 @@ def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOut
         theirs = {key: v for key, v in flatten(default_config()).items() if key in ours} | read
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"TEACHER.OUTPUTS: {str(folder)!r} is no folder of a teacher's outputs: its {MANIFEST} "
+            f"TEACHER.OUTPUTS: {str(folder)!r} is not a folder of teacher outputs: its {MANIFEST} "
             f"cannot be read ({error}); name another folder, or remove this one"
         ) from error
     different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
@@ -285,7 +285,7 @@ def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
         text = json.dumps(manifest, indent=2)
         atomic_write(lambda file: file.write(text.encode()), folder / MANIFEST)
     except OSError as error:
-        raise ConfigError(f"TEACHER.OUTPUTS: nothing can be kept there: {error}") from error
+        raise ConfigError(f"TEACHER.OUTPUTS: cannot write there: {error}") from error
 
 
 def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, object]:

@@ -28,7 +28,7 @@ def each_teacher(cfg: CfgNode) -> list[CfgNode]:
     """
     others, shares = cfg.TEACHER.OTHERS, cfg.TEACHER.SHARES
     if not cfg.TEACHER.NAME:
-        raise ConfigError("TEACHER.NAME: TEACHER.OTHERS come beside a first teacher; name it")
+        raise ConfigError("TEACHER.NAME: TEACHER.OTHERS need a first teacher; name it")
     if shares and (len(shares) != 1 + len(others) or not all(map(_is_share, shares))):
         raise ConfigError(
             f"TEACHER.SHARES: expected {1 + len(others)} numbers above 0, one for each teacher, or "

@@ -36,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
             print(tap_table(cfg))
             return {}
         if given.resume and is_first() and not Path(cfg.OUTPUT_DIR, CHECKPOINT).exists():
-            logger.info("%s holds nothing to resume: a run is begun there", cfg.OUTPUT_DIR)
+            logger.info("%s: nothing to resume; starting a new run", cfg.OUTPUT_DIR)
         return run_experiment(cfg, resume=given.resume)
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="the same command with --resume goes on after the last epoch")
+    run_command(
+        main, interrupted="repeat the command with --resume to continue after the last epoch"
+    )

@@ -28,16 +28,16 @@ def train_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue the run in OUTPUT_DIR, or start it"
     )
     parser.add_argument(
-        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, and train nothing"
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS without training"
     )
-    _add_number(parser, "--num-gpus", 1, "GPUs of each machine")
-    _add_number(parser, "--num-machines", 1, "machines that train together")
-    _add_number(parser, "--machine-rank", 0, "which of them this is, from 0")
+    _add_number(parser, "--num-gpus", 1, "GPUs per machine")
+    _add_number(parser, "--num-machines", 1, "number of machines")
+    _add_number(parser, "--machine-rank", 0, "index of this machine, from 0")
     parser.add_argument(
         "--dist-url",
         default=f"tcp://127.0.0.1:{_port()}",
         metavar="URL",
-        help="where the machines meet (default: %(default)s)",
+        help="address of machine 0 (default: %(default)s)",
     )
     _add_pairs(parser, "opts")
     return parser
@@ -46,7 +46,7 @@ def train_parser() -> argparse.ArgumentParser:
 def compare_parser() -> argparse.ArgumentParser:
     """The command line of ``compare.py``."""
     parser = command_parser(
-        "Train several detectors with several seeds, and compare them.",
+        "Train several detectors with several seeds and compare them.",
         f"python detection/compare.py --config-files {DIGITS}/student.yaml {DIGITS}/pcka.yaml \\\n"
         "    --seeds 0 1 2 --output output/digits DISTILL.TEACHER.WEIGHTS teacher.pth",
     )
@@ -62,7 +62,7 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launcher",
         default=shlex.quote(sys.executable),
-        help="what starts a training, e.g. 'torchrun --nproc-per-node 8' (default: %(default)s)",
+        help="command that starts a run, e.g. 'torchrun --nproc-per-node 8' (default: %(default)s)",
     )
     _add_pairs(parser, "overrides")
     return parser
@@ -75,9 +75,9 @@ def export_parser() -> argparse.ArgumentParser:
         "python detection/export.py --config-file output/pcka/config.yaml \\\n"
         "    --weights output/pcka/model_final.pth --output exported",
     )
-    parser.add_argument("--config-file", metavar="F", required=True, help="of the run")
+    parser.add_argument("--config-file", metavar="F", required=True, help="the run's config.yaml")
     parser.add_argument("--weights", metavar="W", required=True, help="a checkpoint of the run")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the model")
+    parser.add_argument("--output", metavar="DIR", required=True, help="output folder")
     _add_pairs(parser, "overrides")
     return parser
 
@@ -85,9 +85,8 @@ def export_parser() -> argparse.ArgumentParser:
 def doctor_parser() -> argparse.ArgumentParser:
     """The command line of ``pcka doctor`` for detectors and segmenters."""
     parser = command_parser(
-        "Will this machine, and this configuration of a detector or segmenter, train? A line for "
-        "each thing that is looked at: ok, warn or FAIL with the way out, or - where it could not "
-        "be looked at.",
+        "Will this machine and this configuration of a detector or segmenter train? Prints one "
+        "line per check: ok, warn or FAIL with the way out, or - if it could not be made.",
         f"pcka doctor --config-file {DIGITS}/pcka.yaml DISTILL.TEACHER.WEIGHTS teacher.pth",
     )
     parser.prog = "pcka doctor"
@@ -99,7 +98,7 @@ def doctor_parser() -> argparse.ArgumentParser:
 def report_parser() -> argparse.ArgumentParser:
     """The command line of ``report.py``."""
     parser = command_parser(
-        "Report on a detector's run: report.html, which needs no other file, and report.json.",
+        "Report on a detector's run: a self-contained report.html, and report.json.",
         "pcka report output/pcka --teacher --baseline output/student",
     )
     parser.prog = "pcka report"
@@ -110,12 +109,12 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--teacher",
         action="store_true",
-        help="evaluate the teacher on the test set, too (one pass)",
+        help="also evaluate the teacher on the test set (one pass)",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="RUN", help="another run to compare the metrics with"
     )
-    _add_number(parser, "--images", 4, "that detections are drawn on")
+    _add_number(parser, "--images", 4, "images to draw detections on")
     return parser
 
 
@@ -136,7 +135,7 @@ def demo_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"folder of teacher.yaml and the methods (default: {DEMO})",
     )
-    _add_number(parser, "--steps", 200, "of a student; a teacher has twice")
+    _add_number(parser, "--steps", 200, "of a student; a teacher takes twice as many")
     add_runs(parser, seeds=(0,), output="output/detection")
     return parser
 

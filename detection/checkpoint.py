@@ -74,10 +74,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             except ValueError:
                 continue
             return (
-                f"{path.name} beside it is whole: to go on from there, write that name into "
+                f"{path.name} next to it is intact: to resume from it, write that name into "
                 f"{folder / 'last_checkpoint'}"
             )
-        return f"no other is whole: remove {folder / 'last_checkpoint'} to begin anew"
+        return f"no other is intact: remove {folder / 'last_checkpoint'} to start over"
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights and checkpointables; return the remaining content of the file.
@@ -92,7 +92,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise CheckpointError(_named(path, error)) from error
         if path and not self._fitted:
             raise WeightsError(
-                f"{path}: none of its weights has name and shape of one of the model's. Does the "
+                f"{path}: none of its weights matches the model in name and shape. Does the "
                 "configuration describe this model?"
             )
         return rest
@@ -106,7 +106,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if broken:
             raise CheckpointError(
                 f"{len(broken)} of its weights are NaN, infinite or negative variances: "
-                f"{', '.join(broken[:3])}; take a file of a training that did not diverge"
+                f"{', '.join(broken[:3])}; use a file from a run that did not diverge"
             )
         return found
 
@@ -116,8 +116,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         loaded = _mapping(filename, load_file(filename))
         if "state_dict" in loaded:
             raise WeightsError(
-                f"{filename}: holds its weights under 'state_dict', as OpenMMLab's files do; "
-                "tools/convert_mmdet.py gives a teacher's weights detectron2's names"
+                f"{filename}: has its weights under 'state_dict', like OpenMMLab's files; "
+                "tools/convert_mmdet.py renames a teacher's weights for detectron2"
             )
         if "model_state" in loaded:  # from pycls; detectron2 matches its names, too
             loaded = {"model": loaded["model_state"], "matching_heuristics": True}
@@ -153,7 +153,7 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
     missing = [name for name in wanted if name in set(result.missing_keys) | shapes.keys()]
     if missing:
         listed = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        differing = f"; other shapes (file, model): {dict(list(shapes.items())[:3])}"
+        differing = f"; shapes differ (file, model): {dict(list(shapes.items())[:3])}"
         raise WeightsError(
             f"{path}: {len(missing)} of {len(wanted)} weights are missing: {listed}"
             f"{differing if shapes else ''}. Does the configuration describe this model?"
@@ -199,7 +199,7 @@ def _read_zoo_pickle(filename: str) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # unpickling arbitrary bytes can raise nearly anything
-        raise WeightsError(f"{filename}: is damaged, or no pickle: {error}") from error
+        raise WeightsError(f"{filename}: is damaged or not a pickle: {error}") from error
     data = _mapping(filename, data)
     if isinstance(data.get("model"), dict):
         _check_arrays(filename, data["model"], np.ndarray)
@@ -211,5 +211,5 @@ def _read_zoo_pickle(filename: str) -> dict[str, Any]:
         if isinstance(value, np.ndarray) and not str(name).endswith("_momentum")
     }
     if not arrays:
-        raise WeightsError(f"{filename}: holds no arrays, but {', '.join(map(str, blobs))}")
+        raise WeightsError(f"{filename}: has no arrays, only {', '.join(map(str, blobs))}")
     return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}

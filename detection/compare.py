@@ -66,7 +66,7 @@ def compare(
     files = {path.stem: path for path in config_files}
     if len(files) != len(config_files):
         given = ", ".join(map(str, config_files))
-        raise ConfigError(f"--config-files: expected files with names of their own, got {given}")
+        raise ConfigError(f"--config-files: expected files with different names, got {given}")
     comparison = empty_comparison(list(files))
     for seed in seeds:
         for name, path in files.items():
@@ -125,7 +125,7 @@ def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
     comparison.metrics = {key: key for key in found if all(key in run for run in runs)}
     if not comparison.metrics:
         known = ", ".join((*METRICS, *PIXEL_METRICS))
-        raise ConfigError(f"DATASETS.TEST: no {known} that all runs have; is the set annotated?")
+        raise ConfigError(f"DATASETS.TEST: no {known} common to all runs; is the set annotated?")
     if (first := next(iter(comparison.metrics))) in PIXEL_METRICS:
         comparison.difference = f"{first} minus first row"
 
@@ -157,7 +157,7 @@ def train(
         raise KeyboardInterrupt
     if ended.returncode:
         raise TrainingFailedError(
-            f"the training in {str(folder)!r} failed; see the error that it printed"
+            f"the training in {str(folder)!r} failed; see the error it printed"
         )
     return _read_result(folder / RESULT)
 
@@ -174,7 +174,7 @@ def finished(
     started = result.exists() or (folder / CHECKPOINT_TAG).exists()
     if (changed := other_settings(config_file, seed, folder, overrides)) and started:
         raise ConfigError(
-            f"{folder}: this run was started with other values of {', '.join(changed)}; take its "
+            f"{folder}: this run was started with other values of {', '.join(changed)}; use its "
             "own, or another folder"
         )
     return _read_result(result) if result.exists() else None
@@ -218,8 +218,8 @@ def _read_result(path: Path) -> Metrics:
         }
     except (ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: is not what a finished run writes ({error}); remove it, and the run is "
-            "evaluated again from its last checkpoint"
+            f"{path}: is not the result of a finished run ({error}); remove it to evaluate the run "
+            "again from its last checkpoint"
         ) from error
 
 
@@ -239,4 +239,4 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="the same command goes on where it stopped")
+    run_command(main, interrupted="repeat the command to continue where it stopped")

@@ -52,7 +52,7 @@ def make_comparison_report(
         sections=[
             table_section(comparison),
             *([Section("Training", pictures=pictures)] if pictures else []),
-            *([Section("Classes", "Of the first seed.", pictures=by_class)] if by_class else []),
+            *([Section("Classes", "For the first seed.", pictures=by_class)] if by_class else []),
             *_alignment_sections(alignments),
             run_section(cfg, get_cfg(), environment),
         ],
@@ -91,5 +91,5 @@ def _alignment_sections(alignments: Mapping[str, Mapping[str, float]]) -> list[S
         [name, *(f"{own[level]:.3f}" if level in own else "" for level in levels)]
         for name, own in alignments.items()
     ]
-    text = "CKA with the teacher at the last step that measured it, of the first seed."
+    text = "CKA with the teacher at the last step that measured it, for the first seed."
     return [Section("Levels", text, tables=[Table(["", *levels], rows)])]

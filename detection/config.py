@@ -20,7 +20,7 @@ from pcka.engine import distill
 from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
 
 MODEL_ZOO = "model_zoo"
-NO_MAPPING = "it, or a file of its _BASE_, holds no keys with values, as 'SEED: 0' is one"
+NO_MAPPING = "it, or its _BASE_, holds no keys with values such as 'SEED: 0'"
 DISTILLED = "DistilledDetector"  # the meta-architecture in detection/meta_arch.py
 PROJECT = Path(__file__).parents[1]
 
@@ -210,7 +210,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
     """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
     if config_file.endswith(".py"):
-        raise ConfigError(f"{config_file}: a LazyConfig of detectron2's; a YAML file is needed")
+        raise ConfigError(f"{config_file}: a detectron2 LazyConfig; a YAML file is needed")
     own, others = {}, []
     for key, value in pairs_of(overrides):
         if key == "IMPORTS" or key.startswith("DISTILL."):
@@ -223,13 +223,13 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
         cfg.merge_from_file(config_file, allow_unsafe=trusted)
         cfg.merge_from_list(others)
     except RecursionError as error:
-        raise ConfigError(f"{config_file}: its _BASE_ leads back to itself; take it out") from error
+        raise ConfigError(f"{config_file}: its _BASE_ leads back to itself; remove it") from error
     except AttributeError as error:
         raise ConfigError(f"{config_file}: {NO_MAPPING}") from error
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{config_file}: its _BASE_ names {error.filename!r}, and there is no such file; the "
-            "path is relative to the file that names it (files to build on are in "
+            f"{config_file}: its _BASE_ names {error.filename!r}, which does not exist; the path "
+            "is relative to the file that names it (base files are in "
             f"{PROJECT / 'configs' / 'detection'})"
         ) from error
     except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
@@ -287,7 +287,7 @@ def student_architecture(cfg: CfgNode) -> str:
         return student
     if student:
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE: {outer!r} would train without DISTILL; give it as "
+            f"MODEL.META_ARCHITECTURE: {outer!r} would train without DISTILL; set it to "
             f"{DISTILLED!r}, or leave DISTILL.STUDENT ({student!r}) empty"
         )
     _known_architecture(outer, "MODEL.META_ARCHITECTURE")
@@ -335,7 +335,7 @@ def build(create: Callable[[CfgNode], nn.Module], cfg: CfgNode, key: str) -> nn.
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"{key}: nothing can be built of its keys: {type(error).__name__}: {error} "
+            f"{key}: cannot be built from its keys: {type(error).__name__}: {error} "
             f"({Path(frame.filename).name}, line {frame.lineno}: {frame.line})"
         ) from error
 
@@ -347,8 +347,8 @@ def _zoo_file(name: str) -> str:
         path = ""
     if not Path(path).is_file():  # it may be the zoo's folder itself
         raise ConfigError(
-            f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a name of detectron2's "
-            "model zoo, as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml' is"
+            f"DISTILL.TEACHER.CONFIG_FILE: {name!r} is neither a file nor a name in detectron2's "
+            "model zoo, such as 'COCO-Detection/retinanet_R_101_FPN_3x.yaml'"
         )
     return path
 
@@ -359,12 +359,12 @@ def _teacher_weights(wanted: CfgNode) -> str:
             return model_zoo.get_checkpoint_url(wanted.CONFIG_FILE)
         except RuntimeError as error:
             raise ConfigError(
-                f"DISTILL.TEACHER.WEIGHTS: the model zoo holds none for {wanted.CONFIG_FILE!r}; "
-                "name a file or URL"
+                f"DISTILL.TEACHER.WEIGHTS: the model zoo has none for {wanted.CONFIG_FILE!r}; "
+                "give a file or URL"
             ) from error
     if wanted.WEIGHTS == "" and not wanted.RANDOM_WEIGHTS:
         raise ConfigError(
-            "DISTILL.TEACHER.WEIGHTS: expected a file, a URL or 'model_zoo', got ''; an untrained "
-            "teacher has to be asked for: DISTILL.TEACHER.RANDOM_WEIGHTS True"
+            "DISTILL.TEACHER.WEIGHTS: expected a file, a URL or 'model_zoo', got ''; for an "
+            "untrained teacher, set DISTILL.TEACHER.RANDOM_WEIGHTS True"
         )
     return wanted.WEIGHTS

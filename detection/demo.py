@@ -61,4 +61,4 @@ def _picture(folders: Mapping[str, Path], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="the same command goes on where it stopped")
+    run_command(main, interrupted="repeat the command to continue where it stopped")

@@ -40,12 +40,12 @@ class DenseParts:
     def __init__(self, detector: nn.Module, depth: int = 0, *, predictions: bool = True) -> None:
         if not isinstance(detector, RetinaNet | FCOS):
             raise ValueError(
-                f"{type(detector).__name__} has no dense head; take a RetinaNet, FCOS, GFL or "
+                f"{type(detector).__name__} has no dense head; use a RetinaNet, FCOS, GFL or "
                 "RepPoints"
             )
         if depth and isinstance(detector, RepPointsDetector):
             raise ValueError(
-                "the last layers of a RepPoints' head see both branches; take DENSEKD, which "
+                "the last layers of a RepPoints head see both branches; use DENSEKD, which "
                 "compares its predictions"
             )
         self.detector: Any = detector
@@ -142,6 +142,6 @@ def _layers_of(subnet: nn.Sequential, depth: int) -> int:
     if depth > len(ends):
         raise ValueError(
             f"a branch of its head has {len(ends)} convolution(s) before the last one, so DEPTH "
-            f"{depth} leads beyond them; the largest is {len(ends)}"
+            f"{depth} is too large; the largest is {len(ends)}"
         )
     return ends[depth - 1]

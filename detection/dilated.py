@@ -191,17 +191,17 @@ def _check(keys: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> None:
     if len(keys.IN_FEATURES) not in (1, 2):
         raise ValueError(
             "MODEL.SEM_SEG_HEAD.IN_FEATURES: expected the trunk's last map, or an earlier one and "
-            f"that, as ['res4', 'res5']; got {keys.IN_FEATURES}"
+            f"that, e.g. ['res4', 'res5']; got {keys.IN_FEATURES}"
         )
     if missing := [name for name in keys.IN_FEATURES if name not in input_shape]:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.IN_FEATURES: the backbone gives {', '.join(input_shape)}, and not "
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES: the backbone gives {', '.join(input_shape)}, but not "
             f"{missing[0]!r}; see MODEL.RESNETS.OUT_FEATURES"
         )
     if (stride := input_shape[keys.IN_FEATURES[-1]].stride) != keys.COMMON_STRIDE:
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE: is {keys.COMMON_STRIDE}, and "
-            f"{keys.IN_FEATURES[-1]!r} has a stride of {stride}; give that, or change "
+            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE: is {keys.COMMON_STRIDE}, but "
+            f"{keys.IN_FEATURES[-1]!r} has a stride of {stride}; use that, or change "
             "MODEL.RESNETS.RES5_DILATION"
         )
     if keys.NORM not in ("BN", "SyncBN"):

@@ -33,7 +33,7 @@ def _checks(given: argparse.Namespace, aside: Path) -> list[tuple[str, Check]]:
     try:
         importlib.import_module("detectron2.modeling")
     except Exception:  # an old release fails in many ways with current libraries
-        lacking = Verdict(SKIP, "not looked at: needs detectron2")
+        lacking = Verdict(SKIP, "skipped: needs detectron2")
         return [("configuration", lambda: lacking)]
     from detection.examination import Examination
 

@@ -142,8 +142,8 @@ class Examination:
         if any(Path(self._folder, name).exists() for name in (CHECKPOINT_TAG, RESULT)):
             return Verdict(
                 WARN,
-                f"OUTPUT_DIR: {self._folder!r} holds a run; --resume goes on with it, a training "
-                "without it would write over its files: choose another folder",
+                f"OUTPUT_DIR: {self._folder!r} holds a run; continue it with --resume, or choose "
+                "another folder: a training without --resume would overwrite its files",
             )
         methods = ", ".join(cfg.DISTILL.METHODS) if is_taught(cfg) else "without a teacher"
         return Verdict(PASS, f"{student_architecture(cfg)}, {methods}, into {self._folder}")
@@ -192,16 +192,16 @@ class Examination:
             return Verdict(WARN, f"{text}: may be untrained (DISTILL.TEACHER.RANDOM_WEIGHTS)")
         if lacking:
             check_features(teacher, cfg, self.train)
-            return Verdict(PASS, f"{text}: its backbone is whole; of a head there is not all")
+            return Verdict(PASS, f"{text}: its backbone is complete, but its head is not")
         if (theirs := _classes(own)) != (ours := _classes(cfg)):
             check_features(teacher, cfg, self.train)
             return Verdict(
-                PASS, f"{text}: whole; of other classes ({theirs}) than the data's ({ours})"
+                PASS, f"{text}: complete; has other classes ({theirs}) than the data ({ours})"
             )
         found = check_teacher(teacher, cfg, self.train)
         if found:
             self._teacher = teacher
-        return Verdict(PASS, f"{text}: whole, {found or 'tried on no objects'}")
+        return Verdict(PASS, f"{text}: complete, {found or 'not tried on objects'}")
 
     def _built_teacher(self) -> tuple[FrozenTeacher, bool]:
         """Return the teacher, with its head if the file holds it, and whether it lacks one."""
@@ -215,7 +215,7 @@ class Examination:
     def check_teacher_pixels(self) -> Verdict:
         """Check that no other channel order or common pixel statistics improve the teacher."""
         if self._teacher is None:
-            return Verdict(SKIP, "not looked at: there is no teacher that finds something")
+            return Verdict(SKIP, "skipped: there is no teacher that finds anything")
         order = teacher_config(self.cfg).INPUT.FORMAT
         return check_teacher_pixels(self._teacher, self.cfg, order, self.train)
 
@@ -232,7 +232,7 @@ class Examination:
             f"{level} {'x'.join(map(str, ours))} from {'x'.join(map(str, theirs))}"
             for level, (ours, theirs) in _level_shapes(model, batch).items()
         ]
-        return Verdict(PASS, f"{text}; {', '.join(pairs) or 'heads alone are compared'}")
+        return Verdict(PASS, f"{text}; {', '.join(pairs) or 'only heads are compared'}")
 
     def check_step(self) -> Verdict:
         """Run one step; its loss terms and gradients must be finite."""
@@ -244,18 +244,18 @@ class Examination:
                 trainer.run_step()
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
-                    f"SOLVER.IMS_PER_BATCH: {batch} images do not fit the GPU; take fewer, smaller "
-                    "ones (INPUT.MIN_SIZE_TRAIN), or SOLVER.AMP.ENABLED True; of several processes "
-                    "each takes its share of them"
+                    f"SOLVER.IMS_PER_BATCH: {batch} images do not fit the GPU; use fewer or "
+                    "smaller ones (INPUT.MIN_SIZE_TRAIN), or SOLVER.AMP.ENABLED True; several "
+                    "processes share the batch"
                 ) from error
             except FloatingPointError as error:
-                raise ConfigError(f"{error}; lower the losses' weights") from error
+                raise ConfigError(f"{error}; lower the loss weights") from error
             values = {name: value for name, (value, _) in storage.latest().items()}
         named = trainer.model.named_parameters()
         wrong = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
         if wrong:
             return Verdict(
-                FAIL, f"the gradient of {wrong[0]} is not finite; lower the losses' weights"
+                FAIL, f"the gradient of {wrong[0]} is not finite; lower the loss weights"
             )
         self._has_stepped = True
         terms = {n.removeprefix("loss_"): v for n, v in values.items() if n.startswith("loss_")}
@@ -329,7 +329,7 @@ def _check_files(key: str, entries: Entries) -> None:
     there = {folder: _names_in(folder) for folder in {path.parent for path in paths}}
     if missing := [str(path) for path in paths if path.name not in there[path.parent]]:
         raise ConfigError(
-            f"{key}: {len(missing)} of {len(paths)} files are not there: {first_names(missing)}"
+            f"{key}: {len(missing)} of {len(paths)} files are missing: {first_names(missing)}"
         )
 
 

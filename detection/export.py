@@ -97,12 +97,12 @@ def check_folder(folder: Path) -> None:
     if folder.suffix in OF_FILES or folder.is_file():
         raise ConfigError(
             f"--output: expected a folder, got {str(folder)!r}; {WEIGHTS} and a configuration go "
-            "into it. ONNX is not written: docs/detection.md, What a run leaves, says why"
+            "into it. ONNX is not supported; see docs/detection.md, What a run leaves"
         )
     if any((folder / name).exists() for name in OF_RUNS) or _of_a_run(folder / YAML):
         raise ConfigError(
-            f"--output: {str(folder)!r} holds a training run, whose {YAML} a resume needs; take "
-            "another folder"
+            f"--output: {str(folder)!r} holds a training run, which needs its {YAML} to resume; "
+            "use another folder"
         )
 
 
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = export_parser().parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
     path = export_student(cfg, given.weights, Path(given.output))
-    code = f", once it imported {CODE} beside them" if (path.parent / CODE).exists() else ""
+    code = f", after importing {CODE} next to them" if (path.parent / CODE).exists() else ""
     print(f"{path.parent / WEIGHTS} and {path}: plain detectron2 loads both{code}")
     return path
 

@@ -89,7 +89,7 @@ class GFLDetector(FCOS):
 
     def forward_training(self, *_: object) -> dict[str, Tensor]:
         """Not supported without the project that this file comes from."""
-        raise NotImplementedError("an exported GFL is for inference; train it where it is from")
+        raise NotImplementedError("an exported GFL is for inference; train the original")
 
     def forward_inference(
         self,

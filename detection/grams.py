@@ -95,8 +95,8 @@ def level_grams(
     chosen = chosen_taps(levels, list(model.distiller.teacher_paths)) if levels else usual
     if not chosen:
         raise ConfigError(
-            f"DISTILL.METHODS: {', '.join(cfg.DISTILL.METHODS)} compares no maps of one shape, "
-            "which have Grams; give the folder of a run with PCKA"
+            f"DISTILL.METHODS: {', '.join(cfg.DISTILL.METHODS)} compares no maps of one shape, so "
+            "there are no Grams; give the folder of a run with PCKA"
         )
     name = cfg.DATASETS.TEST[0]
     loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
@@ -113,8 +113,8 @@ def level_grams(
                 found.pairs[title], found.images[title] = pair, image
     if not found.pairs:
         raise ConfigError(
-            f"--patch-size: {', '.join(chosen)} has too few patches for a Gram that says "
-            "something; give a smaller patch"
+            f"--patch-size: {', '.join(chosen)} has too few patches for a meaningful "
+            "Gram; give a smaller patch"
         )
     return found
 
@@ -124,8 +124,8 @@ def _distilled(cfg: CfgNode, weights: Path) -> DistilledDetector:
     wanted = cfg.DISTILL.TEACHER
     if cfg.MODEL.META_ARCHITECTURE != DISTILLED or not cfg.DISTILL.METHODS:
         raise ConfigError(
-            f"{cfg.OUTPUT_DIR}: its detector learned without a teacher, and there is nothing "
-            "beside it; give the folder of a run with DISTILL.METHODS"
+            f"{cfg.OUTPUT_DIR}: its detector learned without a teacher, so there is nothing to "
+            "compare; give the folder of a run with DISTILL.METHODS"
         )
     if wanted.RANDOM_WEIGHTS and not wanted.WEIGHTS:
         raise ConfigError(
@@ -141,8 +141,8 @@ def _distilled(cfg: CfgNode, weights: Path) -> DistilledDetector:
             part.load_state_dict(content.get(name, {}))
         except RuntimeError as error:
             raise ConfigError(
-                f"{weights}: holds no {name} of this configuration, and without them no level can "
-                "be compared as it was; give a checkpoint that the run itself wrote"
+                f"{weights}: holds no {name} of this configuration, needed to compare its "
+                "levels; give a checkpoint that the run itself wrote"
             ) from error
     return model
 
@@ -179,8 +179,7 @@ def _compared(
     if channel is not None:
         if not 0 <= channel < own.shape[1]:
             raise ConfigError(
-                f"--channel: expected one of 0 to {own.shape[1] - 1} of the level {level}, got "
-                f"{channel}"
+                f"--channel: expected 0 to {own.shape[1] - 1} for the level {level}, got {channel}"
             )
         own, other = own[:, channel : channel + 1], other[:, channel : channel + 1]
     try:
@@ -211,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> Mapping[str, GramPair]:
     for path in (given.run / CONFIG, weights):
         if not path.is_file():
             raise ConfigError(
-                f"{given.run}: expected the folder of a detector's run, there is no {path.name}; "
-                "give the OUTPUT_DIR of one that has finished, or --weights"
+                f"{given.run}: expected the folder of a detector's run, found no {path.name}; "
+                "give the OUTPUT_DIR of a finished run, or --weights"
             )
     cfg = load_config(str(given.run / CONFIG), [])
     device = {"": cfg.MODEL.DEVICE, "auto": "cuda"}.get(given.device, given.device)

@@ -49,7 +49,7 @@ def read_heads(
     if len(set(encodings)) > 1:
         raise ConfigError(
             "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS: {} of the student and {} of the teacher: {} "
-            "compares what they multiply; take the teacher's".format(*encodings, names)
+            "compares values scaled by them; use the teacher's".format(*encodings, names)
         )
     return own
 

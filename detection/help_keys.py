@@ -7,8 +7,8 @@ from pcka.engine.config import flatten
 from pcka.engine.help_keys import Key, all_losses, commented_keys, shown
 
 HEADING = """\
-Keys that this project adds to detectron2's, with their defaults: KEY VALUE on the command line, or
-sections of a YAML file. detectron2's own: its documentation, "Yacs Configs".
+Keys that this project adds to detectron2's, with their defaults. Set them as KEY VALUE on the
+command line, or in a YAML file. For detectron2's own, see its documentation, "Yacs Configs".
 """
 
 
@@ -22,5 +22,5 @@ def keys() -> list[Key]:
 
 def all_keys() -> str:
     """Return a text that lists every key of this project with its default and meaning."""
-    heading = "Losses: what DISTILL.METHODS may name, each with a section of its own."
+    heading = "Losses: names for DISTILL.METHODS, each with its own section."
     return "\n".join([HEADING, *map(shown, keys()), "", heading, "", all_losses(section_defaults)])

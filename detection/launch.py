@@ -38,8 +38,8 @@ def run(
             return main(arguments)
     if arguments.num_gpus > max(torch.cuda.device_count(), 1):
         raise ConfigError(
-            f"--num-gpus: {arguments.num_gpus} are asked for, this machine has "
-            f"{torch.cuda.device_count()}; for several processes on CPUs start them by torchrun"
+            f"--num-gpus: {arguments.num_gpus} requested, but this machine has "
+            f"{torch.cuda.device_count()}; for several processes on CPUs, use torchrun"
         )
     if arguments.num_gpus * arguments.num_machines == 1:
         return main(arguments)

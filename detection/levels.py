@@ -53,7 +53,7 @@ def match_levels(
                     f"not have; it gives {gives}"
                 )
         if own in pairs:
-            raise ConfigError(f"DISTILL.LEVELS: the student's {own!r} stands twice in {wanted}")
+            raise ConfigError(f"DISTILL.LEVELS: the student's {own!r} appears twice in {wanted}")
         pairs[own] = other
     return pairs
 
@@ -112,13 +112,13 @@ def _unfit(loss: losses.Loss) -> str | None:
         "logits": loss.needs_logits,
         "a target": loss.needs_target,
         "indices of samples": loss.needs_indices,
-        "more of the teacher": loss.needs_context,
+        "more from the teacher": loss.needs_context,
     }
     lacking = [name for name, needed in needs.items() if needed]
     if lacking:
-        return f"needs {lacking[0]}, and detectors have losses of feature maps and of heads alone"
+        return f"needs {lacking[0]}, but detectors only support losses of feature maps and heads"
     if not (loss.needs_teacher and (loss.taps or loss.needs_head)):
-        return "compares neither feature maps nor heads, which is all that a detector's losses can"
+        return "compares neither feature maps nor heads; detectors support no other losses"
     return None
 
 

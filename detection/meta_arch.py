@@ -153,7 +153,7 @@ class DistilledDetector(nn.Module):
         terms: dict[str, Tensor] = dict(student.raw)
         for name, term in self.distiller.terms(student, teacher, target).items():
             if name in terms:
-                raise ConfigError(f"DISTILL.METHODS: a loss gives {name}, as the student does")
+                raise ConfigError(f"DISTILL.METHODS: a loss and the student both give {name}")
             terms[name] = term.weighted
         return terms
 
@@ -222,7 +222,7 @@ def _boxes(
         if "instances" not in entry:
             raise ConfigError(
                 "DISTILL.METHODS: FGD, or PCKA with a BACKGROUND below 1, needs the boxes of the "
-                f"objects, and {entry.get('file_name')!r} comes without; take another method"
+                f"objects, but {entry.get('file_name')!r} has none; use another method"
             )
         boxes = entry["instances"].gt_boxes.tensor.to(device, torch.float32) / size
         rows.append(F.pad(boxes, (1, 0), value=image))

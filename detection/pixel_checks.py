@@ -74,13 +74,13 @@ def check_student(cfg: CfgNode, images: Sequence[Tensor]) -> Verdict:
     if here > FAR and reversed_ < NEARER * here:
         return Verdict(
             WARN,
-            f"{text}; MODEL.PIXEL_MEAN fits the images better from its end to its beginning "
+            f"{text}; MODEL.PIXEL_MEAN fits the images better in reverse "
             f"({measured}, in INPUT.FORMAT's order {order}): reverse PIXEL_MEAN and PIXEL_STD, or "
             f"set INPUT.FORMAT {OTHER_ORDER.get(order, '')}",
         )
     as_caffe = cfg.MODEL.WEIGHTS and bool((divided == 1).all())
     if as_caffe and abs(mean) < 1.5 * stds.max():
-        return Verdict(PASS, f"{text}, of PIXEL_STD 1 as for weights of Caffe's")
+        return Verdict(PASS, f"{text}, with PIXEL_STD 1 as for Caffe's weights")
     if is_normal(mean.item(), std.item()):
         return Verdict(PASS, text)
     return Verdict(
@@ -110,7 +110,7 @@ def check_teacher_pixels(
     if not all(
         isinstance(getattr(detector, f"pixel_{of}", None), Tensor) for of in ("mean", "std")
     ):
-        return Verdict(SKIP, f"not looked at: {type(detector).__name__} holds no pixel statistics")
+        return Verdict(SKIP, f"skipped: {type(detector).__name__} has no pixel statistics")
     own = PixelInput(
         *(getattr(detector, f"pixel_{of}").flatten().tolist() for of in ("mean", "std"))
     )
@@ -136,7 +136,7 @@ def check_teacher_pixels(
         ]
     return Verdict(
         FAIL,
-        f"{text}set {' and '.join(keys)} in {cfg.DISTILL.TEACHER.CONFIG_FILE}, or by "
+        f"{text}set {' and '.join(keys)} in {cfg.DISTILL.TEACHER.CONFIG_FILE}, or with "
         "DISTILL.TEACHER.OPTS",
     )
 

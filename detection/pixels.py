@@ -34,7 +34,7 @@ class PixelParts:
         head: Any = getattr(model, "sem_seg_head", None)
         if not all(hasattr(head, part) for part in ("layers", "predictor", "common_stride")):
             raise ValueError(
-                f"{type(model).__name__} gives no classes of pixels that can be read; take a "
+                f"{type(model).__name__} gives no readable classes of pixels; use a "
                 "SemanticSegmentor with MODEL.SEM_SEG_HEAD.NAME SemSegFPNHead, PSPHead or ASPPHead"
             )
         self.head = head

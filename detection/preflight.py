@@ -57,7 +57,7 @@ def check_run(cfg: CfgNode) -> None:
     if cfg.SOLVER.REFERENCE_WORLD_SIZE not in (0, comm.get_world_size()):
         raise ConfigError(
             "SOLVER.REFERENCE_WORLD_SIZE: batch, learning rate and schedule are not scaled here; "
-            f"set it to 0 and give those of {comm.get_world_size()} process(es)"
+            f"set it to 0 and give those for {comm.get_world_size()} process(es)"
         )
 
 
@@ -67,8 +67,8 @@ def _check_segmenter(cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     if keys.NAME in ("PSPHead", "ASPPHead") and keys.NORM == "BN" and images < 2:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH: {keys.NAME} normalises one mean an image, and each process has "
-            f"{images} image(s); give it two, or set MODEL.SEM_SEG_HEAD.NORM to 'SyncBN'"
+            f"SOLVER.IMS_PER_BATCH: {keys.NAME} normalises one mean per image, but each process "
+            f"has {images} image(s); give it two, or set MODEL.SEM_SEG_HEAD.NORM to 'SyncBN'"
         )
 
 
@@ -87,7 +87,7 @@ def usable_device(name: str) -> str:
         raise ConfigError(expected)
     if device.type == "cpu" or not torch.cuda.is_available():
         if device.type == "cuda":
-            logger.warning("MODEL.DEVICE: there is no GPU for %r; the CPU is taken", name)
+            logger.warning("MODEL.DEVICE: no GPU is available for %r; using the CPU", name)
         return "cpu"
     if (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{expected}; this machine has {torch.cuda.device_count()} GPU(s)")
@@ -110,13 +110,13 @@ def check_teacher_file(cfg: CfgNode) -> None:
     path, folder = Path(cfg.DISTILL.TEACHER.WEIGHTS), Path(cfg.OUTPUT_DIR).resolve()
     if path.is_file() and folder in (path.parent.resolve(), path.resolve().parent):
         raise ConfigError(
-            f"DISTILL.TEACHER.WEIGHTS: {str(path)!r} lies in OUTPUT_DIR, where the student's files "
-            "would replace it; take another OUTPUT_DIR"
+            f"DISTILL.TEACHER.WEIGHTS: {str(path)!r} is in OUTPUT_DIR, where the student's files "
+            "would overwrite it; use another OUTPUT_DIR"
         )
     if cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS == cfg.DISTILL.TEACHER.WEIGHTS:
         logger.warning(
             "MODEL.WEIGHTS and DISTILL.TEACHER.WEIGHTS are one file, %s: the student starts as its "
-            "own teacher, and has nothing to learn from it", path,
+            "own teacher and has nothing to learn from it", path,
         )  # fmt: skip
 
 
@@ -132,6 +132,6 @@ def _check_numbers(cfg: CfgNode) -> None:
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH: {batch} images cannot be dealt out evenly to {processes} "
-            f"processes; take {processes * max(1, round(batch / processes))}"
+            f"SOLVER.IMS_PER_BATCH: {batch} images cannot be split evenly among {processes} "
+            f"processes; use {processes * max(1, round(batch / processes))}"
         )

@@ -32,7 +32,7 @@ class RegionParts:
         if type(heads) is not StandardROIHeads:
             kind = type(detector if heads is None else heads).__name__
             raise ValueError(
-                f"{kind} has no single box head for all proposals; take a GeneralizedRCNN with "
+                f"{kind} has no single box head for all proposals; use a GeneralizedRCNN with "
                 "MODEL.ROI_HEADS.NAME StandardROIHeads"
             )
         self.detector: Any = detector

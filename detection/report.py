@@ -147,7 +147,7 @@ def check_finished(folder: Path) -> None:
     for name in (CONFIG, RESULT, WEIGHTS):
         if not (folder / name).is_file():
             raise ConfigError(
-                f"{folder}: expected the folder of a finished detector, there is no {name}; give "
+                f"{folder}: expected the folder of a finished detector, found no {name}; give "
                 "the OUTPUT_DIR of such a run"
             )
 
@@ -373,8 +373,8 @@ def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int)
     figure = detections_figure(cfg, models, images)
     return Section(
         "Detections",
-        f"The first images of the test set; of each the {MOST_DETECTIONS} surest detections of a "
-        f"score of {LEAST_SCORE} or more. A hit "
+        f"The first images of the test set, each with its {MOST_DETECTIONS} most confident "
+        f"detections with a score of {LEAST_SCORE} or more. A hit "
         f"overlaps an object of its class by {LEAST_OVERLAP} or more (intersection over union).",
         pictures=[Picture("Hits and misses", figure, wide=True, raster=True)],
     )
@@ -391,9 +391,9 @@ def _gram_sections(cfg: CfgNode, weights: Path) -> Iterator[Section]:
         return
     yield Section(
         "Grams",
-        "How the patches of the first test image are alike: mean over channels of the centered "
-        "Grams, each of norm 1. Line and column i are patch i, row by row of the map. The CKA is "
-        "the mean over channels.",
+        "How similar the patches of the first test image are: mean over channels of the centered "
+        "Grams, each of norm 1. Row and column i are patch i, counted row by row. The CKA is the "
+        "mean over channels.",
         pictures=[Picture("Grams of the levels", grams_figure(*grams), wide=True, raster=True)],
     )
 
@@ -413,11 +413,11 @@ def _cost_section(found: Mapping[str, Measured], device: str) -> Section:
         "Cost",
         tables=[
             Table(
-                ["", "parameters", "MACs (billions)", "file (MiB)", "ms an image"],
+                ["", "parameters", "MACs (billions)", "file (MiB)", "ms per image"],
                 rows,
-                "MACs and latency on the first image of the test set, with all steps from its "
-                f"normalisation to the boxes, on this machine ({device}): median, warm, the models "
-                "in turns. A run's file holds its optimizer, too.",
+                "MACs and latency on the first image of the test set, with all steps from "
+                f"normalisation to boxes, on this machine ({device}): median after warm-up, models "
+                "interleaved. A run's file also contains its optimizer.",
             )
         ],
     )

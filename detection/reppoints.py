@@ -193,7 +193,7 @@ def lazy_reppoints(cfg: CfgNode) -> DictConfig:
     side = round(keys.NUM_POINTS**0.5)
     if side % 2 == 0 or side**2 != keys.NUM_POINTS:
         raise ConfigError(
-            "MODEL.REPPOINTS.NUM_POINTS: expected the square of an odd number, as 9, got "
+            "MODEL.REPPOINTS.NUM_POINTS: expected the square of an odd number, e.g. 9, got "
             f"{keys.NUM_POINTS}"
         )
     if keys.TRANSFORM not in ("moment", "minmax"):

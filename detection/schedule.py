@@ -42,7 +42,6 @@ def schedule_doubts(cfg: CfgNode) -> Iterator[str]:
         )
     if keys.WARMUP_ITERS >= keys.MAX_ITER > 1:
         yield (
-            f"SOLVER.WARMUP_ITERS: the rate rises over {keys.WARMUP_ITERS} steps, and "
-            f"SOLVER.MAX_ITER ends the run after {keys.MAX_ITER}, before it has its height; set "
-            "fewer"
+            f"SOLVER.WARMUP_ITERS: the rate rises over {keys.WARMUP_ITERS} steps, but "
+            f"SOLVER.MAX_ITER ends the run after {keys.MAX_ITER}, before it peaks; set fewer"
         )

@@ -50,17 +50,17 @@ def check_resumed(cfg: CfgNode) -> None:
     if not (folder / CHECKPOINT_TAG).exists():
         if (folder / RESULT).exists():
             raise ConfigError(
-                f"{folder}: a finished run without the checkpoint; to train it anew remove {RESULT}"
+                f"{folder}: a finished run without its checkpoint; to retrain, remove {RESULT}"
             )
         return
     if not (folder / CONFIG).exists():
-        logger.warning("%s has no %s: whether its settings are these is unknown", folder, CONFIG)
+        logger.warning("%s has no %s: cannot check that its settings match", folder, CONFIG)
         return
     changed = changed_settings(load_config(str(folder / CONFIG), []), cfg)
     if moved := [
         f"{key} {had!r} -> {now!r}" for key, (had, now) in changed.items() if key in PLACES
     ]:
-        logger.warning("The run goes on with files of other places: %s", ", ".join(moved))
+        logger.warning("The run continues with files in other places: %s", ", ".join(moved))
     refused = [
         f"{key} (had {had!r}, now {now!r})"
         for key, (had, now) in changed.items()
@@ -69,5 +69,5 @@ def check_resumed(cfg: CfgNode) -> None:
     if refused:
         raise ConfigError(
             f"{folder}: this run was started with other values of {', '.join(refused)}; resume it "
-            "with its own, or take another OUTPUT_DIR"
+            "with its own, or use another OUTPUT_DIR"
         )

@@ -262,7 +262,7 @@ def _autocast_dtype(name: str) -> torch.dtype | None:
 def _unlike_channels(student: str, teacher: str) -> bool:
     if student != teacher and {student, teacher} != {"RGB", "BGR"}:
         raise ConfigError(
-            f"INPUT.FORMAT: {student!r} of the student and {teacher!r} of the teacher do not go "
-            "together; give both as 'RGB' or 'BGR'"
+            f"INPUT.FORMAT: {student!r} of the student and {teacher!r} of the teacher are "
+            "incompatible; each must be 'RGB' or 'BGR'"
         )
     return student != teacher

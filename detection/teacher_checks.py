@@ -67,8 +67,8 @@ def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
     for key, values, least in (("PIXEL_MEAN", mean, 0), ("PIXEL_STD", std, 1)):
         if not all(least <= value <= 255 for value in values):
             raise ConfigError(
-                f"the teacher's MODEL.{key}: expected values from {least} to 255, as its images "
-                f"have, got {list(values)}; correct its file, or DISTILL.TEACHER.OPTS"
+                f"the teacher's MODEL.{key}: expected values from {least} to 255, like its "
+                f"images', got {list(values)}; correct its file, or DISTILL.TEACHER.OPTS"
             )
 
 
@@ -82,8 +82,8 @@ def check_trained(backbone: nn.Module, path: str) -> None:
     starts += [norm.weight - 1 for norm in backbone.modules() if isinstance(norm, NORMS)]
     if starts and not any(values.any() for values in starts):
         raise ConfigError(
-            f"{path}: holds weights as a model has them before its training (every bias is 0); an "
-            "untrained teacher has to be asked for: DISTILL.TEACHER.RANDOM_WEIGHTS True"
+            f"{path}: holds the weights of an untrained model (every bias is 0); for an untrained "
+            "teacher, set DISTILL.TEACHER.RANDOM_WEIGHTS True"
         )
 
 
@@ -108,7 +108,7 @@ def check_features(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> No
             wanted = cfg.DISTILL.TEACHER
             raise ConfigError(
                 f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS or 'random weights'}: the teacher's "
-                f"maps of {level} {fault}; is the file whole, and described by "
+                f"maps of {level} {fault}; is the file complete, and does it match "
                 f"{wanted.CONFIG_FILE!r} and its pixel statistics?"
             )
 
@@ -145,8 +145,8 @@ def check_detections(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> 
         wanted = cfg.DISTILL.TEACHER
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS}: the teacher finds none of {asked} objects "
-            f"in {len(shown)} images of DATASETS.TRAIN; were its classes, its anchors or its pixel "
-            "statistics other ones?"
+            f"in {len(shown)} images of DATASETS.TRAIN; are its classes, anchors or pixel "
+            "statistics different?"
         )
     return told
 
@@ -183,7 +183,7 @@ def check_pixels(teacher: FrozenTeacher, cfg: CfgNode, dataset: Entries) -> str:
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS: {wanted.WEIGHTS}: the teacher's mIoU in {len(shown)} images "
             f"of DATASETS.TRAIN is {reached:.2f} %, and {guessed:.2f} % is reached by one class "
-            "everywhere; were its classes or its pixel statistics other ones?"
+            "everywhere; are its classes or pixel statistics different?"
         )
     return f"has an mIoU of {reached:.2f} % in {len(shown)} images"
 
@@ -202,7 +202,7 @@ def pixel_counts(given: Tensor, truth: Tensor, labels: Labels) -> Tensor:
     given, counted = given.cpu(), truth != labels.ignored
     if (found := int(given.max()) + 1) > labels.classes:
         raise ConfigError(
-            f"DISTILL.TEACHER: it gives a pixel the class {found - 1}, the student has "
+            f"DISTILL.TEACHER: it gives a pixel the class {found - 1}, but the student has "
             f"{labels.classes} classes; give both models the same"
         )
     pairs = truth[counted] * labels.classes + given[counted]

@@ -139,5 +139,5 @@ def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run_command(
-        main, interrupted="the same command with --resume goes on after the last checkpoint"
+        main, interrupted="repeat the command with --resume to continue after the last checkpoint"
     )

@@ -111,14 +111,14 @@ class DetectionTrainer(SimpleTrainer):
             unlike = ", ".join(self._unlike_parts())
             if isinstance(error, RuntimeError) and not unlike:
                 raise
-            reason = f"it has other weights of {unlike}" if unlike else error
+            reason = f"it has different weights of {unlike}" if unlike else error
             raise ConfigError(
-                f"{self.cfg.OUTPUT_DIR}: its checkpoint is of another configuration ({reason}); "
-                "resume with the run's own, or take another OUTPUT_DIR"
+                f"{self.cfg.OUTPUT_DIR}: its checkpoint is from another configuration ({reason}); "
+                "resume with the run's own, or use another OUTPUT_DIR"
             ) from error
         if "iteration" not in found:
             raise WeightsError(
-                f"{self.checkpointer.get_checkpoint_file()}: holds no training to go on with"
+                f"{self.checkpointer.get_checkpoint_file()}: has no training state to resume"
             )
         return found
 
@@ -150,7 +150,7 @@ class DetectionTrainer(SimpleTrainer):
                 super().train(self.start, self.last)
             except FloatingPointError as error:  # raised by detectron2 for a non-finite loss
                 raise TrainingFailedError(
-                    f"{error}; SOLVER.BASE_LR may be too high, or SOLVER.WARMUP_ITERS too few"
+                    f"{error}; SOLVER.BASE_LR may be too high, or SOLVER.WARMUP_ITERS too low"
                 ) from error
         return self.results
 

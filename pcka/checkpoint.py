@@ -97,7 +97,7 @@ def save_student(
     state = _plain(model).state_dict()
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(
-            f"model: a file of weights holds tensors alone, and {_abridge(others)} is something "
+            f"model: a weights file holds only tensors, but {_abridge(others)} is something "
             "else; save the whole state with atomic_save(model.state_dict(), path)"
         )
     # Copies, because torch.save writes a view's whole storage; contiguous, because safetensors
@@ -174,10 +174,12 @@ def load_weights(
         expected = {n: t for n, t in own.items() if n in state or n.rpartition(".")[2] != _COUNTER}
         report = compare_shapes(_shapes(state), _shapes(expected), layout)
         if not report.loaded or not (report.complete or allow_partial):
-            way_out = "allow_partial=True loads what fits" if report.loaded else "another model's"
+            way_out = (
+                "allow_partial=True loads what fits" if report.loaded else "from another model"
+            )
             raise CheckpointError(
                 f"does not fit {type(model).__name__} ({way_out}): {report}\n"
-                "The model is as it was."
+                "The model is unchanged."
             )
         fitting = {name: state[name] for name in report.loaded}
         check_values(fitting, own)
@@ -205,7 +207,7 @@ def check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
     if found := [f"{name} {fault}" for name, fault in faults.items() if fault]:
         raise CheckpointError(
             f"{len(found)} of {len(faults)} entries hold no weights: {_abridge(found)}; get a "
-            "file of a training that did not diverge, its weights in floating point"
+            "file from a run that did not diverge, with floating-point weights"
         )
 
 
@@ -213,7 +215,7 @@ def _fault(name: str, value: Tensor, own: Tensor) -> str:
     """Return what is wrong with an entry's value, or an empty string."""
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
         kind = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
-        return f"is a tensor of another kind ({kind})"
+        return f"is an unsupported tensor ({kind})"
     if value.is_complex() and not own.is_complex():
         return f"is {value.dtype}"
     if not own.is_floating_point():
@@ -269,7 +271,7 @@ def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
     if roles:
         prefix = f"{role}."
         if role not in roles:
-            raise CheckpointError(f"role: the file holds {', '.join(roles)} alone, got {role!r}")
+            raise CheckpointError(f"role: the file holds only {', '.join(roles)}, got {role!r}")
         chosen = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         state, inner = _strip_wrappers(chosen)
     return state, f"{container} {outer}{prefix}{inner}*"
@@ -287,8 +289,7 @@ def _find_container(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
     else:
         found = type(obj).__name__
     raise CheckpointError(
-        f"expected a dict of named tensors, itself or under {', '.join(map(repr, keys))}; "
-        f"got {found}"
+        f"expected a dict of named tensors, bare or under {', '.join(map(repr, keys))}; got {found}"
     )
 
 

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 # the configuration file, or the one in the run's folder, is for.
 COMMANDS = {
     "cka": ("classification.cka_map", "CKA of all layers of two classifiers"),
-    "epochs": ("classification.epochs", "how the stages of a classifier came to be, over its run"),
-    "grams": ("*.grams", "Grams of teacher and student, of a run of either kind"),
-    "report": ("*.report", "what came of a run, as a page"),
-    "doctor": ("*.doctor", "will this machine, and this configuration, train?"),
+    "epochs": ("classification.epochs", "how a classifier's stages developed over its run"),
+    "grams": ("*.grams", "Grams of teacher and student, for any run"),
+    "report": ("*.report", "the results of a run, as a page"),
+    "doctor": ("*.doctor", "check that machine and configuration can train"),
 }
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> object:
     about = "\n".join(f"  {name:{width}s}  {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="pcka",
-        description=f"commands (pcka COMMAND --help has the rest):\n{about}",
+        description=f"commands (for details: pcka COMMAND --help):\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
@@ -84,7 +84,7 @@ def _lacking(error: ModuleNotFoundError) -> str:
             "repository, then python tools/install_detectron2.py"
         )
     return (
-        f"pcka: there is no module {error.name!r}; the commands are part of the trainers: run "
+        f"pcka: no module named {error.name!r}; the commands are part of the trainers: run "
         "pip install -e '.[train]' in a clone of the repository"
     )
 

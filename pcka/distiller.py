@@ -203,7 +203,7 @@ class Distiller(nn.Module):
         """Scale the terms that need the teacher to the value of the term ``relative_to``."""
         if self.relative_to not in terms:
             raise ValueError(
-                f"relative_to: no loss gives {self.relative_to!r}, only {', '.join(terms)}"
+                f"relative_to: no term {self.relative_to!r}; available: {', '.join(terms)}"
             )
         reference = terms[self.relative_to].value.detach()
 
@@ -311,9 +311,9 @@ class Distiller(nn.Module):
         for role, model, outputs in models:
             if not isinstance(outputs.logits, Tensor):
                 raise ValueError(
-                    f"{role}: {type(loss).__name__} needs logits (B, P), and none were found in "
-                    f"what {type(model).__name__} returned ({type(outputs.raw).__name__}); name "
-                    "their key or attribute, or pass a function that finds them, as logits_of"
+                    f"{role}: {type(loss).__name__} needs logits (B, P), but none were found in "
+                    f"what {type(model).__name__} returned ({type(outputs.raw).__name__}); pass "
+                    "their key, their attribute or a function that finds them as logits_of"
                 )
 
     def load_state_dict(
@@ -329,16 +329,16 @@ class Distiller(nn.Module):
         more = sorted(state_dict.keys() - self.state_dict().keys())
         if strict and (parts := [n for n in more if n.startswith(("adapters.", "losses."))]):
             raise ValueError(
-                f"state_dict: the distiller has no {parts[0]!r}; give it the losses and taps that "
-                "the state is of, and call prepare() with a batch before loading"
+                f"state_dict: the distiller has no {parts[0]!r}; give it the same losses and "
+                "taps as the state, and call prepare() with a batch before loading"
             )
         return super().load_state_dict(state_dict, strict, assign)
 
     def _replicate_for_data_parallel(self) -> Self:
         """Refuse ``nn.DataParallel``, which calls this for each device."""
         raise ValueError(
-            "DataParallel copies no teacher to its devices; start a process for each of them by "
-            "torchrun, and wrap the distiller in DistributedDataParallel"
+            "DataParallel does not copy the teacher to its devices; start one process per device "
+            "with torchrun, and wrap the distiller in DistributedDataParallel"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -383,8 +383,8 @@ def _check_target(loss: Loss, target: Tensor | None) -> None:
     if reason and target is not None and target.dim() == 2 and target.is_floating_point():
         name = type(loss).__name__
         raise ValueError(
-            f"target: {name} takes no mixed samples with class probabilities (B, P): {reason}; "
-            f"mix none, or leave {name} out"
+            f"target: {name} cannot use mixed samples with class probabilities (B, P): {reason}; "
+            f"do not mix, or leave {name} out"
         )
 
 
@@ -394,8 +394,8 @@ def _check_names(loss: Loss, added: Mapping[str, Term], terms: Mapping[str, Term
         raise ValueError(f"losses: {name} gives no term; check its settings, or leave it out")
     if twice := terms.keys() & added.keys():
         raise ValueError(
-            f"losses: {name} gives {', '.join(sorted(twice))}, which another loss gives already; "
-            "keep one of the two, or give one another log_name"
+            f"losses: {name} gives {', '.join(sorted(twice))}, as another loss already does; "
+            "keep only one, or give one a different log_name"
         )
 
 
@@ -408,7 +408,7 @@ def _paths(
         for name in loss.taps:
             if name not in taps:
                 raise ValueError(
-                    f"taps: {type(loss).__name__} needs the tap {name!r}, there are "
+                    f"taps: {type(loss).__name__} needs the tap {name!r}, got "
                     f"{sorted(taps)}; add {name!r}: (student path, teacher path)"
                 )
             given = taps[name]

@@ -17,8 +17,8 @@ def check_losses(losses: object) -> None:
     for loss in losses:
         if not isinstance(loss, Loss):
             raise ValueError(
-                f"losses must be of pcka.losses.Loss, got {loss!r}; take one by "
-                "pcka.losses.build(name), or make one that has terms()"
+                f"losses must be pcka.losses.Loss objects, got {loss!r}; use "
+                "pcka.losses.build(name), or a subclass with terms()"
             )
 
 
@@ -43,6 +43,6 @@ def check_gradients(student: nn.Module, beside: Iterable[nn.Module]) -> None:
         return
     if any(parameter.requires_grad for part in beside for parameter in part.parameters()):
         raise ValueError(
-            "student: DistributedDataParallel averages its gradients alone, and adapters or losses "
-            "are trained, too; pass student.module, and wrap the distiller instead"
+            "student: DistributedDataParallel averages only its gradients, but adapters or losses "
+            "are trained too; pass student.module, and wrap the distiller instead"
         )

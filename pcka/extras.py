@@ -33,5 +33,5 @@ def require_packages(*names: str, extra: str) -> None:
 def _message(missing: Sequence[str], extra: str) -> str:
     return (
         f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
-        f"pip install 'pcka[{extra}]' (from a clone: pip install -e '.[{extra}]') installs it"
+        f"run pip install 'pcka[{extra}]' (from a clone: pip install -e '.[{extra}]')"
     )

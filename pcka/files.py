@@ -128,13 +128,13 @@ def _explain(error: Exception, path: str | Path) -> str:
     )
     return (
         f"path: expected tensors and plain containers, {str(path)!r} also holds "
-        f"{refused[1]}, and to load that is to run code from the file. If, and only if, you trust "
-        f'who made it, rewrite it once without: python -c "{rewrite}"'
+        f"{refused[1]}, and loading that would run code from the file. If, and only if, you trust "
+        f'its author, rewrite it once without: python -c "{rewrite}"'
     )
 
 
 def _damaged(error: Exception, path: str | Path, kind: str) -> str:
     return (
-        f"path: expected a file of {kind}, {str(path)!r} is damaged or something else "
-        f"({type(error).__name__}); get it anew, or remove it where a run of yours wrote it"
+        f"path: expected a {kind} file, {str(path)!r} is damaged or something else "
+        f"({type(error).__name__}); get it again, or remove it if one of your runs wrote it"
     )

@@ -50,14 +50,14 @@ class _Reading(NamedTuple):
             if found is None:
                 raise ValueError(
                     f"tap {name!r}: {self.module} returned {type(value).__name__} without "
-                    f"{self.key!r}; there are {part_names(value)}"
+                    f"{self.key!r}; available: {part_names(value)}"
                 )
             value = found
         if not isinstance(value, Tensor):
             verb = "got as first positional argument" if self.is_input else "returned"
             way_out = "tap a module inside it"
             if not self.is_input and (parts := part_names(value)) != "none":
-                way_out += f", or name a part, '{self.path}:KEY' (there are {parts})"
+                way_out += f", or name a part, '{self.path}:KEY' (available: {parts})"
             raise ValueError(
                 f"tap {name!r}: {self.module} {verb} {type(value).__name__}, expected a tensor; "
                 f"{way_out}"

@@ -107,11 +107,11 @@ class Ensemble(nn.Module):
         shares = [1.0] * len(members) if shares is None else list(shares)
         if len(shares) != len(members) or not all(0 < share < float("inf") for share in shares):
             raise ValueError(
-                f"shares: expected {len(members)} numbers above 0, one a member, got {shares}"
+                f"shares: expected {len(members)} numbers above 0, one per member, got {shares}"
             )
         if inputs is not None and len(inputs) != len(members):
             raise ValueError(
-                f"inputs: expected {len(members)} modules, one a member, got {len(inputs)}"
+                f"inputs: expected {len(members)} modules, one per member, got {len(inputs)}"
             )
         self.members = nn.ModuleList(members)
         self.inputs = nn.ModuleList(inputs or [nn.Identity() for _ in members])
@@ -133,8 +133,8 @@ class Ensemble(nn.Module):
                 got = "none" if logits is None else tuple(logits.shape)
                 wanted = "(B, P)" if mean is None else tuple(mean.shape)
                 raise ValueError(
-                    f"members: expected logits {wanted} of member {index} "
-                    f"({type(member).__name__}), got {got}; all of them need the same classes, and "
+                    f"members: expected logits {wanted} from member {index} "
+                    f"({type(member).__name__}), got {got}; all need the same classes, and "
                     "logits_of says where the logits are"
                 )
             mean = share * logits if mean is None else mean + share * logits

@@ -95,7 +95,7 @@ def test_a_term_that_vanishes_is_not_scaled_without_bound(student):
 
 def test_the_term_that_others_are_relative_to_must_be_there(student, teacher):
     distiller = Distiller(student, teacher, [KD()], relative_to="loss_ce")
-    with pytest.raises(ValueError, match="relative_to: no loss gives 'loss_ce', only loss_kd"):
+    with pytest.raises(ValueError, match="relative_to: no term 'loss_ce'; available: loss_kd"):
         distiller(IMAGES, TARGET)
 
 
@@ -223,9 +223,11 @@ def test_refusals_at_construction(student, teacher):
     with pytest.raises(ValueError, match=r"losses must be a list, got KD; write \[\.\.\.\]"):
         Distiller(student, teacher, KD())
     for loss in (nn.MSELoss(), KD, "KD"):
-        with pytest.raises(ValueError, match=r"losses must be of pcka\.losses\.Loss, got .*build"):
+        with pytest.raises(
+            ValueError, match=r"losses must be pcka\.losses\.Loss objects, got .*build"
+        ):
             Distiller(student, teacher, [CE(), loss])
-    with pytest.raises(ValueError, match=r"FCKA needs the tap 'last', there are \['stage1'"):
+    with pytest.raises(ValueError, match=r"FCKA needs the tap 'last', got \['stage1'"):
         Distiller(student, teacher, [CE(), FCKA()], TAPS)
     with pytest.raises(ValueError, match="teacher: KD needs one, got None"):
         Distiller(student, None, [CE(), KD()])
@@ -370,7 +372,9 @@ def test_a_loss_that_refuses_soft_targets_is_named_with_its_reason(student):
         refuses_soft_targets = "it counts classes"
 
     soft = nn.functional.one_hot(TARGET, 5).float()
-    message = r"target: OneClass takes no mixed samples .*: it counts classes; mix none, or leave"
+    message = (
+        r"target: OneClass cannot use mixed samples .*: it counts classes; do not mix, or leave"
+    )
     with pytest.raises(ValueError, match=message):
         Distiller(student, None, [OneClass()])(IMAGES, soft)
     given = [Distiller(student, None, [OneClass()])(IMAGES, TARGET)]
@@ -387,5 +391,5 @@ def test_losses_of_one_class_go_together_under_two_names(student):
 
 def test_two_losses_do_not_share_a_name(student):
     distiller = Distiller(student, None, [CE(), CE(weight=2.0)])
-    with pytest.raises(ValueError, match="CE gives loss_ce, which another loss gives already"):
+    with pytest.raises(ValueError, match="CE gives loss_ce, as another loss already does"):
         distiller(IMAGES, TARGET)

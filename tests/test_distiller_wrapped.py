@@ -85,7 +85,7 @@ def test_a_distiller_that_is_compiled_as_a_whole_gives_the_same_gradients():
 
 
 def test_a_student_whose_gradients_alone_are_averaged_is_refused_beside_adapters(process_group):
-    message = r"student: DistributedDataParallel averages its gradients alone.*student\.module"
+    message = r"student: DistributedDataParallel averages only its gradients.*student\.module"
     distiller = Distiller(DistributedDataParallel(net(4)), net(7), [PKD(stages=["last"])], TAPS)
     with pytest.raises(ValueError, match=message):
         distiller.prepare(IMAGES)

@@ -150,7 +150,7 @@ STALE = "import torch\ntorch.ops.load_library = lambda path: None\n"  # as if of
 def test_operators_of_other_sources_are_not_used():
     result = run_python(STALE + "import pcka" + RESULT)
     assert result.stdout.startswith("False")
-    assert result.stderr.count("compiled from other sources than these; install once more") == 1
+    assert result.stderr.count("compiled from different sources; reinstall") == 1
     result = run_python(STALE + "import pcka", check=False, PCKA_REQUIRE="cpu")
     assert "PCKA_REQUIRE=cpu: the compiled operators are not in use on cpu" in result.stderr
 

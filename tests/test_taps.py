@@ -173,7 +173,8 @@ def test_an_output_that_is_no_tensor_is_refused(net):
     with (
         FeatureTap(net, {"pair": "pair"}),
         pytest.raises(
-            ValueError, match=r"'pair' returned tuple, expected a tensor; .*'pair:KEY'.*are 0, 1\)"
+            ValueError,
+            match=r"'pair' returned tuple, expected a tensor; .*'pair:KEY'.*available: 0, 1\)",
         ),
     ):
         net(IMAGES)
@@ -227,14 +228,14 @@ def test_parts_of_what_a_module_returns_are_read_by_key_number_and_attribute():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (":p9", "the model returned dict without 'p9'; there are p3, p4, 5"),
+        (":p9", "the model returned dict without 'p9'; available: p3, p4, 5"),
         (":5", "the model returned SimpleNamespace, expected a tensor"),
         (
             "split:thirds",
-            "'split' returned SimpleNamespace without 'thirds'; there are halves, parts",
+            "'split' returned SimpleNamespace without 'thirds'; available: halves, parts",
         ),
-        ("backbone.pair:2", "'backbone.pair' returned tuple without '2'; there are 0, 1"),
-        ("", "the model returned dict, expected a tensor; .*':KEY' .there are p3, p4, 5"),
+        ("backbone.pair:2", "'backbone.pair' returned tuple without '2'; available: 0, 1"),
+        ("", "the model returned dict, expected a tensor; .*':KEY' .available: p3, p4, 5"),
     ],
 )
 def test_a_part_that_is_not_there_is_named_beside_those_that_are(path, message):

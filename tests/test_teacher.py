@@ -131,9 +131,9 @@ def test_the_batch_norms_of_all_members_are_folded():
     ("members", "keywords", "match"),
     [
         (0, {}, "members: expected one or more models, got none"),
-        (2, {"shares": [1.0]}, r"shares: expected 2 numbers above 0, one a member, got \[1.0\]"),
+        (2, {"shares": [1.0]}, r"shares: expected 2 numbers above 0, one per member, got \[1.0\]"),
         (2, {"shares": [1.0, 0.0]}, "shares: expected 2 numbers above 0"),
-        (2, {"inputs": [nn.Identity()]}, "inputs: expected 2 modules, one a member, got 1"),
+        (2, {"inputs": [nn.Identity()]}, "inputs: expected 2 modules, one per member, got 1"),
     ],
 )
 def test_an_ensemble_refuses_what_does_not_fit(two_models, members, keywords, match):
@@ -143,6 +143,6 @@ def test_an_ensemble_refuses_what_does_not_fit(two_models, members, keywords, ma
 
 def test_members_of_other_classes_are_refused(two_models):
     other = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    match = r"expected logits \(4, 5\) of member 1 \(Sequential\), got \(4, 6\); .* same classes"
+    match = r"expected logits \(4, 5\) from member 1 \(Sequential\), got \(4, 6\); .* same classes"
     with pytest.raises(ValueError, match=match):
         Ensemble([two_models[0], other])(torch.randn(4, 3, 2, 2))

@@ -182,10 +182,10 @@ def test_tokens_without_the_suffix_are_refused_with_it_as_the_way_out():
     distiller = Distiller(
         own, other, [losses.AT(stages=["stage1"], weights=1.0)], {"stage1": "stage1"}
     )
-    with pytest.raises(ValueError, match="':map' behind its path reads tokens as a map"):
+    with pytest.raises(ValueError, match="':map' after its path reads tokens as a map"):
         distiller(IMAGES, None)
     for loss in (losses.CC(stages=["stage1"]), losses.PKD(stages=["stage1"], weights=1.0)):
-        with pytest.raises(ValueError, match="':map' behind its path reads tokens as a map"):
+        with pytest.raises(ValueError, match="':map' after its path reads tokens as a map"):
             distiller = Distiller(own, other, [loss], {"stage1": "stage1"})
             distiller.prepare(IMAGES)
             distiller(IMAGES, None)

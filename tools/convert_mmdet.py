@@ -163,9 +163,9 @@ def beyond_weights(cfg: CfgNode) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert weights as the arguments specify."""
     parser = command_parser("mmdet's weights for a detectron2 teacher.")
-    parser.add_argument("--config-file", metavar="F", required=True, help="the teacher's")
-    parser.add_argument("--weights", metavar="X", required=True, help="mmdet's checkpoint")
-    parser.add_argument("--output", metavar="Y", required=True, help="detectron2's checkpoint")
+    parser.add_argument("--config-file", metavar="F", required=True, help="teacher configuration")
+    parser.add_argument("--weights", metavar="X", required=True, help="mmdet checkpoint")
+    parser.add_argument("--output", metavar="Y", required=True, help="detectron2 checkpoint")
     parser.add_argument("overrides", metavar="KEY VALUE", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     cfg = load_config(given.config_file, given.overrides)
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except WeightsError as error:
         raise WeightsError(f"{given.weights}: {error}") from error
     atomic_save({"model": converted}, given.output)
-    print(f"{given.output}: {len(converted)} weights of backbone, neck and a GFL's head")
+    print(f"{given.output}: {len(converted)} weights of backbone, neck and GFL head")
     print(f"No weight confirms these settings; compare with mmdet's own: {beyond_weights(cfg)}")
 
 

@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Rebuild the bundle; exit with a message if a part is unavailable."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle", metavar="DIR")
-    parser.add_argument("--python", default="3.12", help="version of the machine's Python")
+    parser.add_argument("--python", default="3.12", help="the machine's Python version")
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER_OR_ZIP")
-    parser.add_argument("--no-build", action="store_true", help="pack the libraries of pcka/")
+    parser.add_argument("--no-build", action="store_true", help="pack the libraries in pcka/")
     given = parser.parse_args(arguments)
     shutil.rmtree(given.out, ignore_errors=True)
     (given.out / "wheels").mkdir(parents=True)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = sum(path.stat().st_size for path in files) / (1 << 20)
     print(f"{total:8.2f} MiB  {given.out}")
     if total > LIMIT_MIB:
-        raise SystemExit(f"the bundle is larger than {LIMIT_MIB} MiB: take fewer --data along")
+        raise SystemExit(f"the bundle is larger than {LIMIT_MIB} MiB: pack fewer --data")
 
 
 def commit() -> str:
@@ -84,7 +84,7 @@ def libraries(folder: Path, *, build: bool) -> dict[str, str]:
             source = Path(scratch) / "lib"
         found = sorted((source / "pcka").glob("*.abi3.so"))
         if not any(path.name.startswith("_cuda.") for path in found):
-            raise SystemExit("no CUDA operators were compiled: the build above says why")
+            raise SystemExit("no CUDA operators were compiled: see the build above")
         for library in found:
             shutil.copyfile(library, folder / library.name)
             _run(["strip", "--strip-unneeded", str(folder / library.name)])
@@ -103,7 +103,7 @@ def wheels(folder: Path, python: str) -> None:
     _run([*pip, "wheel", "--no-deps", f"--wheel-dir={folder}", *SOURCES])
     tag = f"-cp{sys.version_info.major}{sys.version_info.minor}-cp"
     if foreign := [wheel.name for wheel in folder.glob("*.whl") if tag in wheel.name]:
-        raise SystemExit(f"built for this Python alone: {', '.join(foreign)}")
+        raise SystemExit(f"built only for this Python: {', '.join(foreign)}")
 
 
 def detectron2(archive: Path) -> None:
@@ -113,7 +113,7 @@ def detectron2(archive: Path) -> None:
         raise SystemExit("detectron2 is not installed: python tools/install_detectron2.py")
     package = Path(found.submodule_search_locations[0])
     if any(package.glob("_C.*.so")):
-        raise SystemExit("detectron2 was compiled for this Python: pack one of Python files alone")
+        raise SystemExit("detectron2 was compiled for this Python: pack one without an extension")
     _zip(archive, package, package.parent)
 
 

@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages as the arguments specify; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="of make gpu-bundle")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="from make gpu-bundle")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="smoke test with tiny sizes")
     names = ", ".join(stage.name for stage in STAGES)
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help=names)
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE")

@@ -85,7 +85,7 @@ REPAIRS = (
         "detectron2/modeling/meta_arch/retinanet.py",
         r"get_norm\(norm, 1\)",
         "get_norm(norm, 32)",
-        "torch refuses 32 groups of one channel, which it only makes to look at its type",
+        "torch refuses 32 groups of one channel, here created only to inspect the type",
     ),
     Repair(
         "detectron2/utils/collect_env.py",
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = __doc__.partition(":")[0]
     argparse.ArgumentParser(description=f"{about}.").parse_args(arguments)
     if importlib.util.find_spec("detectron2") is not None:
-        print("detectron2: kept as it is")
+        print("detectron2: kept as is")
     elif not _install_official():
         install_release()
 
@@ -144,7 +144,7 @@ def install_release() -> None:
         source = fetch_release(Path(folder))
         repair(source)
         _pip("install", "--no-build-isolation", str(source))
-    print("detectron2: release 0.6, Python files alone, repaired for current libraries")
+    print("detectron2: release 0.6, Python files only, patched for current libraries")
 
 
 def fetch_release(folder: Path) -> Path:

@@ -49,25 +49,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        "The paper's tables as runs. KEY VALUE pairs for all runs come last, behind a --.",
+        "Runs the paper's tables. KEY VALUE pairs for all runs come last, after --.",
         "python tools/reproduce.py table1 --launch local -- DATA.ROOT path/to/cifar",
     )
     parser.add_argument("table", metavar="TABLE", help="table1, table2, table3 or a YAML file")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--list", action="store_true", help="the state of every run; the default")
-    action.add_argument("--estimate", action="store_true", help="GPU hours and disk, by some steps")
-    action.add_argument("--launch", choices=["local", "torchrun", "slurm"], help="train here, ...")
-    action.add_argument("--collect", action="store_true", help="the table; also into --output")
-    parser.add_argument("--pairs", nargs="+", metavar="P", help="some of the table's")
-    parser.add_argument("--methods", nargs="+", metavar="M", help="some of the table's")
+    action.add_argument("--list", action="store_true", help="the state of every run (default)")
+    action.add_argument(
+        "--estimate", action="store_true", help="GPU hours and disk, from a few steps"
+    )
+    action.add_argument(
+        "--launch", choices=["local", "torchrun", "slurm"], help="train missing runs"
+    )
+    action.add_argument("--collect", action="store_true", help="the table; also in --output")
+    parser.add_argument("--pairs", nargs="+", metavar="P", help="only these pairs")
+    parser.add_argument("--methods", nargs="+", metavar="M", help="only these methods")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="S")
     parser.add_argument("--output", type=Path, default=Path("output/reproduce"), metavar="DIR")
-    parser.add_argument("--gpus", type=_positive, metavar="N", help="of a job")
+    parser.add_argument("--gpus", type=_positive, metavar="N", help="per job")
     parser.add_argument("--together", type=_positive, metavar="N", help="students side by side")
-    parser.add_argument("--teachers", type=Path, metavar="DIR", help="holds their checkpoints")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="folder of their checkpoints")
     parser.add_argument("--teachers-only", action="store_true", help="train no students")
     parser.add_argument(
-        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's: partition=gpu ..."
+        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="submitit: partition=gpu ..."
     )
     return parser
 
@@ -135,7 +139,7 @@ def _launch(plan: Plan, task: Task, jobs: Sequence[Job], given: argparse.Namespa
     for run in (run for job in jobs for run in job.runs):
         if (state := task.state(run)).foreign:
             raise ConfigError(
-                f"{run.folder}: holds a run with {state.text}; give its settings, or another "
+                f"{run.folder}: holds a run with {state.text}; use its settings, or another "
                 "--output"
             )
     task.check(jobs)
@@ -157,7 +161,7 @@ def _train(task: Task, jobs: Sequence[Job], *, torchrun: bool) -> dict[str, str]
     with task.session(jobs, torchrun=torchrun):
         for job in jobs:
             if job.after in failures:
-                failures[job.name] = f"{job.name}: waits for {job.after}"
+                failures[job.name] = f"{job.name}: needs {job.after}"
                 continue
             try:
                 task.train(job, torchrun=torchrun)
@@ -177,4 +181,4 @@ def _collect(plan: Plan, task: Task) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, interrupted="the same command goes on where it stopped")
+    run_command(main, interrupted="repeat the command to continue where it stopped")

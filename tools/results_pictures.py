@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if given.check:
             raise ConfigError(
-                f"{path}: was drawn from other figures; python -m tools.results_pictures draws it"
+                f"{path}: its figures have changed; run python -m tools.results_pictures"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with source.open(newline="") as file:

@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if given.check:
             raise ConfigError(
-                f"{page}: a table is not what its figures say; python -m tools.results_tables "
-                "writes it anew"
+                f"{page}: a table does not match its figures; run python -m tools.results_tables"
             )
         write_text(page, written)
         print(f"{page}: written", file=sys.stderr)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write both parts and print their sizes."""
     parser = command_parser("Hold out images of a file in COCO's format.")
     parser.add_argument("annotations", type=Path)
-    parser.add_argument("--every", type=int, default=5, metavar="N", help="each N-th image goes")
+    parser.add_argument("--every", type=int, default=5, metavar="N", help="every N-th image")
     given = parser.parse_args(arguments)
     parts = split(read_coco("annotations", str(given.annotations)), given.every)
     for part, name in zip(parts, ("part", "heldout"), strict=True):

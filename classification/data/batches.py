@@ -50,20 +50,20 @@ def steps_per_epoch(data: Sized, cfg: CfgNode, world_size: int = 1) -> int:
     if surplus := batch_size % world_size:
         raise ConfigError(
             f"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, the number of processes, "
-            f"got {batch_size}; take {batch_size - surplus + world_size}"
+            f"got {batch_size}; use {batch_size - surplus + world_size}"
         )
     if mixes(cfg.DATA) and (surplus := batch_size % (2 * world_size)):
         raise ConfigError(
             f"SOLVER.BATCH_SIZE: expected a multiple of {2 * world_size}, because DATA.MIXUP and "
             "DATA.CUTMIX mix pairs of images within each process, "
-            f"got {batch_size}; take {batch_size - surplus + 2 * world_size}"
+            f"got {batch_size}; use {batch_size - surplus + 2 * world_size}"
         )
     updates = len(data) // (batch_size * group)
     if updates == 0:
         keys = "SOLVER.BATCH_SIZE" + " times SOLVER.ACCUMULATE" * (group > 1)
         raise ConfigError(
             f"{keys}: {batch_size * group} is more than the {len(data)} training "
-            "images; take a smaller batch or more images (DATA.TRAIN_IMAGES)"
+            "images; use a smaller batch or more images (DATA.TRAIN_IMAGES)"
         )
     return updates * group
 

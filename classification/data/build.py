@@ -68,7 +68,7 @@ def _source(cfg: CfgNode, split: str) -> Source:
     if data.NUM_CLASSES not in (0, len(source.classes)):
         raise ConfigError(
             f"DATA.NUM_CLASSES: {data.NUM_CLASSES} classes are configured, the data has "
-            f"{len(source.classes)}; set it to 0 to take the data's"
+            f"{len(source.classes)}; set it to 0 to use the data's"
         )
     return source
 
@@ -80,9 +80,9 @@ def _differing(train: Source, test: Source) -> str:
         names = [name for name in source.classes if name not in other.classes]
         shown = [f"{name!r}{_first_image(source, name)}" for name in names[:SHOWN]]
         more = [f"{len(names) - SHOWN} more"] * (len(names) > SHOWN)
-        alone += [f"the {part} images alone have {', '.join(shown + more)}"] * bool(names)
+        alone += [f"only the {part} images have {', '.join(shown + more)}"] * bool(names)
     return (
-        "DATA.ROOT: expected the same classes in one order for training and evaluation; "
+        "DATA.ROOT: expected the same classes and order for training and evaluation; "
         f"{' and '.join(alone) or 'their order differs'}; correct the labels, or add what is "
         "missing (for tables and shards, ROOT/classes.txt names the classes of both)"
     )
@@ -101,7 +101,7 @@ def _split(cfg: CfgNode, train: Source) -> tuple[np.ndarray, np.ndarray]:
     holdout, wanted, total = cfg.DATA.HOLDOUT, cfg.DATA.TRAIN_IMAGES, len(train.labels)
     if holdout + max(wanted, 1) > total:
         raise ConfigError(
-            f"DATA.HOLDOUT and DATA.TRAIN_IMAGES: {holdout} + {wanted} images are asked for, "
+            f"DATA.HOLDOUT and DATA.TRAIN_IMAGES: {holdout} + {wanted} images are requested, "
             f"the training data has {total}"
         )
     order = balanced_order(train.labels, cfg.DATA.SPLIT_SEED)
@@ -114,6 +114,6 @@ def _check_memory(cfg: CfgNode, images: int) -> None:
     if gigabytes > cfg.DATA.MEMORY_GB and not cfg.DATA.STREAM:
         raise ConfigError(
             f"DATA.MEMORY_GB: {images} images of {cfg.DATA.IMAGE_SIZE} pixels need "
-            f"{gigabytes:.3g} GB, allowed are {cfg.DATA.MEMORY_GB:.3g}; raise it, set DATA.STREAM "
-            "True (image files), or take a smaller DATA.IMAGE_SIZE or fewer DATA.TRAIN_IMAGES"
+            f"{gigabytes:.3g} GB, but the limit is {cfg.DATA.MEMORY_GB:.3g}; raise it, set "
+            "DATA.STREAM True (image files), or reduce DATA.IMAGE_SIZE or DATA.TRAIN_IMAGES"
         )

@@ -17,7 +17,7 @@ from classification.data.source import register
 from pcka.engine.config import ConfigError
 
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the first that exists is used
-OTHER_FORMS = "DATA.NAME table, webdataset or huggingface reads images that lie otherwise"
+OTHER_FORMS = "DATA.NAME table, webdataset or huggingface reads other layouts"
 
 
 @register("folder")
@@ -74,6 +74,6 @@ def _refuse_second_visits(folder: Path) -> None:
         other = first.setdefault((about.st_dev, about.st_ino), path)
         if other != path:
             raise ConfigError(
-                f"DATA.ROOT: {other} and {path} are one folder, by a link, and its images would be "
+                f"DATA.ROOT: {other} and {path} are one folder through a link: its images would be "
                 "read twice; remove the link"
             )

@@ -119,9 +119,9 @@ def _column(rows: Any, feature: type, given: str, where: str) -> str:
     found = [given] if given else _of_feature(rows, feature)
     if len(found) == 1 and found[0] in rows.features:
         return found[0]
-    wrong = f"has no column {given!r}" if given else f"has {len(found)} of {feature.__name__}"
+    wrong = f"has no column {given!r}" if given else f"has {len(found)} {feature.__name__} columns"
     columns = ", ".join(f"{name} ({kind!r})" for name, kind in rows.features.items())
-    raise ConfigError(f"{where} {wrong}; name one of its columns: {columns}")
+    raise ConfigError(f"{where} {wrong}; name one of these: {columns}")
 
 
 def _of_feature(rows: Any, feature: type) -> list[str]:
@@ -136,8 +136,9 @@ def _labels(rows: Any, column: str, root: Path, name: str) -> tuple[np.ndarray, 
     for row, label in enumerate(labels):
         if label is None or not 0 <= label < len(classes):
             raise ConfigError(
-                f"{name}, row {row}: the label {label} in {column!r} is none of its {len(classes)} "
-                "classes; take another split (DATA.TRAIN_PART, TEST_PART), or filter such rows out"
+                f"{name}, row {row}: the label {label} in {column!r} is not one of its "
+                f"{len(classes)} classes; use another split (DATA.TRAIN_PART, TEST_PART), or "
+                "filter out such rows"
             )
     return np.array(labels, dtype=np.int64), tuple(classes)
 
@@ -147,15 +148,15 @@ def _files(datasets: Any, rows: Any, column: str, name: str) -> FilesInRows:
         alone = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # raised by pyarrow: the column cannot be read as images
         raise ConfigError(
-            f"DATA.IMAGE_COLUMN: {name}: {column!r} is no column of images: {error}"
+            f"DATA.IMAGE_COLUMN: {name}: {column!r} is not an image column: {error}"
         ) from error
     files = FilesInRows(alone, column, name, np.arange(len(alone)), _lengths(alone, column))
     for row in np.flatnonzero(files.sizes == 0).tolist():
         content = files.content(row)
         if not isinstance(content, str) or not os.path.isfile(content):
             raise ConfigError(
-                f"{name}, row {row}: {column!r} holds no image, and no path of one that is there "
-                f"({content!r}); filter such rows out, or let save_to_disk put the images in"
+                f"{name}, row {row}: {column!r} holds no image, nor the path of an existing one "
+                f"({content!r}); filter out such rows, or let save_to_disk embed the images"
             )
         files.sizes[row] = os.path.getsize(content)
     return files

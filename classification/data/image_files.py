@@ -68,8 +68,8 @@ class ImageFiles(ABC):
                 return _eight_bits(file).convert("RGB")
         except Exception as error:  # decoders raise many types of errors for broken files
             raise ConfigError(
-                f"cannot decode the image {self.path(position)!r}: {error}; replace it, or take it "
-                "out of the data"
+                f"cannot decode the image {self.path(position)!r}: {error}; replace it, or "
+                "remove it from the data"
             ) from error
 
 
@@ -98,7 +98,7 @@ class FilesOnDisk(ImageFiles):
     def content(self, position: int) -> str:
         path = self.path(position)
         if not os.path.isfile(path):  # opening a pipe would block forever
-            raise OSError("it is no regular file")
+            raise OSError("not a regular file")
         return path
 
     def about(self) -> tuple[list[bytes], list[int]]:
@@ -114,7 +114,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels are of 32 bits (mode {image.mode}), and which is white is not said; "
+            f"its pixels have 32 bits (mode {image.mode}) and no known white level; "
             "save it with 8 or 16 bits"
         )
     if not image.mode.startswith("I;16"):
@@ -151,8 +151,8 @@ class FileSource(Source):
         resize = data.RESIZE or data.IMAGE_SIZE
         if resize < data.IMAGE_SIZE:
             raise ConfigError(
-                f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), which is cut "
-                f"out of it, got {resize}; 0 takes DATA.IMAGE_SIZE"
+                f"DATA.RESIZE: expected at least DATA.IMAGE_SIZE ({data.IMAGE_SIZE}), the size of "
+                f"the crop, got {resize}; 0 uses DATA.IMAGE_SIZE"
             )
         labels = torch.from_numpy(self.labels[chosen])
         if data.STREAM:

@@ -80,8 +80,8 @@ def class_indices(
     for index, name in enumerate(names):
         if name not in known:
             raise ConfigError(
-                f"{place(index)}: the label {name!r} is none of the {len(classes)} classes of "
-                f"{file}, by name or by index from 0; correct it, or add the class there"
+                f"{place(index)}: the label {name!r} is not one of the {len(classes)} classes of "
+                f"{file}, by name or index from 0; correct it, or add the class there"
             )
     return np.array([known[name] for name in names], dtype=np.int64), classes
 
@@ -92,10 +92,10 @@ def _name(label: object, place: Callable[[int], str], index: int) -> str:
             return name
     elif label is not None:
         raise ConfigError(
-            f"{place(index)}: the label {label!r} is neither a text nor a whole number; name the "
-            "right ones by DATA.LABEL_COLUMN, or write them as text"
+            f"{place(index)}: the label {label!r} is neither text nor an integer; set "
+            "DATA.LABEL_COLUMN to the right column, or write the labels as text"
         )
-    raise ConfigError(f"{place(index)}: the image has no label; give it one, or take it out")
+    raise ConfigError(f"{place(index)}: the image has no label; add one, or remove the image")
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:

@@ -156,8 +156,8 @@ def _samples(shard: str, field: str) -> list[Sample]:
             ]
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ConfigError(
-            f"{shard}: cannot be read as a tar file ({error}); it has to be whole and not "
-            "compressed, as its images are read in any order"
+            f"{shard}: cannot be read as a tar file ({error}); it must be complete and "
+            "uncompressed, as its images are read in any order"
         ) from error
 
 
@@ -179,8 +179,8 @@ def _sample(
     if len(images) != 1:
         raise ConfigError(
             f"{where} has {len(images)} images ({', '.join(others)}), expected one of "
-            f"{', '.join(IMAGES)}; the members of a sample stand one after the other in its shard, "
-            "which may have been cut short"
+            f"{', '.join(IMAGES)}; the members of a sample must be adjacent in its shard, which "
+            "may have been cut short"
         )
     (image,) = images
     label = _label(archive, where, others, field)
@@ -194,7 +194,7 @@ def _label(
     if kind not in members:
         raise ConfigError(
             f"{where} has no label: expected a .cls or .json beside {', '.join(members)}; the "
-            "members of a sample stand one after the other in its shard"
+            "members of a sample must be adjacent in its shard"
         )
     file = archive.extractfile(members[kind])
     assert file is not None  # a regular member

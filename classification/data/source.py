@@ -88,7 +88,7 @@ def register(name: str) -> Callable[[F], F]:
     def decorate(make: F) -> F:
         _import_built_in(name)
         if name in _SOURCES:
-            raise ValueError(f"name: a data set {name!r} is registered already; choose another")
+            raise ValueError(f"name: a data set {name!r} is already registered; choose another")
         _SOURCES[name] = make
         return make
 
@@ -108,7 +108,7 @@ def check_name(name: str) -> None:
     """
     if name not in dataset_names():
         near = near_names(name, dataset_names())
-        raise ConfigError(f"DATA.NAME: no data set is called {name!r}; {near}")
+        raise ConfigError(f"DATA.NAME: unknown data set {name!r}; {near}")
 
 
 def make_source(data: CfgNode, split: str) -> Source:

@@ -56,7 +56,7 @@ def table_source(data: CfgNode, split: str) -> FileSource:
     columns = data.IMAGE_COLUMN or "path", data.LABEL_COLUMN or "label"
     table = READERS[file.suffix](file, *columns)
     if not table.paths:
-        raise ConfigError(f"DATA.ROOT: {file} has no rows; list an image on each")
+        raise ConfigError(f"DATA.ROOT: {file} has no rows; list one image per row")
     files = FilesOnDisk(file.parent, _found(table))
     labels, classes = class_indices(table.labels, root, table.place)
     return file_source(files, labels, classes, data.IMAGE_SIZE)
@@ -85,7 +85,7 @@ def _read_csv(file: Path, path_column: str, label_column: str) -> Table:
                 if len(row) != len(header):
                     raise ConfigError(
                         f"{file}, line {rows.line_num}: has {len(row)} fields, the header "
-                        f'{len(header)}; put a path or label with a comma into quotes ("…")'
+                        f'{len(header)}; quote a path or label that has a comma ("…")'
                     )
                 path, label = (row[index] for index in chosen)
                 paths.append(path)
@@ -96,7 +96,7 @@ def _read_csv(file: Path, path_column: str, label_column: str) -> Table:
             f"{file}: cannot be read as UTF-8 text ({error.reason}); save it in that encoding"
         ) from error
     except csv.Error as error:
-        raise ConfigError(f"{file}, line {rows.line_num}: is no CSV: {error}") from error
+        raise ConfigError(f"{file}, line {rows.line_num}: not valid CSV: {error}") from error
     return Table(file, paths, labels, lambda row: f"{file}, line {lines[row]}")
 
 
@@ -131,12 +131,10 @@ def _found(table: Table) -> np.ndarray:
     folder = table.file.parent
     for row, path in enumerate(table.paths):
         if not path or not isinstance(path, str):
-            raise ConfigError(
-                f"{table.place(row)}: has no path of an image; give it, or the row up"
-            )
+            raise ConfigError(f"{table.place(row)}: has no image path; add it, or remove the row")
         if not os.path.isfile(os.path.join(folder, path)):
             raise ConfigError(
                 f"{table.place(row)}: there is no file {path!r} in {str(folder)!r}; correct the "
-                "path, which is relative to the table, or take the row out"
+                "path, which is relative to the table, or remove the row"
             )
     return np.array([os.fsencode(str(path)) for path in table.paths])

@@ -93,8 +93,8 @@ def _of_transformers(
         )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         way_out = (
-            "; weights of other classes are left out by pretrained: false in KWARGS, their "
-            "classifier alone by ignore_mismatched_sizes: true"
+            "; in KWARGS, pretrained: false ignores weights of other classes, "
+            "ignore_mismatched_sizes: true only their classifier"
             if own
             else ""
         )
@@ -118,8 +118,8 @@ def _imported(name: str) -> Callable[..., nn.Module]:
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value)]
         near = get_close_matches(attribute, known)
-        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"name: {path!r} has nothing to call that is {attribute!r}; {hint}")
+        hint = f"did you mean {', '.join(near)}?" if near else f"available: {', '.join(known)}"
+        raise ValueError(f"name: {path!r} has no function or class {attribute!r}; {hint}")
     return factory
 
 

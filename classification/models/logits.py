@@ -22,7 +22,7 @@ class _PickLogits:
         if logits is None:
             raise ValueError(
                 f"LOGITS: {type(model).__name__} returns {type(output).__name__} without a tensor "
-                f"{self.key or 'logits'!r}; name the logits (there are {part_names(output)})"
+                f"{self.key or 'logits'!r}; name the logits (available: {part_names(output)})"
             )
         return logits
 

@@ -95,7 +95,7 @@ def unlike_signs(student: Mapping[str, Reading], teacher: Mapping[str, Reading])
     for role, own, other in (("student", student, teacher), ("teacher", teacher, student)):
         found = [name for name in own if own[name].is_signed and not other[name].is_signed]
         if found:
-            notes.append(f"{', '.join(found)}: below zero in the {role} alone")
+            notes.append(f"{', '.join(found)}: below zero in the {role} only")
     return notes
 
 

@@ -104,12 +104,12 @@ def load_classifier(
     for entry in report.mismatched:
         if entry.name == f"{model.classifier_name}.weight" and entry.in_file:
             raise ConfigError(
-                f"{key}: {str(weights)!r} is a classifier of {entry.in_file[0]} classes, the data "
-                f"has {num_classes}; give the weights of a {name} trained on these classes"
+                f"{key}: {str(weights)!r} is a classifier of {entry.in_file[0]} classes, but the "
+                f"data has {num_classes}; use weights of a {name} trained on these classes"
             )
     if not report.complete:
         # transformers saves weights under other names than its models' parameters.
-        of_hub = f" (a folder of transformers is read by leaving {key} empty)"
+        of_hub = f" (to read a transformers folder, leave {key} empty)"
         raise ConfigError(
             f"{key}: {str(weights)!r} is not the checkpoint of a {name}: {report}"
             + (of_hub if name.startswith("hf/") else "")

@@ -93,7 +93,7 @@ def _refuse(
     faults = [
         (entry, found)
         for entry in entries
-        if (found := fault(entry) if isinstance(entry, dict) else "is no object")
+        if (found := fault(entry) if isinstance(entry, dict) else "is not an object")
     ]
     if faults:
         entry, found = faults[0]
@@ -107,9 +107,9 @@ def _fault_of_image(entry: dict[str, Any]) -> str:
     if missing := [name for name in ("id", "file_name", "width", "height") if name not in entry]:
         return f"has no {', '.join(missing)}"
     if not isinstance(entry["id"], int | str):
-        return "has an id that is no number"
+        return "has an id that is not a number"
     if not entry["file_name"] or not isinstance(entry["file_name"], str):
-        return "has a file_name that is none"
+        return "has an invalid file_name"
     if not all(_is_number(entry[side]) and entry[side] >= 1 for side in ("width", "height")):
         return "has a width or height below 1"
     return ""
@@ -120,23 +120,23 @@ def _fault_of_object(entry: dict[str, Any], kinds: set[Any], evaluated: bool) ->
     if missing := [name for name in wanted if name not in entry]:
         return f"has no {', '.join(missing)}"
     if not all(isinstance(entry[name], int | str) for name in wanted if name.endswith("id")):
-        return "has an id that is no number"
+        return "has an id that is not a number"
     if entry["category_id"] not in kinds:
-        return f"has a category_id that is none of the categories' ({entry['category_id']!r})"
+        return f"has a category_id that is not in categories ({entry['category_id']!r})"
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return "has a bbox that is not four finite numbers (x, y, width, height)"
     if box[2] < 0 or box[3] < 0:
         return "has a bbox of negative width or height"
     if evaluated and not _is_number(entry["area"]):
-        return "has an area that is no finite number"
+        return "has an area that is not a finite number"
     return ""
 
 
 def _check_unique(where: str, entries: Iterable[Mapping[str, Any]]) -> None:
     counts = Counter(entry["id"] for entry in entries)
     if twice := [number for number, count in counts.items() if count > 1]:
-        raise DamagedFileError(f"{where}: {len(twice)} ids stand twice, the first is {twice[0]!r}")
+        raise DamagedFileError(f"{where}: {len(twice)} duplicate ids, the first is {twice[0]!r}")
 
 
 def _check_files(where: str, pictures: list[dict[str, Any]], folder: Path) -> None:
@@ -168,7 +168,7 @@ def _check_boxes(
             f"{where}: none of its {len(placed)} boxes has an area inside its image"
         )
     logger.warning(
-        "%s: %d of its %d boxes have no area inside their image, and count as no object, in %s",
+        "%s: %d of its %d boxes have no area inside their image and do not count as objects, in %s",
         where, len(lost), len(placed), first_names(list(dict.fromkeys(lost))),
     )  # fmt: skip
 

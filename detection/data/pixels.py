@@ -54,12 +54,13 @@ class Labels:
             raise DamagedFileError(f"{path}: the label image cannot be opened: {error}") from error
         if values.ndim != 2:
             raise DamagedFileError(
-                f"{path}: expected one class a pixel, in a grey or palette PNG, got {mode} colours"
+                f"{path}: expected one class per pixel, in a grey or palette PNG, got {mode} "
+                "colours"
             )
         found = np.unique(values).tolist()
         if odd := [v for v in found if v != self.ignored and not 0 <= v < self.classes]:
             raise DamagedFileError(
-                f"{path}: holds the value(s) {', '.join(map(str, odd[:5]))}; a pixel holds a class "
+                f"{path}: holds the value(s) {', '.join(map(str, odd[:5]))}; expected classes "
                 f"from 0 to {self.classes - 1}, or {self.ignored} for none. Correct it, or "
                 "MODEL.SEM_SEG_HEAD.NUM_CLASSES and IGNORE_VALUE"
             )
@@ -93,12 +94,12 @@ def read_folders(
     found = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         listed = ", ".join(IMAGE_SUFFIXES)
-        raise DamagedFileError(f"{key}.IMAGES: no image ({listed}) is in {str(images)!r}")
+        raise DamagedFileError(f"{key}.IMAGES: no image ({listed}) in {str(images)!r}")
     pairs = [(p, truths / p.relative_to(images).with_suffix(LABEL_SUFFIX)) for p in found]
     if missing := [truth for _, truth in pairs if not truth.is_file()]:
         raise DamagedFileError(
-            f"{key}.LABELS: {len(missing)} of {len(pairs)} images have no label image, "
-            f"{str(missing[0])!r} the first"
+            f"{key}.LABELS: {len(missing)} of {len(pairs)} images have no label image "
+            f"(first: {str(missing[0])!r})"
         )
     entries = [_entry(image, truth) for image, truth in pairs]
     for _, truth in pairs[:: 1 if evaluated else max(1, len(pairs) // TRIED_LABELS)]:

@@ -88,7 +88,7 @@ def _own_key(cfg: CfgNode, split: str) -> str:
     named = [key for key in keys if cfg.DATASETS[key].NAME]
     if len(named) > 1:
         raise ConfigError(
-            f"DATASETS.{named[1]}: there is a set of DATASETS.{named[0]}, too; set the NAME of one "
+            f"DATASETS.{named[1]}: DATASETS.{named[0]} also describes a set; set the NAME of one "
             "of them to ''"
         )
     if named:
@@ -128,7 +128,7 @@ def _register_digits(cfg: CfgNode, name: str, *, evaluated: bool) -> Categories:
         _check(cfg, DIGITS_KEY, str(annotations), content, str(images), evaluated=evaluated)
     except DamagedFileError as error:
         raise ConfigError(
-            f"{error}; remove the folder {str(folder)!r}, and it is made anew"
+            f"{error}; remove the folder {str(folder)!r} to create it again"
         ) from error
     return _register(name, str(annotations), content, str(images))
 
@@ -140,7 +140,7 @@ def _register_own(cfg: CfgNode, own: str, *, evaluated: bool) -> Categories:
     if (architecture == SEGMENTER) != (form == PIXELS):
         learns, other = ("pixels", PIXELS) if architecture == SEGMENTER else ("boxes", "COCO")
         raise ConfigError(
-            f"{key}: a {architecture} learns the classes of {learns}; describe your set by "
+            f"{key}: a {architecture} learns the classes of {learns}; describe your set with "
             f"DATASETS.{other}_{own.partition('_')[2]}"
         )
     if form == PIXELS:
@@ -254,15 +254,15 @@ def _check_known(split: str, name: str) -> None:
     """Refuse a set that detectron2 does not know, or whose files are missing."""
     if name not in DatasetCatalog.list():
         raise ConfigError(
-            f"DATASETS: no data set is called {name!r}; take {' or '.join(DIGITS)}, one that "
-            "detectron2 knows, or describe yours by DATASETS.COCO_TRAIN, VOC_TRAIN, YOLO_TRAIN or "
-            "SEMSEG_TRAIN, and COCO_TEST and so on"
+            f"DATASETS: no data set is called {name!r}; use {' or '.join(DIGITS)}, one that "
+            "detectron2 knows, or describe yours with DATASETS.COCO_TRAIN, VOC_TRAIN, YOLO_TRAIN "
+            "or SEMSEG_TRAIN, and COCO_TEST etc."
         )
     annotations = MetadataCatalog.get(name).get("json_file")
     if annotations and not PathManager.exists(annotations):
         raise ConfigError(
             f"DATASETS.{split}: {name!r} needs the file {annotations!r}; set "
-            f"DETECTRON2_DATASETS to its folder, or describe yours by DATASETS.COCO_{split}"
+            f"DETECTRON2_DATASETS to its folder, or describe yours with DATASETS.COCO_{split}"
         )
 
 
@@ -281,6 +281,6 @@ def _check_same(categories: Mapping[str, Categories]) -> None:
     for one, other in itertools.pairwise(categories):
         if categories[one] != categories[other]:
             raise ConfigError(
-                f"DATASETS: {one!r} and {other!r} have other categories (id, name): "
-                f"{categories[one][:3]} and {categories[other][:3]}, and so on; give both the same"
+                f"DATASETS: {one!r} and {other!r} have different categories (id, name): "
+                f"{categories[one][:3]} and {categories[other][:3]}, etc.; give both the same"
             )

@@ -34,7 +34,7 @@ def training_set(cfg: CfgNode) -> Entries:
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     except (AssertionError, KeyError, ValueError, TypeError, OSError) as error:
-        asked = f", each image with {keypoints} keypoints or more" if keypoints else ""
+        asked = f", with at least {keypoints} keypoints per image" if keypoints else ""
         raise ConfigError(f"DATASETS.TRAIN{asked}: {_reason(error)}") from error
     architecture = student_architecture(cfg)
     if architecture in SEGMENTERS:
@@ -58,7 +58,7 @@ def check_test_sets(cfg: CfgNode) -> None:
         except (AssertionError, KeyError, ValueError, TypeError, OSError) as error:
             raise ConfigError(f"DATASETS.TEST: {name!r}: {_reason(error)}") from error
         if not entries:
-            raise ConfigError(f"DATASETS.TEST: {name!r} holds no image")
+            raise ConfigError(f"DATASETS.TEST: {name!r} has no images")
         if not Path(entries[0]["file_name"]).is_file():
             raise ConfigError(
                 f"DATASETS.TEST: {name!r}: there is no image {entries[0]['file_name']!r}"
@@ -69,7 +69,7 @@ def check_test_sets(cfg: CfgNode) -> None:
             if not hasattr(known, "stuff_classes") or not hasattr(known, "ignore_label"):
                 raise ConfigError(
                     f"DATASETS.TEST: {name!r} has no stuff_classes and ignore_label in "
-                    f"detectron2's metadata, by which a {architecture} is evaluated"
+                    f"detectron2's metadata, needed to evaluate a {architecture}"
                 )
         if architecture in WITH_REGIONS and cfg.MODEL.KEYPOINT_ON:
             _check_sigmas(cfg.TEST.KEYPOINT_OKS_SIGMAS, name, known.get("keypoint_names", ()))
@@ -80,9 +80,10 @@ def _check_segmented(key: str, architecture: str, entries: Entries) -> None:
     if missing:
         raise ConfigError(
             f"{key}: a {architecture} needs a class for every pixel, and {len(missing)} of "
-            f"{len(entries)} images have none (no sem_seg_file_name), {_file_of(missing[0])} the "
-            "first; take a set like 'coco_2017_train_panoptic_stuffonly', describe yours by "
-            "DATASETS.SEMSEG_TRAIN and SEMSEG_TEST, or take a student of boxes"
+            f"{len(entries)} images have none (no sem_seg_file_name; first: "
+            f"{_file_of(missing[0])}); use a set like "
+            "'coco_2017_train_panoptic_stuffonly', describe yours with DATASETS.SEMSEG_TRAIN and "
+            "SEMSEG_TEST, or use a student of boxes"
         )
 
 
@@ -91,7 +92,7 @@ def _check_masks(entries: Entries) -> None:
     if missing:
         raise ConfigError(
             f"MODEL.MASK_ON: in {len(missing)} of {len(entries)} images of DATASETS.TRAIN an "
-            f"object has no segmentation, {_file_of(missing[0])} the first; set it to False"
+            f"object has no segmentation (first: {_file_of(missing[0])}); set it to False"
         )
 
 
@@ -103,7 +104,7 @@ def _check_sigmas(sigmas: Sequence[float], name: str, keypoints: Sequence[str]) 
     given, needed = len(sigmas) or COCO_KEYPOINTS, len(keypoints) or COCO_KEYPOINTS
     if given != needed:
         raise ConfigError(
-            f"TEST.KEYPOINT_OKS_SIGMAS: the objects of {name!r} have {needed} keypoints, and there "
+            f"TEST.KEYPOINT_OKS_SIGMAS: the objects of {name!r} have {needed} keypoints, but there "
             f"are sigmas for {given} ({'given' if sigmas else 'of COCO'}); give {needed}"
         )
 

@@ -41,11 +41,11 @@ def read_voc(key: str, root: Path, split: str) -> Annotations:
     annotations, folder = root / "Annotations", root / "JPEGImages"
     for path in (annotations, folder):
         if not path.is_dir():
-            raise ConfigError(f"{key}: expected the folder {path}, as Pascal VOC has it")
+            raise ConfigError(f"{key}: expected the folder {path}, as in Pascal VOC")
     if not listing.is_file():
         raise ConfigError(
-            f"{key}: expected the file {listing} with the name of an image on each line, without "
-            f"its suffix; write it, or name another by {key.rpartition('.')[0]}.SPLIT"
+            f"{key}: expected the file {listing} with one image name per line, without suffix; "
+            f"create it, or name another with {key.rpartition('.')[0]}.SPLIT"
         )
     pictures = {path.stem: path for path in sorted(folder.iterdir(), reverse=True)
                 if path.suffix.lower() in IMAGE_SUFFIXES}  # fmt: skip
@@ -54,7 +54,7 @@ def read_voc(key: str, root: Path, split: str) -> Annotations:
     for number, name in read_lines(listing):
         where = f"{listing}, line {number}"
         if first.setdefault(name, number) != number:
-            raise ConfigError(f"{where}: {name!r} stands on line {first[name]} already")
+            raise ConfigError(f"{where}: {name!r} is already on line {first[name]}")
         if name not in pictures:
             raise ConfigError(
                 f"{where}: there is no image {name!r} with a suffix ({', '.join(IMAGE_SUFFIXES)}) "
@@ -63,11 +63,11 @@ def read_voc(key: str, root: Path, split: str) -> Annotations:
         file = annotations / f"{name}.xml"
         if not file.is_file():
             raise ConfigError(
-                f"{where}: there is no {file}; an image without objects has one without <object>"
+                f"{where}: there is no {file}; an image without objects needs one without <object>"
             )
         _add(found, pictures[name], file)
     if not found.images:
-        raise ConfigError(f"{key}: {listing} lists no image")
+        raise ConfigError(f"{key}: {listing} lists no images")
     return found
 
 
@@ -84,8 +84,8 @@ def _add(found: Annotations, picture: Path, file: Path) -> None:
     for where, entry in _objects(file):
         if (name := _name(entry, where)) not in found.classes:
             raise ConfigError(
-                f"{where}: {name!r} is none of the {len(found.classes)} classes of {CLASSES_FILE}; "
-                "correct it, or add the class there"
+                f"{where}: {name!r} is not one of the {len(found.classes)} classes in "
+                f"{CLASSES_FILE}; correct it, or add the class there"
             )
         left, top, right, bottom = (
             finite(entry.findtext(f"bndbox/{side}"), f"{where}: its <{side}> in <bndbox>")

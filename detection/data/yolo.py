@@ -67,13 +67,13 @@ def read_yolo(key: str, root: Path, split: str) -> Annotations:
             missing.append(labels)
     if len(missing) == len(images):
         raise ConfigError(
-            f"{key}: none of the {len(images)} images has a file of labels; that of {images[0]} "
+            f"{key}: none of the {len(images)} images has a label file; that of {images[0]} "
             f"would be {missing[0]}"
         )
     if missing:
         logger.warning(
-            "%s: %d of the %d images have no file of labels, and count as without objects; %s is "
-            "the first", key, len(missing), len(images), missing[0],
+            "%s: %d of the %d images have no label file and count as without objects (first: %s)",
+            key, len(missing), len(images), missing[0],
         )  # fmt: skip
     return found
 
@@ -82,8 +82,8 @@ def _plain(key: str, root: Path, split: str) -> tuple[Path, list[Path], tuple[st
     """Return folder, image locations and classes in the absence of a YAML file."""
     if not (root / CLASSES_FILE).is_file():
         raise ConfigError(
-            f"{key}: expected {root / YAML_FILE}, or {root / CLASSES_FILE} with the name of a "
-            f"class on each line beside images/{split} and labels/{split}"
+            f"{key}: expected {root / YAML_FILE}, or {root / CLASSES_FILE} with one class name "
+            f"per line next to images/{split} and labels/{split}"
         )
     return root, [root / "images" / split], read_class_names(root / CLASSES_FILE)
 
@@ -96,7 +96,7 @@ def _described(key: str, file: Path, split: str) -> tuple[Path, list[Path], tupl
     if not places or not isinstance(places, list) or not all(isinstance(p, str) for p in places):
         raise ConfigError(
             f"{key}: {file}: expected a folder or a list of folders as {split!r}, got {places!r}; "
-            f"name another split by {key.rpartition('.')[0]}.SPLIT"
+            f"name another split with {key.rpartition('.')[0]}.SPLIT"
         )
     folder = file.parent / str(content.get("path") or "")
     return folder, [_existing(folder, place) for place in places], _names(file, content)
@@ -115,11 +115,11 @@ def _names(file: Path, content: dict[str, Any]) -> tuple[str, ...]:
         names = [names[index] for index in range(len(names))]
     if not names or not isinstance(names, list) or len(set(map(str, names))) < len(names):
         raise ConfigError(
-            f"{file}: expected the classes as 'names', a list or a mapping from 0, 1, …, none of "
-            f"them twice, got {names!r}"
+            f"{file}: expected the classes as 'names', a list or a mapping from 0, 1, …, without "
+            f"duplicates, got {names!r}"
         )
     if count not in (None, len(names)):
-        raise ConfigError(f"{file}: has {len(names)} names, but states 'nc' {count!r}")
+        raise ConfigError(f"{file}: has {len(names)} names, but 'nc' is {count!r}")
     return tuple(map(str, names))
 
 
@@ -129,7 +129,7 @@ def _images(key: str, place: Path) -> Iterator[Path]:
         yield from (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         return
     if place.suffix != ".txt" or not place.is_file():
-        raise ConfigError(f"{key}: there is no folder {str(place)!r} of images, nor such a list")
+        raise ConfigError(f"{key}: there is no image folder {str(place)!r}, nor such a list")
     for number, line in read_lines(place):
         image = place.parent / line
         if not image.is_file():
@@ -157,13 +157,13 @@ def _add_boxes(found: Annotations, file: Path, size: tuple[int, int]) -> None:
         kind, *box = (finite(word, f"{where}: {field}") for word, field in zip(words, FIELDS))
         if kind not in range(len(found.classes)):
             raise ConfigError(
-                f"{where}: the class {words[0]} is none of the {len(found.classes)}, which count "
+                f"{where}: the class {words[0]} is not one of the {len(found.classes)}, counted "
                 "from 0"
             )
         if not all(0 <= part <= MOST for part in box):
             raise ConfigError(
-                f"{where}: expected parts of the image's sides, from 0 to 1, got {line!r}; divide "
-                "pixels by the image's width and height"
+                f"{where}: expected fractions of the image's sides, from 0 to 1, got {line!r}; "
+                "divide pixels by the image's width and height"
             )
         found.add_box(int(kind), _in_pixels(box, size))
 

@@ -44,7 +44,7 @@ def term_gradients(
         ValueError: there is no such term.
     """
     if reference not in terms:
-        raise ValueError(f"reference: there is no term {reference!r}, only {', '.join(terms)}")
+        raise ValueError(f"reference: no term {reference!r}; available: {', '.join(terms)}")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     of_reference = _gradient(terms[reference], trained)
     norms, products = {}, {}
@@ -92,8 +92,8 @@ def far_apart(metrics: Sequence[Mapping[str, float]]) -> Iterator[str]:
     (weak, least), (strong, most) = (f(shares.items(), key=itemgetter(1)) for f in (min, max))
     if most < FAR * least or not most:
         return
-    apart = f"is {most / least:,.0f} times as long as" if least else "is everything beside"
+    apart = f"is {most / least:,.0f} times as long as" if least else "completely dominates"
     yield (
         f"the gradient of {strong} {apart} that of {weak} (epoch {last['epoch']:g}): the weaker "
-        "term teaches next to nothing; change the weights in the sections of DISTILL"
+        "term teaches next to nothing; change the weights in the DISTILL sections"
     )

@@ -59,14 +59,14 @@ def select_layers(
         if not matching:
             listed = [*found[:_LISTED], "..."] if len(found) > _LISTED else found
             raise ValueError(
-                f"layers: no layer of {type(model).__name__} matches {pattern!r}; there are "
-                f"{', '.join(listed) or 'none that give a feature of each sample'}"
+                f"layers: no layer of {type(model).__name__} matches {pattern!r}; available: "
+                f"{', '.join(listed) or 'none with one feature per sample'}"
             )
         chosen += matching
     if not chosen:
         raise ValueError(
-            f"layers: none are asked for, or {type(model).__name__} has none that give a feature "
-            "of each sample"
+            f"layers: none requested, or {type(model).__name__} has none "
+            "with one feature per sample"
         )
     return list(dict.fromkeys(chosen))
 

@@ -26,7 +26,7 @@ def command_parser(description: str, *examples: str) -> argparse.ArgumentParser:
         epilog=f"for example:\n{shown}" if shown else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return parser
 
 
@@ -39,14 +39,14 @@ def add_runs(parser: argparse.ArgumentParser, *, seeds: Sequence[int], output: s
         type=int,
         default=list(seeds),
         metavar="S",
-        help=f"of the students (default: {shown})",
+        help=f"seeds of the students (default: {shown})",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(output),
         metavar="DIR",
-        help="folder of the runs and the table (default: %(default)s)",
+        help="folder for the runs and the table (default: %(default)s)",
     )
 
 

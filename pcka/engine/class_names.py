@@ -27,12 +27,12 @@ def read_class_names(file: Path) -> tuple[str, ...]:
             continue
         if name in first:
             raise ConfigError(
-                f"{file}, line {number}: the class {name!r} stands on line {first[name]} already; "
-                "take one of them out"
+                f"{file}, line {number}: the class {name!r} is already on line {first[name]}; "
+                "remove one of them"
             )
         first[name] = number
     if not first:
-        raise ConfigError(f"{file}: expected the name of a class on each line, found none")
+        raise ConfigError(f"{file}: expected a class name on each line, found none")
     return tuple(first)
 
 

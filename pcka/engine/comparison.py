@@ -21,8 +21,8 @@ from pcka.engine.run_folder import write_text
 from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
 
 HOW_TO_READ = (
-    f"a difference is named where the {CONFIDENCE:.0%} interval of the paired differences leaves "
-    "out 0 (paired t test, each row against the first, one at a time)."
+    f"a difference is stated where the {CONFIDENCE:.0%} interval of the paired differences "
+    "excludes 0 (paired t test, each row against the first, one at a time)."
 )
 
 
@@ -146,7 +146,7 @@ class Comparison:
             axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
             axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], "k-")
         axes.set_yticks(range(len(methods)), methods)
-        axes.set_xlabel(f"{next(iter(self.metrics.values()))}: a point a seed, a bar the mean")
+        axes.set_xlabel(f"{next(iter(self.metrics.values()))}: points are seeds, bars are means")
         axes.set_ylim(-0.6, max(len(methods), 1) - 0.4)
         axes.grid(axis="x", alpha=0.3)
         return figure

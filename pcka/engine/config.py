@@ -80,7 +80,7 @@ def import_modules(names: Iterable[object], key: str) -> None:
             meant = f"; did you mean {dotted!r}?" * (dotted != name)
             raise ConfigError(
                 f"{key}: {name!r} cannot be imported ({error}); name a module that is installed or "
-                f"lies in {folder!r}{meant}"
+                f"is in {folder!r}{meant}"
             ) from error
 
 
@@ -123,7 +123,7 @@ def _coerced(key: str, value: object, default: object, source: str) -> object:
         return float(value)
     if isinstance(default, Mapping) and isinstance(value, Mapping):
         if others := [name for name in value if not isinstance(name, str)]:
-            raise ConfigError(f"{source}: {key} expects names as its keys, got {others[0]!r}")
+            raise ConfigError(f"{source}: {key} expects names as keys, got {others[0]!r}")
         return value
     if default is None or type(value) is type(default):
         return value
@@ -167,19 +167,21 @@ def read_leaves(path: str | Path) -> dict[str, object]:
 def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
     """Read a file; ``readers`` are the files that name it, directly or not, as their base."""
     if path.resolve() in readers:
-        raise ConfigError(f"{path}: is its own {BASE_KEY}, directly or by a circle")
+        raise ConfigError(f"{path}: is its own {BASE_KEY}, directly or indirectly")
     tree = read_tree(path)
     bases = tree.pop(BASE_KEY, [])
     leaves: dict[str, object] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise ConfigError(f"{path}: {BASE_KEY}: expected a file or a list of files: {base!r}")
+            raise ConfigError(
+                f"{path}: {BASE_KEY}: expected a file or a list of files, got {base!r}"
+            )
         leaves |= _read(path.parent / Path(base).expanduser(), (*readers, path.resolve()))
     try:
         return leaves | flatten(tree)
     except RecursionError as error:
         raise ConfigError(
-            f"{path}: a section contains itself, by an alias (*); write its values out"
+            f"{path}: a section contains itself, via an alias (*); write its values out"
         ) from error
 
 
@@ -193,7 +195,7 @@ def read_tree(path: Path) -> dict[str, object]:
         ) from error
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(
-            f"{path}: only plain YAML values are read, never tags that make objects or run code: "
+            f"{path}: only plain YAML values are read, never tags that create objects or run code: "
             f"{error.problem}{error.problem_mark}"
         ) from error
     except RecursionError as error:
@@ -219,7 +221,7 @@ class _Loader(yaml.SafeLoader):
             if key.value in first:
                 line = first[key.value].start_mark.line + 1
                 raise yaml.composer.ComposerError(
-                    problem=f"{key.value} stands twice, on line {line} already; join the two",
+                    problem=f"{key.value} is already set on line {line}; merge the two",
                     problem_mark=key.start_mark,
                 )
             first[key.value] = key

@@ -163,7 +163,8 @@ class Recorded:
         except RecordingError as error:
             if error.draws_are_lost:
                 raise ConfigError(
-                    f"CUDA_GRAPH: the step cannot be recorded ({error}); start again with it False"
+                    f"CUDA_GRAPH: the step cannot be recorded ({error}); set it to False "
+                    "and restart"
                 ) from error
             self._give_up(f"recording it failed: {error}")
             return

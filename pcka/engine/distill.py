@@ -43,7 +43,7 @@ def check_methods(methods: Sequence[str]) -> None:
     for name in methods:
         if name not in losses.names():
             raise ConfigError(
-                f"DISTILL.METHODS: no loss is called {name!r}; {near_names(name, losses.names())}"
+                f"DISTILL.METHODS: unknown loss {name!r}; {near_names(name, losses.names())}"
             )
 
 
@@ -202,14 +202,14 @@ def _with_stages(
         elif numbered:
             stages += [found + WILDCARDS[stage] for found in numbered]
         else:
-            there = ", ".join(taps) or "no taps"
+            there = ", ".join(taps) or "none"
             raise UntappedError(
-                f"DISTILL.{name}.STAGES: {stage!r} stands for all numbered stages but the stem; "
-                f"there are none; there are {there}, and {taps_key} adds them"
+                f"DISTILL.{name}.STAGES: {stage!r} stands for all numbered stages but the stem, "
+                f"and there are none; available: {there}; add them in {taps_key}"
             )
     if not stages:
         raise ConfigError(
-            f"DISTILL.{name}.STAGES: expected one or more stages, got none: the loss is nothing"
+            f"DISTILL.{name}.STAGES: expected one or more stages, got none: the loss has no term"
         )
     single = {
         key: value * len(stages)
@@ -222,8 +222,8 @@ def _with_stages(
 def _check_tapped(name: str, stages: Sequence[str], taps: Collection[str], taps_key: str) -> None:
     if missing := [str(stage) for stage in stages if stage not in taps]:
         raise UntappedError(
-            f"DISTILL.{name}: {', '.join(missing)} is not tapped; there are "
-            f"{', '.join(taps) or 'none'}, and {taps_key} adds more"
+            f"DISTILL.{name}: {', '.join(missing)} is not tapped; available: "
+            f"{', '.join(taps) or 'none'}; add more in {taps_key}"
         )
 
 

@@ -65,7 +65,7 @@ def conclude(checks: Iterable[tuple[str, Check]]) -> list[Finding]:
     print(screen(findings))
     failed = sum(finding.status == FAIL for finding in findings)
     warned = sum(finding.status == WARN for finding in findings)
-    print(f"\n{failed} of {len(findings)} checks failed, {warned} warn")
+    print(f"\n{failed} of {len(findings)} checks failed, {warned} warned")
     if failed:
         raise SystemExit(1)
     return findings
@@ -82,7 +82,7 @@ def needing(what: str, found: Callable[[], object], check: Check) -> Check:
 
     def guarded() -> Verdict:
         if found() is None:
-            return Verdict(SKIP, f"not looked at: needs the {what}")
+            return Verdict(SKIP, f"skipped: needs the {what}")
         return check()
 
     return guarded
@@ -178,16 +178,16 @@ def check_gpu() -> Verdict:
         return Verdict(
             PASS,
             f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
-            + (f"; {count} of them" if count > 1 else ""),
+            + (f"; {count} GPUs" if count > 1 else ""),
         )
     if not DRIVER.exists():
-        return Verdict(PASS, "none: runs are on the CPU")
+        return Verdict(PASS, "none: runs use the CPU")
     reason = (
-        "is newer than the driver allows (nvidia-smi says what it allows)"
+        "is newer than the driver supports (see nvidia-smi)"
         if torch.version.cuda
-        else "is built for the CPU alone"
+        else "is a CPU-only build"
     )
-    return Verdict(WARN, f"there is one, but this torch {reason}; install a torch that fits it")
+    return Verdict(WARN, f"found, but this torch {reason}; install a torch that fits it")
 
 
 def check_compiler() -> Verdict:
@@ -196,7 +196,7 @@ def check_compiler() -> Verdict:
     nvcc = shutil.which("nvcc")
     compiled = pcka.build_info()["compiler"]
     if not there:
-        text = "none found; it is needed to compile the operators: install g++"
+        text = "none found; needed to compile the operators: install g++"
         return Verdict(PASS if compiled else WARN, text)
     if torch.cuda.is_available() and not nvcc and not pcka.build_info()["cuda_loaded"]:
         return Verdict(WARN, f"{there[0]}, no nvcc: install the CUDA toolkit, then {_REBUILD}")
@@ -209,14 +209,14 @@ def check_operators() -> Verdict:
     reasons = info["fallback"]
     assert isinstance(reasons, dict)
     if not info["extension"]:
-        return Verdict(WARN, f"PyTorch serves in their place: {reasons.get('cpu')}; {_REBUILD}")
+        return Verdict(WARN, f"falling back to PyTorch: {reasons.get('cpu')}; {_REBUILD}")
     archs = info["cuda_archs"]
     assert isinstance(archs, list)
     if not torch.cuda.is_available():
         return Verdict(PASS, f"compiled by {info['compiler']}, loaded for the CPU")
     if not info["cuda_loaded"]:
         return Verdict(
-            WARN, f"PyTorch serves in their place on the GPU: {reasons.get('cuda')}; {_REBUILD}"
+            WARN, f"falling back to PyTorch on the GPU: {reasons.get('cuda')}; {_REBUILD}"
         )
     major, minor = torch.cuda.get_device_capability()
     if not any(runs_on(arch, major, minor) for arch in archs):
@@ -246,7 +246,7 @@ def check_detectron2(*, needed: bool = False) -> Verdict:
     call = [sys.executable, "-c", _DETECTRON2_PROBE]
     ended = subprocess.run(call, capture_output=True, text=True)
     if ended.returncode != 0:
-        last = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        last = (ended.stderr.strip().splitlines() or ["it printed no error"])[-1]
         return Verdict(
             FAIL,
             f"cannot be imported: {last}; pip uninstall detectron2, then "
@@ -268,7 +268,7 @@ def check_disk(
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    text = f"{_size(free)} free for {folder}, a run writes some {_size(needed)}"
+    text = f"{_size(free)} free for {folder}, a run writes about {_size(needed)}"
     if free < needed:
         return Verdict(FAIL, f"{text}; {way_out}")
     return Verdict(PASS if free > 2 * needed else WARN, text)

@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError("DEVICE: cuda is asked for and not available; set DEVICE cpu, or auto")
+        raise ConfigError("DEVICE: cuda is not available; set DEVICE to cpu or auto")
     if name == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

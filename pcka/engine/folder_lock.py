@@ -28,7 +28,7 @@ def lock_folder(directory: str | Path) -> int:
     except BlockingIOError as error:
         os.close(handle)
         raise FolderInUseError(
-            f"OUTPUT_DIR: another process is at work in {str(directory)!r}; wait for it to end, or "
+            f"OUTPUT_DIR: another process is using {str(directory)!r}; wait for it to end, or "
             "choose another folder"
         ) from error
     _held[handle] = _identity(handle)

@@ -21,8 +21,8 @@ SAMPLES = 100  # in a classifier's Gram matrix
 def grams_parser() -> argparse.ArgumentParser:
     """The argument parser of ``pcka grams``."""
     parser = command_parser(
-        "Grams of teacher and student side by side, as the losses compare them: of a detector "
-        "between the patches of each level, of a classifier between images sorted by class. "
+        "Grams of teacher and student side by side, as the losses compare them: for a detector "
+        "between the patches of each level, for a classifier between images sorted by class. "
         "Writes a picture (PNG) and its values (NPZ).",
         "pcka grams output/pcka --taps p3 p4",
         "pcka grams output/run",
@@ -42,22 +42,22 @@ def grams_parser() -> argparse.ArgumentParser:
         "--images",
         type=positive,
         metavar="N",
-        help=f"detector: drawn one by one (1); classifier: in a Gram ({SAMPLES})",
+        help=f"detector: each with its own rows (1); classifier: in a Gram ({SAMPLES})",
     )
     parser.add_argument(
         "--patch-size",
         type=positive,
         metavar="P",
-        help="detector: of all levels (default: the loss's)",
+        help="detector: for all levels (default: the loss's)",
     )
     parser.add_argument(
-        "--channel", type=int, metavar="C", help="detector: of this one (default: mean over all)"
+        "--channel", type=int, metavar="C", help="detector: this one only (default: mean of all)"
     )
     parser.add_argument(
         "--output",
         default="",
         metavar="PATH",
-        help="of the files, without suffix (default: grams in the run's folder)",
+        help="files to write, without suffix (default: grams in the run's folder)",
     )
     parser.add_argument("--device", default="", choices=("auto", "cpu", "cuda"))
     return parser
@@ -71,7 +71,7 @@ def chosen_taps(wanted: Sequence[str], there: Sequence[str]) -> list[str]:
     """
     if unknown := [tap for tap in wanted if tap not in there]:
         raise ConfigError(
-            f"--taps: {', '.join(unknown)} is not tapped; there are {', '.join(there) or 'none'}"
+            f"--taps: {', '.join(unknown)} is not tapped; available: {', '.join(there) or 'none'}"
         )
     return list(dict.fromkeys(wanted))
 

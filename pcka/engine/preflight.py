@@ -67,7 +67,7 @@ def check_teaching(
     for name, feature in read.items():
         if fault := feature_fault(feature):
             raise ConfigError(
-                f"TEACHER: its {name} {fault}; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and "
+                f"TEACHER: values of {name} {fault}; check TEACHER.WEIGHTS, TEACHER.PIXEL_MEAN and "
                 "PIXEL_STD, or leave this tap out"
             )
 
@@ -82,7 +82,7 @@ def feature_fault(feature: Tensor, largest: float = math.inf) -> str:
     if not feature.isfinite().all():
         return "are not finite"
     if (reached := feature.abs().max().item()) > largest:
-        return f"reach {reached:.0e}, as those of no trained model do"
+        return f"reach {reached:.0e}, unlike those of a trained model"
     if is_constant(feature):
         return "are the same for every image, so that no alignment with them can be learned"
     return ""

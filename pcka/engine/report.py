@@ -161,7 +161,7 @@ def attempt(make: Callable[[], Report], folder: Path, log: Log, again: str) -> N
         log.info("report: %s", make().write(folder))
     except Exception as error:  # from a model, a device or a disk: of many types
         reason = f"{type(error).__name__}: {error}"
-        log.warning("the report is not written (%s); %s tries again", reason, again)
+        log.warning("the report was not written (%s); retry with %s", reason, again)
 
 
 def _finite(value: Any) -> Any:

@@ -118,7 +118,7 @@ def class_figure(
         axes.set_yticks(range(len(order)), [classes[index] for index in order], fontsize="small")
         axes.set_ylim(-0.6, len(order) - 0.4)
     else:
-        axes.set_ylabel(f"classes, the worst of {list(accuracies)[-1]} below")
+        axes.set_ylabel(f"classes, worst of {list(accuracies)[-1]} at the bottom")
     axes.set(xlabel=unit)
     axes.grid(alpha=0.3)
     # Above the rows, where it cannot hide points.

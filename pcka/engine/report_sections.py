@@ -27,7 +27,7 @@ def run_section(cfg: CfgNode, silent: CfgNode, environment: Mapping[str, Any]) -
     changed = {k: v for k, v in flatten(cfg).items() if k not in defaults or defaults[k] != v}
     git = environment.get("git") or {}
     versions = {key: environment.get(key) for key in VERSIONS} | {
-        "commit": git.get("commit", "") + (" and changes" if git.get("dirty") else ""),
+        "commit": git.get("commit", "") + (" with changes" if git.get("dirty") else ""),
         "command": " ".join(environment.get("command_line", ())),
     }
     return Section(
@@ -57,7 +57,7 @@ def table_section(comparison: Comparison) -> Section:
         for seed, text in by_seed.items()
     ]
     how = (
-        "Not shown: by these seeds the difference from the first row cannot be told from chance; "
+        "Not shown: with these seeds the difference from the first row cannot be told from chance; "
         "more seeds may show it."
     )
     return Section(

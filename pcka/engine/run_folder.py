@@ -52,7 +52,7 @@ class RunFolder:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"OUTPUT_DIR: no folder can be made there: {error}") from error
+            raise ConfigError(f"OUTPUT_DIR: the folder cannot be created: {error}") from error
         self._lock = lock_folder(self.directory)
         all_traces = (self.checkpoint, self.metrics, self.result)
         traces = [path.name for path in all_traces if path.exists()]
@@ -95,7 +95,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except ValueError:
-            self.logger.warning("%s is damaged, and is written anew", self.result)
+            self.logger.warning("%s is damaged and will be rewritten", self.result)
             return None
         return result if isinstance(result, dict) else None
 
@@ -169,7 +169,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"OUTPUT_DIR: {str(path)!r}: line {number} is damaged; remove that line (its epoch "
-                "will be missing in the curves), or choose another OUTPUT_DIR"
+                "will be missing from the curves), or choose another OUTPUT_DIR"
             ) from error
     return records
 

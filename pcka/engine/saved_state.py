@@ -59,8 +59,8 @@ def with_adapters(state: dict, distiller: Distiller, path: Path) -> dict:
     if len(adapters) < len(moved) or (moved and losses):
         raise refusal(
             path,
-            f"its losses hold adapters of feature maps ({moved[0]}), which are one for each tap "
-            "here, beside the losses",
+            f"its losses hold feature-map adapters ({moved[0]}), which are now one per tap, "
+            "outside the losses",
         )
     return {**state, "losses": losses, "adapters": adapters}
 
@@ -98,9 +98,9 @@ def _check_optimizer(saved: Mapping, optimizer: Optimizer) -> None:
         found = {(i, name): value for i, entry in entries.items() for name, value in entry.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         kind = type(optimizer).__name__
-        raise CheckpointError(f"optimizer: its state is none of {kind} ({error!r})") from error
+        raise CheckpointError(f"optimizer: its state is not of {kind} ({error!r})") from error
     if len(numbers) != len(parameters):
-        raise CheckpointError(f"optimizer: {len(numbers)} parameters for {len(parameters)}")
+        raise CheckpointError(f"optimizer: {len(numbers)} parameters, not {len(parameters)}")
     for i, entry in entries.items():
         present = {name for name, value in entry.items() if value is not None}
         if isinstance(optimizer, AdamW) and (lacking := ADAMW_STATE - present):
@@ -111,18 +111,18 @@ def _check_optimizer(saved: Mapping, optimizer: Optimizer) -> None:
             isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
         ):
             raise CheckpointError(
-                f"optimizer: {name} of parameter {i} is {_described(value)} for {_described(own)}"
+                f"optimizer: {name} of parameter {i} is {_described(value)}, not {_described(own)}"
             )
 
 
 def _check_entries(part: str, saved: Mapping, own: Mapping[str, Tensor]) -> None:
     if saved.keys() != own.keys():
         differing = sorted(map(str, saved.keys() ^ own.keys()))[:3]
-        raise CheckpointError(f"{part}: other entries: {', '.join(differing)}")
+        raise CheckpointError(f"{part}: entries differ: {', '.join(differing)}")
     for name, value in saved.items():
         if not isinstance(value, Tensor) or value.shape != own[name].shape:
             raise CheckpointError(
-                f"{part}: {name} is {_described(value)} for {_described(own[name])}"
+                f"{part}: {name} is {_described(value)}, not {_described(own[name])}"
             )
 
 
@@ -135,6 +135,6 @@ def _described(value: object) -> str:
 def refusal(path: Path, reason: str) -> ConfigError:
     """The error that says why a run cannot be resumed from a checkpoint, and what to do."""
     return ConfigError(
-        f"OUTPUT_DIR: the run in {str(path.parent)!r} cannot be continued from {path.name}: "
-        f"{reason}; put the file back as it was, or choose another OUTPUT_DIR"
+        f"OUTPUT_DIR: the run in {str(path.parent)!r} cannot be resumed from {path.name}: "
+        f"{reason}; restore the file, or choose another OUTPUT_DIR"
     )

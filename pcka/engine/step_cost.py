@@ -41,7 +41,7 @@ class StepCost(NamedTuple):
         told = ", ".join(f"{duration(seconds)} {what}" for what, seconds in spans.items())
         text = f"{1e3 * self.seconds:.0f} ms and {self.peak / 2**20:.0f} MiB a step; {told}"
         if self.peak > MOST_OF_MEMORY * (total := _memory(device)):
-            return Verdict(WARN, f"{text}; of {total / 2**20:.0f} MiB in all: lower {batch_key}")
+            return Verdict(WARN, f"{text}; out of {total / 2**20:.0f} MiB: lower {batch_key}")
         return Verdict(PASS, text)
 
 

@@ -36,11 +36,11 @@ def trainer_of(path: Path, keys: Iterable[str] = ()) -> str:
         if found:
             both = (", ".join(sorted(sections & own)) for own in SECTIONS.values())
             raise ConfigError(
-                f"{path}: is it a classifier's or a detector's? It has sections of either "
-                f"({' and '.join(both)}); take out those of one"
+                f"{path}: is it a classifier's or a detector's? It has sections of both "
+                f"({' and '.join(both)}); remove those of one"
             )
     raise ConfigError(
-        f"{path}: is no configuration of a training: a classifier's has sections such as DATA, "
+        f"{path}: is not a training configuration: a classifier's has sections such as DATA, "
         "STUDENT and TEACHER, a detector's or segmenter's MODEL and DATASETS"
     )
 

@@ -48,7 +48,7 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
         conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
     else:
         wanted = "maps, the student's no smaller than the teacher's, or half as large"
-        raise unlike(student_shape, teacher_shape, wanted, "Name a stage whose sizes are closer")
+        raise unlike(student_shape, teacher_shape, wanted, "Choose a stage whose sizes are closer")
     return nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU())
 
 
@@ -144,7 +144,7 @@ def prepared(module: M | None, loss: str) -> M:
     """
     if module is None or (isinstance(module, nn.ModuleDict) and not module):
         raise RuntimeError(
-            f"{loss} is not prepared. Call Distiller.prepare once, before the optimizer is made"
+            f"{loss} is not prepared. Call Distiller.prepare once, before creating the optimizer"
         )
     return module
 

@@ -43,7 +43,7 @@ class Outputs:
         if name not in self.features:
             raise ValueError(
                 f"feature {name!r} is not among the tapped features "
-                f"{sorted(self.features)}; add a tap of that name, or name one of these"
+                f"{sorted(self.features)}; add a tap of that name, or use one of these"
             )
         return self.features[name]
 
@@ -136,9 +136,7 @@ class Loss(nn.Module):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "forward" in cls.__dict__:
-            raise TypeError(
-                f"{cls.__name__} has a forward(); a loss implements terms(), and forward() follows"
-            )
+            raise TypeError(f"{cls.__name__} defines forward(); a loss implements terms() instead")
         if "log_name" not in cls.__dict__:
             cls.log_name = cls.__name__.lower()
 
@@ -232,7 +230,7 @@ class StagewiseLoss(Loss):
                 raise ValueError(
                     f"{stage}: {type(self).__name__} compares maps of one shape (B, C, H, W), got "
                     f"student {tuple(own.shape)} and teacher {tuple(other.shape)}; pcka.Distiller "
-                    "brings them to one after Distiller.prepare"
+                    "adapts them after Distiller.prepare"
                 )
             yield stage, weight, own, other
 

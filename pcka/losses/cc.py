@@ -53,7 +53,7 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
     as_samples(student, teacher)  # rejects what cannot be compared
     if student.dim() != 2 or student.shape != teacher.shape:
         wanted = "embeddings of one shape (B, D)"
-        raise unlike(student.shape, teacher.shape, wanted, "Embed both in one width")
+        raise unlike(student.shape, teacher.shape, wanted, "Use the same width")
     dtype = accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
     distance = (student.to(dtype) - teacher.to(dtype)).abs()
     return (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)

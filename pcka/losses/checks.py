@@ -13,7 +13,7 @@ from pcka.ops.reference import accumulation_dtype
 
 T = TypeVar("T")
 
-WHERE_MAPS_ARE = "Tap a module before the pooling; ':map' behind its path reads tokens as a map"
+WHERE_MAPS_ARE = "Tap a module before the pooling; ':map' after its path reads tokens as a map"
 
 
 def as_logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def as_maps(student: Tensor, teacher: Tensor, *, widen: bool = True) -> tuple[Te
     _check_comparable(student, teacher)
     if student.dim() != 4 or student.shape != teacher.shape:
         wanted = "feature maps of one shape (B, C, H, W)"
-        way_out = "Adapt the width by a 1x1 convolution and the size by resizing"
+        way_out = "Adapt the width with a 1x1 convolution and the size by resizing"
         raise unlike(student.shape, teacher.shape, wanted, way_out)
     return ready(student, teacher, widen=widen)
 
@@ -103,7 +103,7 @@ def _check_comparable(student: Tensor, teacher: Tensor) -> None:
         if tensor.numel() == 0:
             raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+            raise ValueError(f"{name} must have a floating dtype, got {tensor.dtype}")
     if student.device != teacher.device:
         raise ValueError(
             "student and teacher must be on one device; got student on "
@@ -147,7 +147,7 @@ def check_weights(**weights: float) -> None:
     """Reject factors that are negative (which would maximise the term) or not finite numbers."""
     for name, weight in weights.items():
         if not (_is_number(weight) and 0 <= weight < math.inf):
-            raise ValueError(f"{name} must be a finite number from 0 on, got {weight!r}")
+            raise ValueError(f"{name} must be finite and at least 0, got {weight!r}")
 
 
 def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
     """
     stages = as_list("stages", stages)
     if not stages:
-        raise ValueError("stages names none; name tapped features, or leave the loss out")
+        raise ValueError("stages is empty; name tapped features, or leave the loss out")
     if not all(isinstance(stage, str) for stage in stages):
         raise ValueError(f"stages must be names of tapped features, got {list(stages)}")
     if len(set(stages)) != len(stages):

@@ -157,7 +157,7 @@ class CRD(Loss):
     needs_context = True
     relational = True
     refuses_soft_targets = (
-        "CRD tells every training image from those of other classes, and a mixed one is two of them"
+        "CRD contrasts each image with those of other classes, but a mixed image belongs to two"
     )
     capturable = False  # counts its draws in Python, and seeds a generator for each
     others: _OtherClasses
@@ -204,8 +204,8 @@ class CRD(Loss):
         labels = self.need(context.train_labels, "context.train_labels")
         if not (labels != labels[0]).any():
             raise ValueError(
-                "context.train_labels: CRD draws negatives from other classes, and all "
-                f"{len(labels)} labels are alike; train on two classes or more"
+                "context.train_labels: CRD draws negatives from other classes, but all "
+                f"{len(labels)} labels are equal; train on two classes or more"
             )
         generator = self._generator(torch.device("cpu"))
         self.student_view, self.teacher_view = (

@@ -68,7 +68,7 @@ class CrossKD(DenseLoss):
     ) -> None:
         super().__init__(cls_weight, box_weight, beta)
         if not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth must be a number of convolutions from 1 on, got {depth!r}")
+            raise ValueError(f"depth must be a positive number of convolutions, got {depth!r}")
         self.head_depth = depth
         self.adapters = ModulesByTap()
 

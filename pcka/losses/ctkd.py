@@ -100,7 +100,7 @@ class CTKD(LogitLoss):
         check_choice("form", form, FORMS)
         for name, count in (("curriculum_steps", curriculum_steps), ("hidden", hidden)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer from 1 on, got {count!r}")
+                raise ValueError(f"{name} must be a positive integer, got {count!r}")
         super().__init__(weight, temperature=lowest)
         self.form = form
         self.lowest = lowest

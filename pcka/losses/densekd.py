@@ -142,8 +142,8 @@ class DenseLoss(Loss):
         for head, role in zip(heads, ("student", "teacher")):
             if not isinstance(head, DenseHead):
                 raise ValueError(
-                    f"{role}.head: {type(self).__name__} needs what a dense head gave, got "
-                    f"{type(head).__name__}; take a detector that has one"
+                    f"{role}.head: {type(self).__name__} needs a dense head's output, got "
+                    f"{type(head).__name__}; use a detector that has one"
                 )
         return heads  # type: ignore[return-value]
 

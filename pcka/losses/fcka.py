@@ -68,8 +68,8 @@ def _check_settings(*, center: bool, unbiased: bool, samples: str) -> None:
         raise ValueError("unbiased=True estimates the centered HSIC; it needs center=True")
     if unbiased and samples == "positions":
         raise ValueError(
-            "unbiased=True needs samples='images': of the many positions of a batch the plain "
-            "estimate has no bias to speak of, and takes far less memory"
+            "unbiased=True needs samples='images': over the many positions of a batch, the plain "
+            "estimate has negligible bias and takes far less memory"
         )
 
 

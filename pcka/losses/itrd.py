@@ -69,7 +69,7 @@ def _as_vectors(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     student, teacher = as_samples(student, teacher)
     if student.dim() != 2 or student.shape != teacher.shape or len(student) < 2:
         wanted = "features of one shape (B, D) with two samples or more"
-        raise unlike(student.shape, teacher.shape, wanted, "Adapt the width by a linear layer")
+        raise unlike(student.shape, teacher.shape, wanted, "Adapt the width with a linear layer")
     return student, teacher
 
 

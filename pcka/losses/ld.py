@@ -85,8 +85,8 @@ class LD(DenseKD):
 def _distributions(dense: Dense, role: str) -> Tensor:
     if dense.distributions is None:
         raise ValueError(
-            f"LD compares distributions over an edge's distances, and the {role}'s head predicts "
-            "one number for each edge, as those of RetinaNet and FCOS do; take DENSEKD or CROSSKD, "
+            f"LD compares distributions over an edge's distances, but the {role}'s head predicts "
+            "one number for each edge, as in RetinaNet and FCOS; use DENSEKD or CROSSKD, "
             "which compare the boxes themselves"
         )
     return dense.distributions

@@ -131,8 +131,8 @@ def leave_out_constant(loss: Tensor, *, samples: int, center: bool, level: str) 
         return loss
     _warn_once(
         f"{level}: the {'centered' if center else 'uncentered'} alignment of {samples} sample(s) "
-        "is constant, so this level is left out (loss 0, gradient 0). Take a larger batch, a "
-        "smaller patch, or drop the level"
+        "is constant, so this level is left out (loss 0, gradient 0). Use a larger batch or "
+        "a smaller patch, or drop the level"
     )
     return loss * 0
 

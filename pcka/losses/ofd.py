@@ -143,7 +143,7 @@ def _margin(context: Context, stage: str, channels: int) -> Tensor:
     if stage not in norms:
         raise ValueError(
             f"context.teacher_norms: OFD takes the margin of {stage!r} from the batch norm before "
-            f"the teacher's activation; there are norms of {sorted(norms)}. Name such stages"
+            f"the teacher's activation; norms are known for {sorted(norms)}. Use those stages"
         )
     weight, bias = (value.detach() for value in norms[stage])
     if not weight.shape == bias.shape == (channels,):

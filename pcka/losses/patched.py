@@ -80,7 +80,7 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def _pkd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     if student.shape[2] < 2:
         raise ValueError(
-            "patch_size: 'pkd' takes two entries (B * P_H * P_W) or more; take a larger patch"
+            "patch_size: 'pkd' needs two entries (B * P_H * P_W) or more; use a larger patch"
         )
     # Each patch of each channel as a channel of its own, the entries as its positions.
     as_maps = (rows.flatten(0, 1)[None, :, :, None] for rows in (student, teacher))

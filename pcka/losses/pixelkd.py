@@ -69,7 +69,7 @@ class PixelLoss(Loss):
             if not isinstance(head, PixelHead):
                 raise ValueError(
                     f"{role}.head: {type(self).__name__} needs the class scores of every pixel, "
-                    f"got {type(head).__name__}; take a model that gives them"
+                    f"got {type(head).__name__}; use a model that returns them"
                 )
         return heads  # type: ignore[return-value]
 

@@ -73,7 +73,7 @@ def register(name: str) -> Callable[[L], L]:
 
     def decorate(loss: L) -> L:
         if name in names():
-            raise ValueError(f"name: a loss {name!r} is registered already; choose another name")
+            raise ValueError(f"name: a loss {name!r} is already registered; choose another name")
         _REGISTERED[name] = loss
         return loss
 
@@ -142,5 +142,5 @@ def find(name: str) -> type[Loss]:
     if name in CLASS_OF:
         return cast(type[Loss], public(CLASS_OF[name]))
     if name not in _REGISTERED:
-        raise ValueError(f"name: no loss {name!r}; there are {', '.join(names())}")
+        raise ValueError(f"name: no loss {name!r}; available: {', '.join(names())}")
     return _REGISTERED[name]

@@ -71,7 +71,7 @@ class RoIKD(Loss):
         check_temperature(temperature)
         self.cls_weight, self.box_weight = cls_weight, box_weight
         if not isinstance(proposals, int) or proposals < 1:
-            raise ValueError(f"proposals must be a number of boxes from 1 on, got {proposals!r}")
+            raise ValueError(f"proposals must be a positive number of boxes, got {proposals!r}")
         self.temperature = temperature
         self.proposals = proposals
 
@@ -97,7 +97,7 @@ class RoIKD(Loss):
     def _regions(self, outputs: Outputs, role: str) -> RegionHead:
         if not isinstance(outputs.head, RegionHead):
             raise ValueError(
-                f"{role}.head: {type(self).__name__} needs what a head of regions gave, got "
-                f"{type(outputs.head).__name__}; take a detector that has one"
+                f"{role}.head: {type(self).__name__} needs a region head's output, got "
+                f"{type(outputs.head).__name__}; use a detector that has one"
             )
         return outputs.head

@@ -45,7 +45,7 @@ def srrl_loss(
     student, teacher = as_samples(student, teacher)
     if student.shape != teacher.shape:
         wanted = "pooled features of one shape (B, D)"
-        way_out = "Adapt the width by a 1x1 convolution before the pooling"
+        way_out = "Adapt the width with a 1x1 convolution before the pooling"
         raise unlike(student.shape, teacher.shape, wanted, way_out)
     with without_autocast(student.device):
         regression = F.mse_loss(classifier(student), classifier(teacher))

@@ -78,7 +78,7 @@ def _refuse_tangents(*inputs: Tensor) -> None:
     """
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
-            "pcka: this operator has no forward-mode derivative. Differentiate backward, or use "
+            "pcka: this operator has no forward-mode derivative. Use reverse mode, or "
             "the functions of pcka.ops.reference"
         )
     if torch._C._are_functorch_transforms_active() and any(map(_func_differentiates, inputs)):
@@ -294,7 +294,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 _META = torch.device("meta")
 if available(_META) and not all(hasattr(torch.ops.pcka, name) for name in _FAKES):
-    disuse("they were compiled from other sources than these; install once more to compile anew")
+    disuse("they were compiled from different sources; reinstall to recompile")
 if available(_META):
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"pcka::{_name}", _fake)

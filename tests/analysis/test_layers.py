@@ -58,8 +58,8 @@ def test_layers_by_path_and_pattern():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"no layer of Net matches 'layer\*'; there are body.0, "):
+    with pytest.raises(ValueError, match=r"no layer of Net matches 'layer\*'; available: body.0, "):
         select_layers(Net(), ["layer*"], IMAGES)
     for wanted in (None, []):
-        with pytest.raises(ValueError, match="layers: none are asked for, or Identity has none"):
+        with pytest.raises(ValueError, match="layers: none requested, or Identity has none"):
             select_layers(nn.Identity(), wanted, IMAGES)

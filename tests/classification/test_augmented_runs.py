@@ -98,7 +98,9 @@ def test_every_other_loss_takes_mixed_images(tiny_config, name):
 def test_crd_on_mixed_images_is_refused_with_key_and_reason(tiny_config, keys):
     cfg = tiny_config("crd", **{f"DATA.{key}": 0.5 for key in keys})
     named = " and ".join(f"DATA.{key}" for key in keys)
-    message = rf"DISTILL.METHODS: CRD cannot learn from mixed images \({named}\): .* two of them;"
+    message = (
+        rf"DISTILL.METHODS: CRD cannot learn from mixed images \({named}\): .* belongs to two;"
+    )
     with pytest.raises(ConfigError, match=message):
         check_losses(cfg)
 

@@ -210,7 +210,7 @@ def test_a_comparison_whose_runs_all_failed_is_an_error(monkeypatch, digits_conf
     comparison.add("ce", 0, TrainingFailedError("epoch 1 is not finite"))
     monkeypatch.setattr(compare, "compare", lambda *_, **__: comparison)
     words = ["--config-file", str(digits_config), "--methods", "ce"]
-    with pytest.raises(TrainingFailedError, match="no run came to a result"):
+    with pytest.raises(TrainingFailedError, match="no run produced a result"):
         compare.main(words)
     assert "ce, seed 0: epoch 1 is not finite" in capsys.readouterr().out
     comparison.add("ce", 1, {"last_accuracy": 50.0, "best_accuracy": 50.0})
@@ -224,7 +224,7 @@ def test_ctrl_c_is_answered_with_the_way_on(start, digits_config, tiny_overrides
     program.interrupt_when((tmp_path / "run" / "checkpoint.pth").exists)
     assert program.wait() == 130
     last = program.log.read_text().splitlines()[-1]
-    assert last == "interrupted: the same command with --resume goes on after the last epoch"
+    assert last == "interrupted: repeat the command with --resume to continue after the last epoch"
     assert "Traceback" not in program.log.read_text()
 
 

@@ -84,7 +84,7 @@ def test_a_comparison_whose_report_fails_has_its_table(folder, monkeypatch, capl
     comparison = script.new_comparison(script.load_config(folder / "ce/seed0/config.yaml"), METHODS)
     comparison.results.update(kept)
     script._write_report(comparison, folder)
-    assert "the report is not written (RuntimeError: no memory); the same command" in caplog.text
+    assert "the report was not written (RuntimeError: no memory); retry with " in caplog.text
 
 
 @pytest.mark.parametrize("recalibrated", [False, True])
@@ -105,5 +105,5 @@ def test_evaluate_writes_a_report_of_the_weights_it_is_given(folder, data, tmp_p
 
 def test_a_report_of_a_teacher_alone_is_refused(folder):
     words = ["--config-file", str(folder / "kd/seed0/config.yaml"), "--role", "teacher"]
-    with pytest.raises(evaluate.ConfigError, match="--report: is of a student"):
+    with pytest.raises(evaluate.ConfigError, match="--report: compares a student"):
         evaluate.main([*words, "--report", str(folder)])

@@ -102,7 +102,7 @@ def test_a_set_up_that_is_well_passes_every_check_and_leaves_nothing_behind(setu
     assert [path for path in sorted(setup.rglob("*")) if "__pycache__" not in str(path)] == before
     texts = {what: text for what, (_, text) in found.items()}
     assert "16 images to train on, 80 to evaluate on, of 4 classes" in texts["data"]
-    assert "reaches 100.00 % on 80 evaluation images, 100.00 % are stated" in texts["teacher"]
+    assert "reaches 100.00 % on 80 evaluation images, 100.00 % is stated" in texts["teacher"]
     assert texts["a step"].startswith("ce ") and ", kd " in texts["a step"]
     assert "a step" in texts["cost"] and "the run" in texts["cost"]
 
@@ -111,7 +111,7 @@ def test_a_tap_behind_an_activation_in_one_model_alone_is_told(setup):
     # The teacher's body has no activation; the student's stage ends with a ReLU.
     status, text = findings_of(setup, "DISTILL.METHODS", "[CE, FCKA]")["models and taps"]
     assert status == PASS
-    assert text.endswith("taps: last; last: below zero in the teacher alone")
+    assert text.endswith("taps: last; last: below zero in the teacher only")
 
 
 def bgr(folder: Path) -> None:
@@ -168,7 +168,7 @@ def nothing(_: Path) -> None:
         ),
         (another_model, (), "teacher", FAIL, r"TEACHER\.WEIGHTS: .*does not fit Painted"),
         (bgr, ("TEACHER.ACCURACY", 95), "teacher", FAIL, r"50\.00 %.* states 95\.00 %"),
-        (untrained, (), "teacher", FAIL, "as guessing does: it is untrained"),
+        (untrained, (), "teacher", FAIL, "at chance level: it is untrained"),
         (bgr, (), "teacher's pixels", FAIL, r"channels: 100\.00 %.*50\.00 % as .*trained on BGR"),
         (
             nothing,
@@ -219,7 +219,7 @@ def test_a_folder_that_holds_a_run_is_named(setup):
     (setup / "run").mkdir()
     (setup / "run" / "checkpoint.pth").touch()
     status, text = findings_of(setup)["configuration"]
-    assert status == WARN and "holds a run; --resume goes on with it" in text
+    assert status == WARN and "holds a run; continue it with --resume" in text
 
 
 def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup, caplog):
@@ -227,10 +227,10 @@ def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup, caplog
     found = findings_of(
         setup, "TEACHER.WEIGHTS", "", "TEACHER.TRAIN", True, "TEACHER.CACHE_DIR", cache
     )
-    assert found["teacher"] == (WARN, "is trained first, 240 epochs; not known yet")
+    assert found["teacher"] == (WARN, "trained first, 240 epochs; accuracy unknown")
     assert found["teacher's pixels"][0] == SKIP and found["a step"][0] == PASS
     assert not cache.exists()
-    assert "guesses" not in caplog.text  # of the one that stands in for it
+    assert "is at chance" not in caplog.text  # of the one that stands in for it
 
 
 def test_what_needs_something_that_failed_is_not_looked_at(setup):
@@ -242,7 +242,7 @@ def test_what_needs_something_that_failed_is_not_looked_at(setup):
 def test_a_student_without_teacher(setup):
     found = findings_of(setup, "TEACHER.NAME", "", "DISTILL.METHODS", "[CE]")
     assert {status for status, _ in found.values()} == {PASS, SKIP}
-    assert found["teacher's pixels"] == (SKIP, "not looked at: there is no teacher")
+    assert found["teacher's pixels"] == (SKIP, "skipped: no teacher")
 
 
 @pytest.mark.parametrize(("root", "status"), [("images", None), ("nowhere", 1)])
@@ -259,7 +259,7 @@ def test_the_command_prints_a_screen_and_ends_with_its_status(
     assert ended == status
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 100 for line in lines)
-    assert lines[-1].endswith(f"{int(status or 0)} of 9 checks failed, 0 warn")
+    assert lines[-1].endswith(f"{int(status or 0)} of 9 checks failed, 0 warned")
 
 
 def pair(folder: Path, *more: object) -> list[str]:

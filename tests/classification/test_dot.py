@@ -121,11 +121,11 @@ def test_a_frozen_parameter_stays(parts):
 
 @pytest.mark.parametrize(("delta", "momentum"), [(-0.1, 0.9), (0.5, 0.4), (0.1, 0.9)])
 def test_momenta_outside_0_and_1_are_refused(parts, delta, momentum):
-    with pytest.raises(ValueError, match="delta must be between 0 and the momentum, and below 1"):
+    with pytest.raises(ValueError, match="delta: expected 0 to the momentum, and a sum of both"):
         DistillationOriented(parts[0].parameters(), lr=0.1, momentum=momentum, delta=delta)
     if delta > 0:
         words = ["DISTILL.DOT_DELTA", str(delta), "SOLVER.MOMENTUM", str(momentum)]
-        with pytest.raises(ConfigError, match=r"DOT_DELTA: expected no more than SOLVER\.MOMENTUM"):
+        with pytest.raises(ConfigError, match=r"DOT_DELTA: expected at most SOLVER\.MOMENTUM"):
             load_config(CONFIGS / "digits" / "resnet20_resnet8.yaml", words)
 
 

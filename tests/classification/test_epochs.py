@@ -127,7 +127,7 @@ def test_layers_are_compared_with_the_most_alike_stage_of_the_teacher(
         rows = [row for row in csv.reader(file) if row[0] == f"{name}: which"]
     assert [row[1] for row in rows] == list(chosen.layers)
     assert rows[2][-1] == closest
-    told = f"layer3: {name} in the end: {closest}, CKA {most_alike[2, -1]:.3f}"
+    told = f"layer3: {name} at the end: {closest}, CKA {most_alike[2, -1]:.3f}"
     assert told in capsys.readouterr().out
 
 
@@ -143,7 +143,7 @@ def test_a_teacher_whose_weights_are_gone_is_left_out_and_told(run, tmp_path, ca
 
 def test_too_few_epochs_are_refused_with_the_key(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("epochs"))
-    with pytest.raises(ConfigError, match=r"KEEP_EVERY: .*of 0 epochs, 2 or more .*KEEP_EVERY 1"):
+    with pytest.raises(ConfigError, match=r"KEEP_EVERY: .*of 0 epochs, at least 2 .*KEEP_EVERY 1"):
         cli.main(["epochs", str(tmp_path / "run")])
 
 

@@ -162,7 +162,7 @@ def test_a_missing_package_is_named_with_the_extra(weights, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("file", ["out.pt", "out"])
 def test_another_format_is_refused(file, weights):
-    with pytest.raises(ConfigError, match=rf"a file of .pth, .safetensors, .onnx, got '{file}'"):
+    with pytest.raises(ConfigError, match=rf"one of .pth, .safetensors, .onnx, got '{file}'"):
         export.export_student(config(), weights, file)
 
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_model_is_refused(weights, tmp_path):
         export.export_student(config("resnet14"), weights, tmp_path / "out.pth")
     with pytest.raises(ConfigError, match=r"NUM_CLASSES: .*no 'classifier.weight' of a vgg8"):
         export.export_student(config("vgg8"), weights, tmp_path / "out.pth")
-    with pytest.raises(ValueError, match="a classifier of 7 classes, the data has 10"):
+    with pytest.raises(ValueError, match="a classifier of 7 classes, but the data has 10"):
         export.export_student(config(**{"DATA.NUM_CLASSES": 10}), weights, tmp_path / "out.pth")
 
 

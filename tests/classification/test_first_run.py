@@ -54,7 +54,7 @@ def save_teacher(path, classes=2):
 def test_a_folder_without_test_images_has_some_held_out_and_says_so(make_images):
     settings, notes = propose(make_images(), "resnet8")
     assert settings["DATA.HOLDOUT"] == 4
-    assert "no part test or val, so that 4 of them are held out" in notes[0]
+    assert "without a test or val part, 4 of them are held out" in notes[0]
 
 
 def test_a_folder_with_test_images_is_taken_as_it_is(make_images):
@@ -98,7 +98,7 @@ def test_a_model_that_takes_one_size_alone_has_it(make_images, tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     settings, notes = propose(make_images(size=(70, 64)), "one_size:net")
     assert settings["DATA.IMAGE_SIZE"] == 32
-    assert "a model takes no other" in notes[1]
+    assert "a model accepts no other" in notes[1]
 
 
 def test_keys_of_the_command_line_stay_and_the_others_follow_them(make_images):
@@ -269,7 +269,7 @@ def test_what_timm_states_is_not_taken_for_a_file_of_other_weights(make_images, 
     given = {"teacher": "timm/resnet10t", "weights": str(tmp_path / "own.pth")}
     _, notes = propose(make_images(), "resnet8", **given)
     (told,) = [note for note in notes if note.startswith("pixel statistics")]
-    assert "training images right" in told  # tried, timm's among others
+    assert "training images correct" in told  # tried, timm's among others
 
 
 class Thresholds(nn.Module):
@@ -286,7 +286,7 @@ def test_statistics_that_nobody_states_are_those_that_the_weights_fit():
     labels = (shades > 127).long()
     found = likeliest_statistics(Thresholds(), pixels, labels, [measured_statistics(pixels)])
     assert found[:2] == ([0.0] * 3, [1.0] * 3)
-    assert "100 % of 6 training images right" in found.source
+    assert "100 % of 6 training images correct" in found.source
 
 
 def test_images_of_one_grey_have_a_deviation_to_divide_by():
@@ -304,8 +304,8 @@ def test_the_methods_that_are_proposed_exist():
     [
         ([], r"--data and --student: expected --config-file F .* or --data FOLDER"),
         (["--data", "images"], "--student: expected --config-file F"),
-        (["--config-file", "F", "--teacher", "resnet8"], "--teacher: stand in the place"),
-        (["--data", ".", "--student", "resnet8", "--weights", "w"], "name it by --teacher"),
+        (["--config-file", "F", "--teacher", "resnet8"], "--teacher: replace --config-file"),
+        (["--data", ".", "--student", "resnet8", "--weights", "w"], "name its model with"),
         (["--data", "absent", "--student", "resnet8"], "expected the folder absent/train"),
     ],
 )
@@ -331,7 +331,7 @@ def test_one_command_trains_saves_its_settings_and_goes_on(
     assert "method: kd_fcka (--method M; --list prints them)" in caplog.messages
     caplog.clear()
     assert train.main([*words, "--resume"]) == result
-    assert any(text.startswith("finished before: accuracy") for text in caplog.messages)
+    assert any(text.startswith("already finished: accuracy") for text in caplog.messages)
 
 
 def test_a_comparison_has_no_method_of_its_own_to_tell_of(make_images, caplog):
@@ -347,7 +347,7 @@ def test_a_run_that_is_not_there_to_resume_is_told_of(make_images, tmp_path, mon
     monkeypatch.setattr(train, "run_experiment", lambda cfg, resume: resume)
     words = ["--data", str(make_images()), "--student", "resnet8", "--resume"]
     assert train.main([*words, "OUTPUT_DIR", str(tmp_path / "typo")])
-    assert f"{tmp_path / 'typo'} holds nothing to resume: a run is begun there" in caplog.messages
+    assert f"{tmp_path / 'typo'}: nothing to resume; starting a new run" in caplog.messages
 
 
 def test_a_student_without_a_teacher_learns_by_cross_entropy(make_images, monkeypatch):

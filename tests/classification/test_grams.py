@@ -74,10 +74,10 @@ def test_a_sample_is_sorted_by_class_and_counted(run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--taps", "stage9"], "--taps: stage9 is not tapped; there are stage0, stage1"),
+        (["--taps", "stage9"], "--taps: stage9 is not tapped; available: stage0, stage1"),
         (["--images", "2"], "--images: expected at least 3, got 2"),
-        (["--patch-size", "4"], "--patch-size: is of a detector's maps"),
-        (["--channel", "0"], "--channel: is of a detector's maps"),
+        (["--patch-size", "4"], "--patch-size: is for a detector's maps"),
+        (["--channel", "0"], "--channel: is for a detector's maps"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
     ],
 )

@@ -194,7 +194,7 @@ def models_made_once():
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_method_goes_with_every_configuration(run, models_made_once):
     """Or is refused: images are mixed and AdamW steps where transformers and their like learn."""
-    refused = {"crd": "cannot learn from mixed images", "kd_dot": "a form of plain SGD"}
+    refused = {"crd": "cannot learn from mixed images", "kd_dot": "requires plain SGD"}
     for method in method_files(run):
         of_today = run.parent.name == "cifar100_folder" and method in refused
         with pytest.raises(ConfigError, match=refused[method]) if of_today else nullcontext():

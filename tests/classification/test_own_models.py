@@ -138,7 +138,7 @@ def test_the_taps_are_shown_and_nothing_is_trained(
         *("tap", "student:", "tokens_of_mine:Tokens", "shape", "teacher:", "resnet8", "shape")
     ]
     # A token has values of both signs; the teacher's stages end with a ReLU.
-    assert note.endswith("last, pooled: below zero in the student alone")
+    assert note.endswith("last, pooled: below zero in the student only")
     assert "tap both at the same place (DISTILL.TAPS)" in way_out
     rows = {words[0]: words[1:] for words in map(str.split, lines)}
     assert " ".join(rows["last"]) == "blocks.1:map 8 x 4 x 4 layer3 64 x 4 x 4"

@@ -96,13 +96,13 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path):
 
 def test_a_data_set_that_nobody_registered_is_refused_with_near_names():
     words = ["STUDENT.NAME", "resnet8", "DATA.NAME", "cifar"]
-    with pytest.raises(ConfigError, match=r"^DATA\.NAME: no data set is called 'cifar'; near .*10"):
+    with pytest.raises(ConfigError, match=r"^DATA\.NAME: unknown data set 'cifar'; near .*10"):
         load_config(None, words)
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar100"])
 def test_a_name_that_the_project_has_is_taken_before_it_is_imported(name):
-    with pytest.raises(ValueError, match=f"a data set '{name}' is registered already"):
+    with pytest.raises(ValueError, match=f"a data set '{name}' is already registered"):
         register_data(name)(lambda data, split: None)
     with pytest.raises(ValueError, match="got 'vgg8'"):
         register_model("vgg8")(lambda num_classes: None)

@@ -19,7 +19,9 @@ def test_a_teacher_that_gives_the_same_for_all_images_is_refused_by_the_tap(tiny
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     keys = {"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}
     for method, tap in (("kd", "logits"), ("fitnet", r"stage2 \(layer2\)"), ("rcka", "last")):
-        with pytest.raises(ConfigError, match=rf"TEACHER: its {tap}.* are the same for every imag"):
+        with pytest.raises(
+            ConfigError, match=rf"TEACHER: values of {tap}.* are the same for every imag"
+        ):
             run_experiment(tiny_config(method, **keys))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     stage1 = {"DISTILL.FITNET.STAGES": "[stage1]", "SOLVER.EPOCHS": 1}
@@ -31,7 +33,9 @@ def test_a_teacher_whose_features_overflow_is_refused(tiny_config, tmp_path):
     torch.nn.init.constant_(model.layer3[0].bn2.weight, 1e38)
     torch.nn.init.constant_(model.layer3[0].bn2.running_var, 1e-12)
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(ConfigError, match=r"TEACHER: its last .* are not finite; check TEACHER.W"):
+    with pytest.raises(
+        ConfigError, match=r"TEACHER: values of last .* are not finite; check TEACHER.W"
+    ):
         run_experiment(tiny_config("rcka", **{"TEACHER.WEIGHTS": tmp_path / "teacher.pth"}))
 
 

@@ -153,7 +153,7 @@ def test_the_page_holds_figures_pictures_and_warnings(run, data):
     assert f"{data['models']['student']['top1']:.2f} %" in page
     assert not re.findall(r'src="(?!data:)', page)
     assert any("does not fall at 150" in text for text in data["warnings"])
-    assert any("teacher guesses" in text for text in data["warnings"])
+    assert any("teacher is at chance" in text for text in data["warnings"])
     assert all(text in page.replace("&#39;", "'") for text in data["warnings"])
 
 
@@ -218,8 +218,8 @@ def test_a_report_that_fails_costs_no_result(tiny_config, tmp_path, monkeypatch,
     monkeypatch.setattr(report, "make_report", fail)
     result = run_experiment(tiny_config("ce", **{"TEACHER.NAME": "", "REPORT": True}))
     assert result["epochs"] == 2
-    (told,) = [text for text in caplog.messages if "the report is not written" in text]
-    assert f"(OSError: the disk is full); pcka report {tmp_path / 'run'} tries again" in told
+    (told,) = [text for text in caplog.messages if "the report was not written" in text]
+    assert f"(OSError: the disk is full); retry with pcka report {tmp_path / 'run'}" in told
 
 
 def test_a_chance_level_student_whose_loss_falls_is_told_with_the_way_out(run, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_chance_level_student_whose_loss_falls_is_told_with_the_way_out(run, m
     monkeypatch.setattr(report, "is_guessing", lambda *_: True)
     warnings = report.make_report(material).warnings
     assert any("--recalibrate-bn" in text for text in warnings)
-    assert not any(text.startswith("The student guesses") for text in warnings)  # told once
+    assert not any(text.startswith("The student is at chance") for text in warnings)  # told once
 
 
 def test_a_teacher_whose_weights_are_gone_is_left_out_and_told(run, cfg):
@@ -245,8 +245,8 @@ def test_a_teacher_whose_weights_are_gone_is_left_out_and_told(run, cfg):
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no config\.yaml; give the OUTPUT_DIR"):
+    with pytest.raises(ConfigError, match=r"found no config\.yaml; give the OUTPUT_DIR"):
         report.main([str(tmp_path)])
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ConfigError, match=r"there is no model_last\.pth"):
+    with pytest.raises(ConfigError, match=r"found no model_last\.pth"):
         report.main([str(tmp_path)])

@@ -53,7 +53,7 @@ def test_a_best_student_that_a_kill_left_unwritten_is_written_at_the_resume(
 def test_a_longer_run_is_not_taken_for_a_shorter_one(tiny_config, tmp_path):
     keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}
     run_experiment(tiny_config("ce", **keys, **{"SOLVER.EPOCHS": 2}))
-    with pytest.raises(ConfigError, match=r"SOLVER.EPOCHS: .* has 2 epochs already, 1 are"):
+    with pytest.raises(ConfigError, match=r"SOLVER.EPOCHS: .* already has 2 epochs, 1 are"):
         run_experiment(tiny_config("ce", **keys, **{"SOLVER.EPOCHS": 1}), resume=True)
     assert (tmp_path / "run" / "result.json").exists()
     assert (
@@ -98,7 +98,7 @@ def test_a_continuation_on_other_images_is_refused(tiny_config, monkeypatch):
     keys = {"TEACHER.NAME": "", "SOLVER.SCHEDULE": "multistep"}
     run_experiment(tiny_config(**keys))
     monkeypatch.setattr("classification.data.digits.HIGHEST_VALUE", 20)
-    with pytest.raises(ConfigError, match="the images are not those that the run was started"):
+    with pytest.raises(ConfigError, match="the images are not those the run was started"):
         run_experiment(tiny_config(**keys, **{"SOLVER.EPOCHS": 3}), resume=True)
 
 
@@ -122,7 +122,7 @@ def test_milestones_that_no_epoch_reaches_are_told_at_the_start(
 
 def test_doubts_are_told_at_the_start_of_a_run(tiny_config, random_teacher, caplog):
     run_experiment(tiny_config("rcka", **{"TEACHER.WEIGHTS": random_teacher}))
-    (told,) = [text for text in caplog.messages if "made for trainings like the paper's" in text]
+    (told,) = [text for text in caplog.messages if "meant for trainings like the paper's" in text]
     assert "in 8 a student" in told  # two epochs of four batches
 
 
@@ -134,7 +134,7 @@ def test_too_few_evaluation_images_leave_the_alignment_out_and_are_told(
     assert run_experiment(tiny_config("kd", **keys))["epochs"] == 2
     for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
         assert ("cka_stage1" in record) == followed
-    told = [text for text in caplog.messages if "is not followed: it needs 4" in text]
+    told = [text for text in caplog.messages if "is not tracked: it needs at least 4" in text]
     assert len(told) == (not followed)
 
 

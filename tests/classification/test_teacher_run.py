@@ -146,7 +146,7 @@ def test_a_kept_teacher_that_differs_little_is_told_of(tiny_config, images, capl
         return Path(run.OUTPUT_DIR + "_last.pth")
 
     prepare_teacher(tiny_config(), (images, images), train)
-    told = f"{kept[1][1]} is kept, too, and differs in SOLVER.WARMUP_EPOCHS; TEACHER.WEIGHTS takes"
+    told = f"{kept[1][1]} also exists and differs in SOLVER.WARMUP_EPOCHS; set TEACHER.WEIGHTS"
     assert any(told in message for message in caplog.messages)
 
 
@@ -181,7 +181,7 @@ def test_a_teacher_that_another_run_trains_is_waited_for(to_train, monkeypatch, 
     monkeypatch.setattr("classification.teacher.time", SimpleNamespace(sleep=wait))
     assert to_train(train_run=None) is not None
     assert len(waited) == 3
-    assert sum("another run trains it" in text for text in caplog.messages) == 1
+    assert sum("another run is training it" in text for text in caplog.messages) == 1
 
 
 def test_a_run_that_was_killed_while_it_trained_the_teacher_is_taken_over(to_train, monkeypatch):
@@ -205,7 +205,7 @@ def test_of_two_runs_that_start_at_once_the_slower_one_waits(to_train, monkeypat
 
     def train_run(cfg, image_sets):
         others.append(lock_folder(to_train.folder))
-        raise FolderInUseError("another process is at work")
+        raise FolderInUseError("another process is using")
 
     def wait(_):
         save_teacher(to_train.weights)
@@ -301,7 +301,7 @@ def test_a_teacher_that_guesses_is_told(prepare, monkeypatch, caplog, top1, told
     monkeypatch.setattr("classification.teacher.accuracy", lambda *_: {"top1": top1})
     with caplog.at_level("WARNING", logger="pcka"):
         prepare()
-    assert ("teacher resnet8 guesses, and has nothing to teach" in caplog.text) == told
+    assert ("teacher resnet8 is at chance and has nothing to teach" in caplog.text) == told
 
 
 def test_a_teacher_worse_than_that_is_refused(prepare, monkeypatch):

@@ -74,7 +74,7 @@ def test_what_another_teacher_does_not_say_is_as_the_first_one_has_it(tiny_confi
             r"TEACHER\.SHARES: expected 2 numbers above 0",
         ),
         ({"OTHERS": "[{NAME: a}]", "SHARES": "[1, 0]"}, r"TEACHER\.SHARES: expected 2 numbers"),
-        ({"OTHERS": "[{NAME: a}]", "NAME": ""}, r"TEACHER\.NAME: .* come beside a first teacher"),
+        ({"OTHERS": "[{NAME: a}]", "NAME": ""}, r"TEACHER\.NAME: .* need a first teacher"),
     ],
 )
 def test_what_is_wrong_with_several_teachers_is_told_by_its_key(tiny_config, keys, match):

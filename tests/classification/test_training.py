@@ -161,13 +161,13 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(tmp_path, cac
 def test_what_cannot_be_trained_is_refused_before_training(tmp_path, cache):
     with pytest.raises(ConfigError, match=r"TEACHER\.WEIGHTS: the teacher 'resnet8' has no"):
         run_experiment(small_config("kd", tmp_path, cache, "TEACHER.TRAIN", "false"))
-    with pytest.raises(ValueError, match=r"KD needs a teacher and TEACHER\.NAME is empty"):
+    with pytest.raises(ValueError, match=r"KD needs a teacher, but TEACHER\.NAME is empty"):
         run_experiment(small_config("kd", tmp_path, cache, "TEACHER.NAME", ""))
     with pytest.raises(ValueError, match="7 classes are configured, the data has 10"):
         run_experiment(small_config("ce", tmp_path / "a", cache, "DATA.NUM_CLASSES", "7"))
     torch.save(create_model("resnet8", 100).state_dict(), tmp_path / "hundred.pth")
     words = ["TEACHER.WEIGHTS", str(tmp_path / "hundred.pth")]
-    with pytest.raises(ValueError, match="classifier of 100 classes, the data has 10"):
+    with pytest.raises(ValueError, match="classifier of 100 classes, but the data has 10"):
         run_experiment(small_config("kd", tmp_path / "b", cache, *words))
 
 

@@ -57,9 +57,9 @@ def test_weights_of_pycls_load_by_detectron2s_heuristics(tmp_path):
 def test_a_damaged_pickle_and_one_without_arrays_are_named(tmp_path):
     path = tmp_path / "damaged.pkl"
     path.write_bytes(pickle.dumps({"model": np.zeros(1000)})[:200])
-    with pytest.raises(ValueError, match=r"damaged\.pkl: is damaged, or no pickle"):
+    with pytest.raises(ValueError, match=r"damaged\.pkl: is damaged or not a pickle"):
         load_weights(nn.Linear(1, 1), str(path))
-    with pytest.raises(ValueError, match=r"empty\.pkl: holds no arrays, but epoch"):
+    with pytest.raises(ValueError, match=r"empty\.pkl: has no arrays, only epoch"):
         load_weights(nn.Linear(1, 1), _dump(tmp_path / "empty.pkl", {"epoch": 3}))
 
 
@@ -67,7 +67,9 @@ def test_a_start_of_which_nothing_fits_is_refused(tmp_path):
     path = str(tmp_path / "w.pth")
     torch.save({"other": torch.ones(2, 3), "bias": torch.ones(7)}, path)
     checkpointer = SafeCheckpointer(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match=r"w\.pth: none of its weights has name and shape"):
+    with pytest.raises(
+        ValueError, match=r"w\.pth: none of its weights matches the model in name and shape"
+    ):
         checkpointer.resume_or_load(path, resume=False)
     torch.save({"other": torch.ones(2, 3), "bias": torch.ones(2)}, path)
     assert checkpointer.resume_or_load(path, resume=False) is not None
@@ -115,7 +117,7 @@ def test_what_is_no_weight_in_a_pth_is_named(tmp_path, content, message):
         ({"blobs": 5}, "expected a mapping of weights under 'blobs', got int"),
         ({"model": {"a": "b"}}, "expected a ndarray under every name, got str under 'a'"),
         ([1], "expected a mapping of weights, got list"),
-        ({"model": _TooLarge()}, "is damaged, or no pickle: .*allocate"),
+        ({"model": _TooLarge()}, "is damaged or not a pickle: .*allocate"),
     ],
 )
 def test_what_is_no_weight_in_a_pickle_is_named(tmp_path, content, message):

@@ -106,7 +106,7 @@ def test_ctrl_c_is_answered_with_the_way_on(tmp_path, arguments):
     text = (tmp_path / "told").read_text()
     assert "Traceback" not in text
     assert text.splitlines()[-1] == (
-        "interrupted: the same command with --resume goes on after the last checkpoint"
+        "interrupted: repeat the command with --resume to continue after the last checkpoint"
     )
 
 

@@ -159,7 +159,7 @@ def test_runs_with_other_settings_are_not_taken_for_these(files, trainings, tmp_
 
 
 def test_names_must_differ(files, tmp_path):
-    with pytest.raises(ConfigError, match=r"names of their own, got .*student.yaml"):
+    with pytest.raises(ConfigError, match=r"different names, got .*student.yaml"):
         compare.compare([files[0], files[0]], [0], tmp_path)
 
 

@@ -54,7 +54,7 @@ NO_KEYS = "holds no keys with values"
         ("5", NO_KEYS),
         ("_BASE_: empty.yaml", NO_KEYS),
         ("_BASE_: odd.yaml", "its _BASE_ leads back to itself"),
-        ("_BASE_: gone.yaml", r"its _BASE_ names '.*gone\.yaml', and there is no such file"),
+        ("_BASE_: gone.yaml", r"its _BASE_ names '.*gone\.yaml', which does not exist"),
         ("SOLVER: 3", "SOLVER: expected a section of keys"),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
 
 def test_a_lazy_config_is_refused_in_words(tmp_path):
     (tmp_path / "model.py").write_text("model = 1")
-    with pytest.raises(ConfigError, match=r"model\.py: a LazyConfig .*YAML file is needed"):
+    with pytest.raises(ConfigError, match=r"model\.py: a detectron2 LazyConfig; a YAML file"):
         load_config(str(tmp_path / "model.py"), [])
 
 
@@ -95,7 +95,7 @@ def test_an_empty_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("outer", "student", "message"),
     [
-        ("RetinaNet", "RetinaNet", r"'RetinaNet' would train without DISTILL; give it as 'Distil"),
+        ("RetinaNet", "RetinaNet", r"'RetinaNet' would train without DISTILL; set it to 'Distil"),
         ("RetinaNett", "", r"MODEL.META_ARCHITECTURE: detectron2 has no 'RetinaNett'; .*RetinaNet"),
         ("DistilledDetector", "Retina", r"DISTILL.STUDENT: detectron2 has no 'Retina'; it has .*"),
         ("DistilledDetector", "", r"DISTILL.STUDENT: expected a meta-architecture"),
@@ -131,7 +131,7 @@ def test_keys_that_detectron2_builds_nothing_of_are_told_with_the_place(
     cfg = small_config("pcka", *given)
     section = "the teacher's MODEL" if who == "teacher" else "MODEL"
     build = build_teacher if who == "teacher" else build_student
-    with pytest.raises(ConfigError, match=f"^{section}: nothing can be built .*{message}"):
+    with pytest.raises(ConfigError, match=f"^{section}: cannot be built .*{message}"):
         build(cfg)
 
 

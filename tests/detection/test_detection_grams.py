@@ -101,10 +101,10 @@ def test_an_image_smaller_than_its_canvas_is_drawn_on_white():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--taps", "p9"], "--taps: p9 is not tapped; there are p3, p4, p5"),
-        (["--channel", "99"], "--channel: expected one of 0 to 39 of the level p3, got 99"),
+        (["--taps", "p9"], "--taps: p9 is not tapped; available: p3, p4, p5"),
+        (["--channel", "99"], "--channel: expected 0 to 39 for the level p3, got 99"),
         (["--patch-size", "64"], "--patch-size: p3, p4, p5 has too few patches"),
-        (["--weights", "nowhere.pth"], "there is no nowhere.pth; .* or --weights"),
+        (["--weights", "nowhere.pth"], "found no nowhere.pth; .* or --weights"),
     ],
 )
 def test_refusals_in_one_line(taught_run, words, message):

@@ -90,7 +90,7 @@ def test_a_baseline_stands_beside_the_student(run, data, tmp_path):
     with pytest.raises(ConfigError, match=r"--baseline: .*on digits_scenes_train and this"):
         report.make_report(run, baseline=other)
     (other / "result.json").unlink()
-    with pytest.raises(ConfigError, match=r"other: expected .* there is no result\.json"):
+    with pytest.raises(ConfigError, match=r"other: expected .* found no result\.json"):
         report.make_report(run, baseline=other)
 
 
@@ -112,7 +112,7 @@ def test_a_teacher_whose_file_is_gone_is_left_out_and_told(run):
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"finished detector, there is no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"finished detector, found no config\.yaml"):
         report.main([str(tmp_path)])
 
 

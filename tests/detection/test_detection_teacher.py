@@ -158,12 +158,12 @@ def test_a_trained_teacher_passes(checked):
     [
         (_zero, "maps of p3 are the same for every image, .*"),
         (_overflow, "maps of p4 are not finite"),
-        (_flip_a_bit, r"maps of p4 reach \de\+\d+, as those of no trained model do"),
+        (_flip_a_bit, r"maps of p4 reach \de\+\d+, unlike those of a trained model"),
     ],
 )
 def test_a_teacher_with_nothing_to_teach_is_refused(checked, change, message):
     named = r"DISTILL.TEACHER.WEIGHTS: .*taught\.pth: the teacher's"
-    with pytest.raises(ConfigError, match=f"{named} {message}; is the file whole"):
+    with pytest.raises(ConfigError, match=f"{named} {message}; is the file complete"):
         checked(change)
 
 
@@ -199,7 +199,7 @@ def test_an_untrained_teacher_has_to_be_asked_for(small_config, tmp_path, norm):
     given = ("DISTILL.TEACHER.OPTS", opts, "DISTILL.TEACHER.WEIGHTS", path)
     build_teacher(small_config("pcka", *given))  # which allows it
     with pytest.raises(
-        ConfigError, match=r"untrained\.pth: holds weights as .*RANDOM_WEIGHTS True"
+        ConfigError, match=r"untrained\.pth: holds the weights of an .*RANDOM_WEIGHTS True"
     ):
         build_teacher(small_config("pcka", *given, "DISTILL.TEACHER.RANDOM_WEIGHTS", "False"))
 

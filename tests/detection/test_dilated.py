@@ -119,7 +119,7 @@ def test_the_pyramid_has_means_over_parts_of_the_image():
         ("RESNETS", "DEFORM_ON_PER_STAGE", [False, False, False, True], "without deformable"),
         ("SEM_SEG_HEAD", "IN_FEATURES", [], r"IN_FEATURES: expected the trunk's last map"),
         ("SEM_SEG_HEAD", "IN_FEATURES", ["res6"], r"IN_FEATURES: the backbone gives res2, .*res6"),
-        ("SEM_SEG_HEAD", "COMMON_STRIDE", 4, r"COMMON_STRIDE: is 4, and 'res5' has .* of 8"),
+        ("SEM_SEG_HEAD", "COMMON_STRIDE", 4, r"COMMON_STRIDE: is 4, but 'res5' has .* of 8"),
         ("SEM_SEG_HEAD", "NORM", "GN", r"NORM: expected 'BN' or 'SyncBN', got 'GN'"),
     ],
 )

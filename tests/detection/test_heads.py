@@ -304,7 +304,7 @@ def test_a_batch_without_objects_to_learn_from_is_refused(build, batch, storage,
         model.student, "forward", lambda x: model.student.backbone(_canvas(x)) and {}
     )
     bare = [{"image": x["image"], "file_name": "a.png"} for x in batch]
-    with pytest.raises(ConfigError, match=r"needs the boxes of the objects, and 'a\.png' comes wi"):
+    with pytest.raises(ConfigError, match=r"needs the boxes of the objects, but 'a\.png' has none"):
         model(bare)
 
 
@@ -319,14 +319,14 @@ def _canvas(batched_inputs):
             ("DISTILL.METHODS", "['CROSSKD']"),
             r"CrossKD: the student: .*1 convolution.*largest is 1",
         ),
-        (methods("LD"), r"DISTILL: LD compares distributions .* take DENSEKD or CROSSKD"),
+        (methods("LD"), r"DISTILL: LD compares distributions .* use DENSEKD or CROSSKD"),
         (
             (*methods("DENSEKD"), *teacher_of("MODEL.RETINANET.NUM_CLASSES", 7)),
             "DISTILL: student and teacher must be predictions of one shape .*anchors and classes",
         ),
         (
             (*methods("CROSSKD"), "DISTILL.STUDENT", "GeneralizedRCNN", *map(str, RCNN)),
-            "CrossKD: the student: GeneralizedRCNN has no dense head; take a RetinaNet, FCOS,",
+            "CrossKD: the student: GeneralizedRCNN has no dense head; use a RetinaNet, FCOS,",
         ),
         (
             (*methods("DENSEKD"), *teacher_of("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", *RCNN)),
@@ -351,7 +351,7 @@ def _canvas(batched_inputs):
                 "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS",
                 "[1,1,1,1]",
             ),
-            r"BBOX_REG_WEIGHTS: \(1.*\) of the student and \(10.*take the teacher's",
+            r"BBOX_REG_WEIGHTS: \(1.*\) of the student and \(10.*use the teacher's",
         ),
         (methods("ROIKD", "DENSEKD"), "RoIKD, DenseKD read heads of two kinds"),
         (
@@ -366,7 +366,7 @@ def test_heads_that_cannot_be_read_or_compared_are_refused(build, overrides, mes
 
 
 def test_layers_that_see_both_branches_are_not_crossed(build, pair):
-    with pytest.raises(ConfigError, match="the last layers of a RepPoints' head see both branches"):
+    with pytest.raises(ConfigError, match="the last layers of a RepPoints head see both branches"):
         build(*pair("RepPoints"), *methods("CROSSKD"))
 
 

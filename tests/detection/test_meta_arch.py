@@ -249,18 +249,18 @@ def test_moves_take_the_teacher_along(build):
     [
         (("DISTILL.LEVELS", "['p2']"), r"'p2', which the student's backbone does not have.*p3"),
         (("DISTILL.LEVELS", "['p3:p9']"), r"'p9', which the teacher's backbone does not have"),
-        (("DISTILL.LEVELS", "['p3', 'p3:p4']"), r"'p3' stands twice"),
+        (("DISTILL.LEVELS", "['p3', 'p3:p4']"), r"'p3' appears twice"),
         (("DISTILL.LEVELS", "[3]"), r"DISTILL.LEVELS expects a str .*got 3"),
         (("DISTILL.PCKA.PATCH_SIZES", "[4.5, 4, 2]"), r"PCKA.PATCH_SIZES expects a int"),
         (("DISTILL.PCKA.WEIGHTS", "[-1.0]"), r"DISTILL.PCKA: .*weight"),
-        (("DISTILL.METHODS", "['PKDA']"), r"METHODS: no loss is called 'PKDA'; near matches: PKD"),
+        (("DISTILL.METHODS", "['PKDA']"), r"METHODS: unknown loss 'PKDA'; near matches: PKD"),
         (
             ("DISTILL.METHODS", "['KD']"),
-            r"METHODS: KD needs logits, and .* feature maps and of heads alone",
+            r"METHODS: KD needs logits, but .* feature maps and heads",
         ),
         (
             ("DISTILL.PCKA.STAGES", "['p6']", "DISTILL.PCKA.PATCH_SIZES", "4"),
-            r"DISTILL.PCKA: p6 is not tapped; there are p3, p4, p5, and DISTILL.LEVELS adds more",
+            r"DISTILL.PCKA: p6 is not tapped; available: p3, p4, p5; add more in DISTILL.LEVELS",
         ),
         (("DISTILL.PCKA.WEIGHTS", "[1.0, 2.0]"), r"DISTILL.PCKA: weights must hold one"),
         (
@@ -268,7 +268,7 @@ def test_moves_take_the_teacher_along(build):
             r"DISTILL.PATCHED: method must be one of at, kl, pkd, dist; got 'cka'",
         ),
         (("DISTILL.METHODS", "['PCKA', 'PCKA']"), r"METHODS: expected each loss once"),
-        (("DISTILL.METHODS", "['OFD']"), r"METHODS: OFD needs more of the teacher"),
+        (("DISTILL.METHODS", "['OFD']"), r"METHODS: OFD needs more from the teacher"),
         (("DISTILL.PCKA.PATCH_SIZES", "[0]"), r"DISTILL.PCKA: patch_size must be a positive int"),
         (("DISTILL.PCKA.RELATIONS", "[]"), r"DISTILL.PCKA: relations must hold one or more"),
         (("DISTILL.PCKA.RELATIONS", "['row']"), r"DISTILL.PCKA: relations must be one of rows"),
@@ -293,7 +293,7 @@ def test_moves_take_the_teacher_along(build):
         (("DISTILL.TEACHER.WEIGHTS", "/nowhere.pth"), r"TEACHER.WEIGHTS: /nowhere.pth: cannot"),
         (
             ("DISTILL.TEACHER.WEIGHTS", "model_zoo"),
-            r"DISTILL.TEACHER.WEIGHTS: the model zoo holds none",
+            r"DISTILL.TEACHER.WEIGHTS: the model zoo has none",
         ),
     ],
 )
@@ -333,7 +333,9 @@ def test_weights_of_another_model_are_refused(build, tmp_path):
 def test_two_losses_of_one_name_are_refused(build, batch, storage):
     model = build().train()
     model.distiller.losses.append(model.distiller.losses[0])
-    with pytest.raises(ValueError, match=r"gives loss_pcka_p3_rows, .* which another loss gives"):
+    with pytest.raises(
+        ValueError, match=r"gives loss_pcka_p3_rows, .* as another loss already does"
+    ):
         model(batch)
 
 
@@ -343,7 +345,7 @@ def test_a_loss_that_takes_a_name_of_the_students_is_refused(build, batch, stora
     monkeypatch.setattr(
         model.student, "forward", lambda x: {**student(x), "loss_pkd_p4": torch.zeros(())}
     )
-    with pytest.raises(ConfigError, match="a loss gives loss_pkd_p4, as the student does"):
+    with pytest.raises(ConfigError, match="a loss and the student both give loss_pkd_p4"):
         model(batch)
 
 

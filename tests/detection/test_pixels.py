@@ -174,7 +174,7 @@ def test_a_panoptic_student_is_distilled_by_its_pixels(build, labelled, storage)
 @pytest.mark.parametrize(
     ("config", "keys", "message"),
     [
-        ("pcka", METHODS, r"PixelKD, .*: the student: RetinaNet gives no classes of pixels"),
+        ("pcka", METHODS, r"PixelKD, .*: the student: RetinaNet gives no readable classes"),
         (f"{FOLDER}/pcka", ("DISTILL.METHODS", "['PIXELKD', 'CROSSKD']"), "heads of two kinds"),
         (f"{FOLDER}/pcka", ("DISTILL.METHODS", "['KD']"), "KD needs logits"),
         ("pcka", ("DISTILL.LEVELS", "['sem_seg']"), r"'sem_seg', which the student's backbone"),
@@ -187,7 +187,7 @@ def test_a_panoptic_student_is_distilled_by_its_pixels(build, labelled, storage)
                 "DISTILL.TEACHER.CONFIG_FILE",
                 "configs/detection/digits/teacher.yaml",
             ),
-            r"the teacher: RetinaNet gives no classes of pixels",
+            r"the teacher: RetinaNet gives no readable classes of pixels",
         ),
         (
             f"{FOLDER}/pcka",
@@ -204,7 +204,7 @@ def test_models_without_comparable_classes_are_refused(build, config, keys, mess
 def test_a_head_without_layers_is_refused():
     model = torch.nn.Module()
     model.sem_seg_head = torch.nn.Conv2d(1, 1, 1)
-    with pytest.raises(ValueError, match="gives no classes of pixels that can be read"):
+    with pytest.raises(ValueError, match="gives no readable classes of pixels"):
         PixelParts(model)
 
 
@@ -236,7 +236,7 @@ def test_a_teacher_that_guesses_is_refused(tried):
 
 
 def test_a_teacher_of_more_classes_is_refused(tried):
-    with pytest.raises(ConfigError, match=r"gives a pixel the class 11, the student has 11"):
+    with pytest.raises(ConfigError, match=r"gives a pixel the class 11, but the student has 11"):
         tried(lambda entry, size: torch.full(size, 11))
 
 

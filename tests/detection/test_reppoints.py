@@ -224,8 +224,8 @@ def test_the_lazy_config_describes_the_same_model():
     ("key", "value", "message"),
     [
         ("NUM_CONVS", "0", "expected 1 or more, got 0"),
-        ("NUM_POINTS", "8", "expected the square of an odd number, as 9, got 8"),
-        ("NUM_POINTS", "16", "expected the square of an odd number, as 9, got 16"),
+        ("NUM_POINTS", "8", "expected the square of an odd number, e.g. 9, got 8"),
+        ("NUM_POINTS", "16", "expected the square of an odd number, e.g. 9, got 16"),
         ("TRANSFORM", "mean", "expected 'moment' or 'minmax', got 'mean'"),
     ],
 )

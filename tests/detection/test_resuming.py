@@ -200,22 +200,22 @@ def test_a_run_may_go_on_longer_and_with_files_elsewhere(left, arguments, caplog
     moved += ("DISTILL.TEACHER.HEAD", "True")  # tries the teacher, and changes no step
     train_net.main(arguments(left, 3, *moved, flags=["--resume"]))
     assert _checkpoint(left)["iteration"] == 2
-    assert "files of other places: DATASETS.DIGITS.ROOT" in caplog.text
+    assert "files in other places: DATASETS.DIGITS.ROOT" in caplog.text
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(left, arguments):
     (left / "config.yaml").unlink()
     wider = ("DISTILL.TEACHER.OPTS", str(["MODEL.FPN.OUT_CHANNELS", 64]))  # needs adapters
-    named = r"of another configuration \(it has other weights of adapters.p3, adapters.p4,"
+    named = r"from another configuration \(it has different weights of adapters.p3, adapters.p4,"
     with pytest.raises(ConfigError, match=named):
         train_net.main(arguments(left, 4, *wider, flags=["--resume"]))
     (left / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"\(it has other weights of MGD\)"):
+    with pytest.raises(ConfigError, match=r"\(it has different weights of MGD\)"):
         keys = ("DISTILL.METHODS", "['PCKA', 'MGD']")
         train_net.main(arguments(left, 4, *keys, flags=["--resume"]))
     (left / "config.yaml").unlink()
     torch.save({"model": _checkpoint(left)["model"]}, left / "model_final.pth")
-    with pytest.raises(ConfigError, match=r"model_final.pth: holds no training to go on with"):
+    with pytest.raises(ConfigError, match=r"model_final.pth: has no training state to resume"):
         train_net.main(arguments(left, 4, flags=["--resume"]))
 
 
@@ -234,18 +234,18 @@ def test_beside_a_damaged_checkpoint_the_last_whole_one_is_named(left, arguments
         (left / "model_final.pth").unlink()
     if fault == "unnamed":
         (left / "last_checkpoint").write_text("")
-    named = r"model_0000000.pth beside it is whole: .* write that name into .*last_checkpoint"
+    named = r"model_0000000.pth next to it is intact: .* write that name into .*last_checkpoint"
     with pytest.raises(ConfigError, match=named):
         train_net.main(arguments(left, 4, flags=["--resume"]))
     (left / "model_0000000.pth").unlink()
-    with pytest.raises(ConfigError, match=r"no other is whole: remove .*last_checkpoint"):
+    with pytest.raises(ConfigError, match=r"no other is intact: remove .*last_checkpoint"):
         train_net.main(arguments(left, 4, flags=["--resume"]))
 
 
 def test_a_finished_run_without_its_checkpoint_is_not_trained_over(left, arguments):
     (left / "last_checkpoint").unlink()
     before = (left / "result.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"a finished run without the checkpoint.*result.json"):
+    with pytest.raises(ConfigError, match=r"a finished run without its checkpoint.*result.json"):
         train_net.main(arguments(left, 2, "DISTILL.METHODS", "['PKD']", flags=["--resume"]))
     assert (left / "result.json").read_bytes() == before
 
@@ -254,7 +254,7 @@ def test_a_teacher_in_the_students_folder_is_refused_before_it_is_overwritten(le
     before = (left / "model_final.pth").read_bytes()
     teacher = ("DISTILL.TEACHER.WEIGHTS", str(left / "model_final.pth"))
     teacher += ("DISTILL.TEACHER.OPTS", STUDENTS_SIZE)  # it would teach
-    with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*lies in OUTPUT_DIR"):
+    with pytest.raises(ConfigError, match=r"TEACHER.WEIGHTS: .*is in OUTPUT_DIR"):
         train_net.main(arguments(left, 4, *teacher))
     assert (left / "model_final.pth").read_bytes() == before
 

@@ -69,7 +69,7 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
 def test_a_run_that_ends_before_its_rate_has_risen_is_warned_of(small_config, caplog):
     check_run(small_config("student", "SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "20"))
     (told,) = [text for text in caplog.messages if "SOLVER.WARMUP_ITERS" in text]
-    assert "the rate rises over 20 steps, and SOLVER.MAX_ITER ends the run after 20" in told
+    assert "the rate rises over 20 steps, but SOLVER.MAX_ITER ends the run after 20" in told
     caplog.clear()
     check_run(small_config("student", "SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "19"))
     assert not [text for text in caplog.messages if "SOLVER.WARMUP_ITERS" in text]
@@ -102,7 +102,7 @@ def test_statistics_are_averaged_before_they_are_saved_or_evaluated(monkeypatch)
 
 def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
     lock = lock_folder(tmp_path)
-    with pytest.raises(FolderInUseError, match="another process is at work"):
+    with pytest.raises(FolderInUseError, match="another process is using"):
         train_net.main(arguments(tmp_path, 2))
     os.close(lock)
     assert not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ def test_names_stand_one_a_line_and_empty_lines_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"red\nblue\nred\n", r"classes.txt, line 3: the class 'red' stands on line 1 already"),
-        (b"\n", r"classes.txt: expected the name of a class on each line, found none"),
+        (b"red\nblue\nred\n", r"classes.txt, line 3: the class 'red' is already on line 1"),
+        (b"\n", r"classes.txt: expected a class name on each line, found none"),
         ("größe".encode("latin-1"), r"classes.txt: cannot be read as UTF-8 text \(byte 2\)"),
     ],
 )

@@ -150,7 +150,9 @@ def test_a_loss_on_no_stage_at_all_is_refused():
 
 def test_a_stage_that_is_not_tapped_is_refused():
     leaves = {"METHODS": ["CE", "FCKA"], "FCKA__STAGES": ["stage4", "neck"]}
-    expected = r"DISTILL\.FCKA: stage4, neck is not tapped; there are stage0, .*DISTILL\.TAPS adds"
+    expected = (
+        r"DISTILL\.FCKA: stage4, neck is not tapped; available: stage0, .*add more in DISTILL\.TAPS"
+    )
     with pytest.raises(UntappedError, match=expected):
         built(**leaves)
     (_, fcka) = built([*TAPS, "stage4", "neck"], **leaves)
@@ -164,7 +166,9 @@ def test_a_stage_that_is_not_tapped_is_told_before_the_number_of_its_settings():
 
 
 def test_the_key_that_adds_taps_is_the_trainers():
-    with pytest.raises(UntappedError, match=r"last is not tapped; there are p3, and DISTILL.LEVEL"):
+    with pytest.raises(
+        UntappedError, match=r"last is not tapped; available: p3; add more in DISTILL.LEVEL"
+    ):
         build_losses(["FCKA"], {}, ["p3"], taps_key="DISTILL.LEVELS")
 
 
@@ -172,7 +176,9 @@ def test_the_key_that_adds_taps_is_the_trainers():
     ("method", "wildcard"), [("AT", "all"), ("FCKA", "all"), ("OFD", "all_preact")]
 )
 def test_all_stages_of_models_without_any_are_refused(method, wildcard):
-    expected = rf"DISTILL\.{method}\.STAGES: '{wildcard}' stands for .* there are none; .* pooled"
+    expected = (
+        rf"DISTILL\.{method}\.STAGES: '{wildcard}' stands for .* are none; available: .*pooled"
+    )
     with pytest.raises(UntappedError, match=expected):
         built(["pooled"], METHODS=[method], **{f"{method}__STAGES": [wildcard]})
 
@@ -190,7 +196,7 @@ def test_a_loss_that_cannot_serve_is_refused_with_the_trainers_reason():
     ("methods", "message"),
     [
         (["CE", "CE"], "expected each loss once"),
-        (["CE", "RKCA"], "no loss is called 'RKCA'; near matches: .*RCKA"),
+        (["CE", "RKCA"], "unknown loss 'RKCA'; near matches: .*RCKA"),
     ],
 )
 def test_methods_that_cannot_be_are_refused(methods, message):

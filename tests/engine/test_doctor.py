@@ -51,17 +51,17 @@ def test_the_screen_has_a_column_of_texts_that_fit_it():
 def test_a_screen_ends_with_its_sum_and_the_status(capsys):
     well, doubtful = (lambda: Verdict(PASS, "well")), (lambda: Verdict(WARN, "hm"))
     assert conclude([("a", well), ("b", doubtful)]) == [("a", PASS, "well"), ("b", WARN, "hm")]
-    assert capsys.readouterr().out.splitlines()[-1] == "0 of 2 checks failed, 1 warn"
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 2 checks failed, 1 warned"
     with pytest.raises(SystemExit) as end:
         conclude([("a", well), ("b", lambda: Verdict(FAIL, "no"))])
     assert end.value.code == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 checks failed, 0 warn"
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 checks failed, 0 warned"
 
 
 def test_a_check_is_made_where_what_it_needs_was_found():
     found: list[int | None] = [None]
     check = needing("data", lambda: found[0], lambda: Verdict(PASS, "well"))
-    assert check() == (SKIP, "not looked at: needs the data")
+    assert check() == (SKIP, "skipped: needs the data")
     found[0] = 1
     assert check() == (PASS, "well")
 
@@ -136,7 +136,7 @@ def test_a_missing_compiler_matters_where_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
     monkeypatch.setattr(pcka, "build_info", lambda: {"compiler": None})
     assert doctor.check_compiler() == Verdict(
-        WARN, "none found; it is needed to compile the operators: install g++"
+        WARN, "none found; needed to compile the operators: install g++"
     )
     monkeypatch.setattr(pcka, "build_info", lambda: {"compiler": "g++ 12"})
     assert doctor.check_compiler().status == PASS
@@ -168,7 +168,7 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DRIVER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     status, text = doctor.check_gpu()
-    assert status == WARN and "this torch is built for the CPU alone" in text
+    assert status == WARN and "this torch is a CPU-only build" in text
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
     assert doctor.check_gpu().status == PASS
 

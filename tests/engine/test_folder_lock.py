@@ -42,7 +42,7 @@ def test_a_forked_process_that_outlives_the_holder_does_not_keep_the_lock(tmp_pa
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
         try:
-            with pytest.raises(FolderInUseError, match="another process is at work"):
+            with pytest.raises(FolderInUseError, match="another process is using"):
                 lock_folder(tmp_path)
             parent.kill()
             parent.wait()

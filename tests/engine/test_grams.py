@@ -26,5 +26,5 @@ def test_the_picture_and_its_values_are_written(tmp_path, capsys):
 
 def test_taps_that_are_not_there_are_named():
     assert chosen_taps(["p4", "p3", "p4"], ["p3", "p4"]) == ["p4", "p3"]
-    with pytest.raises(ConfigError, match="--taps: p9 is not tapped; there are p3, p4"):
+    with pytest.raises(ConfigError, match="--taps: p9 is not tapped; available: p3, p4"):
         chosen_taps(["p3", "p9"], ["p3", "p4"])

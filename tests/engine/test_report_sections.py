@@ -18,7 +18,7 @@ def test_what_differs_from_the_defaults_is_listed():
     section = run_section(cfg, silent, environment)
     (versions,) = section.tables
     assert versions.rows == [
-        ["torch", "2.14"], ["commit", "abc and changes"], ["command", "train.py SEED 0"],
+        ["torch", "2.14"], ["commit", "abc with changes"], ["command", "train.py SEED 0"],
     ]  # fmt: skip
     changed, whole = section.folded.values()
     assert changed.rows == [["SOLVER.EPOCHS", "3"], ["EXTRA", "yes"]]

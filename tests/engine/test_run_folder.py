@@ -22,7 +22,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, trace):
 def test_a_folder_that_another_run_works_in_is_refused(tmp_path):
     with (
         RunFolder(tmp_path, resume=True),
-        pytest.raises(FolderInUseError, match="another process is at work"),
+        pytest.raises(FolderInUseError, match="another process is using"),
     ):
         RunFolder(tmp_path, resume=True)
     with RunFolder(tmp_path, resume=True):
@@ -65,7 +65,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ConfigError, match=r"OUTPUT_DIR: no folder can be made there: .*file"):
+        with pytest.raises(ConfigError, match=r"OUTPUT_DIR: the folder cannot be created: .*file"):
             RunFolder(path, resume=False)
 
 

@@ -54,7 +54,7 @@ def test_a_cost_in_words_warns_where_memory_is_short(monkeypatch):
     assert told == (PASS, "250 ms and 80 MiB a step; 1.5 min an epoch, 2.0 h the run")
     told = StepCost(0.25, 95 * 2**20).verdict(spans, CPU, "SOLVER.BATCH_SIZE")
     assert told.status == WARN
-    assert told.text.endswith("of 100 MiB in all: lower SOLVER.BATCH_SIZE")
+    assert told.text.endswith("out of 100 MiB: lower SOLVER.BATCH_SIZE")
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def test_sections_tell_those_of_bases_and_of_the_command_line_too(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("SEED: 0", "is no configuration of a training: a classifier's has sections such as DATA"),
-        ("[1, 2]", "is no configuration of a training"),
-        ("_BASE_: a.yaml", "is no configuration of a training"),
-        ("MODEL: {}\nSTUDENT: {}", r"sections of either \(STUDENT and MODEL\); take out those"),
+        ("SEED: 0", "is not a training configuration: a classifier's has sections such as DATA"),
+        ("[1, 2]", "is not a training configuration"),
+        ("_BASE_: a.yaml", "is not a training configuration"),
+        ("MODEL: {}\nSTUDENT: {}", r"sections of both \(STUDENT and MODEL\); remove those"),
         ("a: [", "cannot be read as YAML"),
     ],
 )

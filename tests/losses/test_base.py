@@ -34,7 +34,7 @@ def test_a_term_is_its_value_times_its_weight():
 
 
 def test_a_loss_implements_terms_not_forward():
-    with pytest.raises(TypeError, match=r"Old has a forward\(\); a loss implements terms\(\)"):
+    with pytest.raises(TypeError, match=r"Old defines forward\(\); a loss implements terms\(\)"):
 
         class Old(Loss):
             def forward(self, student, teacher, target):

@@ -21,7 +21,7 @@ def test_features_need_the_same_samples(shapes):
 @pytest.mark.parametrize("check", [checks.as_logits, checks.as_samples])
 def test_models_must_be_comparable(check):
     x = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"teacher must be of a floating dtype, got torch\.int64"):
+    with pytest.raises(ValueError, match=r"teacher must have a floating dtype, got torch\.int64"):
         check(x, x.long())
     with pytest.raises(ValueError, match="one device; got student on cpu and teacher on meta"):
         check(x, x.to("meta"))
@@ -54,7 +54,7 @@ def test_a_temperature_is_positive(temperature):
 
 @pytest.mark.parametrize("weight", [-1, -1e-9, float("nan"), float("inf"), "1", None, True])
 def test_a_weight_is_a_finite_number_from_0_on(weight):
-    with pytest.raises(ValueError, match="beta must be a finite number from 0 on"):
+    with pytest.raises(ValueError, match="beta must be finite and at least 0"):
         checks.check_weights(alpha=0, beta=weight)
 
 
@@ -71,6 +71,10 @@ def test_stages_are_names():
     assert checks.as_stages(["a", "b"]) == ("a", "b")
     with pytest.raises(ValueError, match=r"stages must be a list of names, got 'last'.*\['last'\]"):
         checks.as_stages("last")
-    for stages, message in (([], "names none"), (["a", "a"], "once"), ([1, 2], "names of tapped")):
+    for stages, message in (
+        ([], "stages is empty"),
+        (["a", "a"], "once"),
+        ([1, 2], "names of tapped"),
+    ):
         with pytest.raises(ValueError, match=message):
             checks.as_stages(stages)

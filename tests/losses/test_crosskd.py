@@ -145,5 +145,5 @@ def test_other_classes_are_refused_before_the_training(draw, teacher):
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5])
 def test_a_depth_is_a_number_of_convolutions(depth):
-    with pytest.raises(ValueError, match="depth must be a number of convolutions from 1 on, got"):
+    with pytest.raises(ValueError, match="depth must be a positive number of convolutions, got"):
         losses.build("CROSSKD", depth=depth)

@@ -136,7 +136,7 @@ def test_refusals(draw, pair):
         with pytest.raises(ValueError, match=f"{key} must be positive and finite"):
             CTKD(**{key: 0.0})
     for value in (0, 2.5, True):
-        with pytest.raises(ValueError, match="curriculum_steps must be an integer from 1 on"):
+        with pytest.raises(ValueError, match="curriculum_steps must be a positive integer"):
             CTKD(curriculum_steps=value)
     with pytest.raises(RuntimeError, match=r"CTKD is not prepared.*Distiller\.prepare"):
         CTKD(form="instance")(*pair, None)

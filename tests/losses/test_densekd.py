@@ -185,7 +185,7 @@ def test_the_module_of_distributions_has_one_term(draw):
 
 @pytest.mark.parametrize("name", ["DENSEKD", "CROSSKD", "LD"])
 def test_a_model_without_a_dense_head_is_refused(draw, name):
-    with pytest.raises(ValueError, match=r"teacher\.head: \w+ needs what a dense head gave, got"):
+    with pytest.raises(ValueError, match=r"teacher\.head: \w+ needs a dense head's output, got"):
         losses.build(name)(_outputs(draw, 0), Outputs(), None)
 
 

@@ -147,7 +147,9 @@ def test_margins_are_saved_with_the_connectors(draw):
 def test_refusals(draw):
     student, teacher = (Outputs(features={"a": draw(i, 2, 3, 4, 4)}) for i in range(2))
     loss = losses.OFD(stages=("a",))
-    with pytest.raises(ValueError, match=r"teacher_norms: .* margin of 'a' .*norms of \['b'\]"):
+    with pytest.raises(
+        ValueError, match=r"teacher_norms: .* margin of 'a' .*norms are known for \['b'\]"
+    ):
         loss.prepare(student, teacher, Context(teacher_norms={"b": NORM}))
     with pytest.raises(ValueError, match=r"norm of 'a' must have .* 3 channels, got \(2,\)"):
         loss.prepare(student, teacher, Context(teacher_norms={"a": (NORM[0][:2], NORM[1])}))

@@ -152,7 +152,7 @@ def test_settings_are_refused_when_the_loss_is_built(settings, message):
     [
         ((1, 3, 4, 5), {}, r"one shape \(B, C, H, W\)"),
         ((1, 3, 4, 4), {"patch_size": 0}, "patch_size must be a positive int.*got 0"),
-        ((1, 3, 4, 4), {"method": "pkd", "patch_size": 1}, "two entries.*take a larger patch"),
+        ((1, 3, 4, 4), {"method": "pkd", "patch_size": 1}, "two entries.*use a larger patch"),
     ],
 )
 def test_maps_that_cannot_be_compared_are_refused(draw, shape, options, message):

@@ -78,7 +78,7 @@ def test_a_name_is_registered_once(scratch_registry):
     assert registry.names() == sorted([*registry.CLASS_OF, "Mine"])
     assert type(losses.build("Mine", temperature=2.0)) is Mine
     for taken in ("Mine", "KD"):
-        with pytest.raises(ValueError, match=f"'{taken}' is registered already"):
+        with pytest.raises(ValueError, match=f"'{taken}' is already registered"):
             registry.register(taken)(Mine)
 
 

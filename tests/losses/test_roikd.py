@@ -54,7 +54,7 @@ def test_the_module_weighs_both_terms(draw):
 
 
 def test_a_model_without_a_head_of_regions_is_refused(draw):
-    with pytest.raises(ValueError, match=r"teacher\.head: RoIKD needs what a head of regions gave"):
+    with pytest.raises(ValueError, match=r"teacher\.head: RoIKD needs a region head's output"):
         losses.build("ROIKD")(_outputs(draw, 0), Outputs(), None)
 
 
@@ -72,5 +72,5 @@ def test_shifts_that_do_not_go_together_are_refused(draw):
 
 @pytest.mark.parametrize("proposals", [0, 2.5])
 def test_proposals_are_counted(proposals):
-    with pytest.raises(ValueError, match="proposals must be a number of boxes from 1 on, got"):
+    with pytest.raises(ValueError, match="proposals must be a positive number of boxes, got"):
         losses.build("ROIKD", proposals=proposals)

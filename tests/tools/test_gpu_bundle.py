@@ -48,7 +48,7 @@ def test_libraries_and_wheels_are_put_in_their_places(tmp_path, monkeypatch):
 
 
 def test_what_is_no_bundle_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match=r"no manifest.json there; make a bundle by make gpu-bun"):
+    with pytest.raises(ValueError, match=r"no manifest.json there; run make gpu-bun"):
         bundle.manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"commit": "abc"}))
     assert bundle.manifest(tmp_path)["commit"] == "abc"

@@ -21,8 +21,8 @@ PYTHON = os.environ.get("PCKA_GPU_PYTHON")  # such a machine's: Python 3.12, tor
 
 def test_stages_that_there_are_not_and_bundles_that_are_none_are_refused(tmp_path, capsys):
     for words, message in (
-        (["--only", "nothing"], "no stage is called 'nothing'; there are environment"),
-        (["--bundle", str(tmp_path)], "make a bundle by make gpu-bundle"),
+        (["--only", "nothing"], "unknown stage 'nothing'; available: environment"),
+        (["--bundle", str(tmp_path)], "run make gpu-bundle"),
     ):
         with pytest.raises(SystemExit) as ended:
             gpu_check.main(["--out", str(tmp_path / "out"), *words])

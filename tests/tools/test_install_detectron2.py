@@ -62,7 +62,7 @@ def test_the_missing_extension_says_what_to_do(tmp_path, monkeypatch):
 def test_an_importable_detectron2_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(install_detectron2, "_pip", lambda *_: pytest.fail("pip was called"))
     install_detectron2.main([])
-    assert "kept as it is" in capsys.readouterr().out
+    assert "kept as is" in capsys.readouterr().out
     assert callable(launch)
 
 

@@ -308,7 +308,7 @@ def test_students_whose_teacher_failed_are_not_trained(call, monkeypatch):
             started.append(command) or SimpleNamespace(returncode=1)
         )
     )  # fmt: skip
-    with pytest.raises(TrainingFailedError, match="small-seed0: waits for teacher-resnet8"):
+    with pytest.raises(TrainingFailedError, match="small-seed0: needs teacher-resnet8"):
         call("--launch", "torchrun", "--pairs", "small")
     assert len(started) == 1
 
@@ -368,7 +368,7 @@ def test_the_estimate_says_what_it_is(call):
     assert [row[0] for row in cells(text) if len(row) > 3][2:] == [
         "teacher-resnet8", "small", "all"
     ]  # fmt: skip
-    assert "An estimate: a few steps on 1 CPU threads" in text
+    assert "Estimate: a few steps on 1 CPU threads" in text
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_a_wrong_name_is_refused(call, words, message):
         ("SEED: [0]", "unknown key 'SEED'; near matches: SEEDS"),
         ("GPUS: many", "GPUS: expected a value of type int, got 'many'"),
         ("GPUS: 0", "GPUS: expected at least 1, got 0"),
-        ("TITLE: [", "is no YAML"),
+        ("TITLE: [", "is not YAML"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(call, table, line, message):
@@ -405,7 +405,7 @@ def test_a_file_that_is_no_table_is_refused(call, table, line, message):
 
 
 def test_a_table_that_is_not_there_is_told_with_those_that_are():
-    with pytest.raises(ConfigError, match=r"TABLE: there is no 'tabel1'; near matches: table1"):
+    with pytest.raises(ConfigError, match=r"TABLE: no table 'tabel1'; near matches: table1"):
         reproduce.main(["tabel1"])
     assert {path.stem for path in TABLES.glob("*.yaml")} == {"table1", "table2", "table3"}
 

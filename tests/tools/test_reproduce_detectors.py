@@ -135,7 +135,7 @@ def test_a_run_of_other_settings_is_told_and_refused(call, trainings):
 
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(call, trainings):
     missing = ("DISTILL.TEACHER.WEIGHTS", "weights/none.pth")
-    with pytest.raises(ConfigError, match=r"there is no file 'weights/none.pth'"):
+    with pytest.raises(ConfigError, match=r"no file 'weights/none.pth'"):
         call("--launch", "local", keys=missing)
     with pytest.raises(ConfigError, match="--teachers: is for classifiers"):
         call("--teachers", "weights")

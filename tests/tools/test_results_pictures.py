@@ -51,7 +51,7 @@ def test_a_picture_of_other_figures_is_told(tmp_path, monkeypatch):
     drawn = (tmp_path / "docs" / "pictures" / "a.svg").read_text()
     main(["--check"])
     figures.write_text("method,seed,last_accuracy\nce,0,61.0\n")
-    with pytest.raises(ConfigError, match=r"a\.svg: was drawn from other figures"):
+    with pytest.raises(ConfigError, match=r"a\.svg: its figures have changed"):
         main(["--check"])
     main([])
     assert (tmp_path / "docs" / "pictures" / "a.svg").read_text() != drawn

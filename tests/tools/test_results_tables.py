@@ -73,7 +73,7 @@ def test_rows_are_chosen_and_ordered_and_columns_can_be_several(write):
 def test_checking_names_the_page_that_is_out_of_date_and_changes_nothing(write):
     page = write("rows: ce")
     before = page.read_text()
-    with pytest.raises(ConfigError, match=r"page.md: a table is not what its figures say"):
+    with pytest.raises(ConfigError, match=r"page.md: a table does not match its figures"):
         main(["--check", str(page)])
     assert page.read_text() == before
     main([str(page)])

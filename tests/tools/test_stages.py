@@ -39,5 +39,5 @@ def test_what_measures_time_runs_by_itself():
 def test_stages_are_chosen_by_name_and_the_needed_ones_stay():
     assert names(choose(["ncu", "operators"], [])) == ["environment", "operators", "ncu"]
     assert names(choose([], ["ncu", "environment"])) == [n for n in names(STAGES) if n != "ncu"]
-    with pytest.raises(ValueError, match=r"no stage is called 'ncuu'; there are environment, "):
+    with pytest.raises(ValueError, match=r"unknown stage 'ncuu'; available: environment, "):
         choose(["ncuu"], [])

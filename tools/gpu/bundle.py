@@ -23,7 +23,7 @@ def manifest(bundle: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
     except (OSError, ValueError):
         raise ValueError(
-            f"--bundle {bundle}: no manifest.json there; make a bundle by make gpu-bundle"
+            f"--bundle {bundle}: no manifest.json there; run make gpu-bundle"
         ) from None
     return found
 

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [*command, *driver], env={**os.environ, "OMP_NUM_THREADS": "4"}
     ).returncode
     kernels = read(log.read_text(errors="replace")) if log.exists() else []
-    refused = [] if kernels else [f"ncu measured nothing and ended with {code}"]
+    refused = [] if kernels else [f"ncu measured nothing and exited with {code}"]
     output.write(given.output, "ncu", {"kernels": kernels}, [*refused, *map(_line, kernels)])
 
 

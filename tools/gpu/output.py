@@ -22,7 +22,7 @@ def arguments(description: str | None, given: Sequence[str] | None) -> argparse.
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="smoke test with tiny sizes")
     parsed = parser.parse_args(given)
     parsed.output.mkdir(parents=True, exist_ok=True)
     parsed.seconds = float(os.environ.get("PCKA_STAGE_SECONDS", "600"))
@@ -51,7 +51,7 @@ def watcher(given: argparse.Namespace, name: str, driver: Sequence[str]) -> str:
         return found
     code = subprocess.run(driver).returncode
     why = f"{name} is not installed" if given.device == "cuda" else "on a CPU"
-    lines = [f"{why}: the driver ran by itself and ended with {code}"]
+    lines = [f"{why}: the driver ran alone and exited with {code}"]
     write(given.output, name.removeprefix("compute-"), {}, lines)
     sys.exit(code)
 

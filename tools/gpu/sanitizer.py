@@ -82,10 +82,8 @@ def read(log: str) -> dict[str, int | bool]:
 
 def _verdict(result: dict[str, int | bool]) -> str:
     if not result["finished"]:
-        return (
-            f"no summary (ended with {result['exit']}), {result['own']} errors of ours until then"
-        )
-    return f"{result['own']} errors of ours, {result['other']} in kernels of others"
+        return f"no summary (exited with {result['exit']}), {result['own']} errors in our kernels"
+    return f"{result['own']} errors in our kernels, {result['other']} in others"
 
 
 if __name__ == "__main__":

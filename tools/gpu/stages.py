@@ -79,7 +79,7 @@ def choose(only: Sequence[str], skip: Sequence[str]) -> list[Stage]:
     names = [stage.name for stage in STAGES]
     for name in (*only, *skip):
         if name not in names:
-            raise ValueError(f"no stage is called {name!r}; there are {', '.join(names)}")
+            raise ValueError(f"unknown stage {name!r}; available: {', '.join(names)}")
     wanted = [name for name in names if name in (only or names) and name not in skip]
     return [stage for stage in STAGES if stage.needed or stage.name in wanted]
 

@@ -56,8 +56,8 @@ class Classifiers:
             return run, ("TEACHER.WEIGHTS", str(folder / "model_last.pth"))
         if keys.NAME not in known.get("FILES", {}):
             raise ConfigError(
-                f"{pair}: TEACHER.WEIGHTS: {plan.table.name} names no checkpoint of {keys.NAME!r}; "
-                "give it as KEY VALUE, behind a --"
+                f"{pair}: TEACHER.WEIGHTS: {plan.table.name} has no checkpoint of {keys.NAME!r}; "
+                "give it as KEY VALUE after --"
             )
         folder = plan.teachers or WEIGHTS
         return None, ("TEACHER.WEIGHTS", str(folder / known["FILES"][keys.NAME]))
@@ -195,4 +195,4 @@ def _run(command: Sequence[str], job: Job) -> None:
     if ended.returncode == 130:
         raise KeyboardInterrupt
     if ended.returncode:
-        raise TrainingFailedError(f"{job.name}: its processes failed; see what they printed")
+        raise TrainingFailedError(f"{job.name}: its processes failed; see their output")

@@ -87,8 +87,8 @@ class Detectors:
             named = cfg.MODEL.META_ARCHITECTURE == DISTILLED and weights not in ("", MODEL_ZOO)
             if named and "://" not in weights and not Path(weights).is_file():
                 raise ConfigError(
-                    f"{job.name}: DISTILL.TEACHER.WEIGHTS: there is no file {weights!r}; see "
-                    "docs/detection.md for where it comes from"
+                    f"{job.name}: DISTILL.TEACHER.WEIGHTS: no file {weights!r}; see "
+                    "docs/detection.md for its source"
                 )
 
     def session(self, jobs: Sequence[Job], *, torchrun: bool) -> AbstractContextManager:

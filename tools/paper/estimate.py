@@ -44,9 +44,9 @@ def _rendered(rows: Sequence[Sequence[object]]) -> str:
 def _how(plan: Plan) -> str:
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    hours = "GPU hours" if cuda else "GPU hours stand for hours of this machine"
+    hours = "GPU hours" if cuda else "GPU hours are hours of this machine"
     return (
-        f"An estimate: a few steps on {device}, on random images and with random weights, times "
-        f"the number of steps and of GPUs ({plan.gpus} a job). {hours}; evaluations, reading of "
-        "images and communication between GPUs come on top. Disk: the checkpoints, without logs."
+        f"Estimate: a few steps on {device}, on random images and with random weights, times "
+        f"the number of steps and of GPUs ({plan.gpus} a job). {hours}; evaluation, reading "
+        "images and communication between GPUs are extra. Disk: the checkpoints, without logs."
     )

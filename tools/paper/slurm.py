@@ -47,7 +47,7 @@ def options(words: Sequence[str]) -> dict[str, Any]:
     """
     for word in words:
         if "=" not in word:
-            raise ConfigError(f"--slurm: expected KEY=VALUE, as partition=gpu, got {word!r}")
+            raise ConfigError(f"--slurm: expected KEY=VALUE, e.g. partition=gpu, got {word!r}")
     pairs = (word.partition("=") for word in words)
     return {key: yaml.safe_load(value) for key, _, value in pairs}
 

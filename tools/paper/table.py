@@ -79,13 +79,13 @@ def load_table(name: str) -> Table:
     path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
     known = [path.stem for path in sorted(TABLES.glob("*.yaml"))]
     if not path.is_file():
-        raise ConfigError(f"TABLE: there is no {name!r}; {near_names(name, known)}, or a YAML file")
+        raise ConfigError(f"TABLE: no table {name!r}; {near_names(name, known)}, or a YAML file")
     try:
         keys = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {error}") from error
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(keys, dict):
-        raise ConfigError(f"{path}: expected keys with values, as {', '.join(known)} have them")
+        raise ConfigError(f"{path}: expected keys with values, as in {', '.join(known)}")
     keys = {**{key: default for key, (_, default) in OPTIONAL.items()}, **keys}
     _check(path, keys)
     return Table(path.stem, name, keys, (path.parent / keys["CONFIGS"]).resolve())

@@ -109,7 +109,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     numbered, tiny_config, world_size, next_larger
 ):
     cfg = tiny_config()
-    expected = rf"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, .* 10; take {next_larger}"
+    expected = rf"SOLVER.BATCH_SIZE: expected a multiple of {world_size}, .* 10; use {next_larger}"
     with pytest.raises(ValueError, match=expected):
         steps_per_epoch(numbered, cfg, world_size)
     with pytest.raises(ValueError, match=expected):

@@ -41,5 +41,5 @@ def test_another_class_count_is_refused_with_both(tiny_config):
 
 
 def test_more_images_than_there_are_are_refused(tiny_config):
-    with pytest.raises(ValueError, match=r"800 [+] 200 images are asked for, .* has 900"):
+    with pytest.raises(ValueError, match=r"800 [+] 200 images are requested, .* has 900"):
         load_image_sets(tiny_config(**{"DATA.HOLDOUT": 800, "DATA.TRAIN_IMAGES": 200}))

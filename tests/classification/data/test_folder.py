@@ -74,8 +74,8 @@ def test_other_classes_in_the_test_folder_are_refused(root):
     with pytest.raises(ValueError, match=r"expected the same classes ") as refused:
         load_image_sets(config(root))
     file = next((root / "test" / "green").iterdir())
-    assert f"the evaluation images alone have 'green' (first {file})" in str(refused.value)
-    assert "the training images alone have 'red' (first " in str(refused.value)
+    assert f"only the evaluation images have 'green' (first {file})" in str(refused.value)
+    assert "only the training images have 'red' (first " in str(refused.value)
 
 
 def test_a_class_without_images_is_refused(root):
@@ -154,7 +154,7 @@ def test_sixteen_bits_of_grey_keep_their_upper_eight(root, suffix):
 def test_pixels_of_no_stated_range_are_refused(root, dtype):
     (root / "test" / "red" / "0.png").unlink()
     Image.fromarray(np.zeros((8, 8), dtype=dtype)).save(root / "test" / "red" / "0.tiff")
-    with pytest.raises(ValueError, match=r"red.0\.tiff': its pixels are of 32 bits"):
+    with pytest.raises(ValueError, match=r"red.0\.tiff': its pixels have 32 bits"):
         load_image_sets(config(root))
 
 
@@ -180,7 +180,7 @@ def hung_up(pipe):
 def test_a_pipe_among_the_images_is_named(root):
     pipe = root / "test" / "red" / "1.png"
     os.mkfifo(pipe)
-    with hung_up(pipe), pytest.raises(ValueError, match=r"'.*red.1\.png': it is no regular file"):
+    with hung_up(pipe), pytest.raises(ValueError, match=r"'.*red.1\.png': not a regular file"):
         load_image_sets(config(root))
 
 
@@ -188,7 +188,7 @@ def test_a_pipe_among_the_images_is_named(root):
 def test_a_link_to_a_folder_that_is_read_already_is_refused(root, target):
     (root / "train" / "blue" / "deep").mkdir()
     (root / "train" / "red" / "link").symlink_to(root / "train" / target)
-    with pytest.raises(ValueError, match=r"DATA\.ROOT: .*train.* one folder, by a link"):
+    with pytest.raises(ValueError, match=r"DATA\.ROOT: .*train.* one folder through a link"):
         load_image_sets(config(root))
 
 

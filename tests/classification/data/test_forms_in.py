@@ -66,7 +66,7 @@ def test_a_form_without_a_part_to_test_on_has_some_held_out(written, noisy_root)
         shard.unlink()
     settings, notes = propose(noisy_root, "resnet8")
     assert (settings["DATA.NAME"], settings["DATA.HOLDOUT"]) == ("webdataset", 7)
-    assert "no part test or val, so that 7 of them are held out" in notes[0]
+    assert "without a test or val part, 7 of them are held out" in notes[0]
 
 
 def test_a_folder_of_nothing_known_names_the_other_forms(tmp_path):

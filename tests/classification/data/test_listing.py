@@ -34,18 +34,19 @@ def test_a_name_that_is_a_number_goes_before_an_index(tmp_path):
 def test_a_label_that_the_file_of_classes_does_not_know_is_refused(tmp_path, label):
     (tmp_path / "classes.txt").write_text("red\nblue\ngreen\n")
     with pytest.raises(
-        ConfigError, match=rf"^row 1: the label '{label}' is none of the 3 classes of .*classes.txt"
+        ConfigError,
+        match=rf"^row 1: the label '{label}' is not one of the 3 classes of .*classes.txt",
     ):
         indices(["red", label], tmp_path)
 
 
 @pytest.mark.parametrize("label", [None, "", "  "])
 def test_an_image_without_a_label_is_refused(tmp_path, label):
-    with pytest.raises(ConfigError, match=r"^row 1: the image has no label; give it one"):
+    with pytest.raises(ConfigError, match=r"^row 1: the image has no label; add one"):
         indices(["red", label], tmp_path)
 
 
 @pytest.mark.parametrize("label", [1.0, True, [1]])
 def test_a_label_of_another_kind_is_refused(tmp_path, label):
-    with pytest.raises(ConfigError, match=r"^row 0: the label .* neither a text nor a whole"):
+    with pytest.raises(ConfigError, match=r"^row 0: the label .* neither text nor an integer"):
         indices([label], tmp_path)

@@ -68,9 +68,9 @@ def test_the_field_of_the_json_may_be_named(shard, noisy_root):
         ([("a.png", None), ("a.json", b"{")], r"the sample 'a': its .json cannot be read"),
         ([("a.png", None), ("a.json", b"3")], r"its .json has no 'label', .* fields: 3"),
         ([("a.png", None), ("a.json", b'{"class": 3}')], r"LABEL_COLUMN: .* fields: class"),
-        ([("a.png", None), ("a.json", b'{"label": 1.5}')], r"a.png: the label 1.5 is neither a"),
+        ([("a.png", None), ("a.json", b'{"label": 1.5}')], r"a.png: the label 1.5 is neither t"),
         ([("a.png", b"no image"), ("a.cls", b"red")], r"the image '.*train-zzz.tar/a.png': cannot"),
-        ([("a.png", None), ("a.cls", b"green")], r"alone have 'green' \(first .*zzz.tar/a.png\)"),
+        ([("a.png", None), ("a.cls", b"green")], r"only .* have 'green' \(first .*zzz.tar/a.png\)"),
     ],
 )
 def test_a_broken_sample_is_named_with_its_shard(shard, members, message):
@@ -102,7 +102,7 @@ def test_a_shard_that_is_no_whole_plain_tar_file_is_named(written, noisy_root, d
     }
     shard.write_bytes(damaged[damage])
     with pytest.raises(
-        ConfigError, match=r"^.*train-001.tar: cannot be read as a tar file \(.*not compressed"
+        ConfigError, match=r"^.*train-001.tar: cannot be read as a tar file \(.*uncompressed"
     ):
         load_image_sets(cfg)
 

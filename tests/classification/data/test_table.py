@@ -33,7 +33,7 @@ def test_columns_and_files_may_have_other_names(table, noisy_root):
         "file,other,colour\n" + rows.replace(".png,", ".png,x,")
     )
     (noisy_root / "val.csv").write_text("colour,file\nred,val/red/00.png\n")
-    with pytest.raises(ConfigError, match=r"same classes .*training images alone have 'amber' \("):
+    with pytest.raises(ConfigError, match=r"same classes .*the training images have 'amber' \("):
         load_image_sets(cfg)
     (noisy_root / "classes.txt").write_text("amber\nblue\nred\n")
     train, test = load_image_sets(cfg)
@@ -74,12 +74,12 @@ def test_an_absolute_path_and_a_table_of_absolute_name_are_read(table, noisy_roo
         ("path,label\n", r"DATA.ROOT: .*train.csv has no rows"),
         (f"path,label\n{ROWS}no.png,red\n", r"train.csv, line 5: there is no file 'no.png' in "),
         (f"path,label\n{ROWS}train,red\n", r"train.csv, line 5: there is no file 'train' in "),
-        (f"path,label\n{ROWS}\n,red\n", r"train.csv, line 6: has no path of an image"),
+        (f"path,label\n{ROWS}\n,red\n", r"train.csv, line 6: has no image path"),
         (f"path,label\n{ROWS}val/red/00.png,\n", r"train.csv, line 5: the image has no label"),
-        (f"path,label\n{ROWS}a,b,c\n", r"train.csv, line 5: has 3 fields, the header 2; put"),
+        (f"path,label\n{ROWS}a,b,c\n", r"train.csv, line 5: has 3 fields, the header 2; quote"),
         (f"path,label\n{ROWS}a\n", r"train.csv, line 5: has 1 fields, the header 2"),
-        (f'path,label\n{ROWS}"a"b,c\n', r"train.csv, line 5: is no CSV: "),
-        (f"path,label\n{ROWS}val/red/00.png,green\n", r"alone have .green. \(first .*00.png\)"),
+        (f'path,label\n{ROWS}"a"b,c\n', r"train.csv, line 5: not valid CSV: "),
+        (f"path,label\n{ROWS}val/red/00.png,green\n", r"only .* have .green. \(first .*00.png\)"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named_with_its_line(table, text, message):
@@ -90,7 +90,9 @@ def test_what_is_wrong_with_a_table_is_named_with_its_line(table, text, message)
 
 def test_an_unknown_label_is_named_with_its_line(table, noisy_root):
     (noisy_root / "classes.txt").write_text("amber\nblue\n")
-    with pytest.raises(ConfigError, match=r"train.csv, line 4: the label 'red' is none of the 2"):
+    with pytest.raises(
+        ConfigError, match=r"train.csv, line 4: the label 'red' is not one of the 2"
+    ):
         load_image_sets(table(f"path,label\n{ROWS}"))
 
 
@@ -130,7 +132,7 @@ def test_a_parquet_table_names_its_column_and_row(written, noisy_root):
     for columns, message in (
         ({"file": ["a"], "label": [1]}, r"DATA.IMAGE_COLUMN: .*has no column 'path'; known: file"),
         ({"path": ["val/red/00.png", "a"], "label": [1, 2]}, r"parquet, row 1: there is no file"),
-        ({"path": ["val/red/00.png", None], "label": [1, 2]}, r"parquet, row 1: has no path of"),
+        ({"path": ["val/red/00.png", None], "label": [1, 2]}, r"parquet, row 1: has no image path"),
         ({"path": ["val/red/00.png"], "label": [None]}, r"parquet, row 0: the image has no label"),
         ({"path": ["val/red/00.png"], "label": [0.5]}, r"parquet, row 0: the label 0.5 is neither"),
         ({"path": [], "label": []}, r"DATA.ROOT: .*train.parquet has no rows"),
@@ -158,6 +160,6 @@ def test_a_missing_package_is_named_with_its_extra(written, monkeypatch):
     cfg = written("parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(
-        ImportError, match=r"pyarrow is not installed; pip install 'pcka\[parquet\]"
+        ImportError, match=r"pyarrow is not installed; run pip install 'pcka\[parquet\]"
     ):
         load_image_sets(cfg)

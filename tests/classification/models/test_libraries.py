@@ -64,7 +64,7 @@ def test_a_factory_that_takes_no_classes_is_called_without(mine):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("{}:Nett", {}, r"STUDENT\.NAME: 'nets_of_mine' has nothing to call .*did you mean Net\?"),
+        ("{}:Nett", {}, r"STUDENT\.NAME: 'nets_of_mine' has no function .*did you mean Net\?"),
         ("{}:tokens", {}, r"STUDENT\.NAME: nets_of_mine:tokens gives str, expected a torch"),
         ("{}:Net", {"widht": 8}, r"STUDENT\.KWARGS: .*cannot be made with.*'widht'"),
         ("no_such_nets:Net", {}, r"STUDENT\.NAME: 'no_such_nets' cannot be imported"),
@@ -97,7 +97,7 @@ def test_keywords_reach_the_zoo_and_torchvision():
 def test_a_library_that_is_not_there_is_named_with_the_way_to_get_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"is not installed; pip install 'pcka\[(timm|hf)\]'"):
+    with pytest.raises(ImportError, match=r"is not installed; run pip install 'pcka\[(timm|hf)\]'"):
         create_model(name, 7)
 
 

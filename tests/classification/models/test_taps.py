@@ -105,7 +105,7 @@ def test_a_model_that_names_no_stages_has_those_that_a_dry_run_finds(tiny_config
 
 
 def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
-    with pytest.raises(ValueError, match=r"RCKA needs a teacher and TEACHER.NAME is empty"):
+    with pytest.raises(ValueError, match=r"RCKA needs a teacher, but TEACHER.NAME is empty"):
         losses_of(tiny_config("rcka", **{"TEACHER.NAME": ""}), TAPS)
 
 
@@ -123,7 +123,7 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tiny_config):
     ],
 )
 def test_a_loss_of_detectors_is_refused(tiny_config, keys):
-    with pytest.raises(ValueError, match=r"METHODS: \w+ compares detectors or segmenters, by"):
+    with pytest.raises(ValueError, match=r"METHODS: \w+ is for detectors or segmenters: it"):
         losses_of(tiny_config("rcka", **keys), TAPS)
 
 
@@ -131,7 +131,9 @@ def test_losses_are_checked_on_the_models_that_the_configuration_names(tiny_conf
     check_losses(tiny_config("ce", **{"TEACHER.NAME": ""}))
     taps = {"DISTILL.TAPS": "[[neck, layer2, layer1]]", "DISTILL.FITNET.STAGES": "[neck]"}
     check_losses(tiny_config("fitnet", **taps))
-    with pytest.raises(ConfigError, match=r"stage9 is not tapped; there are .*; train.py --show-t"):
+    with pytest.raises(
+        ConfigError, match=r"stage9 is not tapped; available: .*; train.py --show-t"
+    ):
         check_losses(tiny_config("fitnet", **{"DISTILL.FITNET.STAGES": "[stage9]"}))
 
 
@@ -207,6 +209,6 @@ def test_a_tap_before_an_activation_is_told_from_one_behind_it():
     paths = {"stage0": "relu", "stage1": "last"}
     before, behind = (read_taps(Stages(own_activations=own), paths, 16) for own in (False, True))
     assert [before[name].shape for name in paths] == ["4 x 14 x 14", "5 x 12 x 12"]
-    assert unlike_signs(before, behind) == ["stage1: below zero in the student alone"]
-    assert unlike_signs(behind, before) == ["stage1: below zero in the teacher alone"]
+    assert unlike_signs(before, behind) == ["stage1: below zero in the student only"]
+    assert unlike_signs(behind, before) == ["stage1: below zero in the teacher only"]
     assert unlike_signs(before, before) == unlike_signs(behind, behind) == []

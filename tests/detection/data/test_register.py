@@ -98,7 +98,9 @@ def test_another_number_of_classes_is_refused(small_config, scenes, described):
 def test_other_classes_to_test_on_are_refused(small_config, scenes, described):
     names = [{"id": index, "name": f"class {index}"} for index in range(10)]
     path = described(lambda content: {**content, "categories": names})
-    with pytest.raises(ConfigError, match=r"'own' and 'digits_scenes_test' have other categories"):
+    with pytest.raises(
+        ConfigError, match=r"'own' and 'digits_scenes_test' have different categories"
+    ):
         register_datasets(_own_set(small_config, scenes, "own", JSON=path))
 
 

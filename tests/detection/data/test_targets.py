@@ -75,7 +75,7 @@ def test_sigmas_fit_the_keypoints_of_the_test_set(own_set, config):
 
 def test_data_without_keypoints_is_named(own_set, config):
     own_set(BOXED)
-    with pytest.raises(ConfigError, match=r"DATASETS.TRAIN, each image with 1 keypoints or more"):
+    with pytest.raises(ConfigError, match=r"DATASETS.TRAIN, with at least 1 keypoints per image"):
         training_set(config("GeneralizedRCNN", "MODEL.KEYPOINT_ON", "True"))
 
 
@@ -89,5 +89,5 @@ def test_a_test_set_that_cannot_be_read_is_named(own_set, config):
         check_test_sets(config("RetinaNet"))
     DatasetCatalog.remove("a_set")
     DatasetCatalog.register("a_set", list)
-    with pytest.raises(ConfigError, match=r"DATASETS.TEST: 'a_set' holds no image"):
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: 'a_set' has no images"):
         check_test_sets(config("RetinaNet"))

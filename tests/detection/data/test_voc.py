@@ -97,7 +97,7 @@ def test_a_broken_object_is_named_with_its_file(root, old, new, message):
 
 def test_an_unknown_class_is_named_with_its_file(root):
     edit(root, "<name>.*?</name>", "<name>cat</name>")
-    with pytest.raises(ConfigError, match=rf"{FILE}: object 1: 'cat' is none of the 10 classes"):
+    with pytest.raises(ConfigError, match=rf"{FILE}: object 1: 'cat' is not one of the 10 classes"):
         read(root)
 
 
@@ -105,7 +105,7 @@ def test_an_unknown_class_is_named_with_its_file(root):
     ("line", "message"),
     [
         ("no\n", r"train.txt, line 9: there is no image 'no' with a suffix \(.jpg, .*JPEGImages"),
-        ("train_000000\n", r"train.txt, line 9: 'train_000000' stands on line 1 already"),
+        ("train_000000\n", r"train.txt, line 9: 'train_000000' is already on line 1"),
         ("bare\n", r"train.txt, line 9: there is no .*Annotations.bare.xml; an image without"),
     ],
 )
@@ -121,7 +121,7 @@ def test_missing_folders_lists_and_images_are_named(root):
     with pytest.raises(ConfigError, match=r"VOC_TRAIN.ROOT: expected the file .*dev.txt .*SPLIT$"):
         read(root, "dev")
     (root / "ImageSets" / "Main" / "dev.txt").write_text("\n")
-    with pytest.raises(ConfigError, match=r"VOC_TRAIN.ROOT: .*dev.txt lists no image"):
+    with pytest.raises(ConfigError, match=r"VOC_TRAIN.ROOT: .*dev.txt lists no images"):
         read(root, "dev")
     (root / "Annotations").rename(root / "annotations")
     with pytest.raises(ConfigError, match=r"VOC_TRAIN.ROOT: expected the folder .*Annotations"):

@@ -78,8 +78,8 @@ def test_an_image_without_a_file_of_labels_has_no_objects(root, caplog):
     found = read(root)
     assert len(found.images) == 8
     assert not {2, 3} & {box["image_id"] for box in found.boxes}
-    assert "1 of the 8 images have no file of labels" in caplog.text
-    assert "000001.txt is the first" in caplog.text
+    assert "1 of the 8 images have no label file" in caplog.text
+    assert "000001.txt)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,14 @@ def test_an_image_without_a_file_of_labels_has_no_objects(root, caplog):
         ("3 0.5 0.5 0.5 0.5 0.5 0.5", r"expected 5 numbers .*, got 7"),
         ("3 0.5 0.5 nan 0.5", r"width: expected a finite number, got 'nan'"),
         ("3 0.5 x 0.5 0.5", r"center y: expected a finite number, got 'x'"),
-        ("10 0.5 0.5 0.5 0.5", r"the class 10 is none of the 10, which count from 0"),
-        ("-1 0.5 0.5 0.5 0.5", r"the class -1 is none of the 10"),
-        ("1.5 0.5 0.5 0.5 0.5", r"the class 1.5 is none of the 10"),
-        ("3 64 64 20 20", r"expected parts of the image's sides, from 0 to 1, got '3 64 64 20 20'"),
-        ("3 0.5 0.5 -0.1 0.5", r"expected parts of the image's sides, from 0 to 1"),
+        ("10 0.5 0.5 0.5 0.5", r"the class 10 is not one of the 10, counted from 0"),
+        ("-1 0.5 0.5 0.5 0.5", r"the class -1 is not one of the 10"),
+        ("1.5 0.5 0.5 0.5 0.5", r"the class 1.5 is not one of the 10"),
+        (
+            "3 64 64 20 20",
+            r"expected fractions of the image's .*, from 0 to 1, got '3 64 64 20 20'",
+        ),
+        ("3 0.5 0.5 -0.1 0.5", r"expected fractions of the image's sides, from 0 to 1"),
     ],
 )
 def test_a_broken_line_is_named(root, line, message):
@@ -108,10 +111,10 @@ def test_a_broken_line_is_named(root, line, message):
         ("val: images/val\nnames: [a]", r"expected a folder .* as 'train', got None; .*SPLIT$"),
         ("train: 3\nnames: [a]", r"expected a folder or a list of folders as 'train', got \[?3"),
         ("train: images/train", r"data.yaml: expected the classes as 'names', .* got None"),
-        ("train: images/train\nnames: [a, a]", r"none of them twice, got \['a', 'a'\]"),
+        ("train: images/train\nnames: [a, a]", r"without duplicates, got \['a', 'a'\]"),
         ("train: images/train\nnames: {1: a, 2: b}", r"a mapping from 0, 1, …"),
-        ("train: images/train\nnames: [a]\nnc: 2", r"has 1 names, but states 'nc' 2"),
-        ("train: images/no\nnames: [a]", r"there is no folder '.*images/no' of images"),
+        ("train: images/train\nnames: [a]\nnc: 2", r"has 1 names, but 'nc' is 2"),
+        ("train: images/no\nnames: [a]", r"there is no image folder '.*images/no'"),
         ("train: labels\nnames: [a]", r"there is no image \(.jpg, .* in .*labels"),
         ("train: no.txt\nnames: [a]", r"no.txt, line 1: there is no image '.*no.png'"),
         ("train: [", r"data.yaml: cannot be read as YAML"),
@@ -133,7 +136,7 @@ def test_what_has_neither_yaml_nor_classes_is_refused(root):
 def test_images_without_any_labels_are_refused(root):
     (root / "labels" / "train").rename(root / "boxes")
     with pytest.raises(
-        ConfigError, match=r"none of the 8 images has a file of labels; that of .*labels.train.*txt"
+        ConfigError, match=r"none of the 8 images has a label file; that of .*labels.train.*txt"
     ):
         read(root)
 
