@@ -14,7 +14,7 @@ def test_a_package_that_is_there_is_handed_over():
 
 def test_what_is_missing_is_named_with_the_extra():
     with pytest.raises(
-        ImportError, match=r"no_such is not installed; pip install 'pcka\[export\]'"
+        ImportError, match=r"no_such is not installed; run pip install 'pcka\[export\]'"
     ):
         optional_package("no_such.part")
     with pytest.raises(

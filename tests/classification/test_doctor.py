@@ -235,8 +235,8 @@ def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup, caplog
 
 def test_what_needs_something_that_failed_is_not_looked_at(setup):
     found = findings_of(setup, "DATA.ROOT", "nowhere")
-    assert found["a step"] == (SKIP, "not looked at: needs the data")
-    assert found["disk"] == (SKIP, "not looked at: needs the step")
+    assert found["a step"] == (SKIP, "skipped: needs the data")
+    assert found["disk"] == (SKIP, "skipped: needs the step")
 
 
 def test_a_student_without_teacher(setup):
