@@ -130,7 +130,7 @@ def test_pairs_that_the_processes_cannot_make_are_refused(
     noise, tiny_config, world_size, size, wanted
 ):
     cfg = tiny_config(**{"DATA.CUTMIX": 1.0, "SOLVER.BATCH_SIZE": size})
-    message = rf"SOLVER.BATCH_SIZE: expected a multiple of {2 * world_size}, .* take {wanted}"
+    message = rf"SOLVER.BATCH_SIZE: expected a multiple of {2 * world_size}, .* use {wanted}"
     with pytest.raises(ConfigError, match=message):
         steps_per_epoch(noise, cfg, world_size)
 
