@@ -126,7 +126,7 @@ def test_the_command_ends_with_one_line_and_its_status(tmp_path):
 
 def test_without_the_trainers_the_command_says_how_to_get_them(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "cka", ("no_such_trainers.cka_map", ""))
-    with pytest.raises(ImportError, match=r"no module 'no_such_trainers'.*pip install -e"):
+    with pytest.raises(ImportError, match=r"no module named 'no_such_trainers'.*pip install -e"):
         cli.main(["cka"])
 
 
