@@ -246,7 +246,7 @@ def test_a_kill_before_the_last_step_leaves_the_old_file(tmp_path):
 def test_a_damaged_safetensors_file_is_named(tmp_path):
     path = tmp_path / "file.safetensors"
     torch.save(STUDENT.state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"file of safetensors, .*file\.safetensors' is dam"):
+    with pytest.raises(CheckpointError, match=r"safetensors file, .*file\.safetensors' is dam"):
         load_file(path)
 
 
