@@ -9,9 +9,9 @@ from pcka.ops.reference import accumulation_dtype, without_autocast
 
 MIN_SAMPLES = 4  # unbiased HSIC is not defined below
 
-# Feature entries centered at a time, per thread: few enough to stay in a core's cache until they
-# are multiplied. On a GPU, where each step is a launch, all but the widest features are one chunk.
-_CHUNK, _CHUNK_ON_GPU = 1 << 18, 1 << 24
+# Feature entries centered at a time, which bounds the memory. Smaller chunks stay in a core's cache,
+# but several threads spend more time on waiting for one another.
+_CHUNK, _CHUNK_ON_GPU = 1 << 22, 1 << 24
 _BLOCK = 64  # rows of the Gram per product on a CPU
 
 
@@ -45,9 +45,7 @@ def u_centered_gram(feature: Tensor) -> Tensor:
 def _lower_gram(rows: Tensor) -> Tensor:
     """``H X X^T H`` below its diagonal, ``(N, D)`` -> ``(N, N)``; a CPU skips blocks above it."""
     samples, dtype = len(rows), accumulation_dtype(rows.dtype)
-    chunk, block = _CHUNK_ON_GPU, samples
-    if rows.is_cpu:
-        chunk, block = _CHUNK * torch.get_num_threads(), _BLOCK
+    chunk, block = (_CHUNK, _BLOCK) if rows.is_cpu else (_CHUNK_ON_GPU, samples)
     gram = rows.new_zeros(samples, samples, dtype=dtype)
     weights = gram.new_full((samples,), 1 / samples)
     of_mean = gram.new_zeros(())
