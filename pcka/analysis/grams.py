@@ -9,8 +9,8 @@ from pcka.ops.reference import accumulation_dtype, without_autocast
 
 MIN_SAMPLES = 4  # unbiased HSIC is not defined below
 
-# Feature entries centered at a time, which bounds the memory. Smaller chunks stay in a core's cache,
-# but several threads spend more time on waiting for one another.
+# Feature entries centered at a time, which bounds the memory. Smaller chunks would stay in a core's
+# cache, but several threads would spend more time waiting for one another.
 _CHUNK, _CHUNK_ON_GPU = 1 << 22, 1 << 24
 _BLOCK = 64  # rows of the Gram per product on a CPU
 
