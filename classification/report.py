@@ -168,7 +168,7 @@ def make_report(material: Material, image_sets: ImageSets | None = None) -> Repo
 def _training(metrics: Sequence[Mapping[str, float]]) -> str:
     """Describe the length of a training run."""
     seconds = sum(record.get("seconds", 0) for record in metrics)
-    took = f" in {timedelta(seconds=round(seconds))} hours" if seconds else ""
+    took = f" in {timedelta(seconds=round(seconds))} (h:mm:ss)" if seconds else ""
     return f"{len(metrics) or 'an unknown number of'} epochs{took}"
 
 

@@ -199,7 +199,7 @@ def test_stages_that_are_compared_are_named_where_the_models_have_unlike_many():
 def test_the_page_tells_when_and_how_long_the_training_was(run, data):
     page = (run / "report.html").read_text()
     seconds = sum(record["seconds"] for record in data["metrics"])
-    assert f"3 epochs in 0:00:{round(seconds):02d} hours" in page
+    assert f"3 epochs in 0:00:{round(seconds):02d} (h:mm:ss)" in page
     began = datetime.fromisoformat(json.loads((run / "environment.json").read_text())["date"])
     assert str(began) in page
     assert 0 < (run / "report.html").stat().st_mtime - began.timestamp() < 600
