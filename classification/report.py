@@ -35,6 +35,7 @@ from classification.report_figures import (
 )
 from classification.teacher import ImageSets, as_one, teacher_file
 from pcka.analysis.gradients import far_apart
+from pcka.engine.class_names import CLASSES_FILE, read_class_names
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError, flatten
 from pcka.engine.curves import classifier_panels, panel_figure
@@ -48,7 +49,8 @@ logger = logging.getLogger("pcka")
 
 CONFIG, STUDENT = "config.yaml", "student"
 BASELINE = "baseline"
-SAME_IMAGES = ("NAME", "HOLDOUT", "SPLIT_SEED", "IMAGE_SIZE")  # keys of DATA that determine them
+# Keys of DATA that determine the evaluation images.
+SAME_IMAGES = ("NAME", "TEST_PART", "HOLDOUT", "SPLIT_SEED", "IMAGE_SIZE")
 STUDENTS = {STUDENT: "model_last.pth", "averaged student": "model_ema.pth"}  # of a run's folder
 
 
@@ -108,7 +110,19 @@ class Material:
                     f"--baseline: {folder} was trained on other images, DATA.{key} is {theirs!r} "
                     f"there and {own!r} here; give a run on the same ones"
                 )
+        if self.classes != other.classes:
+            raise ConfigError(
+                f"--baseline: {folder} was trained on other classes ({', '.join(other.classes)}); "
+                "give a run on the same ones"
+            )
         return replace(self, baseline=(other.cfg, other.students[STUDENT]))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, from the folder of the run."""
+        weights = self.students[STUDENT]
+        assert weights is not None
+        return read_class_names(weights.parent / CLASSES_FILE)
 
 
 def make_report(material: Material, image_sets: ImageSets | None = None) -> Report:

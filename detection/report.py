@@ -155,12 +155,13 @@ def check_finished(folder: Path) -> None:
 def _baseline_result(folder: Path, cfg: CfgNode) -> Results:
     """Return the metrics of another run on the same test sets."""
     check_finished(folder)
-    theirs = load_config(str(folder / CONFIG), []).DATASETS.TEST
-    if tuple(theirs) != tuple(cfg.DATASETS.TEST):
-        raise ConfigError(
-            f"--baseline: {folder} was evaluated on {', '.join(theirs)} and this run on "
-            f"{', '.join(cfg.DATASETS.TEST)}; give a run with the same DATASETS.TEST"
-        )
+    own, theirs = (flatten(of.DATASETS) for of in (cfg, load_config(str(folder / CONFIG), [])))
+    for key, value in own.items():
+        if "TEST" in key and theirs.get(key) != value:
+            raise ConfigError(
+                f"--baseline: {folder} was evaluated on other images, DATASETS.{key} is "
+                f"{theirs.get(key)!r} there and {value!r} here; give a run on the same test set"
+            )
     return read_result(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from datetime import datetime
 
 import numpy as np
@@ -183,6 +184,13 @@ def test_a_baseline_on_other_images_is_refused(run, tiny_config, tmp_path):
     run_experiment(tiny_config("ce", "ce", **{"TEACHER.NAME": "", "DATA.HOLDOUT": 50}))
     with pytest.raises(ConfigError, match=r"--baseline: .*ce .* DATA\.HOLDOUT is 50 .* 60 here"):
         report.main([str(run), "--baseline", str(tmp_path / "ce")])
+
+
+def test_a_baseline_of_other_classes_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "other")
+    (tmp_path / "other" / "classes.txt").write_text("\n".join("abcdefghij") + "\n")
+    with pytest.raises(ConfigError, match=r"--baseline: .*other classes \(a, b, .*same ones"):
+        report.main([str(run), "--baseline", str(tmp_path / "other")])
 
 
 def test_stages_that_are_compared_are_named_where_the_models_have_unlike_many():

@@ -87,7 +87,8 @@ def test_a_baseline_stands_beside_the_student(run, data, tmp_path):
     (other / "config.yaml").write_text(
         text.replace("- digits_scenes_test", "- digits_scenes_train")
     )
-    with pytest.raises(ConfigError, match=r"--baseline: .*on digits_scenes_train and this"):
+    told = r"--baseline: .*other was .*DATASETS\.TEST is .*s_train.* here"
+    with pytest.raises(ConfigError, match=told):
         report.make_report(run, baseline=other)
     (other / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"other: expected .* found no result\.json"):
