@@ -227,8 +227,9 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(by_two, train, folder
         program = train("killed", "--resume", processes=processes)
         program.kill_when(lambda least=least: epochs_of(run) >= least)
         assert epochs_of(run) < EPOCHS
-        assert all((run / name).stat().st_size for name in ("model_last.pth", "model_best.pth"))
+        assert (run / "model_last.pth").stat().st_size  # written before the checkpoint
     train("killed", "--resume", processes=2).succeed()
+    assert (run / "model_best.pth").stat().st_size  # written after it: a kill may come between
     assert_learned_alike(run, by_two[0])
     assert json.loads((run / "result.json").read_text())["epochs"] == EPOCHS
 
