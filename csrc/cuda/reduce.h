@@ -10,7 +10,7 @@ namespace pcka {
 // The largest value over the block's threads; every thread gets it.
 __device__ inline double block_max(double value) {
   __shared__ double shared[kThreads];
-  __syncthreads();  // an earlier call's readers are done
+  __syncthreads();  // the readers of an earlier maximum are done
   shared[threadIdx.x] = value;
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
