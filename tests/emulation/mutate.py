@@ -4,7 +4,8 @@
 
 Each mutant removes a barrier or the guard of a tail, widens a bound, or swaps min and max, in the
 device code of csrc/cuda; the emulator's tests then run on it. A mutant that survives must stand in
-survivors.toml with the reason; any other makes the script fail. A failed test ends its mutant's run.
+survivors.toml with the reason; any other makes the script fail. A failed test ends its mutant's
+run.
 """
 
 from __future__ import annotations
