@@ -39,8 +39,9 @@ MANIFEST = "manifest.json"
 PART_BYTES = 2**28  # outputs held in memory before they are written
 
 # Keys of the teacher and its arithmetic, besides its weights.
-TEACHER_KEYS = tuple(
-    f"TEACHER.{key}" for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD", "SHARES")
+TEACHER_KEYS = (
+    *("AUTOCAST", "CHANNELS_LAST", "COMPILE", "TEACHER.NAME", "TEACHER.KWARGS", "TEACHER.LOGITS"),
+    *("TEACHER.PIXEL_MEAN", "TEACHER.PIXEL_STD", "TEACHER.SHARES"),
 )
 # Keys of DATA that do not affect training images. Keys added later are taken to affect them.
 UNSEEN = tuple(
@@ -302,7 +303,7 @@ def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, 
     others = [{**other, "WEIGHTS": ""} for other in cfg.TEACHER.OTHERS]
     return {
         "TEACHER.OTHERS": others,
-        **{key: values[key] for key in ("AUTOCAST", *TEACHER_KEYS, *seen, *mixed)},
+        **{key: values[key] for key in (*TEACHER_KEYS, *seen, *mixed)},
         "TEACHER.WEIGHTS": digest.hexdigest(),
         "DATA.ROOT": train_set.fingerprint,
     }

@@ -227,6 +227,8 @@ def test_students_side_by_side_learn_from_disk_what_they_learn_alone(
         ("TEACHER.PIXEL_MEAN", "[0.1, 0.2, 0.3]"),
         ("TEACHER.NAME", "resnet14"),
         ("AUTOCAST", "bfloat16"),
+        ("CHANNELS_LAST", True),
+        ("COMPILE", True),
         ("DATA.TRAIN_IMAGES", 50),
     ],
 )
