@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", nargs="+", metavar="L", help="paths or patterns, for both")
     for side in "ab":
         parser.add_argument(f"--layers-{side}", nargs="+", metavar="L", help=f"for {side} only")
-    parser.add_argument("--images", type=positive, default=512, help="how many, evenly spaced (512)")
+    parser.add_argument(
+        "--images", type=positive, default=512, help="how many, evenly spaced (512)"
+    )
     parser.add_argument(
         "--batch-size", type=positive, default=128, help="images per batch (%(default)s)"
     )
