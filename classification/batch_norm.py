@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from classification.data import ImageSet
+from classification.data.augmentation import augmented_batches
 from pcka.engine.config import ConfigError
 
 USUAL_MOMENTUM = 0.1  # torch's default
@@ -53,7 +54,7 @@ def recalibrate(
         raise ConfigError(
             "--recalibrate-bn: the model has no batch norm with running statistics; leave it out"
         )
-    batches = data.training_batches(cfg, epoch=0)
+    batches = augmented_batches(data, cfg, epoch=0)
     count = -(-images // cfg.SOLVER.BATCH_SIZE)
     torch.manual_seed(cfg.SEED)  # for dropout, which is active as in training
     update_bn((pixels(batch.images) for batch in islice(batches, count)), model)

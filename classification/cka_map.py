@@ -27,7 +27,7 @@ from classification.models import (
     settings_of,
 )
 from pcka.analysis import CKATable, cka_matrix
-from pcka.engine.arguments import command_parser
+from pcka.engine.arguments import command_parser, positive
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
 from pcka.engine.environment import choose_device
@@ -77,12 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", nargs="+", metavar="L", help="paths or patterns, for both")
     for side in "ab":
         parser.add_argument(f"--layers-{side}", nargs="+", metavar="L", help=f"for {side} only")
-    parser.add_argument("--images", type=int, default=512, help="how many, evenly spaced (512)")
     parser.add_argument(
-        "--batch-size", type=int, default=128, help="images per batch (%(default)s)"
+        "--images", type=positive, default=512, help="how many, evenly spaced (512)"
     )
-    parser.add_argument("--image-size", type=int, help="pixels; default: the run's, or 32")
-    parser.add_argument("--classes", type=int, help="for models without weights (1000; digits: 10)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=128, help="images per batch (%(default)s)"
+    )
+    parser.add_argument("--image-size", type=positive, help="pixels; default: the run's, or 32")
+    parser.add_argument(
+        "--classes", type=positive, help="for models without weights (1000; digits: 10)"
+    )
     parser.add_argument("--pretrained", action="store_true", help="the library's own weights")
     for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         about = "for models outside runs; default: ImageNet's"

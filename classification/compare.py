@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,13 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from classification.arguments import compare_parser
-from classification.config import CONFIGS, default_config, load_config, teacher_name
+from classification.config import (
+    CONFIGS,
+    HARMLESS_KEYS,
+    default_config,
+    load_config,
+    teacher_name,
+)
 from classification.data import Batch
 from classification.lessons import Lessons, StepInputs
 from classification.pair import pair_settings
@@ -31,7 +37,7 @@ from classification.trainer import Trainer
 from pcka.distributed import rank
 from pcka.engine.arguments import take_pairs
 from pcka.engine.command import TrainingFailedError, run_command
-from pcka.engine.comparison import HOW_TO_READ, Comparison
+from pcka.engine.comparison import HOW_TO_READ, Comparison, pairs_of_run
 from pcka.engine.config import ConfigError, read_tree
 from pcka.engine.cost import (
     ROUNDS,
@@ -42,6 +48,7 @@ from pcka.engine.cost import (
     settings_digest,
 )
 from pcka.engine.curves import plot_gradients
+from pcka.engine.distill import changed_settings
 from pcka.engine.launch import is_first, process_group
 from pcka.engine.progress import console_log
 from pcka.engine.run_folder import read_metrics, remove_temporaries
@@ -52,6 +59,12 @@ if TYPE_CHECKING:  # keeps --help fast
 logger = logging.getLogger("pcka")
 
 PUBLISHED = CONFIGS.parent / "reproduce" / "table1.yaml"
+# Keys that may differ from the paper's setting: they leave the recipe as it is.
+NEUTRAL_KEYS = {
+    *HARMLESS_KEYS,
+    *("SEED", "IMPORTS", "DEVICE", "CHANNELS_LAST", "AUTOCAST", "COMPILE", "EVAL_EVERY"),
+    *("TEACHER.WEIGHTS", "TEACHER.TRAIN", "TEACHER.SEED"),
+}
 METRICS = {"last_accuracy": "last epoch (%)", "best_accuracy": "best epoch (%)"}
 AVERAGED = {"last_accuracy_ema": "averaged student (%)"}
 
@@ -111,27 +124,27 @@ def compare(
         seeds: of the students' initial weights, image order and augmentation.
         output: also receives ``comparison.md``, ``.csv``, ``.tex`` and ``.png``; with REPORT
             ``report.html`` and ``.json``; with GRADIENTS_EVERY ``gradients.png`` of the first seed.
-        overrides: ``KEY VALUE`` pairs for all runs.
+        overrides: ``KEY VALUE`` pairs for all runs, without SEED and OUTPUT_DIR.
         variants: by name; all other methods are method files.
         together: maximum number of students side by side; they share the device's memory.
         costs: measure the cost of a step of each method once the runs are done.
 
     Raises:
-        ConfigError: a method or seed named twice, or as :func:`run_side_by_side`.
+        ConfigError: a method or seed named twice, pairs that set SEED or OUTPUT_DIR, or as
+            :func:`run_side_by_side`.
     """
     if len(set(methods)) != len(methods) or len(set(seeds)) != len(seeds):
         raise ConfigError(f"methods and seeds: expected each one once, got {methods} and {seeds}")
 
     def configure(method: str, seed: int) -> CfgNode:
         variant = variants.get(method, Variant(method))
-        own = ["SEED", str(seed), "OUTPUT_DIR", str(output / method / f"seed{seed}")]
-        return load_config(config_file, [*variant.overrides, *overrides, *own], variant.method)
+        given, folder = [*variant.overrides, *overrides], output / method / f"seed{seed}"
+        return load_config(config_file, pairs_of_run(given, seed, folder), variant.method)
 
     # Configure all runs before training the first, so that a wrong name fails at once.
     cfgs = {(method, seed): configure(method, seed) for method in methods for seed in seeds}
-    first = cfgs[methods[0], seeds[0]]
-    own_settings = {name for name, variant in variants.items() if variant != Variant(name)}
-    comparison = new_comparison(first, methods, unpublished=own_settings)
+    by_method = {method: cfgs[method, seeds[0]] for method in methods}
+    first, comparison = by_method[methods[0]], new_comparison(by_method)
     with process_group(first.DEVICE) as device:
         if rank() == 0:
             remove_temporaries(output)
@@ -148,7 +161,6 @@ def compare(
             of_runs = {m: read_metrics(f / "metrics.jsonl") for m, f in folders.items()}
             plot_gradients(of_runs, output / "gradients.png")
         if costs:
-            by_method = {method: cfgs[method, seeds[0]] for method in methods}
             columns = cost_columns(measure_costs(by_method, output / "costs.json"))
             comparison.extra = {**comparison.extra, **columns}
             comparison.write(output)
@@ -179,21 +191,18 @@ def _groups(
     return [row[start : start + size] for row in rows for start in range(0, len(row), size)]
 
 
-def new_comparison(
-    cfg: CfgNode, methods: Sequence[str], *, unpublished: Collection[str] = ()
-) -> Comparison:
-    """Return a comparison without results, with the paper's figures if the setting is the paper's.
+def new_comparison(cfgs: Mapping[str, CfgNode]) -> Comparison:
+    """Return a comparison without results, with the paper's figures where the setting is its own.
 
     Args:
-        cfg: the setting.
-        methods: their names.
-        unpublished: those that are not the method files of the same names.
+        cfgs: method -> configuration of one of its runs.
     """
-    accuracies = {m: published_accuracy(cfg, m) for m in methods if m not in unpublished}
+    accuracies = {method: published_accuracy(cfg, method) for method, cfg in cfgs.items()}
     published = {method: value for method, value in accuracies.items() if value is not None}
+    averaged = all(cfg.SOLVER.EMA_DECAY for cfg in cfgs.values())
     return Comparison(
-        methods,
-        METRICS | (AVERAGED if cfg.SOLVER.EMA_DECAY else {}),
+        list(cfgs),
+        METRICS | (AVERAGED if averaged else {}),
         difference="minus first row (%)",
         also_in_csv=("best_epoch", "epochs"),
         extra={"published (%)": {method: f"{value:.2f}" for method, value in published.items()}},
@@ -218,18 +227,18 @@ def published_accuracy(cfg: CfgNode, method: str) -> float | None:
     """Return the paper's top-1 accuracy (%) of a method, or None if there is none.
 
     Args:
-        cfg: the setting; the paper's are the pairs in :data:`PUBLISHED`, trained on all of
-            CIFAR-100 with its recipe.
+        cfg: of a run; its setting is the paper's if it differs from the file of its pair in
+            :data:`PUBLISHED` in :data:`NEUTRAL_KEYS` only.
         method: name of a method file.
     """
     table = yaml.safe_load(PUBLISHED.read_text())
-    pair, pairs = f"{cfg.TEACHER.NAME}_{cfg.STUDENT.NAME}", list(table["PAIRS"])
-    whole = not (cfg.DATA.TRAIN_IMAGES or cfg.DATA.HOLDOUT or cfg.TEACHER.OTHERS)
-    recipe = all(cfg.SOLVER[key] == value for key, value in table["RECIPE"].items())
-    if cfg.DATA.NAME != "cifar100" or not whole or not recipe or pair not in pairs:
+    pair, files = f"{cfg.TEACHER.NAME}_{cfg.STUDENT.NAME}", table["PAIRS"]
+    if pair not in files or method not in table["METHODS"]:
         return None
-    by_pair = table["METHODS"].get(method)
-    return None if by_pair is None else by_pair[pairs.index(pair)]
+    papers = load_config(PUBLISHED.parent / table["CONFIGS"] / files[pair], method=method)
+    if changed_settings(papers, cfg).keys() - NEUTRAL_KEYS:
+        return None
+    return table["METHODS"][method][list(files).index(pair)]
 
 
 def cost_columns(costs: Mapping[str, Cost]) -> dict[str, dict[str, str]]:

@@ -17,15 +17,22 @@ import torch
 from fvcore.common.config import CfgNode
 
 from classification.arguments import doctor_parser
-from classification.config import doubts, load_config
+from classification.config import doubts, load_config, teacher_name, teachers_of
 from classification.data import ImageSet, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy, is_guessing
-from classification.models import has_own_weights, named_model, without_weights
+from classification.models import named_model, without_weights
 from classification.models.taps import Reading, extra_taps, model_taps, read_taps, unlike_signs
 from classification.pair import pair_settings
 from classification.pixel_checks import check_channels, check_normalisation
 from classification.run import Run, check_run, losses_of, untrained_pair
-from classification.teacher import PREFLIGHT_POINTS, Teacher, prepare_teacher, teacher_run
+from classification.teacher import (
+    PREFLIGHT_POINTS,
+    Teacher,
+    is_trained,
+    prepare_teacher,
+    teacher_run,
+)
+from classification.teacher_outputs import check_outputs
 from classification.trainer import Trainer
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
@@ -90,7 +97,7 @@ class Examination:
         self._sets: tuple[ImageSet, ImageSet] | None = None
         self._sample: ImageSet | None = None
         self._teacher: Teacher | None = None
-        self._is_stand_in = False
+        self._stand_ins: list[CfgNode] = []  # sections of teachers that are yet to be trained
         self._trainer: Trainer | None = None
 
     def checks(self) -> list[tuple[str, Check]]:
@@ -171,7 +178,7 @@ class Examination:
                 readings.append(read_taps(model, paths, cfg.DATA.IMAGE_SIZE))
             except (ValueError, RuntimeError) as error:
                 raise ConfigError(f"DISTILL.TAPS: {role}: {error}") from error
-        pair = f"{cfg.TEACHER.NAME} -> {cfg.STUDENT.NAME}" if teacher else cfg.STUDENT.NAME
+        pair = f"{teacher_name(cfg)} -> {cfg.STUDENT.NAME}" if teacher else cfg.STUDENT.NAME
         notes = unlike_signs(*readings) if teacher else []
         return Verdict(PASS, "; ".join([f"{pair}; taps: {', '.join(read) or 'none'}", *notes]))
 
@@ -203,14 +210,17 @@ class Examination:
             return Verdict(PASS, "none: the student learns without one")
         # Hides what the preparation logs, even about a stand-in: the verdict reports it.
         with tempfile.TemporaryDirectory() as folder, messages_of(logger):
-            lenient = self._with_weights(cfg.clone(), Path(folder))
             read = {path for _, path in extra_taps(cfg.DISTILL.TAPS).values()}
+            lenient = self._with_weights(Path(folder))
             self._teacher = prepare_teacher(lenient, self.sets, _never, read)
         assert self._teacher is not None
         sample, top1, stated = self.sets[1], self._teacher.accuracy, cfg.TEACHER.ACCURACY
-        if self._is_stand_in:
-            return Verdict(WARN, f"trained first, {cfg.TEACHER.EPOCHS} epochs; accuracy unknown")
-        text = f"{cfg.TEACHER.NAME} reaches {top1:.2f} % on {len(sample)} evaluation images"
+        if self._stand_ins:
+            first = ", ".join(f"{one.NAME} ({one.EPOCHS} epochs)" for one in self._stand_ins)
+            return Verdict(WARN, f"trained first: {first}; accuracy unknown")
+        if cfg.TEACHER.OUTPUTS:
+            check_outputs(cfg, self._teacher.weights, self.sets[0])
+        text = f"{teacher_name(cfg)} reaches {top1:.2f} % on {len(sample)} evaluation images"
         whole = self._sets is not None and len(self._sets[1]) == len(sample)
         noise = 0.0 if whole else 200 * (stated / 100 * (1 - stated / 100) / len(sample)) ** 0.5
         if top1 < stated - PREFLIGHT_POINTS - noise:
@@ -229,7 +239,7 @@ class Examination:
 
     def check_teacher_pixels(self) -> Verdict:
         """Check that no other channel order or usual statistics improve the teacher."""
-        if self._teacher is None or self._is_stand_in:
+        if self._teacher is None or self._stand_ins:
             reason = "no teacher with weights" if self.cfg.TEACHER.NAME else "no teacher"
             return Verdict(SKIP, f"skipped: {reason}")
         return check_channels(self._teacher.model, self.cfg.TEACHER, self.sets[1])
@@ -284,7 +294,7 @@ class Examination:
         epoch = cost.seconds * trainer.steps_per_epoch + evaluating / cfg.EVAL_EVERY
         spans = {"an epoch": epoch, "the run": epoch * cfg.SOLVER.EPOCHS}
         status, text = cost.verdict(spans, device, "SOLVER.BATCH_SIZE")
-        return Verdict(status, text + ", plus the teacher's training" * self._is_stand_in)
+        return Verdict(status, text + ", plus the teacher's training" * bool(self._stand_ins))
 
     def check_room(self) -> Verdict:
         """Check disk space for the run's checkpoints, plus one that is being written."""
@@ -294,23 +304,27 @@ class Examination:
         needed = (2 + kept) * student + 2 * tensor_bytes(self.trainer.state())
         return check_disk(self.cfg.OUTPUT_DIR, needed)
 
-    def _with_weights(self, cfg: CfgNode, folder: Path) -> CfgNode:
-        """Return the configuration with an existing teacher: nothing is trained for a check.
+    def _with_weights(self, folder: Path) -> CfgNode:
+        """Return the configuration with existing teachers, whose outputs are not kept.
 
-        A teacher that is yet to be trained is replaced by its untrained model.
+        Nothing is trained for a check: each teacher that is yet to be trained is replaced by its
+        untrained model, in ``folder``.
         """
+        cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.TEACHER.ACCURACY = 0.0
-        if cfg.TEACHER.WEIGHTS or (has_own_weights(cfg.TEACHER) and not cfg.TEACHER.TRAIN):
-            return cfg
-        _, weights = teacher_run(self.cfg, self.sets[0])
-        if not weights.exists():
-            self._is_stand_in = True
-            weights = folder / "stand_in.pth"
-            settings = {"role": "teacher", **without_weights(cfg.TEACHER)}
-            model = named_model(cfg.TEACHER.NAME, len(self.sets[0].classes), **settings)
-            torch.save(model.state_dict(), weights)
-        cfg.TEACHER.WEIGHTS = str(weights)
+        cfg.TEACHER.ACCURACY, cfg.TEACHER.OUTPUTS = 0.0, ""
+        sections = (cfg.TEACHER, *cfg.TEACHER.OTHERS)
+        for section, one in zip(sections, teachers_of(self.cfg), strict=True):
+            if not is_trained(one.TEACHER):
+                continue
+            _, weights = teacher_run(one, self.sets[0])
+            if not weights.exists():
+                self._stand_ins.append(one.TEACHER)
+                weights = folder / weights.name
+                settings = {"role": "teacher", **without_weights(one.TEACHER)}
+                model = named_model(one.TEACHER.NAME, len(self.sets[0].classes), **settings)
+                torch.save(model.state_dict(), weights)
+            section["WEIGHTS"] = str(weights)
         return cfg
 
 

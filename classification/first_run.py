@@ -191,8 +191,7 @@ def _size(draft: _Draft, source: Source, images: int) -> None:
     why = ""
     if (learned := learned_with(draft.cfg.TEACHER).get("DATA.IMAGE_SIZE")) is not None:
         wanted, why = int(str(learned)), "what the teacher was trained with"
-    elif isinstance(source, FileSource):
-        median = _shorter_side(source)
+    elif isinstance(source, FileSource) and (median := _shorter_side(source)) is not None:
         wanted = max((side for side in SIDES if side <= 1.2 * median), default=SIDES[0])
         why = f"the files' shorter sides have a median of {median:g}"
     else:
@@ -213,15 +212,16 @@ def _size(draft: _Draft, source: Source, images: int) -> None:
     draft.notes.append(f"images: DATA.IMAGE_SIZE {side}{about}, {place}, {mirrored}")
 
 
-def _shorter_side(source: FileSource) -> float:
+def _shorter_side(source: FileSource) -> float | None:
+    """Return the median of the files' shorter sides, pixels; None if no file can be opened."""
     sides = []
     for position in _spaced(len(source.labels), LOOKED_AT):
         try:
-            with Image.open(source.files.path(position)) as image:
+            with Image.open(source.files.content(position)) as image:
                 sides.append(min(image.size))
         except OSError:  # the run reports the file when decoding it
             continue
-    return float(np.median(sides)) if sides else SIDES[0]
+    return float(np.median(sides)) if sides else None
 
 
 def _accepted(models: Mapping[str, nn.Module], wanted: int) -> int:

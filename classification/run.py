@@ -50,7 +50,6 @@ from pcka.engine.saved_state import check_fits, with_adapters
 from pcka.taps import FeatureTap
 
 if TYPE_CHECKING:
-    from classification.teacher_outputs import KeptOutputs
     from pcka.engine.report import Report
 
 TRIED_IMAGES = 16  # on which losses and teacher are tried before training
@@ -279,13 +278,13 @@ class Run:
                 relative_to="loss_ce" if cfg.DISTILL.RELATIVE else "",
                 compile=cfg.COMPILE,
             ).to(device)
-        followed, kept = {}, None
+        followed: Taps = {}
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
             context = loss_context(theirs, teacher.norms, taps, train_set.labels)
-            kept = teacher.outputs
-            _prepare_distiller(cfg, distiller, context, train_set, kept)
+            _prepare_distiller(cfg, distiller, context, train_set)
             followed = self._followed(taps, evaluation_set)
+        kept = teacher.outputs if teacher else None
         self.trainer = Trainer(
             cfg, distiller, followed, train_set, evaluation_set, self.files, kept
         )
@@ -375,11 +374,7 @@ def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str
 
 
 def _prepare_distiller(
-    cfg: CfgNode,
-    distiller: Distiller,
-    context: losses.Context,
-    train_set: ImageSet,
-    kept: KeptOutputs | None,
+    cfg: CfgNode, distiller: Distiller, context: losses.Context, train_set: ImageSet
 ) -> None:
     """Size the adapters by evenly spaced training images; try teacher and losses on them."""
     spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
@@ -394,8 +389,11 @@ def _prepare_distiller(
     with naming("DISTILL"):
         distiller.prepare(images[:2], for_teacher[:2], context)
     assert distiller.teacher is not None
-    if kept is not None and (said := distiller.observe_teacher(for_teacher[:2])) is not None:
-        kept.check_size(cfg, distiller, said)
+    said = distiller.observe_teacher(for_teacher[:2]) if cfg.TEACHER.OUTPUTS else None
+    if said is not None:
+        from classification.teacher_outputs import check_size  # few runs keep any
+
+        check_size(cfg, distiller, said, len(train_set))
     logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
     check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
     if not cfg.COMPILE:  # otherwise the first step tries the losses: compiling takes minutes

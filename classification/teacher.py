@@ -105,12 +105,11 @@ def prepare_teacher(
         for one, member in zip(each, models, strict=True):
             _measured(one.TEACHER.NAME, member, one.TEACHER, evaluation_set)
     model = as_one(cfg, models)
-    outputs = None
+    norms, weights, outputs = _preactivation_norms(model), model.state_dict(), None
     if cfg.TEACHER.OUTPUTS:
         from classification.teacher_outputs import open_outputs  # few runs keep any
 
-        outputs = open_outputs(cfg, model, train_set)
-    norms, weights = _preactivation_norms(model), model.state_dict()
+        outputs = open_outputs(cfg, weights, train_set)
     stages = (*model.stage_names, *model.preactivation_names)
     frozen = FrozenTeacher(
         model,
@@ -135,20 +134,20 @@ def _with_weights(
 ) -> Classifier:
     """Return one teacher on the training device, with its weights and stages."""
     weights = ""
-    if _is_trained(cfg.TEACHER):
+    if is_trained(cfg.TEACHER):
         weights = str(_trained_teacher(cfg, image_sets, train_run))
     model = model_of(cfg.TEACHER, len(image_sets[0].classes), role="teacher", weights=weights)
     return with_stages(model, cfg.DATA.IMAGE_SIZE).to(image_sets[1].device)
 
 
-def _is_trained(section: CfgNode) -> bool:
+def is_trained(section: CfgNode) -> bool:
     """Whether a teacher's weights come from its own training run."""
     return not section.WEIGHTS and (section.TRAIN or not has_own_weights(section))
 
 
 def teacher_file(cfg: CfgNode, train_set: ImageSet) -> Path | None:
     """Return a teacher's weights file, existing or not, or None if its library has them."""
-    if _is_trained(cfg.TEACHER):
+    if is_trained(cfg.TEACHER):
         return teacher_run(cfg, train_set)[1]
     return Path(cfg.TEACHER.WEIGHTS) if cfg.TEACHER.WEIGHTS else None
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.config import default_config
 from classification.data import Batch, ImageSet
@@ -39,8 +39,9 @@ MANIFEST = "manifest.json"
 PART_BYTES = 2**28  # outputs held in memory before they are written
 
 # Keys of the teacher and its arithmetic, besides its weights.
-TEACHER_KEYS = tuple(
-    f"TEACHER.{key}" for key in ("NAME", "KWARGS", "LOGITS", "PIXEL_MEAN", "PIXEL_STD", "SHARES")
+TEACHER_KEYS = (
+    *("AUTOCAST", "CHANNELS_LAST", "COMPILE", "TEACHER.NAME", "TEACHER.KWARGS", "TEACHER.LOGITS"),
+    *("TEACHER.PIXEL_MEAN", "TEACHER.PIXEL_STD", "TEACHER.SHARES"),
 )
 # Keys of DATA that do not affect training images. Keys added later are taken to affect them.
 UNSEEN = tuple(
@@ -74,37 +75,6 @@ class KeptOutputs:
         """
         folder = self.folder / f"seed{seed}" / f"epoch{epoch + 1:04d}"
         return EpochOutputs(folder, self.images, taps)
-
-    def check_size(self, cfg: CfgNode, distiller: Distiller, outputs: Outputs) -> None:
-        """Log how much space the outputs of a training will take; refuse more than is allowed.
-
-        Args:
-            cfg: SOLVER.EPOCHS and TEACHER.OUTPUTS_GB are read.
-            distiller: of the training.
-            outputs: of its teacher on some images.
-
-        Raises:
-            ConfigError: too much; the largest output and the losses that read it are named.
-        """
-        epochs, allowed = cfg.SOLVER.EPOCHS, cfg.TEACHER.OUTPUTS_GB
-        tensors = {path: outputs.features[tap] for tap, path in distiller.teacher_paths.items()}
-        if outputs.logits is not None:
-            tensors["logits"] = outputs.logits
-        samples = self.images * epochs / 1e9
-        gigabytes = {path: samples * x[0].numel() * x.element_size() for path, x in tensors.items()}
-        total = sum(gigabytes.values())
-        if total <= allowed:
-            logger.info(
-                "teacher's outputs: %.3g GB in %d epochs, in %s", total, epochs, self.folder
-            )
-            return
-        largest = max(gigabytes, key=gigabytes.__getitem__)
-        about = " x ".join(map(str, tensors[largest].shape[1:])) + _users(distiller, largest)
-        raise ConfigError(
-            f"TEACHER.OUTPUTS_GB: the teacher's outputs take {total:.3g} GB in {epochs} epochs, "
-            f"{gigabytes[largest]:.3g} of them at {largest} ({about}), the limit is {allowed:.3g}; "
-            "raise it, choose losses that read less, or set TEACHER.OUTPUTS to ''"
-        )
 
 
 class EpochOutputs:
@@ -241,23 +211,74 @@ class StepOutputs:
                 kept.write()
 
 
-def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOutputs:
+def check_size(cfg: CfgNode, distiller: Distiller, outputs: Outputs, images: int) -> None:
+    """Log how much space the outputs of a training will take; refuse more than is allowed.
+
+    Args:
+        cfg: SOLVER.EPOCHS, TEACHER.OUTPUTS and TEACHER.OUTPUTS_GB are read.
+        distiller: of the training.
+        outputs: of its teacher on some images.
+        images: number of training images.
+
+    Raises:
+        ConfigError: too much; the largest output and the losses that read it are named.
+    """
+    epochs, allowed = cfg.SOLVER.EPOCHS, cfg.TEACHER.OUTPUTS_GB
+    tensors = {path: outputs.features[tap] for tap, path in distiller.teacher_paths.items()}
+    if outputs.logits is not None:
+        tensors["logits"] = outputs.logits
+    samples = images * epochs / 1e9
+    gigabytes = {path: samples * x[0].numel() * x.element_size() for path, x in tensors.items()}
+    total, folder = sum(gigabytes.values()), cfg.TEACHER.OUTPUTS
+    if total <= allowed:
+        logger.info("teacher's outputs: %.3g GB in %d epochs, in %s", total, epochs, folder)
+        return
+    largest = max(gigabytes, key=gigabytes.__getitem__)
+    about = " x ".join(map(str, tensors[largest].shape[1:])) + _users(distiller, largest)
+    raise ConfigError(
+        f"TEACHER.OUTPUTS_GB: the teacher's outputs take {total:.3g} GB in {epochs} epochs, "
+        f"{gigabytes[largest]:.3g} of them at {largest} ({about}), the limit is {allowed:.3g}; "
+        "raise it, choose losses that read less, or set TEACHER.OUTPUTS to ''"
+    )
+
+
+def open_outputs(cfg: CfgNode, weights: Mapping[str, Tensor], train_set: ImageSet) -> KeptOutputs:
     """Return the outputs in ``TEACHER.OUTPUTS``, after checking that they fit this training.
 
     Args:
         cfg: of the students.
-        model: the teacher as it is loaded.
+        weights: of the teacher as it is loaded, by name.
         train_set: the training images.
+
+    Raises:
+        ConfigError: as :func:`check_outputs`, or the folder cannot be written.
+    """
+    folder = Path(cfg.TEACHER.OUTPUTS).expanduser()
+    manifest = _manifest(cfg, weights, train_set)
+    if rank() == 0:
+        _write_manifest(folder, manifest)
+    from_first_process(None)  # wait for it
+    _check_manifest(folder, manifest)
+    return KeptOutputs(folder, len(train_set))
+
+
+def check_outputs(cfg: CfgNode, weights: Mapping[str, Tensor], train_set: ImageSet) -> None:
+    """Refuse outputs in ``TEACHER.OUTPUTS`` that do not fit this training; nothing is written.
+
+    Args:
+        cfg, weights, train_set: as for :func:`open_outputs`.
 
     Raises:
         ConfigError: the folder holds outputs of another teacher or on other images (the key that
             differs is named), or something else.
     """
     folder = Path(cfg.TEACHER.OUTPUTS).expanduser()
-    ours = json.loads(json.dumps(_manifest(cfg, model, train_set)))
-    if rank() == 0:
-        _write_manifest(folder, ours)
-    from_first_process(None)  # wait for it
+    if not _is_empty(folder):
+        _check_manifest(folder, _manifest(cfg, weights, train_set))
+
+
+def _check_manifest(folder: Path, manifest: dict[str, object]) -> None:
+    ours = json.loads(json.dumps(manifest))
     try:
         read = json.loads((folder / MANIFEST).read_text())
         # A key that is newer than the folder had its default.
@@ -274,13 +295,19 @@ def open_outputs(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> KeptOut
             f"TEACHER.OUTPUTS: {str(folder)!r} was made with {key} {theirs.get(key)!r}, this "
             f"training has {ours.get(key)!r}; name another folder"
         )
-    return KeptOutputs(folder, len(train_set))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder is missing or holds nothing but hidden files."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
     """Write the manifest of an empty folder; leave any other folder as it is."""
     try:
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        if not _is_empty(folder):
             return
         text = json.dumps(manifest, indent=2)
         atomic_write(lambda file: file.write(text.encode()), folder / MANIFEST)
@@ -288,21 +315,23 @@ def _write_manifest(folder: Path, manifest: dict[str, object]) -> None:
         raise ConfigError(f"TEACHER.OUTPUTS: cannot write there: {error}") from error
 
 
-def _manifest(cfg: CfgNode, model: nn.Module, train_set: ImageSet) -> dict[str, object]:
+def _manifest(
+    cfg: CfgNode, weights: Mapping[str, Tensor], train_set: ImageSet
+) -> dict[str, object]:
     """Return what the outputs depend on besides SEED and epoch, by configuration key."""
     values = flatten(cfg)
     seen = [key for key in values if key.startswith("DATA.") and key not in UNSEEN]
     # A mixed image depends on the others of its batch.
     mixed = ["SOLVER.BATCH_SIZE"] if mixes(cfg.DATA) else []
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     # The digest covers the others' weights, wherever their files are.
     others = [{**other, "WEIGHTS": ""} for other in cfg.TEACHER.OTHERS]
     return {
         "TEACHER.OTHERS": others,
-        **{key: values[key] for key in ("AUTOCAST", *TEACHER_KEYS, *seen, *mixed)},
+        **{key: values[key] for key in (*TEACHER_KEYS, *seen, *mixed)},
         "TEACHER.WEIGHTS": digest.hexdigest(),
         "DATA.ROOT": train_set.fingerprint,
     }

@@ -23,7 +23,7 @@ from detection.data.register import name_own_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT
 from pcka.engine.arguments import take_pairs
 from pcka.engine.command import TrainingFailedError, run_command
-from pcka.engine.comparison import HOW_TO_READ, Comparison
+from pcka.engine.comparison import HOW_TO_READ, Comparison, pairs_of_run
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import changed_settings
 
@@ -56,11 +56,12 @@ def compare(
         config_files: configurations to compare; the first is the reference for the others.
         seeds: seeds of the students' initial weights and of the image order.
         output: output folder; created if missing.
-        overrides: ``KEY VALUE`` pairs for all runs.
+        overrides: ``KEY VALUE`` pairs for all runs, without SEED and OUTPUT_DIR.
         launcher: command that starts a training, e.g. ``("torchrun", "--nproc-per-node", "8")``.
 
     Raises:
-        ConfigError: two files have the same name, or a run was started with other settings.
+        ConfigError: two files have the same name, a run was started with other settings, or the
+            pairs set SEED or OUTPUT_DIR.
         TrainingFailedError: every run failed.
     """
     files = {path.stem: path for path in config_files}
@@ -144,7 +145,7 @@ def train(
         ConfigError: the run was started with other settings.
         TrainingFailedError: the training failed.
     """
-    keys = _keys(seed, folder, overrides)
+    keys = pairs_of_run(overrides, seed, folder)
     if (metrics := finished(config_file, seed, folder, overrides)) is not None:
         return metrics
     print(f"training {config_file.stem}, seed {seed} (log: {folder / 'log.txt'})", flush=True)
@@ -188,7 +189,7 @@ def other_settings(
     Raises:
         ConfigError: the configuration does not name exactly one set to compare on.
     """
-    wanted = load_config(str(config_file), _keys(seed, folder, overrides))
+    wanted = load_config(str(config_file), pairs_of_run(overrides, seed, folder))
     name_own_sets(wanted)
     if len(wanted.DATASETS.TEST) != 1:
         raise ConfigError(
@@ -198,10 +199,6 @@ def other_settings(
         return []
     changed = changed_settings(load_config(str(folder / CONFIG), []), wanted)
     return [key for key in changed if key not in NOT_COMPARED]
-
-
-def _keys(seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
-    return [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
 
 
 def _read_result(path: Path) -> Metrics:

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from pcka.distributed import rank
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError, pairs_of
 from pcka.engine.curves import method_style
 from pcka.engine.run_folder import write_text
 from pcka.engine.seeds import CONFIDENCE, mean_and_deviation, paired_differences, verdict
@@ -24,6 +25,21 @@ HOW_TO_READ = (
     f"a difference is stated where the {CONFIDENCE:.0%} interval of the paired differences "
     "excludes 0 (paired t test, each row against the first, one at a time)."
 )
+
+# Keys that differ between the runs, and the options that set them.
+KEYS_OF_RUNS = {"SEED": "--seeds", "OUTPUT_DIR": "--output"}
+
+
+def pairs_of_run(overrides: Sequence[str], seed: int, folder: Path) -> list[str]:
+    """Return the ``KEY VALUE`` pairs of one run: those given for it, its seed and its folder.
+
+    Raises:
+        ConfigError: the given pairs set the seed or the folder.
+    """
+    for key, _ in pairs_of(overrides):
+        if key in KEYS_OF_RUNS:
+            raise ConfigError(f"{key}: each run has its own; use {KEYS_OF_RUNS[key]} instead")
+    return [*overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
 
 
 @dataclass

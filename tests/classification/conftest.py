@@ -60,11 +60,14 @@ def random_teacher(tmp_path_factory):
 
 @pytest.fixture
 def tiny_overrides(tmp_path):
-    """KEY VALUE pairs of a run in ``tmp_path / name``; further keys by their dotted names."""
+    """KEY VALUE pairs of a run in ``tmp_path / name``; further keys by their dotted names.
+
+    Without a name they are those of a comparison, whose runs have folders of their own.
+    """
 
     def overrides(name: str = "run", **keys: object) -> list[str]:
         values = {
-            "OUTPUT_DIR": tmp_path / name,
+            **({"OUTPUT_DIR": tmp_path / name} if name else {}),
             "TEACHER.CACHE_DIR": tmp_path / "teachers",
             "TEACHER.NAME": "resnet8",
             "TEACHER.EPOCHS": 1,

@@ -10,6 +10,7 @@ from classification import evaluate, train
 from classification.batch_norm import lagging, recalibrate, running_norms, set_momentum
 from classification.config import load_config
 from classification.data import ResidentSet
+from classification.data.augmentation import augmented_batches
 from classification.export import export_student
 from classification.run import run_experiment
 from classification.teacher import teacher_run
@@ -50,6 +51,16 @@ def test_as_few_batches_as_hold_the_images_are_read(images, tiny_config):
     recalibrate(model, nn.Identity(), images, tiny_config(**KEYS), 3)
     first = next(iter(images.training_batches(tiny_config(**KEYS), 0)))
     torch.testing.assert_close(model[0].running_mean, first.images.mean((0, 2, 3)))
+
+
+def test_the_batches_are_augmented_as_in_training(images, tiny_config):
+    """RandAugment, erasing and mixup change the means of their channels."""
+    changes = {"DATA.RANDAUGMENT": [1, 9], "DATA.ERASING": 0.5, "DATA.MIXUP": 0.8}
+    cfg = tiny_config(**KEYS, **changes, **{"DATA.IMAGE_SIZE": 4})
+    model = norm_and_logits()
+    recalibrate(model, nn.Identity(), images, cfg, 20)
+    means = [batch.images.mean((0, 2, 3)) for batch in augmented_batches(images, cfg, 0)]
+    torch.testing.assert_close(model[0].running_mean, torch.stack(means).mean(0))
 
 
 def test_a_model_without_running_statistics_is_refused(images, tiny_config):

@@ -111,6 +111,16 @@ def test_refusals_in_one_line(compare, words, message):
         compare(*words)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--images", -1), ("--batch-size", 0), ("--image-size", -3), ("--classes", 0)],
+)
+def test_numbers_below_one_are_refused_by_the_option(compare, capsys, option, value):
+    with pytest.raises(SystemExit):
+        compare("--a", "resnet8", "--data", "digits", option, value)
+    assert f"argument {option}: expected at least 1, got {value}" in capsys.readouterr().err
+
+
 def test_weights_of_another_model_are_refused_by_the_option(compare, random_teacher):
     with pytest.raises(ConfigError, match=r"^--weights-a: .* is not the checkpoint of a resnet14"):
         compare("--a", "resnet14", "--weights-a", random_teacher, "--data", "digits")

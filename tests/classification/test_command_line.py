@@ -206,7 +206,7 @@ def test_help_keys_prints_them_and_ends(capsys):
 
 
 def test_a_comparison_whose_runs_all_failed_is_an_error(monkeypatch, digits_config, capsys):
-    comparison = compare.new_comparison(load_config(digits_config), ["ce"])
+    comparison = compare.new_comparison({"ce": load_config(digits_config)})
     comparison.add("ce", 0, TrainingFailedError("epoch 1 is not finite"))
     monkeypatch.setattr(compare, "compare", lambda *_, **__: comparison)
     words = ["--config-file", str(digits_config), "--methods", "ce"]

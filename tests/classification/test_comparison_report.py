@@ -81,7 +81,8 @@ def test_a_comparison_whose_report_fails_has_its_table(folder, monkeypatch, capl
 
     monkeypatch.setattr("classification.comparison_report.measure", fail)
     kept = {m: {0: {"last_accuracy": 1.0}} for m in METHODS}
-    comparison = script.new_comparison(script.load_config(folder / "ce/seed0/config.yaml"), METHODS)
+    cfg = script.load_config(folder / "ce/seed0/config.yaml")
+    comparison = script.new_comparison(dict.fromkeys(METHODS, cfg))
     comparison.results.update(kept)
     script._write_report(comparison, folder)
     assert "the report was not written (RuntimeError: no memory); retry with " in caplog.text

@@ -227,10 +227,46 @@ def test_a_teacher_that_is_to_be_trained_is_not_trained_for_a_look(setup, caplog
     found = findings_of(
         setup, "TEACHER.WEIGHTS", "", "TEACHER.TRAIN", True, "TEACHER.CACHE_DIR", cache
     )
-    assert found["teacher"] == (WARN, "trained first, 240 epochs; accuracy unknown")
+    first = "painted_for_doctor:Painted (240 epochs)"
+    assert found["teacher"] == (WARN, f"trained first: {first}; accuracy unknown")
     assert found["teacher's pixels"][0] == SKIP and found["a step"][0] == PASS
     assert not cache.exists()
     assert "is at chance" not in caplog.text  # of the one that stands in for it
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_look_keeps_no_outputs_of_the_teacher(setup, train):
+    words = ["TEACHER.WEIGHTS", "", "TEACHER.TRAIN", True] if train else []
+    found = findings_of(setup, *words, "TEACHER.OUTPUTS", setup / "outputs")
+    assert found["cost"][0] == PASS
+    assert not (setup / "outputs").exists()
+
+
+def test_outputs_that_a_run_would_refuse_are_named(setup):
+    words = ["TEACHER.OUTPUTS", setup / "outputs"]
+    too_large = findings_of(setup, *words, "TEACHER.OUTPUTS_GB", 1e-7)["a step"]
+    assert too_large[0] == FAIL and "TEACHER.OUTPUTS_GB: the teacher's outputs take" in too_large[1]
+    (setup / "outputs").mkdir()
+    (setup / "outputs" / "manifest.json").write_text("{}")
+    status, text = findings_of(setup, *words)["teacher"]
+    assert status == FAIL and "outputs' was made with TEACHER.NAME ''" in text
+
+
+def test_each_of_several_teachers_is_looked_at(setup):
+    torch.save(create_model("resnet8", 4).state_dict(), setup / "other.pth")
+    joint = f"[{{NAME: resnet8, WEIGHTS: {setup / 'other.pth'}}}]"
+    found = findings_of(setup, "TEACHER.OTHERS", joint)
+    assert found["teacher"][1].startswith("painted_for_doctor:Painted + resnet8 reaches ")
+    assert found["a step"][0] == PASS
+
+
+def test_those_of_several_teachers_that_are_to_be_trained_are_named(setup):
+    cache = ["TEACHER.CACHE_DIR", setup / "teachers"]
+    others = "[{NAME: resnet14, TRAIN: true}, {NAME: resnet20, TRAIN: true, EPOCHS: 7}]"
+    found = findings_of(setup, *cache, "TEACHER.OTHERS", others)
+    first = "resnet14 (240 epochs), resnet20 (7 epochs)"
+    assert found["teacher"] == (WARN, f"trained first: {first}; accuracy unknown")
+    assert found["a step"][0] == PASS and not cache[1].exists()
 
 
 def test_what_needs_something_that_failed_is_not_looked_at(setup):

@@ -33,7 +33,7 @@ def test_the_scripts_run_from_the_root(script):
 
 @pytest.mark.slow
 def test_the_demo_compares_all_methods_and_reuses_what_is_done(tiny_overrides, tmp_path):
-    demo, overrides = tmp_path / "demo", tiny_overrides(**{"SOLVER.EPOCHS": 1})
+    demo, overrides = tmp_path / "demo", tiny_overrides("", **{"SOLVER.EPOCHS": 1})
     overrides += ["TEACHER.CACHE_DIR", str(demo / "teacher")]
     table = run_demo(demo, (0, 1), overrides)
     assert (demo / "comparison.md").read_text() == table

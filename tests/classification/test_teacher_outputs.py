@@ -227,6 +227,8 @@ def test_students_side_by_side_learn_from_disk_what_they_learn_alone(
         ("TEACHER.PIXEL_MEAN", "[0.1, 0.2, 0.3]"),
         ("TEACHER.NAME", "resnet14"),
         ("AUTOCAST", "bfloat16"),
+        ("CHANNELS_LAST", True),
+        ("COMPILE", True),
         ("DATA.TRAIN_IMAGES", 50),
     ],
 )
@@ -260,10 +262,10 @@ def test_a_batch_counts_where_images_are_mixed_with_others_of_it(kept_config):
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     model, data = create_model("resnet8", 2), ResidentSet(images, torch.arange(2), ("a", "b"))
     cfg = kept_config()
-    assert "SOLVER.BATCH_SIZE" not in _manifest(cfg, model, data)
+    assert "SOLVER.BATCH_SIZE" not in _manifest(cfg, model.state_dict(), data)
     cfg.defrost()
     cfg.DATA.MIXUP = 0.2
-    assert _manifest(cfg, model, data)["SOLVER.BATCH_SIZE"] == 10
+    assert _manifest(cfg, model.state_dict(), data)["SOLVER.BATCH_SIZE"] == 10
 
 
 def test_a_folder_of_something_else_is_refused(kept_config, tmp_path):
@@ -282,8 +284,11 @@ def test_a_folder_of_something_else_is_refused(kept_config, tmp_path):
 
 def test_where_nothing_can_be_kept_the_key_is_named(kept_config, tmp_path):
     (tmp_path / "outputs").touch()
-    with pytest.raises(ConfigError, match=r"TEACHER\.OUTPUTS: cannot write there: .*outputs"):
+    with pytest.raises(ConfigError, match=r"TEACHER\.OUTPUTS: .*outputs' is not a folder of teach"):
         run_experiment(kept_config())
+    below = tmp_path / "outputs" / "below"
+    with pytest.raises(ConfigError, match=r"TEACHER\.OUTPUTS: cannot write there: .*outputs"):
+        run_experiment(kept_config(**{"TEACHER.OUTPUTS": below}))
 
 
 def test_a_folder_from_before_a_key_was_there_has_its_default(kept_config, tmp_path, asked):

@@ -194,6 +194,14 @@ def test_the_command_line_may_hold_overrides_after_the_lists(files, trainings, t
     assert "unknown (one seed)" in capsys.readouterr().out
 
 
+def test_the_command_line_may_not_set_the_seed_or_the_folder(files, trainings, tmp_path):
+    words = ["--config-files", *map(str, files), "--output", str(tmp_path / "out")]
+    for key, option in (("SEED", "--seeds"), ("OUTPUT_DIR", "--output")):
+        with pytest.raises(ConfigError, match=f"{key}: each run has its own; use {option} instead"):
+            compare.main([*words, key, "5"])
+    assert not trainings
+
+
 def test_runs_without_figures_of_a_task_in_common_are_refused():
     def of_another_task(run, seed, metrics):
         if (run, seed) == ("pcka", 0):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
+
 from detection import compare, demo
 from detection.config import PROJECT
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
 
 METRICS = {"bbox": {"AP": 20.0, "AP50": 40.0, "AP75": 10.0}}
 
@@ -18,6 +21,13 @@ def test_runs_that_failed_are_listed_and_left_out_of_the_pictures(monkeypatch, t
     demo.main(["--output", str(tmp_path)])
     assert pictures == [["teacher", "student"]]
     assert "pcka, seed 0: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("key", "option"), [("SEED", "--seeds"), ("OUTPUT_DIR", "--output")])
+def test_pairs_may_not_set_the_seed_or_the_folder(monkeypatch, tmp_path, key, option):
+    monkeypatch.setattr(compare.subprocess, "run", None)  # is not called
+    with pytest.raises(ConfigError, match=f"{key}: each run has its own; use {option} instead"):
+        demo.main(["--output", str(tmp_path), key, "5"])
 
 
 def test_the_folder_of_the_configurations_can_be_another_one(monkeypatch, tmp_path):

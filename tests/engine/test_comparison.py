@@ -5,7 +5,8 @@ import csv
 import pytest
 
 from pcka.engine.command import TrainingFailedError
-from pcka.engine.comparison import Comparison
+from pcka.engine.comparison import Comparison, pairs_of_run
+from pcka.engine.config import ConfigError
 from pcka.engine.curves import method_style
 
 
@@ -135,3 +136,14 @@ def test_the_files_are_written_whole(comparison, tmp_path):
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     comparison.results.clear()
     comparison.write(tmp_path / "out")  # nothing to draw yet
+
+
+def test_a_run_has_the_given_pairs_and_its_own_seed_and_folder(tmp_path):
+    own = ["SEED", "3", "OUTPUT_DIR", str(tmp_path)]
+    assert pairs_of_run(["SOLVER.MAX_ITER", "7"], 3, tmp_path) == ["SOLVER.MAX_ITER", "7", *own]
+
+
+@pytest.mark.parametrize(("key", "option"), [("SEED", "--seeds"), ("OUTPUT_DIR", "--output")])
+def test_pairs_that_set_what_each_run_has_of_its_own_are_refused(tmp_path, key, option):
+    with pytest.raises(ConfigError, match=f"{key}: each run has its own; use {option} instead"):
+        pairs_of_run(["SOLVER.MAX_ITER", "7", key, "5"], 3, tmp_path)

@@ -236,6 +236,11 @@ def test_runs_of_other_settings_are_told_and_refused_before_the_others(call, tmp
     assert not (tmp_path / "out" / "digits" / "small" / "kd").exists()
 
 
+def test_pairs_may_not_set_the_seed_or_the_folder(call):
+    with pytest.raises(ConfigError, match="SEED: each run has its own; use --seeds instead"):
+        call("--launch", "local", "--", "SEED", "1")
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_trained(call, tmp_path):
     wild = tmp_path / "tables" / "methods"
     wild.mkdir()

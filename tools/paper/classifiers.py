@@ -19,6 +19,7 @@ from classification.sweep import run_side_by_side
 from classification.teacher import check_teacher
 from pcka import losses
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.comparison import pairs_of_run
 from pcka.engine.config import ConfigError
 from pcka.engine.launch import process_group
 from pcka.engine.run_folder import read_metrics
@@ -98,9 +99,9 @@ class Classifiers:
 
     def configure(self, run: Run) -> CfgNode:
         """The configuration of a run."""
-        own = ("SEED", str(run.seed), "OUTPUT_DIR", str(run.folder))
         method = "ce" if run.method == TEACHER else run.method
-        return load_config(run.config_file, [*run.overrides, *own], method)
+        pairs = pairs_of_run(run.overrides, run.seed, run.folder)
+        return load_config(run.config_file, pairs, method)
 
     def state(self, run: Run) -> State:
         """The state of a run; one with other settings is not mistaken for it."""

@@ -25,7 +25,7 @@ NEEDED: dict[str, type] = {
     "PAIRS": dict, "METHODS": dict,
 }  # fmt: skip
 OPTIONAL: dict[str, tuple[type, object]] = {
-    "RECIPE": (dict, {}), "TOGETHER": (int, 8), "IMAGES": (int, 0), "CLASSES": (int, 0),
+    "TOGETHER": (int, 8), "IMAGES": (int, 0), "CLASSES": (int, 0),
     "TEACHERS": (dict, {}), "NOT_HERE": (dict, {}),
 }  # fmt: skip
 

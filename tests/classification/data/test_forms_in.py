@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from PIL import Image
 
 from classification.data.forms import forms_in
 from classification.first_run import propose
@@ -56,6 +57,17 @@ def test_a_first_run_takes_the_form_that_is_there_and_says_so(alone):
     settings, notes = propose(alone.ROOT, "resnet8")
     assert settings["DATA.NAME"] == alone.NAME and "DATA.HOLDOUT" not in settings
     assert notes[0] == f"data: 36 images of 3 classes, DATA.NAME {alone.NAME}"
+
+
+@pytest.mark.parametrize("form", ["csv", "shards", "saved"])
+def test_a_first_run_takes_the_size_of_the_images_in_every_form(written, noisy_root, form):
+    for path in noisy_root.rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((160, 128)).save(path)
+    data = written(form).DATA
+    settings, notes = propose(data.ROOT, "resnet8", overrides=["DATA.NAME", data.NAME])
+    assert settings["DATA.IMAGE_SIZE"] == 128
+    assert "128 (the files' shorter sides have a median of 128)" in notes[1]
 
 
 def test_a_form_without_a_part_to_test_on_has_some_held_out(written, noisy_root):
