@@ -160,7 +160,8 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
 
     Raises:
         ConfigError: as there, or a loss that is for detectors, needs a teacher without there being
-            one, or refuses mixed images although ``DATA`` mixes them.
+            one, refuses mixed images although ``DATA`` mixes them, or can be negative although
+            ``DISTILL.RELATIVE`` scales it.
     """
 
     def unfit(loss: losses.Loss) -> str | None:
@@ -172,6 +173,11 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
             return (
                 f"cannot learn from mixed images ({mixing_keys(cfg.DATA)}): "
                 f"{loss.refuses_soft_targets}; set it to 0, or leave the loss out"
+            )
+        if cfg.DISTILL.RELATIVE and loss.can_be_negative:
+            return (
+                "can be negative, so that DISTILL.RELATIVE cannot scale it to cross-entropy's "
+                "value; set that to False, or leave the loss out"
             )
         if not loss.needs_teacher or cfg.TEACHER.NAME:
             return None
