@@ -41,7 +41,6 @@ from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
 from pcka.engine.distill import UntappedError, build_losses, numbered_stages
 from pcka.engine.environment import ENVIRONMENT, describe_environment
-from pcka.engine.inherit import inherit_weights
 from pcka.engine.launch import process_group
 from pcka.engine.preflight import check_teaching, naming, try_losses
 from pcka.engine.random_state import seed_everything
@@ -377,6 +376,8 @@ def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str
     """Initialise a student from parts of its teacher."""
     if teacher is None:
         raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; set TEACHER.NAME")
+    from pcka.engine.inherit import inherit_weights  # few runs inherit
+
     inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
 
 
