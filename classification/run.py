@@ -19,7 +19,7 @@ from classification.config import (
     teacher_name,
     teachers_of,
 )
-from classification.data import ImageSet, load_image_sets, pixel_statistics
+from classification.data import ImageSet, load_image_sets
 from classification.data.batches import mixes
 from classification.models import (
     Classifier,
@@ -28,6 +28,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
+from classification.preflight import prepare_distiller
 from classification.saved_run import Result, load_state, result_alone
 from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
@@ -42,17 +43,14 @@ from pcka.engine.curves import plot_curves
 from pcka.engine.distill import UntappedError, build_losses, numbered_stages
 from pcka.engine.environment import ENVIRONMENT, describe_environment
 from pcka.engine.launch import process_group
-from pcka.engine.preflight import check_teaching, naming, try_losses
+from pcka.engine.preflight import naming
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
 from pcka.engine.saved_state import check_fits, with_adapters
 from pcka.taps import FeatureTap
 
 if TYPE_CHECKING:
-    from classification.teacher_outputs import KeptOutputs
     from pcka.engine.report import Report
-
-TRIED_IMAGES = 16  # on which losses and teacher are tried before training
 
 
 def run_experiment(
@@ -289,7 +287,7 @@ class Run:
             self.teacher_accuracy = teacher.accuracy
             context = loss_context(theirs, teacher.norms, taps, train_set.labels)
             kept = teacher.outputs
-            _prepare_distiller(cfg, distiller, context, train_set, kept)
+            prepare_distiller(cfg, distiller, context, train_set, kept)
             followed = self._followed(taps, evaluation_set)
         self.trainer = Trainer(
             cfg, distiller, followed, train_set, evaluation_set, self.files, kept
@@ -379,34 +377,6 @@ def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str
     from pcka.engine.inherit import inherit_weights  # few runs inherit
 
     inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
-
-
-def _prepare_distiller(
-    cfg: CfgNode,
-    distiller: Distiller,
-    context: losses.Context,
-    train_set: ImageSet,
-    kept: KeptOutputs | None,
-) -> None:
-    """Size the adapters by evenly spaced training images; try teacher and losses on them."""
-    spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
-    pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
-    if mixes(cfg.DATA):
-        from classification.data.mixing import soft_targets  # few runs mix images
-
-        labels = soft_targets(labels, len(train_set.classes))
-    images, for_teacher = (
-        pixel_statistics(role).to(pixels.device)(pixels) for role in (cfg.STUDENT, cfg.TEACHER)
-    )
-    with naming("DISTILL"):
-        distiller.prepare(images[:2], for_teacher[:2], context)
-    assert distiller.teacher is not None
-    if kept is not None and (said := distiller.observe_teacher(for_teacher[:2])) is not None:
-        kept.check_size(cfg, distiller, said)
-    logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
-    check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
-    if not cfg.COMPILE:  # otherwise the first step tries the losses: compiling takes minutes
-        try_losses(distiller, images, labels, for_teacher, indices=spaced.to(images.device))
 
 
 def _write_report(trainer: Trainer, files: RunFolder) -> None:

@@ -1,0 +1,70 @@
+"""What a run tries on a few training images before it starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from classification.data import ImageSet, pixel_statistics
+from classification.data.batches import mixes
+from pcka import losses
+from pcka.distiller import Distiller
+from pcka.engine.preflight import check_teaching, naming, try_losses
+
+if TYPE_CHECKING:
+    from classification.teacher_outputs import KeptOutputs
+
+TRIED_IMAGES = 16  # on which losses and teacher are tried
+
+
+def tried_inputs(
+    cfg: CfgNode, train_set: ImageSet, images: int = TRIED_IMAGES
+) -> dict[str, Tensor]:
+    """Return a distiller's keywords for evenly spaced training images, without augmentation.
+
+    Args:
+        cfg: ``DATA`` and both models' pixel statistics are read.
+        train_set: the training images.
+        images: how many at most.
+    """
+    count = min(images, TRIED_IMAGES, len(train_set))
+    spaced = torch.linspace(0, len(train_set) - 1, count).long()
+    pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
+    if mixes(cfg.DATA):
+        from classification.data.mixing import soft_targets  # few runs mix images
+
+        labels = soft_targets(labels, len(train_set.classes))
+    own, for_teacher = (
+        pixel_statistics(role).to(pixels.device)(pixels) for role in (cfg.STUDENT, cfg.TEACHER)
+    )
+    indices = spaced.to(pixels.device)
+    return {"images": own, "target": labels, "teacher_images": for_teacher, "indices": indices}
+
+
+def prepare_distiller(
+    cfg: CfgNode,
+    distiller: Distiller,
+    context: losses.Context,
+    train_set: ImageSet,
+    kept: KeptOutputs | None,
+) -> None:
+    """Size the adapters by a few training images; try teacher and losses on them.
+
+    Raises:
+        ConfigError: a loss cannot compare what it taps, or the teacher has nothing to teach.
+    """
+    given = tried_inputs(cfg, train_set)
+    for_teacher = given["teacher_images"]
+    with naming("DISTILL"):
+        distiller.prepare(given["images"][:2], for_teacher[:2], context)
+    assert distiller.teacher is not None
+    if kept is not None and (said := distiller.observe_teacher(for_teacher[:2])) is not None:
+        kept.check_size(cfg, distiller, said)
+    logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
+    check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
+    if not cfg.COMPILE:  # otherwise the first step tries the losses: compiling takes minutes
+        with torch.no_grad():
+            try_losses(distiller, **given)
