@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from classification.data import ImageSet, pixel_statistics
 from classification.data.batches import mixes
 from pcka import losses
 from pcka.distiller import Distiller
+from pcka.engine.config import ConfigError
 from pcka.engine.preflight import check_teaching, naming, try_losses
+from pcka.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from classification.teacher_outputs import KeptOutputs
@@ -42,6 +44,33 @@ def tried_inputs(
     )
     indices = spaced.to(pixels.device)
     return {"images": own, "target": labels, "teacher_images": for_teacher, "indices": indices}
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, role: str, cfg: CfgNode, classes: int) -> None:
+    """Refuse a model that does not return one logit for each class of the data.
+
+    Args:
+        model: on the training device; it stays unchanged.
+        role: "student" or "teacher".
+        cfg: whose section of that role names the model.
+        classes: number of classes of the data.
+
+    Raises:
+        ConfigError: the message says what it returns.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    images = torch.zeros(2, 3, cfg.DATA.IMAGE_SIZE, cfg.DATA.IMAGE_SIZE, device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluation_mode(model):
+        logits = model(images)
+    returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if returned != (2, classes):
+        key = role.upper()
+        raise ConfigError(
+            f"{key}.NAME: {cfg[key].NAME} returns {returned} for 2 images, expected logits "
+            f"{(2, classes)}, because the data has {classes} classes; let your model take "
+            "num_classes, or give it as many outputs"
+        )
 
 
 def prepare_distiller(

@@ -28,7 +28,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
-from classification.preflight import prepare_distiller
+from classification.preflight import check_logits, prepare_distiller
 from classification.saved_run import Result, load_state, result_alone
 from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
@@ -282,6 +282,7 @@ class Run:
                 relative_to="loss_ce" if cfg.DISTILL.RELATIVE else "",
                 compile=cfg.COMPILE,
             ).to(device)
+        check_logits(student, "student", cfg, len(train_set.classes))
         followed, kept = {}, None
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
