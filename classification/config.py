@@ -307,6 +307,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "SOLVER.EMA_DECAY": (0, 1),
     "SOLVER.WARMUP_EPOCHS": (0, None),
 }
+OF_OTHER = re.compile(r"\.OTHERS\[\d+\]")  # in a further teacher's keys: the ranges are the first's
 
 
 def doubts(cfg: CfgNode, steps: int) -> Iterator[str]:
@@ -366,8 +367,8 @@ def _words(settings: Mapping[str, object]) -> Iterator[object]:
 
 
 def _check(cfg: CfgNode) -> None:
-    values = flatten(cfg)
-    _check_ranges(values)
+    others = {f"TEACHER.OTHERS[{i}]": one.TEACHER for i, one in enumerate(teachers_of(cfg)[1:])}
+    _check_ranges(flatten(cfg) | flatten(others))
     check_name(cfg.DATA.NAME)
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR: expected the path of a folder, got an empty one")
@@ -383,8 +384,8 @@ def _check(cfg: CfgNode) -> None:
             "DATA.RANDAUGMENT: expected [operations, magnitude], at least 1 and 0 to 30, such as "
             f"[2, 9], or [] for none, got {augment}"
         )
-    sections = [("STUDENT", cfg.STUDENT), *(("TEACHER", one.TEACHER) for one in teachers_of(cfg))]
-    for role, section in sections:
+    sections = {"STUDENT": cfg.STUDENT, "TEACHER": cfg.TEACHER, **others}
+    for role, section in sections.items():
         mean, std = section.PIXEL_MEAN, section.PIXEL_STD
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError(
@@ -396,6 +397,10 @@ def _check(cfg: CfgNode) -> None:
     if not cfg.DISTILL.METHODS:
         raise ConfigError("DISTILL.METHODS: expected one or more losses, got none")
     check_methods(cfg.DISTILL.METHODS)
+    if cfg.DISTILL.INHERIT:
+        from pcka.engine.inherit import check_prefixes  # few runs inherit
+
+        check_prefixes(cfg.DISTILL.INHERIT)
     if cfg.DISTILL.RELATIVE and "CE" not in cfg.DISTILL.METHODS:
         raise ConfigError("DISTILL.RELATIVE: needs CE among DISTILL.METHODS; add it, or set False")
 
@@ -417,11 +422,14 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {values[key]!r}")
-    for key, (least, most) in RANGES.items():
-        if values[key] < least:
-            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
-        if most is not None and values[key] > most:
-            raise ConfigError(f"{key}: expected at most {most}, got {values[key]}")
+    for key, value in values.items():
+        if (of_all := OF_OTHER.sub("", key)) not in RANGES:
+            continue
+        least, most = RANGES[of_all]
+        if value < least:
+            raise ConfigError(f"{key}: expected at least {least}, got {value}")
+        if most is not None and value > most:
+            raise ConfigError(f"{key}: expected at most {most}, got {value}")
 
 
 def teachers_of(cfg: CfgNode) -> list[CfgNode]:

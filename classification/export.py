@@ -125,7 +125,7 @@ def _classes_of(cfg: CfgNode, weights: str) -> int:
         model = with_stages(model, cfg.DATA.IMAGE_SIZE)
     classifier = f"{model.classifier_name}.weight"
     try:
-        state = extract_state_dict(load_file(weights))
+        state = extract_state_dict(load_file(weights), own=model.state_dict())
     except CheckpointError as error:
         raise ConfigError(f"weights: {weights!r}: {error}") from error
     if classifier not in state or state[classifier].dim() == 0:

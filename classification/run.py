@@ -19,7 +19,7 @@ from classification.config import (
     teacher_name,
     teachers_of,
 )
-from classification.data import ImageSet, load_image_sets, pixel_statistics
+from classification.data import ImageSet, load_image_sets
 from classification.data.batches import mixes
 from classification.models import (
     Classifier,
@@ -28,6 +28,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.taps import Taps, extra_taps, loss_context, model_taps, with_stages
+from classification.preflight import check_logits, prepare_distiller
 from classification.saved_run import Result, load_state, result_alone
 from classification.teacher import ImageSets, Teacher, as_one, check_teacher, prepare_teacher
 from classification.trainer import Trainer
@@ -41,9 +42,8 @@ from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
 from pcka.engine.distill import UntappedError, build_losses, numbered_stages
 from pcka.engine.environment import ENVIRONMENT, describe_environment
-from pcka.engine.inherit import inherit_weights
 from pcka.engine.launch import process_group
-from pcka.engine.preflight import check_teaching, naming, try_losses
+from pcka.engine.preflight import naming
 from pcka.engine.random_state import seed_everything
 from pcka.engine.run_folder import CHECKPOINT, RunFolder, read_metrics, write_text
 from pcka.engine.saved_state import check_fits, with_adapters
@@ -51,8 +51,6 @@ from pcka.taps import FeatureTap
 
 if TYPE_CHECKING:
     from pcka.engine.report import Report
-
-TRIED_IMAGES = 16  # on which losses and teacher are tried before training
 
 
 def run_experiment(
@@ -159,7 +157,8 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
 
     Raises:
         ConfigError: as there, or a loss that is for detectors, needs a teacher without there being
-            one, or refuses mixed images although ``DATA`` mixes them.
+            one, refuses mixed images although ``DATA`` mixes them, or can be negative although
+            ``DISTILL.RELATIVE`` scales it.
     """
 
     def unfit(loss: losses.Loss) -> str | None:
@@ -171,6 +170,11 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
             return (
                 f"cannot learn from mixed images ({mixing_keys(cfg.DATA)}): "
                 f"{loss.refuses_soft_targets}; set it to 0, or leave the loss out"
+            )
+        if cfg.DISTILL.RELATIVE and loss.can_be_negative:
+            return (
+                "can be negative, so that DISTILL.RELATIVE cannot scale it to cross-entropy's "
+                "value; set that to False, or leave the loss out"
             )
         if not loss.needs_teacher or cfg.TEACHER.NAME:
             return None
@@ -278,11 +282,12 @@ class Run:
                 relative_to="loss_ce" if cfg.DISTILL.RELATIVE else "",
                 compile=cfg.COMPILE,
             ).to(device)
+        check_logits(student, "student", cfg, len(train_set.classes))
         followed: Taps = {}
         if teacher is not None:
             self.teacher_accuracy = teacher.accuracy
             context = loss_context(theirs, teacher.norms, taps, train_set.labels)
-            _prepare_distiller(cfg, distiller, context, train_set)
+            prepare_distiller(cfg, distiller, context, train_set)
             followed = self._followed(taps, evaluation_set)
         kept = teacher.outputs if teacher else None
         self.trainer = Trainer(
@@ -370,34 +375,9 @@ def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str
     """Initialise a student from parts of its teacher."""
     if teacher is None:
         raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; set TEACHER.NAME")
+    from pcka.engine.inherit import inherit_weights  # few runs inherit
+
     inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
-
-
-def _prepare_distiller(
-    cfg: CfgNode, distiller: Distiller, context: losses.Context, train_set: ImageSet
-) -> None:
-    """Size the adapters by evenly spaced training images; try teacher and losses on them."""
-    spaced = torch.linspace(0, len(train_set) - 1, min(TRIED_IMAGES, len(train_set))).long()
-    pixels, labels, _ = next(train_set.subset(spaced).evaluation_batches())
-    if mixes(cfg.DATA):
-        from classification.data.mixing import soft_targets  # few runs mix images
-
-        labels = soft_targets(labels, len(train_set.classes))
-    images, for_teacher = (
-        pixel_statistics(role).to(pixels.device)(pixels) for role in (cfg.STUDENT, cfg.TEACHER)
-    )
-    with naming("DISTILL"):
-        distiller.prepare(images[:2], for_teacher[:2], context)
-    assert distiller.teacher is not None
-    said = distiller.observe_teacher(for_teacher[:2]) if cfg.TEACHER.OUTPUTS else None
-    if said is not None:
-        from classification.teacher_outputs import check_size  # few runs keep any
-
-        check_size(cfg, distiller, said, len(train_set))
-    logits = any(loss.needs_logits and loss.needs_teacher for loss in distiller.losses)
-    check_teaching(distiller.teacher, distiller.teacher_paths, for_teacher, logits=logits)
-    if not cfg.COMPILE:  # otherwise the first step tries the losses: compiling takes minutes
-        try_losses(distiller, images, labels, for_teacher, indices=spaced.to(images.device))
 
 
 def _write_report(trainer: Trainer, files: RunFolder) -> None:

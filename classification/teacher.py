@@ -22,6 +22,7 @@ from classification.data import ImageSet, pixel_statistics
 from classification.evaluation import accuracy, is_guessing
 from classification.models import Classifier, has_own_weights, model_of
 from classification.models.taps import with_stages
+from classification.preflight import check_logits
 from pcka.distributed import from_first_process, rank, world_size
 from pcka.engine.config import ConfigError, flatten
 from pcka.engine.distill import add_sections, changed_settings
@@ -136,8 +137,16 @@ def _with_weights(
     weights = ""
     if is_trained(cfg.TEACHER):
         weights = str(_trained_teacher(cfg, image_sets, train_run))
-    model = model_of(cfg.TEACHER, len(image_sets[0].classes), role="teacher", weights=weights)
-    return with_stages(model, cfg.DATA.IMAGE_SIZE).to(image_sets[1].device)
+    return _built(cfg, image_sets, weights)
+
+
+def _built(cfg: CfgNode, image_sets: ImageSets, weights: str = "") -> Classifier:
+    """Return one teacher on the training device, with its stages and, if any, these weights."""
+    classes = len(image_sets[0].classes)
+    model = model_of(cfg.TEACHER, classes, role="teacher", weights=weights)
+    model = with_stages(model, cfg.DATA.IMAGE_SIZE).to(image_sets[1].device)
+    check_logits(model, "teacher", cfg, classes)
+    return model
 
 
 def is_trained(section: CfgNode) -> bool:
@@ -190,6 +199,8 @@ def _trained_teacher(
     folder = Path(run.OUTPUT_DIR)
     if from_first_process(weights.exists()):
         logger.info("teacher %s: already trained, %s", cfg.TEACHER.NAME, weights)
+    else:
+        _built(cfg, image_sets)  # what its training would refuse is told by the teacher's keys
     told = False
     while not from_first_process(weights.exists()):
         if from_first_process(rank() == 0 and _is_in_use(folder)):

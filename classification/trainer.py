@@ -31,7 +31,7 @@ from classification.solver import (
     read_rate_from,
 )
 from pcka.distiller import Distiller
-from pcka.distributed import OWN_BUFFERS, average_buffers, rank, world_size
+from pcka.distributed import average_buffers, rank, world_size
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.cuda_graph import Recorded
 from pcka.engine.environment import autocast
@@ -106,7 +106,9 @@ class Trainer:
         self.average = AveragedStudent(distiller.student) if cfg.SOLVER.EMA_DECAY else None
         self._model: nn.Module = distiller
         if world_size() > 1 and not isinstance(self.optimizer, DistillationOriented):
-            self._model = _data_parallel(distiller)
+            from classification.data_parallel import data_parallel  # most runs have one process
+
+            self._model = data_parallel(cfg, distiller, self.train_set)
         self.obstacle = _obstacle(self)
         self._update = Recorded(
             self.update, self.changed_tensors, kind=lambda: self.kind, obstacle=self.obstacle
@@ -427,12 +429,6 @@ class Trainer:
             *(self.epoch, self.cfg.SOLVER.EPOCHS, " ".join(parts), record["lr"], seconds),
             *(record["seconds"], record["images_per_second"]),
         )
-
-
-def _data_parallel(distiller: Distiller) -> DistributedDataParallel:
-    """Average gradients over processes; every process keeps the buffers that it computes."""
-    uses_logits = any(loss.needs_logits for loss in distiller.losses)
-    return DistributedDataParallel(distiller, find_unused_parameters=not uses_logits, **OWN_BUFFERS)
 
 
 def _obstacle(trainer: Trainer) -> str | None:

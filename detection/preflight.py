@@ -16,6 +16,7 @@ from detection.data.targets import SEGMENTERS
 from detection.schedule import schedule_doubts
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import check_methods
+from pcka.engine.inherit import check_prefixes
 
 logger = logging.getLogger("detectron2.pcka")
 
@@ -44,6 +45,7 @@ def check_run(cfg: CfgNode) -> None:
     if student_architecture(cfg) in SEGMENTERS:
         _check_segmenter(cfg)
     check_methods(cfg.DISTILL.METHODS)
+    check_prefixes(cfg.DISTILL.INHERIT)
     registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     folder = Path(cfg.OUTPUT_DIR)
     if not cfg.OUTPUT_DIR or (folder.exists() and not folder.is_dir()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -124,7 +124,9 @@ def _plain(model: nn.Module) -> nn.Module:
             return model
 
 
-def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
+def extract_state_dict(
+    obj: object, role: str = "student", own: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Extract the weights from a loaded checkpoint, under the model's own names.
 
     Supported: a bare state dict; one under ``'model'``, ``'state_dict'``, ``'model_state_dict'`` or
@@ -134,6 +136,8 @@ def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
     Args:
         obj: as returned by :func:`load_file`.
         role: "student" or "teacher": which to take if there are both.
+        own: names in the model's state dict, if known. A prefix that is part of these names, such
+            as that of a submodule called ``module``, is kept.
 
     Returns:
         Name -> tensor, in the order of the file.
@@ -142,7 +146,7 @@ def extract_state_dict(obj: object, role: str = "student") -> dict[str, Tensor]:
         CheckpointError: there are no weights, or none for that role.
         ValueError: the role is unknown.
     """
-    return _unwrap(obj, role)[0]
+    return _unwrap(obj, role, own)[0]
 
 
 def load_weights(
@@ -169,7 +173,7 @@ def load_weights(
     obj = load_file(path)
     own = model.state_dict()
     try:
-        state, layout = _unwrap(obj, role)
+        state, layout = _unwrap(obj, role, own)
         state = {_name_in(own, name): value for name, value in state.items()}
         expected = {n: t for n, t in own.items() if n in state or n.rpartition(".")[2] != _COUNTER}
         report = compare_shapes(_shapes(state), _shapes(expected), layout)
@@ -260,20 +264,23 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _unwrap(obj: object, role: str) -> tuple[dict[str, Tensor], str]:
-    """Return the weights and the layout that they were found in."""
+def _unwrap(obj: object, role: str, own: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """Return the weights and the layout that they were found in.
+
+    As soon as any name is one of ``own``, the model's, all prefixes that are left belong to it.
+    """
     if role not in ROLES:
         raise ValueError(f"role: expected one of {', '.join(ROLES)}, got {role!r}")
     state, container = _find_container(obj, role)
-    state, outer = _strip_wrappers(state)
+    state, outer = _strip_wrappers(state, own)
     roles = [known for known in ROLES if any(name.startswith(f"{known}.") for name in state)]
     prefix = inner = ""
-    if roles:
+    if roles and state.keys().isdisjoint(own):
         prefix = f"{role}."
         if role not in roles:
             raise CheckpointError(f"role: the file holds only {', '.join(roles)}, got {role!r}")
         chosen = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        state, inner = _strip_wrappers(chosen)
+        state, inner = _strip_wrappers(chosen, own)
     return state, f"{container} {outer}{prefix}{inner}*"
 
 
@@ -301,10 +308,14 @@ def _is_state_dict(obj: object) -> TypeGuard[dict[str, Tensor]]:
     )
 
 
-def _strip_wrappers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def _strip_wrappers(
+    state: dict[str, Tensor], own: Collection[str]
+) -> tuple[dict[str, Tensor], str]:
     """Return the state without the prefixes that wrappers add to every name, and the prefixes."""
     stripped = ""
-    while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in state)), ""):
+    while state.keys().isdisjoint(own) and (
+        prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in state)), "")
+    ):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         stripped += prefix
     return state, stripped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pcka.distiller_checks import check_apart, check_gradients, check_losses
+from pcka.distiller_checks import check_apart, check_gradients, check_losses, check_scalable
 from pcka.distributed import gather_batch, gather_outputs, world_size
 from pcka.losses.adapters import ModulesByTap, adapt, fit
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
@@ -50,8 +50,8 @@ class Distiller(nn.Module):
             :func:`pcka.taps.find_logits`; a :class:`FrozenTeacher` has its own.
         relative_to: name of a term, such as ``"loss_ce"``. Each term ``L`` that needs the teacher
             is scaled to its current value before weighting: ``w sg(L_ref / L) L`` with the
-            stop-gradient ``sg``, so that weights mean the same whatever a term's own scale. "": no
-            scaling.
+            stop-gradient ``sg``, so that weights mean the same whatever a term's own scale. No
+            loss may be one that can be negative. "": no scaling.
         gather: relational losses see the samples of all processes, whose features must have one
             shape; False: each process compares only its own batch.
         compile: run the models through :func:`torch.compile`.
@@ -68,9 +68,9 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: something is not a loss, a loss's tap is missing from ``taps``, a model lacks a
-            path, a loss needs a teacher and there is none, the teacher shares parameters or buffers
-            with the student, or the student is in ``DistributedDataParallel`` and adapters or
-            losses are also trained.
+            path, a loss needs a teacher and there is none, a loss can be negative and terms are
+            scaled, the teacher shares parameters or buffers with the student, or the student is in
+            ``DistributedDataParallel`` and adapters or losses are also trained.
     """
 
     teacher: FrozenTeacher | None
@@ -89,6 +89,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         check_losses(losses)
+        check_scalable(losses, relative_to)
         check_apart(student, teacher)
         if isinstance(teacher, nn.Module) and not isinstance(teacher, FrozenTeacher):
             teacher = FrozenTeacher(teacher, logits_of=logits_of)

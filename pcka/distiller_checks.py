@@ -22,6 +22,16 @@ def check_losses(losses: object) -> None:
             )
 
 
+def check_scalable(losses: Iterable[Loss], relative_to: str) -> None:
+    """Refuse to scale terms to another one if one of them can be negative."""
+    signed = [type(loss).__name__ for loss in losses if loss.can_be_negative]
+    if relative_to and signed:
+        raise ValueError(
+            f"relative_to: terms of {', '.join(signed)} can be negative, so that no factor brings "
+            f"them to the value of {relative_to!r}; leave it empty, or leave these losses out"
+        )
+
+
 def check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
     """Refuse models that share tensors: one cannot be frozen while the other is trained."""
     if teacher is None:

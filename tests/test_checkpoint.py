@@ -65,6 +65,16 @@ def test_known_layouts_load(layout, tmp_path):
     assert _same(model.state_dict(), STUDENT.state_dict())
 
 
+@pytest.mark.parametrize("part", ["module", "_orig_mod", "student", "teacher"])
+@pytest.mark.parametrize("prefix", ["", "module.", "student.", "module.student._orig_mod."])
+def test_a_part_of_the_model_that_is_called_like_a_prefix_keeps_its_name(part, prefix, tmp_path):
+    saved, model = nn.ModuleDict({part: _model()}), nn.ModuleDict({part: _model()})
+    torch.save(_prefixed(prefix, saved), tmp_path / "file.pth")
+    report = load_weights(model, tmp_path / "file.pth")
+    assert report.complete and report.layout == f"bare {prefix}*"
+    assert _same(model.state_dict(), saved.state_dict())
+
+
 def test_role_picks_the_teacher(tmp_path):
     torch.save({"model": BOTH}, tmp_path / "file.pth")
     model = _model()

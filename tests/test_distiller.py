@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pcka.distiller import Distiller
-from pcka.losses import CE, FCKA, KD, RCKA, FitNet, Loss, Outputs, Term, fcka_loss, kd_loss
+from pcka.losses import CE, FCKA, KD, RCKA, FitNet, Loss, Outputs, Term, build, fcka_loss, kd_loss
 from pcka.teacher import FrozenTeacher
 
 IMAGES = torch.linspace(-2, 3, 6 * 3 * 8 * 8).sin().view(6, 3, 8, 8)
@@ -91,6 +91,17 @@ def test_a_term_that_vanishes_is_not_scaled_without_bound(student):
     alike = Distiller(student, copy.deepcopy(student), losses, relative_to="loss_ce").eval()
     terms = alike(IMAGES, TARGET)
     assert terms["loss_kd"].abs() < 1 and all(term.isfinite() for term in terms.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("VID", {"stages": ["stage2"], "weights": 1.0}), ("ITRD", {"stage": "stage2"})],
+)
+def test_a_loss_that_can_be_negative_is_not_scaled(student, teacher, name, keys):
+    losses = [CE(), KD(), build(name, **keys)]
+    with pytest.raises(ValueError, match=rf"relative_to: terms of {name} can be negative, .*leave"):
+        Distiller(student, teacher, losses, TAPS, relative_to="loss_ce")
+    Distiller(student, teacher, losses, TAPS)
 
 
 def test_the_term_that_others_are_relative_to_must_be_there(student, teacher):

@@ -30,7 +30,7 @@ def model_taps(student: Classifier, teacher: Classifier, extra: list[list[str]])
         extra: ``DISTILL.TAPS``, see :func:`extra_taps`.
 
     Raises:
-        ConfigError: an entry of ``extra`` is not a triple.
+        ConfigError: as :func:`extra_taps`.
     """
     taps: Taps = {}
     _add_stages(taps, student.stage_names, teacher.stage_names, "")
@@ -103,7 +103,7 @@ def extra_taps(entries: list[list[str]]) -> Taps:
     """Return ``DISTILL.TAPS``, triples, as tap name -> (student path, teacher path).
 
     Raises:
-        ConfigError: an entry is not a triple.
+        ConfigError: an entry is not a triple, or two have the same name.
     """
     taps: Taps = {}
     for entry in entries:
@@ -113,6 +113,10 @@ def extra_taps(entries: list[list[str]]) -> Taps:
                 f"tap, got {entry!r}"
             )
         name, student, teacher = map(str, entry)
+        if name in taps:
+            raise ConfigError(
+                f"DISTILL.TAPS: {name!r} names two taps; give each one a name of its own"
+            )
         taps[name] = (student, teacher)
     return taps
 

@@ -57,6 +57,10 @@ def named_model(
     Raises:
         ConfigError: an unknown name (the message suggests close matches), or rejected keywords.
     """
+    if "num_classes" in kwargs:
+        raise ConfigError(
+            f"{role.upper()}.KWARGS: num_classes is the number of classes of the data; leave it out"
+        )
     try:
         model = create_model(name, num_classes, **kwargs)
     except ValueError as error:

@@ -11,6 +11,19 @@ from torch import Tensor, nn
 from pcka.engine.config import ConfigError
 
 
+def check_prefixes(prefixes: Sequence[object]) -> None:
+    """Refuse entries of ``DISTILL.INHERIT`` that are not text.
+
+    Raises:
+        ConfigError: such an entry.
+    """
+    if not all(isinstance(prefix, str) for prefix in prefixes):
+        raise ConfigError(
+            "DISTILL.INHERIT: expected prefixes of the weights' names, such as ['fc.'], got "
+            f"{list(prefixes)}"
+        )
+
+
 def inherit_weights(
     student: nn.Module, given: Mapping[str, Tensor], prefixes: Sequence[str], logger: logging.Logger
 ) -> list[str]:

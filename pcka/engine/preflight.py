@@ -30,16 +30,29 @@ def naming(section: str) -> Iterator[None]:
         raise ConfigError(f"{section}: {error}") from error
 
 
-@torch.no_grad()
-def try_losses(distiller: Distiller, *inputs: Any, **keywords: Any) -> None:
-    """Run a prepared distiller once; models, losses and random states stay unchanged.
+def try_losses(distiller: Distiller, *inputs: Any, **keywords: Any) -> dict[str, Tensor]:
+    """Return the terms of a prepared distiller; models, losses and random states stay unchanged.
 
     Raises:
         ConfigError: a loss cannot compare what it taps, or yields no term.
     """
     devices = list({p.device for p in distiller.parameters() if p.is_cuda})
     with naming("DISTILL"), torch.random.fork_rng(devices), evaluation_mode(distiller):
-        distiller(*inputs, **keywords)
+        return distiller(*inputs, **keywords)
+
+
+def untrained_parameters(distiller: Distiller, *inputs: Any, **keywords: Any) -> list[str]:
+    """Return the names of the parameters that require a gradient and get none from any term.
+
+    Such as a classifier if no loss reads the logits, or a transformer's token for masked patches.
+    The models run as :func:`try_losses` runs them, without compiling.
+    """
+    trained = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
+    with torch.compiler.set_stance("force_eager"):
+        terms = try_losses(distiller, *inputs, **keywords)
+    total = torch.stack(list(terms.values())).sum()
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
 @torch.no_grad()

@@ -111,6 +111,8 @@ class Loss(nn.Module):
             reads none.
         capturable: it can be captured in a CUDA graph and replayed: it never waits for a tensor's
             value, and its only state is in buffers, which it updates in place.
+        can_be_negative: a term of it can be negative, beyond rounding, so that its ratio to another
+            term is no scale: ``pcka.Distiller(..., relative_to=...)`` refuses it.
         relational: it is not a mean over samples: it relates the samples of a batch to one another,
             so with several processes it has to see all their batches.
         same_shape: it compares maps of the same shape. :class:`pcka.Distiller` makes their shapes
@@ -130,6 +132,7 @@ class Loss(nn.Module):
     needs_head: type | None = None
     head_depth: int = 0
     capturable: bool = True
+    can_be_negative: bool = False
     relational: bool = False
     same_shape: bool = False
 

@@ -91,6 +91,7 @@ class ITRD(Loss):
         correlation_weight, mutual_weight, alpha: of :func:`itrd_loss`.
     """
 
+    can_be_negative = True  # the logarithm of the correlation term
     relational = True
 
     def __init__(

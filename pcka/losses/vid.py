@@ -85,6 +85,8 @@ class VID(StagewiseLoss):
         epsilon: lower bound of the variance.
     """
 
+    can_be_negative = True  # the logarithm of a variance below 1
+
     def __init__(
         self,
         *,

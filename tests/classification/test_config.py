@@ -295,6 +295,7 @@ def test_words_of_the_command_line_become_values(tmp_path, key, text, value):
         (["DATA.CUTMIX", ".inf"], "DATA.CUTMIX: expected a finite number"),
         (["TEACHER.ACCURACY", "101"], "TEACHER.ACCURACY: expected at most 100"),
         (["OUTPUT_DIR", ""], "OUTPUT_DIR: expected the path of a folder"),
+        (["DISTILL.INHERIT", "[1]"], r"DISTILL.INHERIT: expected prefixes .* such as \['fc.'\]"),
         (["DISTILL.METHODS", "[CE, RKCA]"], "unknown loss 'RKCA'; near matches: .*RCKA"),
     ],
 )

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from classification import export
 from classification.config import load_config
@@ -178,6 +181,17 @@ def test_a_checkpoint_of_another_model_is_refused(weights, tmp_path):
         export.export_student(config("vgg8"), weights, tmp_path / "out.pth")
     with pytest.raises(ValueError, match="a classifier of 7 classes, but the data has 10"):
         export.export_student(config(**{"DATA.NUM_CLASSES": 10}), weights, tmp_path / "out.pth")
+
+
+def test_the_classes_of_a_model_whose_only_part_is_called_module_are_found(tmp_path, monkeypatch):
+    def whole(num_classes):
+        return nn.Sequential(OrderedDict(module=create_model("resnet8", num_classes)))
+
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(whole=whole))
+    state = whole(CLASSES).state_dict()
+    torch.save(state, tmp_path / "in.pth")
+    cfg, file = config("mine:whole"), str(tmp_path / "in.pth")
+    assert same(torch.load(export.export_student(cfg, file, tmp_path / "out.pth")), state)
 
 
 def test_a_file_without_weights_is_named(tmp_path):

@@ -50,6 +50,11 @@ def with_weights(num_classes, pretrained=False):
             nn.init.normal_(parameter, generator=generator)
     return model
 """
+OF_FIXED_OUTPUTS = """
+
+def fixed(outputs):
+    return Tokens(outputs)
+"""
 
 
 @pytest.fixture
@@ -151,6 +156,25 @@ def test_a_size_that_a_model_does_not_take_is_refused_before_the_training(keys, 
         run_experiment(tiny_config("kd", **keys, **{"DATA.IMAGE_SIZE": 2, "TEACHER.TRAIN": True}))
     with pytest.raises(ConfigError, match=r"STUDENT\.LOGITS: Tokens returns dict .*tokens, scores"):
         run_experiment(tiny_config("ce", **{**keys, "STUDENT.LOGITS": ""}))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("logits", [3, 20])
+def test_a_model_without_one_logit_for_each_class_is_refused_before_it_trains(
+    keys, tiny_config, tmp_path, role, logits
+):
+    """Fewer end in an index that is out of range, more train with logits of no class."""
+    (tmp_path / "tokens_of_mine.py").write_text(MODULE + OF_FIXED_OUTPUTS)
+    key = role.upper()
+    given = {"NAME": "tokens_of_mine:fixed", "KWARGS": f"{{outputs: {logits}}}", "LOGITS": "scores"}
+    given = {f"{key}.{name}": value for name, value in given.items()}
+    if role == "student":
+        given["TEACHER.NAME"] = ""
+    message = rf"^{key}\.NAME: .*:fixed returns \(2, {logits}\) for 2 .* 10 classes; .* num_classes"
+    with pytest.raises(ConfigError, match=message):
+        run_experiment(tiny_config("kd" if role == "teacher" else "ce", **given))
+    assert not (tmp_path / "teachers").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_model_of_the_documentation_is_trained_and_its_taps_are_those_shown(

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from classification.models import create_model
+from classification.preflight import tried_inputs
 from classification.run import prepare_trainers, run_experiment
 from pcka.engine.config import ConfigError
-from pcka.engine.preflight import check_teaching, naming
+from pcka.engine.preflight import check_teaching, naming, untrained_parameters
 from pcka.taps import FeatureTap
 from pcka.teacher import FrozenTeacher
 
@@ -80,8 +84,38 @@ def test_trying_the_losses_changes_neither_models_nor_losses_nor_random_numbers(
         return trainer.distiller.state_dict(), torch.get_rng_state()
 
     tried = prepared()
-    monkeypatch.setattr("classification.run.try_losses", lambda *_, **__: None)
+    monkeypatch.setattr("classification.preflight.try_losses", lambda *_, **__: None)
     torch.testing.assert_close(prepared(), tried, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("methods", "found"),
+    [
+        ("[CE]", []),
+        ("[CE, CRD, MGD, VID]", []),  # the losses' own parameters get one, too
+        ("[FITNET]", ["student.fc.weight", "student.fc.bias"]),
+    ],
+)
+def test_parameters_without_a_gradient_are_found_and_nothing_changes(
+    tiny_config, random_teacher, methods, found
+):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.METHODS": methods}
+    cfg = tiny_config(**keys, **{"DISTILL.CRD.NEGATIVES": 8})
+    (trainer,) = prepare_trainers([cfg], torch.device("cpu"))
+    before = copy.deepcopy(trainer.distiller.state_dict()), torch.get_rng_state()
+    given = tried_inputs(cfg, trainer.train_set)
+    assert untrained_parameters(trainer.distiller, **given) == found
+    after = trainer.distiller.state_dict(), torch.get_rng_state()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in trainer.distiller.parameters())
+
+
+def test_parameters_without_a_gradient_are_found_without_compiling(tiny_config):
+    cfg = tiny_config("ce", **{"TEACHER.NAME": "", "COMPILE": True})
+    (trainer,) = prepare_trainers([cfg], torch.device("cpu"))
+    counters.clear()
+    assert untrained_parameters(trainer.distiller, **tried_inputs(cfg, trainer.train_set)) == []
+    assert not counters["frames"]
 
 
 def test_a_loss_that_gives_no_term_is_refused(tiny_config, random_teacher, monkeypatch):

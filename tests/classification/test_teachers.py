@@ -68,7 +68,19 @@ def test_what_another_teacher_does_not_say_is_as_the_first_one_has_it(tiny_confi
             r"OTHERS\[1\]: unknown key 'WEIGHT'; near",
         ),
         ({"OTHERS": "[{NAME: a, SEED: x}]"}, r"TEACHER\.OTHERS\[0\]: SEED expects a int"),
-        ({"OTHERS": "[{NAME: a, PIXEL_STD: [1, 0, 1]}]"}, r"TEACHER\.PIXEL_STD: expected three"),
+        (
+            {"OTHERS": "[{NAME: a, EPOCHS: 0}]"},
+            r"TEACHER\.OTHERS\[0\]\.EPOCHS: expected at least 1",
+        ),
+        ({"OTHERS": "[{NAME: a, SEED: -3}]"}, r"OTHERS\[0\]\.SEED: expected at least 0, got -3"),
+        (
+            {"OTHERS": "[{NAME: a}, {NAME: b, BN_MOMENTUM: .nan}]"},
+            r"TEACHER\.OTHERS\[1\]\.BN_MOMENTUM: expected a finite number",
+        ),
+        (
+            {"OTHERS": "[{NAME: a, PIXEL_STD: [1, 0, 1]}]"},
+            r"TEACHER\.OTHERS\[0\]\.PIXEL_STD: expected three",
+        ),
         (
             {"OTHERS": "[{NAME: a}]", "SHARES": "[1]"},
             r"TEACHER\.SHARES: expected 2 numbers above 0",

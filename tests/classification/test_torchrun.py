@@ -36,6 +36,7 @@ SETTINGS = {
 # Batch norm would take its statistics of the part of a batch that a process has. Without it the
 # number of processes changes nothing but the order of sums.
 SCRIPT = """
+import torch
 from torch import nn
 
 from classification.models import create_model
@@ -51,7 +52,14 @@ def with_group_norm(classes):
     return model
 
 
+def with_mask_token(classes):
+    model = with_group_norm(classes)
+    model.mask_token = nn.Parameter(torch.ones(3))  # of no forward pass
+    return model
+
+
 register("resnet8_groups")(with_group_norm)
+register("resnet8_masked")(with_mask_token)
 main()
 """
 
@@ -215,6 +223,12 @@ def test_two_processes_learn_with_two_momenta_what_one_does(train, folder):
     ]
     torch.testing.assert_close(*states, rtol=0, atol=0.02)
     assert max(velocity["taught"].abs().max() for velocity in states[0].values()) > 0.1
+
+
+def test_no_process_waits_for_the_gradient_of_a_parameter_that_gets_none(train, folder):
+    keys = {"STUDENT.NAME": "resnet8_masked", "TEACHER.NAME": "", "SOLVER.EPOCHS": 2}
+    train("masked", "--method", "ce", processes=2, **keys).succeed()
+    assert torch.equal(load_file(folder / "masked" / "model_last.pth")["mask_token"], torch.ones(3))
 
 
 def test_a_killed_run_goes_on_with_any_number_of_processes(by_two, train, folder):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from classification.lessons import _shared_observer
-from classification.run import run_experiment
+from classification.run import check_run, run_experiment
 from classification.sweep import run_side_by_side
 from classification.trainer import Trainer
 from pcka.analysis.gradients import term_gradients
 from pcka.distiller import Distiller
 from pcka.engine.command import TrainingFailedError
+from pcka.engine.config import ConfigError
 
 
 def test_a_student_broken_by_the_last_step_of_an_epoch_is_not_saved(
@@ -177,3 +178,13 @@ def test_terms_relative_to_cross_entropy_have_the_size_of_their_weights(tiny_con
     means, weights = json.loads(lines[0]), {"ce": 0.1, "kd": 0.9, "fcka_stage1": 3.0}
     for name, weight in weights.items():
         assert means[f"loss_{name}"] == pytest.approx(weight * means["loss_ce"] / 0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["vid", "itrd"])
+def test_a_loss_that_can_be_negative_has_no_size_relative_to_cross_entropy(tiny_config, method):
+    cfg = tiny_config(method, **{"DISTILL.RELATIVE": True, "TEACHER.TRAIN": True})
+    name = method.upper()
+    with pytest.raises(
+        ConfigError, match=rf"METHODS: {name} can be negative, so that DISTILL\.REL"
+    ):
+        check_run(cfg)

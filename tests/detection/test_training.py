@@ -124,6 +124,7 @@ def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
         ("TEST.AUG.ENABLED", "True", "not supported; set it to False"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "8", "are not scaled here; set it to 0"),
         ("MODEL.META_ARCHITECTURE", "RetinaNet", "would train without DISTILL"),
+        ("DISTILL.INHERIT", "[1]", r"expected prefixes of the weights' names, .* got \[1\]"),
         ("DISTILL.INHERIT", "['head.']", "a teacher with random weights has none to inherit"),
     ],
 )

@@ -67,6 +67,11 @@ def test_a_factory_that_takes_no_classes_is_called_without(mine):
         ("{}:Nett", {}, r"STUDENT\.NAME: 'nets_of_mine' has no function .*did you mean Net\?"),
         ("{}:tokens", {}, r"STUDENT\.NAME: nets_of_mine:tokens gives str, expected a torch"),
         ("{}:Net", {"widht": 8}, r"STUDENT\.KWARGS: .*cannot be made with.*'widht'"),
+        (
+            "{}:Net",
+            {"num_classes": 3},
+            r"STUDENT\.KWARGS: num_classes .* of the data; leave it out",
+        ),
         ("no_such_nets:Net", {}, r"STUDENT\.NAME: 'no_such_nets' cannot be imported"),
         ("my/nets.py:Net", {}, r"NAME: 'my/nets.py' cannot be .*; did you mean 'my\.nets'\?"),
         ("resnet8", {"widht": 8}, r"STUDENT\.KWARGS: resnet8 cannot be made with .*'widht'"),

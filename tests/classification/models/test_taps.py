@@ -83,6 +83,11 @@ def test_a_tap_that_is_no_triple_is_refused(entry):
         model_taps(model("s0"), model("t0"), [entry])
 
 
+def test_two_taps_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match=r"DISTILL.TAPS: 'neck' names two taps; give each one"):
+        model_taps(model("s0"), model("t0"), [["neck", "a", "b"], ["neck", "a", "c"]])
+
+
 def test_losses_are_built_with_the_values_of_their_sections(tiny_config):
     cfg = tiny_config("kd_fcka", **{"DISTILL.KD.TEMPERATURE": 2, "DISTILL.FCKA.STAGES": "[stage2]"})
     ce, kd, fcka = losses_of(cfg, TAPS)
