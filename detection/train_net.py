@@ -31,7 +31,7 @@ from detection.data.targets import check_test_sets
 from detection.evaluation import evaluate
 from detection.launch import run
 from detection.preflight import check_teacher_file, read_run, usable_device
-from detection.settings import RESULT, check_resumed
+from detection.settings import RESULT, check_resumed, check_unused
 from detection.trainer import DetectionTrainer
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
@@ -66,8 +66,8 @@ def configure(arguments: argparse.Namespace) -> CfgNode:
 def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     cfg = configure(arguments)
     with _held(Path(cfg.OUTPUT_DIR)):
-        if arguments.resume and comm.is_main_process():
-            check_resumed(cfg)
+        if comm.is_main_process() and not arguments.eval_only:
+            (check_resumed if arguments.resume else check_unused)(cfg)
         default_setup(cfg, arguments)
         if arguments.eval_only:
             results = _evaluate_only(cfg)

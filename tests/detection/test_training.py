@@ -62,6 +62,7 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
     command = arguments(tmp_path / "eval", 2, "MODEL.WEIGHTS", weights, flags=["--eval-only"])
     # An absent class has AP nan, which is not equal to itself.
     assert str(train_net.main(command)) == str(trained)
+    assert str(train_net.main(["--resume", *command])) == str(trained)  # again: no run is resumed
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation"}
     assert (tmp_path / "eval" / "evaluation" / "detections.png").stat().st_size > 5000
 
