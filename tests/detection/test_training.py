@@ -170,6 +170,12 @@ def test_a_test_set_that_cannot_be_read_is_refused_before_the_work(
         train_net.main(arguments(tmp_path / "run", 2, *keys, flags=flags))
 
 
+def test_an_evaluation_on_no_set_is_refused(tmp_path, arguments, at_once):
+    keys = ("MODEL.WEIGHTS", "student.pth", "DATASETS.TEST", "()")
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: expected a set of images .*, got none"):
+        train_net.main(arguments(tmp_path, 2, *keys, flags=["--eval-only"]))
+
+
 def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):
     sets = ("digits_scenes_test", "digits_scenes_train")
     results = train_net.main(arguments(tmp_path, 1, "DATASETS.TEST", str(list(sets))))
