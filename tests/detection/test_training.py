@@ -19,7 +19,7 @@ from PIL import Image
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config, teacher_config
 from detection.figures import read_metrics
-from detection.preflight import check_run
+from detection.preflight import check_run, read_run
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
@@ -133,6 +133,17 @@ def test_keys_that_would_be_ignored_or_fail_later_are_refused(
 ):
     with pytest.raises(ConfigError, match=f"{key}: .*{message}"):
         train_net.main(arguments(tmp_path, 2, key, value))
+
+
+def test_losses_for_a_student_without_a_teacher_are_refused(tmp_path, arguments, at_once):
+    losses = ("DISTILL.METHODS", "[PCKA]")  # also the default
+    told = (
+        r"^DISTILL.METHODS: has no effect, as .*student\.yaml trains a RetinaNet without a teacher"
+    )
+    with pytest.raises(ConfigError, match=told):
+        train_net.main(arguments(tmp_path, 2, *losses, config="student"))
+    given = arguments(tmp_path, 2, "DISTILL.TEACHER.WEIGHTS", "teacher.pth", config="student")
+    read_run(given[1], given[2:])  # as a comparison gives it to all its runs
 
 
 def test_a_training_that_diverges_ends_with_what_to_change(tmp_path, arguments):
