@@ -6,9 +6,10 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from pcka.engine.arguments import Answer, add_runs, command_parser
+from pcka.engine.arguments import Answer, add_runs, command_parser, positive
 
 DIGITS = "configs/detection/digits"
 DEMO = "configs/detection/demo"
@@ -114,7 +115,7 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--baseline", type=Path, metavar="RUN", help="another run to compare the metrics with"
     )
-    _add_number(parser, "--images", 4, "images to draw detections on")
+    _add_number(parser, "--images", 4, "images to draw detections on", positive)
     return parser
 
 
@@ -135,7 +136,7 @@ def demo_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"folder of teacher.yaml and the methods (default: {DEMO})",
     )
-    _add_number(parser, "--steps", 200, "of a student; a teacher takes twice as many")
+    _add_number(parser, "--steps", 200, "of a student; a teacher takes twice as many", positive)
     add_runs(parser, seeds=(0,), output="output/detection")
     return parser
 
@@ -150,9 +151,15 @@ PARSERS = {
 }
 
 
-def _add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+def _add_number(
+    parser: argparse.ArgumentParser,
+    option: str,
+    default: int,
+    text: str,
+    of: Callable[[str], int] = int,
+) -> None:
     parser.add_argument(
-        option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        option, type=of, default=default, metavar="N", help=f"{text} (default: %(default)s)"
     )
 
 

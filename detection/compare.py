@@ -115,12 +115,7 @@ def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
     Raises:
         ConfigError: the runs have no metric in common.
     """
-    found: dict[str, float] = {}
-    for task, values in sorted(metrics.items()):  # boxes first
-        names = PIXEL_METRICS if task == PIXELS else METRICS
-        if values.keys() >= set(names):
-            prefix = "" if task in ("bbox", PIXELS) else f"{task} "
-            found |= {f"{prefix}{name}": values[name] for name in names}
+    found = overall(metrics)
     comparison.add(name, seed, found)
     runs = [run for by_seed in comparison.results.values() for run in by_seed.values()]
     comparison.metrics = {key: key for key in found if all(key in run for run in runs)}
@@ -129,6 +124,17 @@ def add(comparison: Comparison, name: str, seed: int, metrics: Metrics) -> None:
         raise ConfigError(f"DATASETS.TEST: no {known} common to all runs; is the set annotated?")
     if (first := next(iter(comparison.metrics))) in PIXEL_METRICS:
         comparison.difference = f"{first} minus first row"
+
+
+def overall(metrics: Metrics) -> dict[str, float]:
+    """Return the metrics of a run that a comparison lists, those of boxes first."""
+    found: dict[str, float] = {}
+    for task, values in sorted(metrics.items()):
+        names = PIXEL_METRICS if task == PIXELS else METRICS
+        if values.keys() >= set(names):
+            prefix = "" if task in ("bbox", PIXELS) else f"{task} "
+            found |= {f"{prefix}{name}": values[name] for name in names}
+    return found
 
 
 def train(

@@ -11,7 +11,8 @@ from detectron2.config import get_cfg
 from detection.config import load_config
 from detection.figures import read_metrics
 from detection.preflight import usable_device
-from detection.report import alignments_of, class_figures, class_metric, read_result
+from detection.report import alignments_of
+from detection.results import class_figures, class_metric, read_result
 from detection.settings import CONFIG
 from pcka.engine.comparison import Comparison
 from pcka.engine.curves import Panel, method_style, panel_figure

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from detection.architectures import MODULES, import_architecture
+from detection.config_node import ConfigNode
 from pcka.engine import distill
-from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
+from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of, unknown_key
 
+COMMAND_LINE = "the command line"
+OPTS = "DISTILL.TEACHER.OPTS"
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or its _BASE_, holds no keys with values such as 'SEED: 0'"
 DISTILLED = "DistilledDetector"  # the meta-architecture in detection/meta_arch.py
@@ -175,7 +179,7 @@ def detection_config() -> CfgNode:
             },
         }
     )
-    return cfg
+    return ConfigNode(cfg)
 
 
 def section_defaults(name: str) -> dict[str, object]:
@@ -200,28 +204,28 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         overrides: ``KEY VALUE ...`` from the command line.
 
     Raises:
-        ConfigError: an unreadable file, an unknown key, or a value of the wrong type.
+        ConfigError: an unreadable file, an unknown or duplicate key, or a value of the wrong type.
     """
     cfg = detection_config()
     merge(cfg, config_file, overrides)
     return cfg
 
 
-def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
-    """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
+def merge(
+    cfg: CfgNode,
+    config_file: str,
+    overrides: list[str],
+    source: str = COMMAND_LINE,
+    *,
+    trusted: bool = False,
+) -> None:
+    """Merge a file and overrides, which come from ``source``; see :func:`load_config`."""
     if config_file.endswith(".py"):
         raise ConfigError(f"{config_file}: a detectron2 LazyConfig; a YAML file is needed")
-    own, others = {}, []
-    for key, value in pairs_of(overrides):
-        if key == "IMPORTS" or key.startswith("DISTILL."):
-            own[key] = value
-        else:
-            others += [key, value]
     known = cfg.DISTILL.clone()
     cfg.DISTILL.set_new_allowed(True)  # accepted unchecked here, merged with checks below
     try:
         cfg.merge_from_file(config_file, allow_unsafe=trusted)
-        cfg.merge_from_list(others)
     except RecursionError as error:
         raise ConfigError(f"{config_file}: its _BASE_ leads back to itself; remove it") from error
     except AttributeError as error:
@@ -236,17 +240,40 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
         raise ConfigError(f"{config_file}: {_reason(error)}") from error
     of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known
     distill.merge_settings(cfg, of_file, config_file, section_defaults)
-    distill.merge_settings(cfg, own, "the command line", section_defaults)
+    _merge_overrides(cfg, dict(pairs_of(overrides)), source)
     for name in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT):
         import_architecture(name)
 
 
+def _merge_overrides(cfg: CfgNode, given: Mapping[str, object], source: str) -> None:
+    known, own, others = flatten(cfg), {}, CfgNode()
+    for key, value in given.items():
+        if key == "IMPORTS" or key.startswith("DISTILL."):
+            own[key] = value
+            continue
+        if key not in known:
+            raise unknown_key(key, known, source)
+        *sections, leaf = key.split(".")
+        reduce(lambda node, name: node.setdefault(name, CfgNode()), sections, others)[leaf] = value
+    try:
+        cfg.merge_from_other_cfg(others)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {_reason(error)}") from error
+    distill.merge_settings(cfg, own, source, section_defaults)
+
+
 def _reason(error: Exception) -> object:
-    """The reason of a yacs error, in one line."""
-    if isinstance(error, TypeError) and "is not iterable" in str(error):  # an empty file, a number
+    """The reason of an error while merging, in one line."""
+    text = str(error)
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(text.split())
+    if isinstance(error, TypeError) and "is not iterable" in text:  # an empty file, a number
         return NO_MAPPING
-    if section := re.search(r"\n.* for config key: (\S+)$", str(error), re.DOTALL):
+    if section := re.search(r"\n.* for config key: (\S+)$", text, re.DOTALL):
         return f"{section[1]}: expected a section of keys, or another type of value"
+    if types := re.search(r"\(<class '(\w+)'> .* with values \((.*) vs\. (.*)\) .* (\S+)$", text):
+        kind, default, value, key = types.groups()
+        return f"{key} expects a {kind} (default {default}), got {value}"
     return error.args[0] if isinstance(error, KeyError) else error
 
 
@@ -262,9 +289,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     path = next((path for path in paths if path.is_file()), None)
     teacher = detection_config()
     if path is not None:
-        merge(teacher, str(path), wanted.OPTS)
+        merge(teacher, str(path), wanted.OPTS, OPTS)
     else:
-        merge(teacher, _zoo_file(wanted.CONFIG_FILE), wanted.OPTS, trusted=True)
+        merge(teacher, _zoo_file(wanted.CONFIG_FILE), wanted.OPTS, OPTS, trusted=True)
     teacher.MODEL.WEIGHTS = _teacher_weights(wanted)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher

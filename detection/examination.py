@@ -25,7 +25,7 @@ from detection.meta_arch import DistilledDetector, has_head
 from detection.pixel_checks import check_student, check_teacher_pixels
 from detection.preflight import check_teacher_file, is_taught, read_run
 from detection.run_state import lent_random_states
-from detection.settings import CHECKPOINT_TAG, RESULT
+from detection.settings import traces_of_run
 from detection.teacher import build_teacher
 from detection.teacher_checks import check_features, check_teacher, objects_of
 from detection.trainer import DetectionTrainer, student_of
@@ -41,6 +41,7 @@ from pcka.engine.doctor import (
     needing,
     telling,
 )
+from pcka.engine.run_folder import used_folder
 from pcka.engine.step_cost import seconds_of, step_cost, tensor_bytes
 from pcka.losses.numerics import DegenerateLevelWarning
 from pcka.modes import evaluation_mode
@@ -139,12 +140,8 @@ class Examination:
         if not Path(cfg.DATASETS.DIGITS.ROOT).is_dir():  # draw the scenes for these checks only
             cfg.DATASETS.DIGITS.ROOT = str(self._aside / "scenes")
         self._cfg = cfg
-        if any(Path(self._folder, name).exists() for name in (CHECKPOINT_TAG, RESULT)):
-            return Verdict(
-                WARN,
-                f"OUTPUT_DIR: {self._folder!r} holds a run; continue it with --resume, or choose "
-                "another folder: a training without --resume would overwrite its files",
-            )
+        if traces := traces_of_run(Path(self._folder)):
+            return Verdict(WARN, str(used_folder(Path(self._folder), traces)))
         methods = ", ".join(cfg.DISTILL.METHODS) if is_taught(cfg) else "without a teacher"
         return Verdict(PASS, f"{student_architecture(cfg)}, {methods}, into {self._folder}")
 

@@ -23,6 +23,7 @@ from detection.checkpoint import load_weights
 from detection.config import DISTILLED, load_config
 from detection.data import register_datasets
 from detection.data.mapper import make_mapper
+from detection.data.targets import first_test_set
 from detection.levels import CONSTANT_UP_TO, patch_for
 from detection.meta_arch import DistilledDetector
 from detection.preflight import usable_device
@@ -84,9 +85,10 @@ def level_grams(
         channel: compare only this channel.
 
     Raises:
-        ConfigError: the run has no teacher or its weights were not kept, the weights are not the
-            run's own, or levels cannot be compared.
+        ConfigError: there is no test set, the run has no teacher or its weights were not kept, the
+            weights are not the run's own, or levels cannot be compared.
     """
+    name = first_test_set(cfg)
     model = _distilled(cfg, weights)
     losses = cast("list[Loss]", list(model.distiller.losses))
     loss = next((one for one in losses if isinstance(one, PCKA)), None)
@@ -98,7 +100,6 @@ def level_grams(
             f"DISTILL.METHODS: {', '.join(cfg.DISTILL.METHODS)} compares no maps of one shape, so "
             "there are no Grams; give the folder of a run with PCKA"
         )
-    name = cfg.DATASETS.TEST[0]
     loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
     found = LevelGrams({}, {})
     for number, (batch, _) in enumerate(zip(loader, range(images)), 1):

@@ -19,6 +19,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor, nn
 
+from detection.config import student_architecture
+from detection.data.targets import SEGMENTER, first_test_set
+from detection.pixel_pictures import pixels_figure
 from pcka.modes import evaluation_mode
 
 LEAST_SCORE = 0.3
@@ -29,11 +32,15 @@ TRUTH, HIT, MISS = "#009E73", "#0072B2", "#D55E00"
 SOLID, DASHED = "-", (0, (3, 2))
 
 
-def draw_detections(
-    cfg: CfgNode, models: Mapping[str, nn.Module], path: Path, images: int = 3
-) -> None:
-    """Write :func:`detections_figure`; the suffix of ``path`` determines the format."""
-    detections_figure(cfg, models, images).savefig(path, dpi=100)
+def draw_found(cfg: CfgNode, models: Mapping[str, nn.Module], path: Path, images: int = 3) -> None:
+    """Write :func:`found_figure`; the suffix of ``path`` determines the format."""
+    found_figure(cfg, models, images).savefig(path, dpi=100)
+
+
+def found_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int = 3) -> Figure:
+    """Draw what each model finds: a semantic segmenter's classes of pixels, or detections."""
+    of_pixels = student_architecture(cfg) == SEGMENTER
+    return (pixels_figure if of_pixels else detections_figure)(cfg, models, images)
 
 
 @torch.no_grad()
@@ -45,7 +52,7 @@ def detections_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int
         models: column title -> detectron2 detector.
         images: number of images, taken from the start of the set.
     """
-    name = cfg.DATASETS.TEST[0]
+    name = first_test_set(cfg)
     entries = [batch[0] for batch, _ in zip(build_detection_test_loader(cfg, name), range(images))]
     truths = {entry["file_name"]: entry["annotations"] for entry in DatasetCatalog.get(name)}
     classes = MetadataCatalog.get(name).get("thing_classes", ())

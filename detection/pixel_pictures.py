@@ -18,6 +18,7 @@ from torch import nn
 
 from detection.data.mapper import make_mapper
 from detection.data.pixels import Labels
+from detection.data.targets import first_test_set
 from pcka.modes import evaluation_mode
 
 INCHES = 3.4
@@ -34,7 +35,7 @@ def pixels_figure(cfg: CfgNode, models: Mapping[str, nn.Module], images: int = 3
         models: column title -> detectron2 model that returns ``sem_seg``.
         images: number of images, taken from the start of the set.
     """
-    name, labels = cfg.DATASETS.TEST[0], Labels.of(cfg)
+    name, labels = first_test_set(cfg), Labels.of(cfg)
     loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
     entries = [batch[0] for batch, _ in zip(loader, range(images))]
     titles = ["image", "truth", *models]

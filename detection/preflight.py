@@ -29,10 +29,21 @@ def read_run(config_file: str, overrides: list[str]) -> CfgNode:
     Args:
         config_file: as in :func:`detection.config.load_config`.
         overrides: likewise.
+
+    Raises:
+        ConfigError: see :func:`check_run`; or the overrides name losses, but nothing is distilled.
     """
     cfg = load_config(config_file, overrides)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     check_run(cfg)
+    outer = cfg.MODEL.META_ARCHITECTURE
+    # A file may name losses for the files that it is the _BASE_ of.
+    if "DISTILL.METHODS" in overrides[::2] and cfg.DISTILL.METHODS and outer != DISTILLED:
+        raise ConfigError(
+            f"DISTILL.METHODS: has no effect, as {config_file} trains a {outer} without a teacher; "
+            f"give a method's file, or set MODEL.META_ARCHITECTURE {DISTILLED} DISTILL.STUDENT "
+            f"{outer}"
+        )
     return cfg
 
 

@@ -9,7 +9,6 @@ import detection
 
 # isort: split
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,16 +31,17 @@ from detection.config import (
     teacher_config,
 )
 from detection.data import register_datasets
-from detection.data.targets import SEGMENTER
+from detection.data.targets import SEGMENTER, first_test_set
 from detection.evaluation import evaluate
 from detection.figures import read_metrics, run_panels
 from detection.grams import level_grams
 from detection.levels import reads_levels
-from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, detections_figure
-from detection.pixel_pictures import pixels_figure
+from detection.pictures import LEAST_OVERLAP, LEAST_SCORE, MOST_DETECTIONS, found_figure
 from detection.preflight import usable_device
+from detection.results import Results, by_task, class_figures, class_metric, read_result
 from detection.schedule import schedule_doubts
 from detection.settings import CONFIG, RESULT
+from detection.teacher import take_channels
 from pcka.analysis.gram_figure import grams_figure
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError, flatten
@@ -55,10 +55,7 @@ from pcka.modes import evaluation_mode
 
 WEIGHTS = "model_final.pth"
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
-PIXELS = "sem_seg"  # the semantic segmentation task; the others are detection tasks
 HARDLY = 1.0  # AP in percent, below which a detector finds next to nothing
-
-Results = Mapping[str, Mapping[str, float | None]]  # task -> metric -> percent
 
 
 @dataclass(frozen=True)
@@ -165,11 +162,6 @@ def _baseline_result(folder: Path, cfg: CfgNode) -> Results:
     return read_result(folder)
 
 
-def read_result(folder: Path) -> Results:
-    """Return the final metrics of a run."""
-    return json.loads((folder / RESULT).read_text())
-
-
 def alignments_of(folder: Path) -> dict[str, float]:
     """Level -> CKA with the teacher, as last measured in a run."""
     curves = read_metrics(folder / "metrics.json")
@@ -181,7 +173,10 @@ def alignments_of(folder: Path) -> dict[str, float]:
 
 
 def _models(cfg: CfgNode, folder: Path) -> tuple[dict[str, nn.Module], dict[str, Path], list[str]]:
-    """Return the detectors with weights, teacher first, their files, and warnings about it."""
+    """Return the detectors with weights, teacher first, their files, and warnings about it.
+
+    All of them take the student's images.
+    """
     models, files, warnings = {}, {STUDENT: folder / WEIGHTS}, []
     wanted = cfg.DISTILL.TEACHER
     if cfg.MODEL.META_ARCHITECTURE == DISTILLED and wanted.CONFIG_FILE:
@@ -190,21 +185,21 @@ def _models(cfg: CfgNode, folder: Path) -> tuple[dict[str, nn.Module], dict[str,
             if not file.is_file():
                 raise ConfigError(f"there is no file {wanted.WEIGHTS!r}")
             own = teacher_config(cfg)
-            models[TEACHER] = build_student(own, "DISTILL.TEACHER").to(cfg.MODEL.DEVICE)
-            load_weights(models[TEACHER], str(file))
+            teacher = build_student(own, "DISTILL.TEACHER").to(cfg.MODEL.DEVICE)
+            load_weights(teacher, str(file))
+            models[TEACHER] = take_channels(teacher, own.INPUT.FORMAT, cfg.INPUT.FORMAT)
             files[TEACHER] = file
         except ValueError as error:  # e.g. the file holds only a backbone, or was moved
-            models.pop(TEACHER, None)
             warnings = [f"The teacher is left out: {error}"]
     models[STUDENT] = build_student(cfg).to(cfg.MODEL.DEVICE)
     load_weights(models[STUDENT], str(files[STUDENT]))
     return models, files, warnings
 
 
-def _evaluated(cfg: CfgNode, teacher: nn.Module) -> dict[str, Any]:
+def _evaluated(cfg: CfgNode, teacher: nn.Module) -> Results:
     aside = cfg.clone()
     aside.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "teacher"))
-    return evaluate(aside, teacher)
+    return by_task(evaluate(aside, teacher))
 
 
 class _OfImage(nn.Module):
@@ -231,7 +226,7 @@ def _measure(
     cfg: CfgNode, models: Mapping[str, nn.Module], files: Mapping[str, Path]
 ) -> dict[str, Measured]:
     """Measure size and latency of every detector, on the first image of the test set."""
-    entry = next(iter(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])))
+    entry = next(iter(build_detection_test_loader(cfg, first_test_set(cfg))))
     calls = {name: lambda model=model: model(entry) for name, model in models.items()}
     with evaluation_mode(*models.values()):
         times = latencies(calls, torch.device(cfg.MODEL.DEVICE))
@@ -305,33 +300,6 @@ def _text(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
-def class_figures(
-    results: Mapping[str, Results],
-) -> Iterator[tuple[str, list[str], dict[str, list[float | None]]]]:
-    """Yield (task, classes, name -> metric of each class), for tasks with per-class metrics.
-
-    The metric is :func:`class_metric`.
-    """
-    tasks = dict.fromkeys(task for of_one in results.values() for task in of_one)
-    for task in tasks:
-        measured = {name: of_one[task] for name, of_one in results.items() if task in of_one}
-        prefix = f"{class_metric(task)}-"
-        keys = dict.fromkeys(
-            key for metrics in measured.values() for key in metrics if key.startswith(prefix)
-        )
-        if keys:
-            classes = [key.removeprefix(prefix) for key in keys]
-            yield task, classes, {
-                name: [_known(metrics.get(key)) for key in keys]
-                for name, metrics in measured.items()
-            }  # fmt: skip
-
-
-def class_metric(task: str) -> str:
-    """Name of the per-class metric: AP of boxes and masks, IoU of pixels."""
-    return "IoU" if task == PIXELS else "AP"
-
-
 def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
     """Yield a section with AP or IoU by class for each task."""
     styles = {
@@ -353,10 +321,6 @@ def _class_sections(results: Mapping[str, Results]) -> Iterator[Section]:
         )
 
 
-def _known(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
-
-
 def _training_sections(folder: Path) -> list[Section]:
     pictures = [
         Picture(panel.title, panel_figure(panel, x="step"))
@@ -367,11 +331,10 @@ def _training_sections(folder: Path) -> list[Section]:
 
 
 def _picture_section(cfg: CfgNode, models: Mapping[str, nn.Module], images: int) -> Section:
+    figure = found_figure(cfg, models, images)
     if student_architecture(cfg) == SEGMENTER:
-        figure = pixels_figure(cfg, models, images)
         picture = Picture("The class of each pixel", figure, wide=True, raster=True)
         return Section("Pixels", "The first images of the test set.", pictures=[picture])
-    figure = detections_figure(cfg, models, images)
     return Section(
         "Detections",
         f"The first images of the test set, each with its {MOST_DETECTIONS} most confident "

@@ -1,4 +1,4 @@
-"""Checks whether a run may resume with settings other than those it was started with."""
+"""Checks whether a run may start or resume in its folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from detectron2.config import CfgNode
 from detection.config import load_config
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import changed_settings
+from pcka.engine.run_folder import used_folder
 
 logger = logging.getLogger("detectron2.pcka")
 
 CONFIG, RESULT, CHECKPOINT_TAG = "config.yaml", "result.json", "last_checkpoint"
+METRICS = "metrics.json"
 # Keys for where a run happens, how long it is, and how it is monitored: they do not affect a step.
 MAY_CHANGE = (
     "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "VIS_PERIOD", "CUDNN_BENCHMARK",
@@ -31,6 +33,24 @@ PLACES = (
     "DATASETS.SEMSEG_TRAIN.IMAGES", "DATASETS.SEMSEG_TRAIN.LABELS",
     "DATASETS.SEMSEG_TRAIN.CLASSES", "DATASETS.DIGITS.ROOT",
 )  # fmt: skip
+
+
+def traces_of_run(folder: Path) -> list[str]:
+    """Return the names of the files that show that a run was trained in a folder."""
+    paths = [folder / name for name in (CHECKPOINT_TAG, METRICS, RESULT)]
+    # The metrics are created, empty, before the first step, which may fail.
+    return [path.name for path in paths if path.exists() and path.stat().st_size]
+
+
+def check_unused(cfg: CfgNode) -> None:
+    """Refuse to start a run in a folder that holds one.
+
+    Raises:
+        ConfigError: ``OUTPUT_DIR`` holds a run; the message names its files.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if traces := traces_of_run(folder):
+        raise used_folder(folder, traces)
 
 
 def check_resumed(cfg: CfgNode) -> None:

@@ -222,6 +222,28 @@ def build_teacher(cfg: CfgNode, *, with_head: bool = False) -> FrozenTeacher:
     )
 
 
+def take_channels(detector: nn.Module, own: str, given: str) -> nn.Module:
+    """Let a detector take images in another channel order than its own; return the detector.
+
+    Args:
+        detector: detectron2 detector or segmenter; if the orders differ, it gets a forward hook
+            that converts its images.
+        own: ``INPUT.FORMAT`` of the detector.
+        given: ``INPUT.FORMAT`` of the images that it will be given.
+
+    Raises:
+        ConfigError: neither is the other in reverse.
+    """
+    if _unlike_channels(given, own):
+        detector.register_forward_pre_hook(_swap_channels)
+    return detector
+
+
+def _swap_channels(_: nn.Module, inputs: tuple[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    (batch,) = inputs
+    return [{**entry, "image": entry["image"].flip(0)} for entry in batch]
+
+
 @torch.no_grad()
 def fold_batch_norms(backbone: nn.Module) -> nn.Module:
     """Fold the batch norms of detectron2's convolutions into their weights; return the backbone.

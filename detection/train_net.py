@@ -27,11 +27,11 @@ from detection.arguments import train_parser
 from detection.checkpoint import load_weights
 from detection.config import build_student, load_config
 from detection.data import register_datasets
-from detection.data.targets import check_test_sets
+from detection.data.targets import check_test_sets, first_test_set
 from detection.evaluation import evaluate
 from detection.launch import run
 from detection.preflight import check_teacher_file, read_run, usable_device
-from detection.settings import RESULT, check_resumed
+from detection.settings import RESULT, check_resumed, check_unused
 from detection.trainer import DetectionTrainer
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
@@ -66,8 +66,8 @@ def configure(arguments: argparse.Namespace) -> CfgNode:
 def _work(arguments: argparse.Namespace) -> dict[str, Any]:
     cfg = configure(arguments)
     with _held(Path(cfg.OUTPUT_DIR)):
-        if arguments.resume and comm.is_main_process():
-            check_resumed(cfg)
+        if comm.is_main_process() and not arguments.eval_only:
+            (check_resumed if arguments.resume else check_unused)(cfg)
         default_setup(cfg, arguments)
         if arguments.eval_only:
             results = _evaluate_only(cfg)
@@ -125,15 +125,15 @@ def _held(folder: Path) -> Iterator[None]:
 def _evaluate_only(cfg: CfgNode) -> dict[str, Any]:
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS: --eval-only needs the file to evaluate, got ''")
+    first = first_test_set(cfg)  # the set that is drawn if there are several
     check_test_sets(cfg)
     student = build_student(cfg).to(cfg.MODEL.DEVICE)
     load_weights(student, cfg.MODEL.WEIGHTS)
     results = evaluate(cfg, student)
-    first = cfg.DATASETS.TEST[0]  # the set that is drawn if there are several
     if "bbox" in (results if len(cfg.DATASETS.TEST) == 1 else results.get(first, {})):
-        from detection.pictures import draw_detections  # imports matplotlib
+        from detection.pictures import draw_found  # imports matplotlib
 
-        draw_detections(cfg, {"found": student}, Path(cfg.OUTPUT_DIR, "detections.png"))
+        draw_found(cfg, {"found": student}, Path(cfg.OUTPUT_DIR, "detections.png"))
     return results
 
 

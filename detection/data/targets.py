@@ -44,6 +44,19 @@ def training_set(cfg: CfgNode) -> Entries:
     return entries
 
 
+def first_test_set(cfg: CfgNode) -> str:
+    """Return the first name in ``DATASETS.TEST``, whose images are shown and timed.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError(
+            "DATASETS.TEST: expected a set of images to evaluate and show, got none; name one"
+        )
+    return cfg.DATASETS.TEST[0]
+
+
 def check_test_sets(cfg: CfgNode) -> None:
     """Read ``DATASETS.TEST`` as the evaluation will, which may only come after training.
 

@@ -29,11 +29,25 @@ class ConfigError(ValueError):
 
 def near_names(word: str, known: Iterable[str]) -> str:
     """Suggest known names that a word may stand for, by its last part or by spelling."""
+    known = list(known)
+    names = _matches(word, known)
+    return f"{'near matches' if names else 'known'}: {', '.join(names or known)}"
+
+
+def unknown_key(key: str, known: Iterable[str], source: str) -> ConfigError:
+    """The error for a key that does not exist; it names near matches, or else the sections."""
+    known = list(known)
+    names = _matches(key, known)
+    sections = dict.fromkeys(name.partition(".")[0] for name in known)
+    near = f"near matches: {', '.join(names)}" if names else f"sections: {', '.join(sections)}"
+    return ConfigError(f"{source}: unknown key {key!r}; {near}")
+
+
+def _matches(word: str, known: Sequence[str]) -> list[str]:
     by_upper = {name.upper(): name for name in known}
     matches = [name for name in by_upper if name.endswith(word.upper().rpartition(".")[2])]
     matches += difflib.get_close_matches(word.upper(), by_upper, n=3)
-    names = [by_upper[match] for match in dict.fromkeys(matches)]
-    return f"{'near matches' if names else 'known'}: {', '.join(names or by_upper.values())}"
+    return [by_upper[match] for match in dict.fromkeys(matches)]
 
 
 def merge_leaves(
@@ -57,8 +71,7 @@ def merge_leaves(
     known = flatten(tree)
     for key, value in leaves.items():
         if key not in known:
-            near = near_names(key, dict.fromkeys([*known, *proposed()]))
-            raise ConfigError(f"{source}: unknown key {key!r}; {near}")
+            raise unknown_key(key, [*known, *proposed()], source)
         *sections, leaf = key.split(".")
         node, value = reduce(getitem, sections, tree), _coerced(key, value, known[key], source)
         node[leaf] = type(node)(value) if isinstance(value, Mapping) else value
@@ -91,7 +104,8 @@ def pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
         ConfigError: a key without a value.
     """
     if len(overrides) % 2:
-        raise ConfigError(f"overrides: expected pairs of KEY VALUE, got {' '.join(overrides)!r}")
+        given = " ".join(map(str, overrides))
+        raise ConfigError(f"overrides: expected pairs of KEY VALUE, got {given!r}")
     return list(zip(overrides[::2], overrides[1::2], strict=True))
 
 
@@ -188,7 +202,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
 def read_tree(path: Path) -> dict[str, object]:
     """Return the content of a YAML file as it is; raises as :func:`read_leaves` does."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeysLoader)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: cannot be read as UTF-8 text (byte {error.start}); save it in that encoding"
@@ -209,7 +223,7 @@ def read_tree(path: Path) -> dict[str, object]:
     return tree
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeysLoader(yaml.SafeLoader):
     """Refuses duplicate keys, of which plain YAML silently keeps the last."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:

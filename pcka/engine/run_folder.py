@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -58,10 +58,7 @@ class RunFolder:
         traces = [path.name for path in all_traces if path.exists()]
         if traces and not resume:
             os.close(self._lock)
-            raise ConfigError(
-                f"OUTPUT_DIR: {str(self.directory)!r} holds a run ({', '.join(traces)}); continue "
-                "it with --resume, or choose another OUTPUT_DIR"
-            )
+            raise used_folder(self.directory, traces)
         remove_temporaries(self.directory)
         remove_temporaries(self.directory / KEPT)
         self._log = logging.FileHandler(self.directory / "log.txt")
@@ -146,6 +143,14 @@ class RunFolder:
     def write_json(self, name: str, content: object) -> None:
         """Write a JSON file atomically."""
         write_text(self.directory / name, json.dumps(content, indent=2) + "\n")
+
+
+def used_folder(directory: Path, traces: Sequence[str]) -> ConfigError:
+    """The error for a run that is not resumed, in a folder with the files of another."""
+    return ConfigError(
+        f"OUTPUT_DIR: {str(directory)!r} holds a run ({', '.join(traces)}); continue it with "
+        "--resume, or choose another OUTPUT_DIR"
+    )
 
 
 def kept_students(directory: Path) -> dict[int, Path]:

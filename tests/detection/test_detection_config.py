@@ -79,6 +79,48 @@ def test_code_in_a_file_is_refused(tmp_path):
         load_config(str(path), [])
 
 
+def test_a_key_that_a_file_sets_twice_is_refused_with_its_lines(tmp_path):
+    """Also in a base, and in the teacher's file."""
+    (tmp_path / "twice.yaml").write_text("SOLVER: {BASE_LR: 0.5}\nSEED: 3\nSOLVER: {MAX_ITER: 7}\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: twice.yaml\n")
+    told = r'SOLVER is already set on line 1; merge the two in ".*twice\.yaml", line 3'
+    for name in ("twice.yaml", "own.yaml"):
+        with pytest.raises(ConfigError, match=rf"{name}: {told}"):
+            load_config(str(tmp_path / name), [])
+    cfg = detection_config()
+    cfg.DISTILL.TEACHER.CONFIG_FILE = str(tmp_path / "own.yaml")
+    with pytest.raises(ConfigError, match=told):
+        teacher_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("SOLVER.BASELR", "1", "unknown key 'SOLVER.BASELR'; near matches: SOLVER.BASE_LR"),
+        ("NO.SUCH", "1", "unknown key 'NO.SUCH'; sections: VERSION, MODEL, "),
+        ("SOLVER.BASE_LR", "fast", r"SOLVER.BASE_LR expects a float \(default .*\), got fast"),
+        ("DISTILL.LEVEL", "[p3]", "unknown key 'DISTILL.LEVEL'; near matches: DISTILL.LEVELS"),
+    ],
+)
+def test_a_mistake_is_told_with_where_it_was_made(small_config, key, value, message):
+    with pytest.raises(ConfigError, match=f"^the command line: {message}"):
+        small_config("pcka", key, value)
+    cfg = small_config("pcka", "DISTILL.TEACHER.OPTS", str([key, value]))
+    with pytest.raises(ConfigError, match=rf"^DISTILL\.TEACHER\.OPTS: {message}"):
+        teacher_config(cfg)
+    cfg.DISTILL.TEACHER.OPTS = [key, 3, "SEED"]
+    with pytest.raises(ConfigError, match=f"expected pairs of KEY VALUE, got '{key} 3 SEED'"):
+        teacher_config(cfg)
+
+
+def test_an_int_serves_where_a_float_is_expected(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("VERSION: 2\nSOLVER: {BASE_LR: 1, GAMMA: 1}\n")
+    cfg = load_config(str(path), ["SOLVER.GAMMA", "2", "INPUT.CROP.SIZE", "[96, 64]"])
+    assert [str(cfg.SOLVER[key]) for key in ("BASE_LR", "GAMMA")] == ["1.0", "2.0"]
+    assert [str(side) for side in cfg.INPUT.CROP.SIZE] == ["96", "64"]  # pixels, or shares
+
+
 def test_unknown_keys_are_named(tmp_path):
     path = tmp_path / "odd.yaml"
     path.write_text("DISTILL: {METHOD: [PCKA]}\n")

@@ -234,7 +234,7 @@ def nothing(_: Path) -> None:
         (nothing, ("DISTILL.METHODS", "[PCKB]"), "configuration", FAIL, "unknown.*'PCKB'.*PCKA"),
         (nothing, ("SOLVER.STEPS", "(90, 900)"), "configuration", WARN, "not fall at 900, beyond"),
         (nothing, ("SOLVER.WARMUP_ITERS", 300), "configuration", WARN, "before it peaks"),
-        (a_run, (), "configuration", WARN, "holds a run; continue it with --resume"),
+        (a_run, (), "configuration", WARN, r"run \(last_checkpoint\); continue it with --"),
         (no_annotations, (), "data", FAIL, r"COCO_TRAIN\.JSON: there is no file .*train\.json"),
         (no_image, (), "data", FAIL, r"1 of its 10 images are not in .*: train7\.png"),
         (broken_image, (), "data", FAIL, r"test2\.png: the image or its annotations cannot be"),

@@ -7,8 +7,11 @@ import re
 import shutil
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 
-from detection import report, train_net
+from detection import grams, report, train_net
+from detection.checkpoint import load_weights
 from detection.config import build_student, load_config, teacher_config
 from detection.figures import read_metrics
 from pcka.engine.config import ConfigError
@@ -110,6 +113,65 @@ def test_a_teacher_whose_file_is_gone_is_left_out_and_told(run):
         (run.parent / "moved.pth").rename(weights)
     assert made.data["cost"].keys() == {"student"}
     assert made.warnings[0] == f"The teacher is left out: there is no file {str(weights)!r}"
+
+
+def test_a_teacher_sees_the_students_images_in_its_own_channel_order(run, tmp_path, monkeypatch):
+    cfg = load_config(str(run / "config.yaml"), [])
+    cfg.INPUT.FORMAT = "RGB"  # the teacher's is BGR
+    cfg.DISTILL.TEACHER.OPTS += ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
+    for name in ("result.json", "model_final.pth"):
+        shutil.copy(run / name, tmp_path)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    evaluated, pictured = [], []
+
+    def found_figure(_, models, images):
+        pictured.append(models["teacher"])
+        return Figure()
+
+    monkeypatch.setattr(report, "found_figure", found_figure)
+    monkeypatch.setattr(report, "evaluate", lambda _, model: evaluated.append(model) or {})
+    report.make_report(tmp_path, with_teacher=True)
+    teacher = build_student(teacher_config(cfg)).eval()
+    load_weights(teacher, cfg.DISTILL.TEACHER.WEIGHTS)
+    image = torch.randint(256, (3, 128, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        (expected,) = teacher([{"image": image.flip(0)}])
+        for model in (*evaluated, *pictured):
+            (found,) = model.eval()([{"image": image}])
+            torch.testing.assert_close(found["instances"].scores, expected["instances"].scores)
+    assert len(evaluated) == len(pictured) == 1 and len(expected["instances"]) > 10
+
+
+def test_every_one_of_several_test_sets_is_reported(run, tmp_path):
+    cfg = load_config(str(run / "config.yaml"), [])
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("digits_scenes_test", "digits_scenes_train"), str(tmp_path)
+    shutil.copy(run / "model_final.pth", tmp_path)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    results = {name: {"bbox": {"AP": n, "AP-0": n}} for n, name in enumerate(cfg.DATASETS.TEST)}
+    (tmp_path / "result.json").write_text(json.dumps(results))
+    made = report.make_report(tmp_path, with_teacher=True, images=1)
+    tasks = [f"bbox ({name})" for name in cfg.DATASETS.TEST]
+    assert [list(of_one) for of_one in made.data["metrics"].values()] == [tasks, tasks]
+    assert [table.headings[0] for table in made.sections[0].tables] == tasks
+    assert [card.label for card in made.cards[:2]] == [f"{task} AP" for task in tasks]
+    titles = [section.title for section in made.sections]
+    assert all(f"Classes ({task})" in titles for task in tasks)
+
+
+def test_a_run_without_a_test_set_is_refused_in_words(run, tmp_path):
+    cfg = load_config(str(run / "config.yaml"), ["DATASETS.TEST", "()"])
+    shutil.copy(run / "model_final.pth", tmp_path)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    (tmp_path / "result.json").write_text("{}")
+    for command in (report.main, grams.main):
+        with pytest.raises(ConfigError, match=r"DATASETS\.TEST: expected a set of images to"):
+            command([str(tmp_path)])
+
+
+def test_a_number_of_images_below_one_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(run), "--images", "0"])
+    assert "argument --images: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from detection.data import register_datasets
-from detection.pictures import MISS, TRUTH, _draw, draw_detections, match
+from detection.pictures import MISS, TRUTH, _draw, draw_found, match
 
 
 class _Nothing(nn.Module):
@@ -27,7 +27,7 @@ def test_a_column_for_the_truth_and_each_model(tmp_path, build, small_config):
     cfg = small_config("student", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
     register_datasets(cfg)
     model = build(config="student").eval()
-    draw_detections(cfg, {"one": model, "none": _Nothing(model)}, tmp_path / "p.png", images=2)
+    draw_found(cfg, {"one": model, "none": _Nothing(model)}, tmp_path / "p.png", images=2)
     picture = read_image(str(tmp_path / "p.png"), "RGB")
     assert 1.3 < picture.shape[1] / picture.shape[0] < 3 / 2  # the legend below
     thirds = np.array_split(picture[40:-80], 3, axis=1)

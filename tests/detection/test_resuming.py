@@ -12,6 +12,7 @@ from detectron2.engine.train_loop import TrainerBase
 
 from detection import train_net
 from detection.figures import read_metrics
+from detection.settings import traces_of_run
 from pcka.engine.config import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -240,6 +241,19 @@ def test_beside_a_damaged_checkpoint_the_last_whole_one_is_named(left, arguments
     (left / "model_0000000.pth").unlink()
     with pytest.raises(ConfigError, match=r"no other is intact: remove .*last_checkpoint"):
         train_net.main(arguments(left, 4, flags=["--resume"]))
+
+
+def test_a_run_is_not_started_over_another(left, arguments):
+    before = {path: path.read_bytes() for path in left.iterdir() if path.is_file()}
+    named = r"run \(last_checkpoint, metrics.json, result.json\); continue it with --resume, or cho"
+    with pytest.raises(ConfigError, match=named):
+        train_net.main(arguments(left, 2, "SOLVER.BASE_LR", "0.3"))
+    assert {path: path.read_bytes() for path in left.iterdir() if path.is_file()} == before
+    for name in ("last_checkpoint", "result.json"):
+        (left / name).unlink()
+    assert traces_of_run(left) == ["metrics.json"]  # of a run killed before its first checkpoint
+    (left / "metrics.json").write_text("")
+    assert traces_of_run(left) == []  # no step was made
 
 
 def test_a_finished_run_without_its_checkpoint_is_not_trained_over(left, arguments):

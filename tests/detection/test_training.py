@@ -19,7 +19,7 @@ from PIL import Image
 from detection import export, train_net, trainer
 from detection.config import PROJECT, load_config, teacher_config
 from detection.figures import read_metrics
-from detection.preflight import check_run
+from detection.preflight import check_run, read_run
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.folder_lock import FolderInUseError, lock_folder
@@ -62,6 +62,7 @@ def test_eval_only_gives_the_figures_of_the_run(tmp_path, arguments):
     command = arguments(tmp_path / "eval", 2, "MODEL.WEIGHTS", weights, flags=["--eval-only"])
     # An absent class has AP nan, which is not equal to itself.
     assert str(train_net.main(command)) == str(trained)
+    assert str(train_net.main(["--resume", *command])) == str(trained)  # again: no run is resumed
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"evaluation"}
     assert (tmp_path / "eval" / "evaluation" / "detections.png").stat().st_size > 5000
 
@@ -135,6 +136,17 @@ def test_keys_that_would_be_ignored_or_fail_later_are_refused(
         train_net.main(arguments(tmp_path, 2, key, value))
 
 
+def test_losses_for_a_student_without_a_teacher_are_refused(tmp_path, arguments, at_once):
+    losses = ("DISTILL.METHODS", "[PCKA]")  # also the default
+    told = (
+        r"^DISTILL.METHODS: has no effect, as .*student\.yaml trains a RetinaNet without a teacher"
+    )
+    with pytest.raises(ConfigError, match=told):
+        train_net.main(arguments(tmp_path, 2, *losses, config="student"))
+    given = arguments(tmp_path, 2, "DISTILL.TEACHER.WEIGHTS", "teacher.pth", config="student")
+    read_run(given[1], given[2:])  # as a comparison gives it to all its runs
+
+
 def test_a_training_that_diverges_ends_with_what_to_change(tmp_path, arguments):
     wild = ("SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0")
     with pytest.raises(TrainingFailedError, match=r"SOLVER.BASE_LR may be too high"):
@@ -168,6 +180,12 @@ def test_a_test_set_that_cannot_be_read_is_refused_before_the_work(
     (tmp_path / "a.png").unlink()
     with pytest.raises(ConfigError, match=r"DATASETS.TEST: .*there is no image .*a\.png"):
         train_net.main(arguments(tmp_path / "run", 2, *keys, flags=flags))
+
+
+def test_an_evaluation_on_no_set_is_refused(tmp_path, arguments, at_once):
+    keys = ("MODEL.WEIGHTS", "student.pth", "DATASETS.TEST", "()")
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST: expected a set of images .*, got none"):
+        train_net.main(arguments(tmp_path, 2, *keys, flags=["--eval-only"]))
 
 
 def test_two_test_sets_leave_their_files_apart(tmp_path, arguments):

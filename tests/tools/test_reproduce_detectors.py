@@ -94,6 +94,9 @@ def test_every_run_is_trained_by_its_processes_and_goes_on(call, trainings, tmp_
         call("--launch", "torchrun")
     assert [command[: len(TORCHRUN) + 1] for command in trainings] == [[*TORCHRUN, "2"]] * 2
     assert states(call()) == ["student done", "pcka step 4 of 10"]
+    tag = tmp_path / "out/scenes/pair/pcka/seed0/last_checkpoint"
+    tag.write_text("model_final.pth")  # it was stopped before its evaluation
+    assert states(call()) == ["student done", "pcka step 10 of 10"]
     assert states(call("--launch", "local")) == ["student done", "pcka done"]
     assert len(trainings) == 3
     assert trainings[-1][0] != TORCHRUN[1] and "--resume" in trainings[-1]

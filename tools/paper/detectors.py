@@ -69,10 +69,8 @@ class Detectors:
         metrics = finished(run.config_file, run.seed, run.folder, run.overrides)
         if metrics is not None:
             return State("done", metrics["bbox"])
-        tag = run.folder / CHECKPOINT_TAG
-        saved = re.search(r"(\d+)\.pth", tag.read_text()) if tag.is_file() else None
         steps = load_config(str(run.config_file), list(run.overrides)).SOLVER.MAX_ITER
-        return State(f"step {int(saved[1]) + 1 if saved else 0} of {steps}")
+        return State(f"step {_saved_steps(run.folder / CHECKPOINT_TAG, steps)} of {steps}")
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Refuse, before anything is trained, what a job would refuse.
@@ -133,3 +131,16 @@ class Detectors:
         saved = saved_size([student_of(model).state_dict(), optimizer.state_dict()])
         steps, period = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD
         return [Step(seconds, steps, self.plan.gpus, saved * (steps // period + 1))]
+
+
+def _saved_steps(tag: Path, steps: int) -> int:
+    """The steps of a run's last checkpoint; that of all steps, ``model_final.pth``, has no number.
+
+    Args:
+        tag: file that names the checkpoint; missing before the first one.
+        steps: steps of the run.
+    """
+    if not tag.is_file():
+        return 0
+    numbered = re.search(r"(\d+)\.pth", tag.read_text())
+    return int(numbered[1]) + 1 if numbered else steps
