@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from detectron2 import model_zoo
@@ -19,6 +19,7 @@ from detection.architectures import MODULES, import_architecture
 from pcka.engine import distill
 from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of
 
+T = TypeVar("T")
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or its _BASE_, holds no keys with values such as 'SEED: 0'"
 DISTILLED = "DistilledDetector"  # the meta-architecture in detection/meta_arch.py
@@ -207,12 +208,19 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     return cfg
 
 
-def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool = False) -> None:
-    """Merge a file and overrides into ``cfg``; see :func:`load_config`."""
+def merge(
+    cfg: CfgNode,
+    config_file: str,
+    overrides: list[str],
+    *,
+    source: str = "the command line",
+    trusted: bool = False,
+) -> None:
+    """Merge a file, and overrides that ``source`` gave, into ``cfg``; see :func:`load_config`."""
     if config_file.endswith(".py"):
         raise ConfigError(f"{config_file}: a detectron2 LazyConfig; a YAML file is needed")
     own, others = {}, []
-    for key, value in pairs_of(overrides):
+    for key, value in pairs_of(overrides, source):
         if key == "IMPORTS" or key.startswith("DISTILL."):
             own[key] = value
         else:
@@ -236,7 +244,7 @@ def merge(cfg: CfgNode, config_file: str, overrides: list[str], *, trusted: bool
         raise ConfigError(f"{config_file}: {_reason(error)}") from error
     of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known
     distill.merge_settings(cfg, of_file, config_file, section_defaults)
-    distill.merge_settings(cfg, own, "the command line", section_defaults)
+    distill.merge_settings(cfg, own, source, section_defaults)
     for name in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT):
         import_architecture(name)
 
@@ -261,10 +269,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     paths = [Path(wanted.CONFIG_FILE), PROJECT / wanted.CONFIG_FILE]
     path = next((path for path in paths if path.is_file()), None)
     teacher = detection_config()
-    if path is not None:
-        merge(teacher, str(path), wanted.OPTS)
-    else:
-        merge(teacher, _zoo_file(wanted.CONFIG_FILE), wanted.OPTS, trusted=True)
+    file = _zoo_file(wanted.CONFIG_FILE) if path is None else str(path)
+    merge(teacher, file, wanted.OPTS, source="DISTILL.TEACHER.OPTS", trusted=path is None)
     teacher.MODEL.WEIGHTS = _teacher_weights(wanted)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher
@@ -322,7 +328,7 @@ def build_student(cfg: CfgNode, key: str = "MODEL") -> nn.Module:
     return build(META_ARCH_REGISTRY.get(student_architecture(cfg)), cfg, key)
 
 
-def build(create: Callable[[CfgNode], nn.Module], cfg: CfgNode, key: str) -> nn.Module:
+def build(create: Callable[[CfgNode], T], cfg: CfgNode, key: str) -> T:
     """Return what ``create`` builds from a configuration.
 
     Raises:
