@@ -23,7 +23,7 @@ from detection.checkpoint import load_weights
 from detection.config import DISTILLED, load_config
 from detection.data import register_datasets
 from detection.data.mapper import make_mapper
-from detection.levels import CONSTANT_UP_TO, patch_for
+from detection.levels import patch_for
 from detection.meta_arch import DistilledDetector
 from detection.preflight import usable_device
 from detection.settings import CONFIG
@@ -34,6 +34,7 @@ from pcka.engine.grams import chosen_taps, grams_parser, write_grams
 from pcka.engine.progress import console_log
 from pcka.files import load_file
 from pcka.losses import PCKA, Loss, Outputs
+from pcka.losses.numerics import CONSTANT_UP_TO
 from pcka.modes import evaluation_mode
 from pcka.taps import FeatureTap
 

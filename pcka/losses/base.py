@@ -113,6 +113,7 @@ class Loss(nn.Module):
             value, and its only state is in buffers, which it updates in place.
         relational: it is not a mean over samples: it relates the samples of a batch to one another,
             so with several processes it has to see all their batches.
+        least_samples: fewest samples that it can compare, of all processes if it is relational.
         same_shape: it compares maps of the same shape. :class:`pcka.Distiller` makes their shapes
             equal: a trained 1x1 convolution brings the student's maps to the teacher's width, and
             pooling brings both to the smaller size.
@@ -131,6 +132,7 @@ class Loss(nn.Module):
     head_depth: int = 0
     capturable: bool = True
     relational: bool = False
+    least_samples: int = 1
     same_shape: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:

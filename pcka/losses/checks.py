@@ -150,6 +150,13 @@ def check_weights(**weights: float) -> None:
             raise ValueError(f"{name} must be finite and at least 0, got {weight!r}")
 
 
+def check_counts(**counts: int) -> None:
+    """Reject numbers of things that are not integers of at least 1."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+
+
 def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
     """The names of a loss's stages, as a tuple.
 
