@@ -103,7 +103,7 @@ def extra_taps(entries: list[list[str]]) -> Taps:
     """Return ``DISTILL.TAPS``, triples, as tap name -> (student path, teacher path).
 
     Raises:
-        ConfigError: an entry is not a triple.
+        ConfigError: an entry is not a triple, or has the name of another.
     """
     taps: Taps = {}
     for entry in entries:
@@ -113,6 +113,8 @@ def extra_taps(entries: list[list[str]]) -> Taps:
                 f"tap, got {entry!r}"
             )
         name, student, teacher = map(str, entry)
+        if name in taps:
+            raise ConfigError(f"DISTILL.TAPS: {name!r} is named twice; give each tap its own name")
         taps[name] = (student, teacher)
     return taps
 

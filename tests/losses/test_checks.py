@@ -80,7 +80,7 @@ def test_stages_are_names():
     for stages, message in (
         ([], "stages is empty"),
         (["a", "a"], "once"),
-        ([1, 2], "names of tapped"),
+        ([1, 2], r"stages must be names, got \[1, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             checks.as_stages(stages)

@@ -6,6 +6,7 @@ from torch import nn
 
 from classification.models import create_model
 from classification.models.taps import (
+    extra_taps,
     loss_context,
     model_taps,
     read_taps,
@@ -81,6 +82,11 @@ def test_taps_of_the_configuration_come_beside_the_models_own_or_in_their_place(
 def test_a_tap_that_is_no_triple_is_refused(entry):
     with pytest.raises(ConfigError, match=r"DISTILL.TAPS: expected \[name, path in the student"):
         model_taps(model("s0"), model("t0"), [entry])
+
+
+def test_two_taps_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match=r"DISTILL\.TAPS: 'x' is named twice"):
+        extra_taps([["x", "layer1", "layer1"], ["x", "layer2", "layer2"]])
 
 
 def test_losses_are_built_with_the_values_of_their_sections(tiny_config):
