@@ -40,7 +40,7 @@ from pcka.engine.class_names import CLASSES_FILE, write_class_names
 from pcka.engine.command import TrainingFailedError
 from pcka.engine.config import ConfigError
 from pcka.engine.curves import plot_curves
-from pcka.engine.distill import UntappedError, build_losses, numbered_stages
+from pcka.engine.distill import UntappedError, build_losses, numbered_stages, too_few_images
 from pcka.engine.environment import ENVIRONMENT, describe_environment
 from pcka.engine.launch import process_group
 from pcka.engine.preflight import naming
@@ -152,13 +152,13 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
     """Return the losses of a configuration, see :func:`pcka.engine.distill.build_losses`.
 
     Args:
-        cfg: ``DISTILL``, ``TEACHER.NAME`` and the mixing keys of ``DATA`` are read.
+        cfg: ``DISTILL``, ``TEACHER.NAME``, ``SOLVER.BATCH_SIZE`` and ``DATA``'s mixing are read.
         taps: what the losses may name as stages.
 
     Raises:
         ConfigError: as there, or a loss that is for detectors, needs a teacher without there being
-            one, refuses mixed images although ``DATA`` mixes them, or can be negative although
-            ``DISTILL.RELATIVE`` scales it.
+            one, refuses mixed images although ``DATA`` mixes them, can be negative although
+            ``DISTILL.RELATIVE`` scales it, or needs a larger batch.
     """
 
     def unfit(loss: losses.Loss) -> str | None:
@@ -177,7 +177,7 @@ def losses_of(cfg: CfgNode, taps: Taps) -> list[losses.Loss]:
                 "value; set that to False, or leave the loss out"
             )
         if not loss.needs_teacher or cfg.TEACHER.NAME:
-            return None
+            return too_few_images(loss, cfg.SOLVER.BATCH_SIZE, "SOLVER.BATCH_SIZE")
         return (
             "needs a teacher, but TEACHER.NAME is empty; name one, with TEACHER.WEIGHTS or "
             "TEACHER.TRAIN True"

@@ -97,6 +97,18 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         return rest
 
+    def read(self, path: str) -> dict[str, Any]:
+        """Return the content of a file or URL, the weights under ``"model"``; load nothing.
+
+        Raises:
+            WeightsError: it cannot be read, or holds no weights.
+            CheckpointError: the file is damaged.
+        """
+        try:
+            return self._load_file(self.path_manager.get_local_path(path))
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read: {error}") from error
+
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         found = super()._load_model(checkpoint)
         unfilled = {*found.missing_keys, *(name for name, *_ in found.incorrect_shapes)}
@@ -140,11 +152,7 @@ def load_weights(model: nn.Module, path: str, *, prefixes: Iterable[str] = ("",)
     """
     wanted = [name for name in model.state_dict() if name.startswith(tuple(prefixes))]
     checkpointer = SafeCheckpointer(model)
-    try:
-        local = checkpointer.path_manager.get_local_path(path)
-        checkpoint = checkpointer._load_file(local)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error}") from error
+    checkpoint = checkpointer.read(path)
     try:
         result = checkpointer._load_model(checkpoint)
     except CheckpointError as error:

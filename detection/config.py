@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from detectron2 import model_zoo
@@ -23,6 +23,7 @@ from pcka.engine.config import PER_STAGE, ConfigError, flatten, pairs_of, unknow
 
 COMMAND_LINE = "the command line"
 OPTS = "DISTILL.TEACHER.OPTS"
+T = TypeVar("T")
 MODEL_ZOO = "model_zoo"
 NO_MAPPING = "it, or its _BASE_, holds no keys with values such as 'SEED: 0'"
 DISTILLED = "DistilledDetector"  # the meta-architecture in detection/meta_arch.py
@@ -240,7 +241,7 @@ def merge(
         raise ConfigError(f"{config_file}: {_reason(error)}") from error
     of_file, cfg.DISTILL = {"IMPORTS": cfg.IMPORTS, **flatten(cfg.DISTILL, "DISTILL.")}, known
     distill.merge_settings(cfg, of_file, config_file, section_defaults)
-    _merge_overrides(cfg, dict(pairs_of(overrides)), source)
+    _merge_overrides(cfg, dict(pairs_of(overrides, source)), source)
     for name in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT):
         import_architecture(name)
 
@@ -288,10 +289,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     paths = [Path(wanted.CONFIG_FILE), PROJECT / wanted.CONFIG_FILE]
     path = next((path for path in paths if path.is_file()), None)
     teacher = detection_config()
-    if path is not None:
-        merge(teacher, str(path), wanted.OPTS, OPTS)
-    else:
-        merge(teacher, _zoo_file(wanted.CONFIG_FILE), wanted.OPTS, OPTS, trusted=True)
+    file = _zoo_file(wanted.CONFIG_FILE) if path is None else str(path)
+    merge(teacher, file, wanted.OPTS, OPTS, trusted=path is None)
     teacher.MODEL.WEIGHTS = _teacher_weights(wanted)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher
@@ -349,7 +348,7 @@ def build_student(cfg: CfgNode, key: str = "MODEL") -> nn.Module:
     return build(META_ARCH_REGISTRY.get(student_architecture(cfg)), cfg, key)
 
 
-def build(create: Callable[[CfgNode], nn.Module], cfg: CfgNode, key: str) -> nn.Module:
+def build(create: Callable[[CfgNode], T], cfg: CfgNode, key: str) -> T:
     """Return what ``create`` builds from a configuration.
 
     Raises:

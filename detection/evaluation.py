@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +40,17 @@ class ObjectEvaluator(COCOEvaluator):
     """detectron2's COCO evaluation, with metrics of 0 for a model that detects nothing.
 
     detectron2 returns NaN in that case. Here only metrics without any object in the set are NaN,
-    which is COCO's own rule for models that detect something.
+    which is COCO's own rule for models that detect something. The ids of the objects may be any:
+    they are numbered from 1 here, because COCO's evaluation takes the id 0 as "no object", and
+    cannot read ids that are not numbers.
     """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        for number, truth in enumerate(self._coco_api.dataset.get("annotations", []), 1):
+            truth["id"] = number
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None

@@ -24,7 +24,7 @@ from detection.config import DISTILLED, load_config
 from detection.data import register_datasets
 from detection.data.mapper import make_mapper
 from detection.data.targets import first_test_set
-from detection.levels import CONSTANT_UP_TO, patch_for
+from detection.levels import patch_for
 from detection.meta_arch import DistilledDetector
 from detection.preflight import usable_device
 from detection.settings import CONFIG
@@ -35,6 +35,7 @@ from pcka.engine.grams import chosen_taps, grams_parser, write_grams
 from pcka.engine.progress import console_log
 from pcka.files import load_file
 from pcka.losses import PCKA, Loss, Outputs
+from pcka.losses.numerics import CONSTANT_UP_TO
 from pcka.modes import evaluation_mode
 from pcka.taps import FeatureTap
 

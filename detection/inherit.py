@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detection.checkpoint import SafeCheckpointer
+from detection.checkpoint import SafeCheckpointer, WeightsError
 from pcka.engine.config import ConfigError
 
 
@@ -17,11 +17,12 @@ def teacher_weights(student: nn.Module, file: str) -> dict[str, Tensor]:
         file: a path or a URL.
 
     Raises:
-        ConfigError: ``file`` is empty.
+        ConfigError: ``file`` is empty, or cannot be read.
     """
     if not file:
         raise ConfigError("DISTILL.INHERIT: a teacher with random weights has none to inherit")
-    checkpointer = SafeCheckpointer(student)
-    local = checkpointer.path_manager.get_local_path(file)
-    given = checkpointer._load_file(local)["model"]
+    try:
+        given = SafeCheckpointer(student).read(file)["model"]
+    except WeightsError as error:
+        raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
     return {name: torch.as_tensor(value) for name, value in given.items()}

@@ -9,14 +9,15 @@ from typing import cast
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.utils import comm
 
 from pcka import losses
 from pcka.engine import distill
 from pcka.engine.config import ConfigError
+from pcka.losses.numerics import CONSTANT_UP_TO
 
 logger = logging.getLogger("detectron2.pcka")
 
-CONSTANT_UP_TO = {True: 2, False: 1}  # centered? -> number of patches whose alignment is always 1
 DEFAULT_LEVELS = 4
 ENOUGH_PATCHES = 16
 
@@ -64,7 +65,7 @@ def build_losses(
     """Return the losses of ``DISTILL.METHODS``, each with the keywords of its section.
 
     Args:
-        cfg: ``DISTILL`` and ``INPUT.MIN_SIZE_TRAIN`` are read.
+        cfg: ``DISTILL``, ``INPUT.MIN_SIZE_TRAIN`` and ``SOLVER.IMS_PER_BATCH`` are read.
         levels: student level -> teacher level.
         shapes: channels and stride of the student's levels.
 
@@ -72,12 +73,13 @@ def build_losses(
         ConfigError: a loss is unknown or unsuitable for detectors, a level is not matched, or a
             loss refuses its values.
     """
+    images, key = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), "SOLVER.IMS_PER_BATCH"
     built = distill.build_losses(
         cfg.DISTILL.METHODS,
         cfg.DISTILL,
         levels,
         default_stages=list(levels),
-        unfit=_unfit,
+        unfit=lambda loss: _unfit(loss) or distill.too_few_images(loss, images, key),
         taps_key="DISTILL.LEVELS",
     )
     for name, loss in zip(cfg.DISTILL.METHODS, built):

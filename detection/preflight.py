@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -13,14 +14,27 @@ from detectron2.utils import comm
 import detection.backbones  # noqa: F401  (registers itself)
 from detection.config import DISTILLED, load_config, registered, student_architecture
 from detection.data.targets import SEGMENTERS
-from detection.schedule import schedule_doubts
-from pcka.engine.config import ConfigError
+from detection.schedule import POLYNOMIAL, schedule_doubts
+from pcka.engine.config import ConfigError, flatten
 from pcka.engine.distill import check_methods
 from pcka.engine.inherit import check_prefixes
 
 logger = logging.getLogger("detectron2.pcka")
 
-AT_LEAST_1 = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.IMS_PER_BATCH")
+CHOICES = {
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", POLYNOMIAL
+    ),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+}  # fmt: skip
+LEAST = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "DATALOADER.NUM_WORKERS": 0,
+    "DISTILL.LOG_PERIOD": 0,  # never
+}
 
 
 def read_run(config_file: str, overrides: list[str]) -> CfgNode:
@@ -61,7 +75,7 @@ def check_run(cfg: CfgNode) -> None:
     folder = Path(cfg.OUTPUT_DIR)
     if not cfg.OUTPUT_DIR or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"OUTPUT_DIR: expected a folder to write into, got {cfg.OUTPUT_DIR!r}")
-    _check_numbers(cfg)
+    _check_values(cfg)
     for doubt in schedule_doubts(cfg):
         logger.warning(doubt)
     for key in ("PRECISE_BN", "AUG"):
@@ -133,15 +147,16 @@ def check_teacher_file(cfg: CfgNode) -> None:
         )  # fmt: skip
 
 
-def _check_numbers(cfg: CfgNode) -> None:
-    for key in AT_LEAST_1:
-        section, name = key.split(".")
-        if cfg[section][name] < 1:
-            raise ConfigError(f"{key}: expected at least 1, got {cfg[section][name]}")
-    if cfg.DISTILL.LOG_PERIOD < 0:
-        raise ConfigError(
-            f"DISTILL.LOG_PERIOD: expected steps, or 0 for never; got {cfg.DISTILL.LOG_PERIOD}"
-        )
+def _check_values(cfg: CfgNode) -> None:
+    values: dict[str, Any] = flatten(cfg)
+    for key, known in CHOICES.items():
+        if values[key] not in known:
+            raise ConfigError(f"{key}: expected one of {', '.join(known)}, got {values[key]!r}")
+    for key, least in LEAST.items():
+        if values[key] < least:
+            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise ConfigError("INPUT.MIN_SIZE_TRAIN: expected one or more sides in pixels, got none")
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(

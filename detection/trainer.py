@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.checkpoint import SafeCheckpointer, WeightsError
 from detection.compat import open_loader
-from detection.config import DISTILLED, build_student, teacher_config
+from detection.config import DISTILLED, build, build_student, teacher_config
 from detection.data.loader import training_loader
 from detection.data.targets import check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
@@ -68,8 +69,8 @@ class DetectionTrainer(SimpleTrainer):
         else:
             model = build_student(cfg).to(cfg.MODEL.DEVICE)
         student = student_of(model)
-        optimizer = build_optimizer(cfg, model)
-        self.scheduler = build_schedule(cfg, optimizer)
+        optimizer = build(partial(build_optimizer, model=model), cfg, "SOLVER")
+        self.scheduler = build(partial(build_schedule, optimizer=optimizer), cfg, "SOLVER")
         self.run_state = RunState(student)
         self.metrics = MetricsState(Path(cfg.OUTPUT_DIR, "metrics.json"))
         parts = {

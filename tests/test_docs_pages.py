@@ -92,6 +92,13 @@ def test_the_messages_of_errors_are_those_of_the_code():
     assert not missing
 
 
+def test_the_relational_losses_are_named():
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    named = re.search(r"\*\*Relational losses\*\*: ([A-Z, \n]+)\.", page)[1]
+    relational = [name for name in losses.names() if losses.find(name).relational]
+    assert sorted(re.split(r",\s*", named)) == relational
+
+
 def rows(title: str) -> list[list[str]]:
     """The cells of the table of a section of the page on teachers."""
     section = re.search(rf"^## {title}.*?\n(.*?)(?=^## |\Z)", TEACHERS, re.DOTALL | re.MULTILINE)[1]

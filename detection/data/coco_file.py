@@ -16,6 +16,7 @@ from pcka.engine.config import ConfigError
 logger = logging.getLogger("detectron2.pcka")
 
 NAMED = 5  # images that a message lists
+ODD_ID = "has an id that is neither a whole number nor text"
 
 
 class DamagedFileError(ConfigError):
@@ -34,16 +35,14 @@ def read_coco(key: str, path: str) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text())
-        listed = content["categories"]
-        missing = [entry for entry in listed if not {"id", "name"} <= entry.keys()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        listed = list(content["categories"])
+    except (ValueError, TypeError, KeyError) as error:
         raise DamagedFileError(
             f"{key}: {path} is not in COCO's format, an object with 'images', 'annotations' and "
             f"'categories' ({error!r})"
         ) from error
-    if missing:
-        raise DamagedFileError(f"{key}: {path}: the category {missing[0]} lacks id or name")
-    _check_unique(f"{key}: {path}: categories", listed)
+    _refuse(f"{key}: {path}", "categories", listed, _fault_of_category)
+    _check_ids(f"{key}: {path}: categories", listed)
     return content
 
 
@@ -67,7 +66,7 @@ def check_coco(
     where = f"{key}: {path}"
     pictures = _entries(content, "images", where)
     _refuse(where, "images", pictures, _fault_of_image)
-    _check_unique(f"{where}: images", pictures)
+    _check_ids(f"{where}: images", pictures)
     _check_files(where, pictures, Path(images))
     if evaluated and "annotations" not in content:  # a set whose truth is not published
         return
@@ -75,7 +74,7 @@ def check_coco(
     kinds = {entry["id"] for entry in content["categories"]}
     by_id = {entry["id"]: entry for entry in pictures}
     _refuse(where, "annotations", objects, lambda entry: _fault_of_object(entry, kinds, evaluated))
-    _check_unique(f"{where}: annotations", objects)
+    _check_ids(f"{where}: annotations", objects)
     _check_boxes(where, objects, by_id, refused=not evaluated)
 
 
@@ -103,11 +102,17 @@ def _refuse(
         )
 
 
+def _fault_of_category(entry: dict[str, Any]) -> str:
+    if missing := [name for name in ("id", "name") if name not in entry]:
+        return f"has no {', '.join(missing)}"
+    return "" if isinstance(entry["id"], int | str) else ODD_ID
+
+
 def _fault_of_image(entry: dict[str, Any]) -> str:
     if missing := [name for name in ("id", "file_name", "width", "height") if name not in entry]:
         return f"has no {', '.join(missing)}"
     if not isinstance(entry["id"], int | str):
-        return "has an id that is not a number"
+        return ODD_ID
     if not entry["file_name"] or not isinstance(entry["file_name"], str):
         return "has an invalid file_name"
     if not all(_is_number(entry[side]) and entry[side] >= 1 for side in ("width", "height")):
@@ -120,7 +125,7 @@ def _fault_of_object(entry: dict[str, Any], kinds: set[Any], evaluated: bool) ->
     if missing := [name for name in wanted if name not in entry]:
         return f"has no {', '.join(missing)}"
     if not all(isinstance(entry[name], int | str) for name in wanted if name.endswith("id")):
-        return "has an id that is not a number"
+        return ODD_ID
     if entry["category_id"] not in kinds:
         return f"has a category_id that is not in categories ({entry['category_id']!r})"
     box = entry["bbox"]
@@ -133,8 +138,11 @@ def _fault_of_object(entry: dict[str, Any], kinds: set[Any], evaluated: bool) ->
     return ""
 
 
-def _check_unique(where: str, entries: Iterable[Mapping[str, Any]]) -> None:
+def _check_ids(where: str, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse ids that are not unique, or that cannot be sorted."""
     counts = Counter(entry["id"] for entry in entries)
+    if len({isinstance(number, str) for number in counts}) > 1:
+        raise DamagedFileError(f"{where}: some ids are numbers and some are text; use numbers")
     if twice := [number for number, count in counts.items() if count > 1]:
         raise DamagedFileError(f"{where}: {len(twice)} duplicate ids, the first is {twice[0]!r}")
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
 
 SPLIT_SEEDS = {"train": 0, "test": 1}
@@ -37,10 +38,10 @@ def digits_scenes(root: Path, split: str, scenes: int, side: int) -> tuple[Path,
         side: side of the square images in pixels. Larger scenes hold more digits, not larger ones.
 
     Raises:
-        ValueError: the scenes are too small for the largest digit.
+        ConfigError: the scenes are too small for the largest digit.
     """
     if side < DIGIT_SIDES[1]:
-        raise ValueError(f"DATASETS.DIGITS.SIDE: expected at least {DIGIT_SIDES[1]}, got {side}")
+        raise ConfigError(f"DATASETS.DIGITS.SIDE: expected at least {DIGIT_SIDES[1]}, got {side}")
     folder = root / f"{split}_{scenes}x{side}"
     annotations = folder / "annotations.json"
     images, labels = folder / "images", folder / LABELS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
@@ -12,6 +13,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
+from detection.config import build
 from detection.data.mapper import make_mapper
 from detection.data.targets import Entries
 from pcka.engine.config import ConfigError
@@ -36,8 +38,12 @@ def training_loader(cfg: CfgNode, dataset: Entries, start: int) -> DataLoader:
     are skipped.
 
     Raises:
-        ConfigError: ``DATALOADER.SAMPLER_TRAIN`` is unknown.
+        ConfigError: the keys of ``DATALOADER`` or ``INPUT`` cannot be used.
     """
+    return build(partial(_loader, dataset=dataset, start=start), cfg, "DATALOADER")
+
+
+def _loader(cfg: CfgNode, dataset: Entries, start: int) -> DataLoader:
     used = start * cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     sampler = ContinuedSampler(_sampler(cfg, dataset), used)
     mapper = make_mapper(cfg, training=True)

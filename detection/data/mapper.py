@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size, read_image
 
-from detection.config import student_architecture
+from detection.config import build, student_architecture
 from detection.data.pixels import Labels
 from detection.data.targets import SEGMENTER
 from pcka.engine.config import ConfigError
@@ -80,6 +81,10 @@ class PixelMapper(NamingMapper):
 
 
 def make_mapper(cfg: CfgNode, *, training: bool) -> NamingMapper:
-    """Return the mapper that reads a student's images."""
-    of_pixels = student_architecture(cfg) == SEGMENTER
-    return (PixelMapper if of_pixels else NamingMapper)(cfg, training)
+    """Return the mapper that reads a student's images.
+
+    Raises:
+        ConfigError: the keys of ``INPUT`` cannot be used.
+    """
+    kind = PixelMapper if student_architecture(cfg) == SEGMENTER else NamingMapper
+    return build(partial(kind, is_train=training), cfg, "INPUT")

@@ -61,11 +61,13 @@ def check_test_sets(cfg: CfgNode) -> None:
     """Read ``DATASETS.TEST`` as the evaluation will, which may only come after training.
 
     Raises:
-        ConfigError: a set cannot be read, its images are missing, or it lacks what the evaluation
-            compares with.
+        ConfigError: a set is named twice, cannot be read, its images are missing, or it lacks what
+            the evaluation compares with.
     """
-    architecture = student_architecture(cfg)
-    for name in cfg.DATASETS.TEST:
+    names, architecture = cfg.DATASETS.TEST, student_architecture(cfg)
+    if len(set(names)) != len(names):
+        raise ConfigError(f"DATASETS.TEST: expected each set once, got {list(names)}")
+    for name in names:
         try:
             entries: Entries = DatasetCatalog.get(name)
         except (AssertionError, KeyError, ValueError, TypeError, OSError) as error:

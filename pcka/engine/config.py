@@ -97,15 +97,19 @@ def import_modules(names: Iterable[object], key: str) -> None:
             ) from error
 
 
-def pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """The ``KEY VALUE ...`` words of a command line, as pairs.
+def pairs_of(overrides: Sequence[Any], source: str = "the command line") -> list[tuple[str, Any]]:
+    """The words ``KEY VALUE ...`` of a command line or a list, as pairs.
+
+    Args:
+        overrides: the words; those of a list may hold values of any type.
+        source: where they come from, for messages.
 
     Raises:
-        ConfigError: a key without a value.
+        ConfigError: a key without a value, or one that is not a name.
     """
-    if len(overrides) % 2:
-        given = " ".join(map(str, overrides))
-        raise ConfigError(f"overrides: expected pairs of KEY VALUE, got {given!r}")
+    if len(overrides) % 2 or not all(isinstance(key, str) for key in overrides[::2]):
+        words = " ".join(map(str, overrides))
+        raise ConfigError(f"{source}: expected pairs of KEY VALUE, got {words!r}")
     return list(zip(overrides[::2], overrides[1::2], strict=True))
 
 

@@ -181,6 +181,16 @@ def build_losses(
     return built
 
 
+def too_few_images(loss: losses.Loss, images: int, key: str) -> str | None:
+    """Return why a loss cannot compare so few images, which ``key`` sets; None if it can."""
+    if images >= loss.least_samples:
+        return None
+    return (
+        f"compares at least {loss.least_samples} images at a time, but {key} gives it {images}; "
+        "set a larger one, or other settings of the loss"
+    )
+
+
 def numbered_stages(taps: Iterable[str]) -> list[str]:
     """Only the taps ``stage0``, ``stage1``, …"""
     return [name for name in taps if name.startswith("stage") and name[5:].isdigit()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
-from pcka.losses.checks import as_samples
+from pcka.losses.checks import as_samples, check_temperature
 from pcka.losses.numerics import at_one_size, unit_length
 
 
@@ -55,8 +55,7 @@ class AT(StagewiseLoss):
         p: float = 2.0,
     ) -> None:
         super().__init__(stages, weights)
-        if not p > 0:
-            raise ValueError(f"p must be above 0, got {p!r}")
+        check_temperature(p, "p")
         self.p = p
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:

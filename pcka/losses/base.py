@@ -115,6 +115,7 @@ class Loss(nn.Module):
             term is no scale: ``pcka.Distiller(..., relative_to=...)`` refuses it.
         relational: it is not a mean over samples: it relates the samples of a batch to one another,
             so with several processes it has to see all their batches.
+        least_samples: fewest samples that it can compare, of all processes if it is relational.
         same_shape: it compares maps of the same shape. :class:`pcka.Distiller` makes their shapes
             equal: a trained 1x1 convolution brings the student's maps to the teacher's width, and
             pooling brings both to the smaller size.
@@ -134,6 +135,7 @@ class Loss(nn.Module):
     capturable: bool = True
     can_be_negative: bool = False
     relational: bool = False
+    least_samples: int = 1
     same_shape: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:

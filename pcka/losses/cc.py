@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pcka.losses.adapters import ModulesByTap, PooledLinear, adapt, fit, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Outputs, StagewiseLoss
-from pcka.losses.checks import as_samples, unlike
-from pcka.losses.numerics import without_autocast
+from pcka.losses.checks import as_samples, check_counts, unlike
+from pcka.losses.numerics import leave_out_constant, without_autocast
 from pcka.ops.reference import accumulation_dtype
 
 
@@ -45,7 +45,7 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: same shape and device. Gradients reach it: both embeddings are trained.
 
     Returns:
-        A scalar: float32, or float64 for float64 input; 0 for a single sample.
+        A scalar: float32, or float64 for float64 input; 0 with gradient 0 for a single sample.
 
     Raises:
         ValueError: embeddings of different shapes.
@@ -56,7 +56,8 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
         raise unlike(student.shape, teacher.shape, wanted, "Use the same width")
     dtype = accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
     distance = (student.to(dtype) - teacher.to(dtype)).abs()
-    return (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)
+    loss = (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)
+    return leave_out_constant(loss, samples=len(distance), up_to=1, level="cc_neighbours_loss")
 
 
 FORMS = {"neighbours": cc_neighbours_loss, "bilinear": cc_loss}
@@ -87,6 +88,7 @@ class CC(StagewiseLoss):
         super().__init__(stages, weights)
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+        check_counts(embedding=embedding)
         self.form = form
         self.embedding = embedding
         self.student_embeddings = ModulesByTap()

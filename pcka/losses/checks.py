@@ -150,30 +150,37 @@ def check_weights(**weights: float) -> None:
             raise ValueError(f"{name} must be finite and at least 0, got {weight!r}")
 
 
+def check_counts(**counts: int) -> None:
+    """Reject numbers of things that are not integers of at least 1."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+
+
 def as_stages(stages: Sequence[str]) -> tuple[str, ...]:
     """The names of a loss's stages, as a tuple.
 
     Raises:
-        ValueError: a string instead of a list, no stage, or one named twice.
+        ValueError: no stage, or as :func:`as_names`.
     """
-    stages = as_list("stages", stages)
+    stages = as_names("stages", stages)
     if not stages:
         raise ValueError("stages is empty; name tapped features, or leave the loss out")
-    if not all(isinstance(stage, str) for stage in stages):
-        raise ValueError(f"stages must be names of tapped features, got {list(stages)}")
-    if len(set(stages)) != len(stages):
-        raise ValueError(f"stages must name each stage once, got {list(stages)}")
     return stages
 
 
-def as_list(name: str, values: Sequence[str]) -> tuple[str, ...]:
-    """A setting that is a list of names, as a tuple.
+def as_names(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    """A setting that is a list of different names, as a tuple.
 
     Raises:
-        ValueError: a string instead of a list.
+        ValueError: a string instead of a list, anything but names in it, or a name twice.
     """
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list of names, got {values!r}; write [{values!r}]")
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be names, got {list(values)}")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name} must hold each name once, got {list(values)}")
     return tuple(values)
 
 

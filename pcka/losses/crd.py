@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import PooledLinear, adapt, fit, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
-from pcka.losses.checks import check_temperature, check_weights
+from pcka.losses.checks import check_counts, check_temperature, check_weights
 from pcka.ops.reference import accumulation_dtype
 
 EPSILON = 1e-7
@@ -176,9 +176,9 @@ class CRD(Loss):
         super().__init__()
         check_weights(weight=weight)
         check_temperature(temperature)
-        for name, value, least in (("dim", dim, 1), ("negatives", negatives, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_counts(dim=dim, negatives=negatives)
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.taps = (stage,)

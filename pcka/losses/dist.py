@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pcka.losses.base import LogitLoss
 from pcka.losses.checks import as_logits, check_temperature, check_weights
+from pcka.losses.numerics import leave_out_constant
 
 EPSILON = 1e-8
 
@@ -33,7 +34,8 @@ def dist_loss(
         temperature: ``T > 0``, divides the logits.
 
     Returns:
-        A scalar: float32, or float64 for float64 input.
+        A scalar: float32, or float64 for float64 input. The correlation of two numbers is 1 or -1:
+        a relation between fewer than three classes, or samples, is 0 with gradient 0.
 
     Raises:
         ValueError: logits that differ in shape or device, or a temperature that is not positive.
@@ -41,15 +43,17 @@ def dist_loss(
     student, teacher = as_logits(student, teacher)
     check_temperature(temperature)
     p_s, p_t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
-    inter = 1 - _correlation(p_s, p_t).mean()
-    intra = 1 - _correlation(p_s.T, p_t.T).mean()
+    inter = _uncorrelated(p_s, p_t, "dist_loss between classes")
+    intra = _uncorrelated(p_s.T, p_t.T, "dist_loss between samples")
     return temperature**2 * (beta * inter + gamma * intra)
 
 
-def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of each pair of rows; 0 where a row is constant."""
+def _uncorrelated(x: Tensor, y: Tensor, level: str) -> Tensor:
+    """``1 - mean r`` of the rows; ``r`` is 0 where a row is constant."""
     x, y = (rows - rows.mean(1, keepdim=True) for rows in (x, y))
-    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + EPSILON)
+    correlation = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + EPSILON)
+    loss = 1 - correlation.mean()
+    return leave_out_constant(loss, samples=x.shape[1], up_to=2, level=level)
 
 
 class DIST(LogitLoss):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
 from pcka.losses.checks import as_samples
-from pcka.losses.numerics import at_one_size, leave_out_constant
+from pcka.losses.numerics import CONSTANT_UP_TO, at_one_size, leave_out_constant
 from pcka.ops import cka
-from pcka.ops.functional import check_choice
+from pcka.ops.functional import LEAST_UNBIASED, check_choice
 
 SAMPLES = ("images", "positions")
 
@@ -54,7 +54,8 @@ def fcka_loss(
     if samples == "positions":
         student, teacher = map(_positions, at_one_size(student, teacher))
     loss = 1 - cka(student.flatten(1), teacher.flatten(1), center=center, unbiased=unbiased)
-    return leave_out_constant(loss, samples=student.shape[0], center=center, level=level)
+    up_to = CONSTANT_UP_TO[center]
+    return leave_out_constant(loss, samples=len(student), up_to=up_to, level=level)
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -99,6 +100,7 @@ class FCKA(StagewiseLoss):
         _check_settings(center=center, unbiased=unbiased, samples=samples)
         self.center = center
         self.unbiased = unbiased
+        self.least_samples = LEAST_UNBIASED if unbiased else 1
         self.samples = samples
 
     def compare(self, student: Tensor, teacher: Tensor, stage: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pcka.losses.adapters import PooledLinear, adapt, fit, pooled, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
 from pcka.losses.checks import as_samples, check_temperature, check_weights, unlike
-from pcka.losses.numerics import unit_length, without_autocast
+from pcka.losses.numerics import leave_out_constant, unit_length, without_autocast
 
 
 def itrd_loss(
@@ -38,7 +38,8 @@ def itrd_loss(
 
     Returns:
         A scalar: float32, or float64 for float64 input. A channel that is constant over the batch
-        in either model counts as uncorrelated.
+        in either model counts as uncorrelated. The correlation of two numbers is 1 or -1: that
+        term of two samples is 0 with gradient 0.
 
     Raises:
         ValueError: features that differ in shape or device, fewer than two samples, or an order
@@ -53,7 +54,8 @@ def correlation_loss(student: Tensor, teacher: Tensor, *, alpha: float = 1.01) -
     check_temperature(alpha, "alpha")
     student, teacher = _as_vectors(student, teacher)
     correlation = (_standardized(student) * _standardized(teacher)).sum(0) / len(student)
-    return (1 - correlation).abs().pow(2 * alpha).sum().log2()
+    loss = (1 - correlation).abs().pow(2 * alpha).sum().log2()
+    return leave_out_constant(loss, samples=len(student), up_to=2, level="loss_itrd_correlation")
 
 
 @without_autocast
@@ -93,6 +95,7 @@ class ITRD(Loss):
 
     can_be_negative = True  # the logarithm of the correlation term
     relational = True
+    least_samples = 2
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
-from pcka.losses.checks import as_maps_of_one_width, as_stages, check_weights
+from pcka.losses.checks import as_maps_of_one_width, as_stages, check_counts, check_weights
 from pcka.ops.reference import without_autocast
 
 CANDIDATES = 3  # student directions to match with, beyond as many as the teacher has
@@ -37,7 +37,8 @@ def kdsvd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], *, k: int
         students: one ``(B, C, H_s, W_s)`` per stage in order, at least two, any floating dtype.
         teachers: ``(B, C, H_t, W_t)`` of the same stages, widths, samples and device; no gradient
             reaches them.
-        k: number of vectors per stage.
+        k: number of vectors per stage. Those that a map lacks, because it has fewer channels or
+            positions, are zeros, like vectors of the singular value 0.
 
     Returns:
         A scalar: float32, or float64 for float64 input.
@@ -73,7 +74,9 @@ def _matched_vectors(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, 
 
 
 def _correlations(v: Tensor, before: Tensor) -> Tensor:
-    """``(B, C, C', k)``."""
+    """``(B, C, C', k)``; a stage with fewer vectors than the other has zeros in their place."""
+    count = max(v.shape[2], before.shape[2])
+    v, before = (F.pad(vectors, (0, count - vectors.shape[2])) for vectors in (v, before))
     return (-(v[:, :, None] - before[:, None]).square() / BANDWIDTH).exp()
 
 
@@ -117,7 +120,7 @@ class KDSVD(Loss):
     Args:
         stages: names of the tapped feature maps, in the models' order.
         weight: factor of the term.
-        k: number of vectors per stage.
+        k: number of vectors per stage, as for :func:`kdsvd_loss`.
     """
 
     capturable = False  # eigh waits for its result
@@ -131,9 +134,12 @@ class KDSVD(Loss):
     ) -> None:
         super().__init__()
         self.taps = as_stages(stages)
+        if len(self.taps) < 2:
+            raise ValueError(
+                f"stages must name two or more, whose relations are compared; got {list(stages)}"
+            )
         check_weights(weight=weight)
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k!r}")
+        check_counts(k=k)
         self.weight = weight
         self.k = k
         self.adapters = ModulesByTap()

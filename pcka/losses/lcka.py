@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pcka.losses.base import Loss, Outputs, Term
 from pcka.losses.checks import as_logits, check_temperature, check_weights
-from pcka.losses.numerics import leave_out_constant
+from pcka.losses.numerics import CONSTANT_UP_TO, leave_out_constant
 from pcka.ops import cka
 
 
@@ -73,7 +73,7 @@ def lcka_loss(
 
 def _misalignment(x: Tensor, y: Tensor, *, level: str, center: bool, row_normalize: bool) -> Tensor:
     loss = 1 - cka(x, y, center=center, row_normalize=row_normalize)
-    return leave_out_constant(loss, samples=x.shape[0], center=center, level=level)
+    return leave_out_constant(loss, samples=x.shape[0], up_to=CONSTANT_UP_TO[center], level=level)
 
 
 def _soften(logits: Tensor, temperature: float | None) -> Tensor:

@@ -18,6 +18,7 @@ from pcka.ops.reference import accumulation_dtype
 P = ParamSpec("P")
 LossFunction = Callable[Concatenate[Tensor, Tensor, P], Tensor]
 STANDARDIZING_EPSILON = 1e-7
+CONSTANT_UP_TO = {True: 2, False: 1}  # centered? -> number of samples whose CKA is always 1
 
 
 def without_autocast(loss: LossFunction[P]) -> LossFunction[P]:
@@ -111,28 +112,28 @@ def this_or_other(logits: Tensor, index: Tensor) -> Tensor:
 
 
 class DegenerateLevelWarning(UserWarning):
-    """A loss leaves a level out because its shape makes the alignment constant."""
+    """A loss leaves a level out because its shape makes the loss constant."""
 
 
-def leave_out_constant(loss: Tensor, *, samples: int, center: bool, level: str) -> Tensor:
-    """``loss``, or a zero with zero gradient if ``samples`` makes the alignment constant.
+def leave_out_constant(loss: Tensor, *, samples: int, up_to: int, level: str) -> Tensor:
+    """``loss``, or a zero with zero gradient if so few ``samples`` make it constant.
 
-    One sample always aligns with one sample, and two centered samples (``x`` and ``-x``) with any
-    other two: CKA is 1 for any features. The zero stays attached to the graph, so a backward pass
-    through it works; the first one at each level warns.
+    A loss of relations has nothing to compare between one sample and itself, and often nothing
+    between two: their distance is its own mean, and their centered features are ``x`` and ``-x``.
+    The zero stays attached to the graph, so a backward pass through it works; the first one at each
+    level warns.
 
     Args:
-        loss: scalar computed from the alignment.
-        samples: ``N``, the side of the Gram matrices.
-        center: whether the Gram matrices are centered.
+        loss: scalar, finite.
+        samples: number of samples that it relates, for CKA the side ``N`` of the Gram matrices.
+        up_to: largest number that makes it constant; of CKA, :data:`CONSTANT_UP_TO`.
         level: name of this level in the warning.
     """
-    if samples > (2 if center else 1):
+    if samples > up_to:
         return loss
     _warn_once(
-        f"{level}: the {'centered' if center else 'uncentered'} alignment of {samples} sample(s) "
-        "is constant, so this level is left out (loss 0, gradient 0). Use a larger batch or "
-        "a smaller patch, or drop the level"
+        f"{level}: the loss is constant for {samples} sample(s), so this level is left out (loss "
+        "0, gradient 0). Use a larger batch or a smaller patch, or drop the level"
     )
     return loss * 0
 

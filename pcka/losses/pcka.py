@@ -8,8 +8,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from pcka.losses.base import Outputs, StagewiseLoss, Term
-from pcka.losses.checks import as_list, as_maps, for_each
-from pcka.losses.numerics import leave_out_constant
+from pcka.losses.checks import as_maps, as_names, for_each
+from pcka.losses.numerics import CONSTANT_UP_TO, leave_out_constant
 from pcka.ops import patch_cka
 from pcka.ops.functional import GROUPINGS, RELATIONS, as_patch_size, check_choice
 
@@ -56,8 +56,8 @@ def pcka_loss(
         relation=relation,
         center=center,
     )
-    samples = _gram_side(student, patch_size, group_by, relation)
-    return leave_out_constant(1 - alignment.mean(), samples=samples, center=center, level=level)
+    samples, up_to = _gram_side(student, patch_size, group_by, relation), CONSTANT_UP_TO[center]
+    return leave_out_constant(1 - alignment.mean(), samples=samples, up_to=up_to, level=level)
 
 
 def _gram_side(x: Tensor, patch_size: PatchSize, group_by: str, relation: str) -> int:
@@ -95,8 +95,8 @@ class PCKA(StagewiseLoss):
             :class:`pcka.losses.FGD`.
 
     Raises:
-        ValueError: no relation, an unknown relation or grouping, an invalid patch size, or a
-            ``background`` outside [0, 1].
+        ValueError: no relation, an unknown one or one twice, an unknown grouping, an invalid patch
+            size, or a ``background`` outside [0, 1].
     """
 
     relational = True
@@ -120,7 +120,7 @@ class PCKA(StagewiseLoss):
         self.needs_boxes = background < 1
         self.patch_sizes = as_patches(stages, patch_sizes)
         check_choice("group_by", group_by, GROUPINGS)
-        self.relations = as_list("relations", relations)
+        self.relations = as_names("relations", relations)
         for relation in self.relations:
             check_choice("relations", relation, RELATIONS)
         if not relations:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
 from pcka.losses.checks import as_maps
+from pcka.losses.numerics import leave_out_constant
 
 EPSILON = 1e-6
 
@@ -23,19 +24,22 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: same shape and device; no gradient reaches it.
 
     Returns:
-        A scalar: float32, or float64 for float64 input.
+        A scalar: float32, or float64 for float64 input. Of two values only the order is left when
+        they are normalised: for channels of fewer than three, it is 0 with gradient 0.
 
     Raises:
         ValueError: maps that differ in shape or device.
     """
     student, teacher = as_maps(student, teacher)
-    difference = _normalize(student) - _normalize(teacher)
-    return difference.square().mean() / 2
+    loss = (_normalize(student) - _normalize(teacher)).square().mean() / 2
+    values = student[:, 0].numel()
+    return leave_out_constant(loss, samples=values, up_to=2, level="pkd_loss")
 
 
 def _normalize(x: Tensor) -> Tensor:
     rows = x.transpose(0, 1).flatten(1)
-    return (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + EPSILON)
+    deviation = rows.std(1, keepdim=True, correction=min(1, rows.shape[1] - 1))
+    return (rows - rows.mean(1, keepdim=True)) / (deviation + EPSILON)
 
 
 class PKD(StagewiseLoss):

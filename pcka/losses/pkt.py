@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
 from pcka.losses.checks import as_samples
-from pcka.losses.numerics import without_autocast
+from pcka.losses.numerics import leave_out_constant, without_autocast
 
 EPSILON = 1e-7
 
@@ -26,13 +26,14 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: ``(B, ...)`` of the same samples, on the same device; no gradient reaches it.
 
     Returns:
-        A scalar: float32, or float64 for float64 input.
+        A scalar: float32, or float64 for float64 input; 0 with gradient 0 for a single sample.
 
     Raises:
         ValueError: features of different batch sizes.
     """
     p_s, p_t = map(_probabilities, as_samples(student, teacher))
-    return (p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()).mean()
+    loss = (p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()).mean()
+    return leave_out_constant(loss, samples=len(p_s), up_to=1, level="pkt_loss")
 
 
 def _probabilities(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcka.losses.adapters import ModulesByTap, adapt, fit, pointwise, prepared
 from pcka.losses.base import NO_CONTEXT, Context, Loss, Outputs, Term
-from pcka.losses.checks import as_maps, as_samples, as_stages, check_weights
+from pcka.losses.checks import as_maps, as_samples, as_stages, check_counts, check_weights
 
 PYRAMID = (4, 2, 1)
 """Sides of the pooled maps of the hierarchical context loss."""
@@ -113,8 +113,7 @@ class ReviewKD(Loss):
         super().__init__()
         self.taps = as_stages((*as_stages(stages), pooled))
         check_weights(weight=weight)
-        if max_width < 1:
-            raise ValueError(f"max_width must be at least 1, got {max_width}")
+        check_counts(max_width=max_width)
         self.weight = weight
         self.max_width = max_width
         self.fusions = ModulesByTap()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
 from pcka.losses.checks import as_samples, check_weights
-from pcka.losses.numerics import without_autocast
+from pcka.losses.numerics import leave_out_constant, without_autocast
 
 LEAST_SQUARE = 1e-12
 
@@ -32,7 +32,8 @@ def rkd_loss(
         angle_weight: ``w_a``, factor of the angles' part.
 
     Returns:
-        A scalar: float32, or float64 for float64 input.
+        A scalar: float32, or float64 for float64 input. Two samples have one distance, which is
+        the mean, and no triplet: for fewer than three, it is 0 with gradient 0.
 
     Raises:
         ValueError: features of different batch sizes.
@@ -40,7 +41,8 @@ def rkd_loss(
     s, t = (x.flatten(1) for x in as_samples(student, teacher))
     distance = F.smooth_l1_loss(_distances(s), _distances(t))
     angle = F.smooth_l1_loss(_angles(s), _angles(t))
-    return distance_weight * distance + angle_weight * angle
+    loss = distance_weight * distance + angle_weight * angle
+    return leave_out_constant(loss, samples=len(s), up_to=2, level="rkd_loss")
 
 
 def _distances(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pcka.losses.base import StagewiseLoss
 from pcka.losses.checks import as_samples
-from pcka.losses.numerics import unit_length, without_autocast
+from pcka.losses.numerics import leave_out_constant, unit_length, without_autocast
 
 
 @without_autocast
@@ -23,14 +23,15 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: ``(B, ...)`` of the same samples, on the same device; no gradient reaches it.
 
     Returns:
-        A scalar: float32, or float64 for float64 input.
+        A scalar: float32, or float64 for float64 input; 0 with gradient 0 for a single sample.
 
     Raises:
         ValueError: features of different batch sizes.
     """
     student, teacher = as_samples(student, teacher)
     difference = _similarities(teacher) - _similarities(student)
-    return difference.square().sum() / student.shape[0] ** 2
+    loss = difference.square().sum() / student.shape[0] ** 2
+    return leave_out_constant(loss, samples=student.shape[0], up_to=1, level="sp_loss")
 
 
 def _similarities(x: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ class Predictor(nn.Module):
             *pointwise(c_t, c_t, bias=False, relu=True),
             *pointwise(c_t, c_t, bias=False),
         )
-        inverse_softplus = math.log(math.expm1(variance - epsilon))
-        self.raw_variance = nn.Parameter(torch.full((c_t,), inverse_softplus))
+        softplus = variance - epsilon
+        raw = softplus + math.log(-math.expm1(-softplus))  # expm1(softplus) would overflow
+        self.raw_variance = nn.Parameter(torch.full((c_t,), raw))
         self.epsilon = epsilon
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -96,9 +97,10 @@ class VID(StagewiseLoss):
         epsilon: float = 1e-5,
     ) -> None:
         super().__init__(stages, weights)
-        if not variance > epsilon > 0:
+        if not math.inf > variance > epsilon > 0:
             raise ValueError(
-                f"variance must be above epsilon, and both positive; got {variance} and {epsilon}"
+                "variance must be finite and above epsilon, and both positive; got "
+                f"{variance} and {epsilon}"
             )
         self.variance = variance
         self.epsilon = epsilon

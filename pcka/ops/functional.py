@@ -9,6 +9,7 @@ from pcka.ops import _library, reference
 
 GROUPINGS = ("channel", "batch", "position")
 RELATIONS = ("rows", "columns")
+LEAST_UNBIASED = 4  # samples below which the unbiased HSIC is not defined
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -196,8 +197,8 @@ def _check_unbiased(n: int, *, center: bool, row_normalize: bool) -> None:
         raise ValueError("unbiased=True estimates the centered HSIC; it needs center=True")
     if row_normalize:
         raise ValueError("unbiased=True is not defined for row-normalised Grams; choose one")
-    if n < 4:
-        raise ValueError(f"unbiased=True needs at least 4 samples, got N = {n}")
+    if n < LEAST_UNBIASED:
+        raise ValueError(f"unbiased=True needs at least {LEAST_UNBIASED} samples, got N = {n}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

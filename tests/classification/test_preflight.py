@@ -56,6 +56,14 @@ def test_what_a_loss_refuses_of_the_models_names_the_section(tiny_config, random
         run_experiment(tiny_config("at", **keys, **{"DISTILL.TAPS": "[[pooled, layr1, layer1]]"}))
 
 
+def test_a_batch_too_small_for_a_loss_is_refused(tiny_config, random_teacher):
+    keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.METHODS": "[CE, FCKA]"}
+    keys |= {"DISTILL.FCKA.UNBIASED": True, "SOLVER.BATCH_SIZE": 3}
+    told = "FCKA compares at least 4 images at a time, but SOLVER.BATCH_SIZE gives it 3"
+    with pytest.raises(ConfigError, match=rf"^DISTILL.METHODS: {told}"):
+        run_experiment(tiny_config("kd", **keys))
+
+
 def test_a_path_that_no_loss_reads_is_refused_as_well(tiny_config, random_teacher):
     keys = {"TEACHER.WEIGHTS": random_teacher, "DISTILL.TAPS": "[[mine, layer1, layr2]]"}
     with pytest.raises(ConfigError, match=r"^DISTILL.TAPS: teacher: .* no module 'layr2'"):

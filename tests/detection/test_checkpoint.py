@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch import nn
 
 from detection.checkpoint import SafeCheckpointer, WeightsError, load_weights
+from detection.inherit import teacher_weights
+from pcka.engine.config import ConfigError
 from pcka.files import CheckpointError
 
 
@@ -61,6 +65,19 @@ def test_a_damaged_pickle_and_one_without_arrays_are_named(tmp_path):
         load_weights(nn.Linear(1, 1), str(path))
     with pytest.raises(ValueError, match=r"empty\.pkl: has no arrays, only epoch"):
         load_weights(nn.Linear(1, 1), _dump(tmp_path / "empty.pkl", {"epoch": 3}))
+
+
+def test_a_file_that_cannot_be_fetched_is_named(monkeypatch):
+    def offline(_self, _path):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("iopath.common.file_io.PathManager.get_local_path", offline)
+    url = "https://example.org/teacher.pth"
+    told = rf"{re.escape(url)}: cannot be read: .*no route to host"
+    with pytest.raises(WeightsError, match=f"^{told}"):
+        load_weights(nn.Linear(1, 1), url)
+    with pytest.raises(ConfigError, match=rf"^DISTILL\.TEACHER\.WEIGHTS: {told}"):
+        teacher_weights(nn.Linear(1, 1), url)
 
 
 def test_a_start_of_which_nothing_fits_is_refused(tmp_path):

@@ -177,6 +177,12 @@ def test_keys_that_detectron2_builds_nothing_of_are_told_with_the_place(
         build(cfg)
 
 
+@pytest.mark.parametrize("opts", ["[MODEL.RESNETS.DEPTH, 18, 3]", "[18, MODEL.RESNETS.DEPTH]"])
+def test_the_teachers_keys_stand_in_pairs(small_config, opts):
+    with pytest.raises(ConfigError, match=r"^DISTILL\.TEACHER\.OPTS: expected pairs of KEY VALUE"):
+        teacher_config(small_config("pcka", "DISTILL.TEACHER.OPTS", opts))
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere.yaml"):
         load_config("nowhere.yaml", [])

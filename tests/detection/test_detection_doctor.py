@@ -270,7 +270,7 @@ def nothing(_: Path) -> None:
         (
             nothing,
             ("DISTILL.METHODS", "[FCKA]"),
-            *("a step", WARN, r"p3: .*alignment of 2 sample\(s\) is constant.* a larger batch"),
+            *("a step", WARN, r"p3: .* constant for 2 sample\(s\), .* a larger batch"),
         ),
         (nothing, ("DISTILL.PCKA.WEIGHTS", "[1.0e+39]"), "a step", FAIL, "infinite or NaN"),
     ],

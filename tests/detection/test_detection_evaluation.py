@@ -117,6 +117,17 @@ def test_every_detection_that_a_model_may_give_is_judged(make_set, per_image, le
     assert least <= evaluate(cfg, _FindsAll(boxes))["bbox"]["AP"] <= most
 
 
+@pytest.mark.parametrize("ids", [range(3), ("a", "b", "c")])
+def test_objects_may_have_any_ids(make_set, ids):
+    boxes = [[10, 10, 20, 20], [50, 50, 90, 90], [100, 100, 190, 190]]
+    objects = [
+        {"id": number, "image_id": 1, "category_id": 1, "area": (right - left) ** 2, "iscrowd": 0,
+         "bbox": [left, left, right - left, right - left]}
+        for number, (left, _, right, _) in zip(ids, boxes, strict=True)
+    ]  # fmt: skip
+    assert evaluate(make_set(objects), _FindsAll(boxes))["bbox"]["AP"] == pytest.approx(100)
+
+
 def test_objects_without_keypoints_are_none_to_be_found(tmp_path, test_set):
     assert all(map(math.isnan, _evaluated(tmp_path, ("keypoints",))["keypoints"].values()))
 

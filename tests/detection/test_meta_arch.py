@@ -190,6 +190,15 @@ def test_every_loss_of_feature_maps_with_a_teacher_of_another_width_and_stride(
     assert all(parameter.grad is not None for parameter in parts)
 
 
+def test_a_loss_that_needs_more_images_in_each_process_is_refused(build, monkeypatch):
+    keys = ("DISTILL.METHODS", "['FCKA']", "DISTILL.FCKA.UNBIASED", "True")
+    build(*keys, "SOLVER.IMS_PER_BATCH", "4")
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    told = "FCKA compares at least 4 images at a time, but SOLVER.IMS_PER_BATCH gives it 3"
+    with pytest.raises(ConfigError, match=rf"^DISTILL.METHODS: {told}"):
+        build(*keys, "SOLVER.IMS_PER_BATCH", "6")
+
+
 def test_two_methods_add_up(build, batch, storage):
     terms = build("DISTILL.METHODS", "['PCKA', 'PKD', 'CWD']").train()(batch)
     assert {name.split("_")[1] for name in terms} == {"cls", "box", "pcka", "pkd", "cwd"}

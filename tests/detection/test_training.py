@@ -118,7 +118,12 @@ def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
         ("SOLVER.MAX_ITER", "0", "expected at least 1, got 0"),
         ("SOLVER.CHECKPOINT_PERIOD", "0", "expected at least 1, got 0"),
         ("SOLVER.IMS_PER_BATCH", "-2", "expected at least 1, got -2"),
-        ("DISTILL.LOG_PERIOD", "-1", "or 0 for never; got -1"),
+        ("DISTILL.LOG_PERIOD", "-1", "expected at least 0, got -1"),
+        ("DATALOADER.NUM_WORKERS", "-1", "expected at least 0, got -1"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", "expected one or more sides in pixels, got none"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Foo", "expected one of .*, WarmupPolyLR, got 'Foo'"),
+        ("SOLVER.WARMUP_METHOD", "foo", "expected one of linear, constant, got 'foo'"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "foo", "expected one of value, norm, got 'foo'"),
         ("OUTPUT_DIR", "", "expected a folder to write into, got ''"),
         ("OUTPUT_DIR", __file__, "expected a folder to write into"),
         ("TEST.PRECISE_BN.ENABLED", "True", "not supported; set it to False"),
@@ -145,6 +150,17 @@ def test_losses_for_a_student_without_a_teacher_are_refused(tmp_path, arguments,
         train_net.main(arguments(tmp_path, 2, *losses, config="student"))
     given = arguments(tmp_path, 2, "DISTILL.TEACHER.WEIGHTS", "teacher.pth", config="student")
     read_run(given[1], given[2:])  # as a comparison gives it to all its runs
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("MOMENTUM", "-1.0", "Invalid momentum value: -1.0"), ("STEPS", "(5, 3)", "milestone=3")],
+)
+def test_a_solver_that_cannot_be_built_is_told_before_training(
+    tmp_path, arguments, at_once, key, value, message
+):
+    with pytest.raises(ConfigError, match=f"^SOLVER: cannot be built .*{message}"):
+        train_net.main(arguments(tmp_path, 9, f"SOLVER.{key}", value))
 
 
 def test_a_training_that_diverges_ends_with_what_to_change(tmp_path, arguments):
@@ -314,10 +330,9 @@ def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
     head = {n: t for n, t in teacher.state_dict().items() if n.startswith("head.")}
     learned = _checkpoint(tmp_path / "run")["model"]
     assert all(torch.equal(learned[name], tensor) for name, tensor in head.items())
-    with pytest.raises(ValueError, match=r"DISTILL.INHERIT: under 'nothing.'"):
-        train_net.main(
-            arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", "['nothing.']")
-        )
+    for prefixes, named in (("['nothing.']", "nothing."), ("[3]", "3")):
+        with pytest.raises(ConfigError, match=f"DISTILL.INHERIT: under '?{named}'?"):
+            train_net.main(arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", prefixes))
 
 
 COUNTING = """

@@ -58,6 +58,12 @@ def test_a_weight_is_a_finite_number_from_0_on(weight):
         checks.check_weights(alpha=0, beta=weight)
 
 
+@pytest.mark.parametrize("count", [0, -3, 2.5, float("nan"), "1", None, True])
+def test_a_count_is_an_integer_from_1_on(count):
+    with pytest.raises(ValueError, match="k must be an integer of at least 1"):
+        checks.check_counts(dim=1, k=count)
+
+
 def test_a_setting_holds_one_value_for_each_stage_or_one_for_all():
     assert checks.for_each(("a", "b"), "weights", [1, 2]) == (1, 2)
     assert checks.for_each(("a", "b"), "weights", 3.0) == (3.0, 3.0)
@@ -74,7 +80,7 @@ def test_stages_are_names():
     for stages, message in (
         ([], "stages is empty"),
         (["a", "a"], "once"),
-        ([1, 2], "names of tapped"),
+        ([1, 2], r"stages must be names, got \[1, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             checks.as_stages(stages)

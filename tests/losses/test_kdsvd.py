@@ -15,7 +15,8 @@ SHAPES = ((3, 4, 6, 5), (3, 5, 4, 4), (3, 30, 3, 3))  # the last has fewer posit
 def numpy_vectors(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Singular values and right vectors ``(C, k)`` of one sample's map."""
     _, values, rows = np.linalg.svd(x.reshape(len(x), -1).T, full_matrices=False)
-    return values[:k], rows[:k].T
+    lacking = max(0, k - len(values))
+    return np.pad(values[:k], (0, lacking)), np.pad(rows[:k].T, ((0, 0), (0, lacking)))
 
 
 def numpy_kdsvd(students: list[np.ndarray], teachers: list[np.ndarray], k: int) -> float:
@@ -46,7 +47,7 @@ def maps(draw):
     return students, teachers
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [1, 3, 7, 100])  # the first stage has 4 vectors, the second 5
 def test_loss_from_the_definition(maps, k):
     expected = numpy_kdsvd(*([x.numpy() for x in model] for model in maps), k)
     assert kdsvd_loss(*maps, k=k).item() == pytest.approx(expected, rel=1e-9)
@@ -155,3 +156,7 @@ def test_refusals(draw):
         kdsvd_loss([x, x], [x, x[:2]])
     with pytest.raises(ValueError, match="once"):
         KDSVD(stages=("a", "a"))
+    with pytest.raises(ValueError, match=r"stages must name two or more, .*; got \['a'\]"):
+        KDSVD(stages=("a",))
+    with pytest.raises(ValueError, match="k must be an integer of at least 1, got 0"):
+        KDSVD(k=0)

@@ -12,15 +12,19 @@ from pcka.losses import (
     DegenerateLevelWarning,
     Outputs,
     at_loss,
+    cc_neighbours_loss,
+    dist_loss,
     ickd_loss,
+    itrd_loss,
     kd_loss,
     nst_loss,
     pkd_loss,
+    pkt_loss,
     rkd_loss,
     sp_loss,
     standardized_logits,
 )
-from pcka.losses.numerics import leave_out_constant, unit_length, without_autocast
+from pcka.losses.numerics import CONSTANT_UP_TO, leave_out_constant, unit_length, without_autocast
 
 STANDARDIZED = [name for name in losses.names() if "standardize" in losses.defaults(name)]
 
@@ -130,26 +134,72 @@ def test_half_logits_are_widened_first(draw):
     torch.testing.assert_close(z.double(), standardized_logits(logits.double()))
 
 
-@pytest.mark.parametrize(("samples", "center"), [(3, True), (2, False)])
-def test_enough_samples_change_nothing(samples, center):
+@pytest.mark.parametrize("up_to", CONSTANT_UP_TO.values())
+def test_enough_samples_change_nothing(up_to):
     loss = torch.tensor(0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert leave_out_constant(loss, samples=samples, center=center, level="a") is loss
+        assert leave_out_constant(loss, samples=up_to + 1, up_to=up_to, level="a") is loss
 
 
-@pytest.mark.parametrize(("samples", "center"), [(2, True), (1, True), (1, False)])
-def test_a_constant_alignment_is_an_attached_zero(samples, center):
+@pytest.mark.parametrize("samples", [2, 1])
+def test_a_constant_loss_is_an_attached_zero(samples):
     x = torch.tensor(0.3, requires_grad=True)
     with pytest.warns(DegenerateLevelWarning, match=rf"a: .* {samples} sample"):
-        loss = leave_out_constant(x.square(), samples=samples, center=center, level="a")
+        loss = leave_out_constant(x.square(), samples=samples, up_to=2, level="a")
     loss.backward()
     assert loss.item() == 0
     assert x.grad.item() == 0
 
 
+FEWEST = {  # shapes of the fewest samples, or values, between which there is a relation
+    cc_neighbours_loss: (2, 5),
+    pkd_loss: (1, 4, 1, 3),
+    pkt_loss: (2, 5),
+    rkd_loss: (3, 5),
+    sp_loss: (2, 5),
+}
+
+
+@pytest.mark.parametrize("loss", FEWEST)
+def test_relations_of_too_few_samples_are_left_out_with_a_warning(draw, loss):
+    student, teacher = (draw(seed, *FEWEST[loss]).requires_grad_() for seed in (0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (gradient,) = torch.autograd.grad(loss(student, teacher), student)
+    assert gradient.norm() > 1e-3
+    along = 3 if student.dim() == 4 else 0
+    for count in range(1, student.shape[along]):
+        fewer = [x.detach().narrow(along, 0, count).requires_grad_() for x in (student, teacher)]
+        with pytest.warns(DegenerateLevelWarning, match=rf"^{loss.__name__}: .* {count} sample"):
+            left_out = loss(*fewer)
+        (gradient,) = torch.autograd.grad(left_out, fewer[0])
+        assert left_out.item() == 0
+        assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "settings", "level"),
+    [
+        (dist_loss, (2, 5), {"beta": 0}, "dist_loss between samples: "),
+        (dist_loss, (6, 2), {"gamma": 0}, "dist_loss between classes: "),
+        (itrd_loss, (2, 5), {"mutual_weight": 0}, "loss_itrd_correlation: "),
+    ],
+)
+def test_a_correlation_of_two_numbers_is_left_out_with_a_warning(
+    draw, loss, shape, settings, level
+):
+    student = draw(0, *shape).requires_grad_()
+    with pytest.warns(DegenerateLevelWarning, match=f"^{level}") as caught:
+        left_out = loss(student, draw(1, *shape), **settings)
+    assert len(caught) == 1
+    (gradient,) = torch.autograd.grad(left_out, student)
+    assert left_out.item() == 0
+    assert gradient.count_nonzero() == 0
+
+
 def test_each_level_warns_once():
     with pytest.warns(DegenerateLevelWarning) as caught:
         for level in ("a", "b", "a", "b"):
-            leave_out_constant(torch.tensor(0.3), samples=1, center=True, level=level)
+            leave_out_constant(torch.tensor(0.3), samples=1, up_to=2, level=level)
     assert [str(w.message).split(":")[0] for w in caught] == ["a", "b"]

@@ -114,6 +114,10 @@ def test_settings_of_each_level_are_complete():
         PCKA(stages=("a", "b"), weights=(1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match=r"patch_size must be a positive int.*got 1\.5"):
         PCKA(patch_sizes=1.5)
+    with pytest.raises(
+        ValueError, match=r"relations must hold each name once, got \['rows', 'rows'"
+    ):
+        PCKA(relations=["rows", "rows"])
     with pytest.raises(ValueError, match=r"relations must be a list of names, got 'rows'"):
         PCKA(relations="rows")
 

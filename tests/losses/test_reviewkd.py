@@ -161,9 +161,9 @@ def test_refusals(draw):
         unprepared(student, teacher, None)
     with pytest.raises(ValueError, match="teacher: ReviewKD needs it"):
         unprepared.prepare(student, None)
-    with pytest.raises(ValueError, match="stages must name each stage once"):
+    with pytest.raises(ValueError, match="stages must hold each name once"):
         losses.ReviewKD(stages=("pooled",))
-    with pytest.raises(ValueError, match="max_width must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_width must be an integer of at least 1, got 0"):
         losses.ReviewKD(max_width=0)
     with pytest.raises(ValueError, match=r"a must be a feature map .* got \(2, 4, 5\)"):
         loss(Outputs(features={**student.features, "a": draw(0, 2, 4, 5)}), teacher, None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -43,8 +45,10 @@ def test_refusals(draw):
         ValueError, match=r"variance must hold one value for each of the 3 channels"
     ):
         vid_loss(draw(0, 2, 3, 4, 4), draw(1, 2, 3, 4, 4), torch.ones(1))
-    with pytest.raises(ValueError, match=r"variance must be above epsilon, and both positive"):
+    with pytest.raises(ValueError, match=r"variance must be finite and above epsilon"):
         VID(variance=1e-6)
+    with pytest.raises(ValueError, match=r"variance must be finite and above epsilon"):
+        VID(variance=math.inf)
     with pytest.raises(ValueError, match=r"weights must hold one value for each of the 1"):
         VID(stages=("a",))
 
@@ -62,6 +66,15 @@ def loss(outputs):
     loss = VID(stages=("a", "b"), weights=(2.0, 0.5))
     loss.prepare(*outputs)
     return loss
+
+
+@pytest.mark.parametrize("variance", [1.1e-5, 0.1, 5.0, 1000.0])
+def test_variance_starts_as_told(outputs, variance):
+    loss = VID(stages=("a",), weights=1.0, variance=variance)
+    loss.prepare(*outputs)
+    raw = loss.predictors["a"].raw_variance.detach().double()
+    started = torch.nn.functional.softplus(raw) + loss.epsilon
+    torch.testing.assert_close(started, torch.full_like(raw, variance), rtol=1e-5, atol=0)
 
 
 def test_variance_starts_at_5_and_stays_above_epsilon(loss, outputs):

@@ -47,6 +47,10 @@ def _drop(part, name):
     return lambda content: content[part][1].pop(name)
 
 
+def _category(**entry):
+    return lambda content: content["categories"].append({"name": "dog", **entry})
+
+
 BOX = "has a bbox that is not four finite numbers"
 
 
@@ -64,7 +68,7 @@ BOX = "has a bbox that is not four finite numbers"
         (_drop("annotations", "bbox"), "has no bbox"),
         (_set("annotations", "bbox", [9, 9, -4, 4]), "negative width or height"),
         (_set("annotations", "category_id", 9999), r"not in categories \(9999\)"),
-        (_set("annotations", "category_id", [7]), "has an id that is not a number"),
+        (_set("annotations", "category_id", [7]), "has an id that is neither a whole number nor"),
         (_set("annotations", "id", 1), "annotations: 1 duplicate ids, the first is 1"),
         (_set("images", "id", 1), "images: 1 duplicate ids, the first is 1"),
         (_drop("images", "width"), "1 of its images cannot be used; the first has no width"),
@@ -77,6 +81,10 @@ BOX = "has a bbox that is not four finite numbers"
         (lambda content: content.update(annotations=None), "a list of annotations, got null"),
         (lambda content: content.update(annotations=[3]), "the first is not an object: 3"),
         (lambda content: content["categories"].append({"id": 7, "name": "dog"}), "duplicate ids"),
+        (_category(id=[8]), r"1 of its categories .* neither a whole number nor text: .*\[8\]"),
+        (_category(id="8"), "categories: some ids are numbers and some are text; use numbers"),
+        (lambda content: content["categories"].append({"id": 8}), "the first has no name"),
+        (lambda content: content["categories"].append(8), "the first is not an object: 8"),
     ],
 )
 def test_what_would_fail_later_is_named_with_its_file(check, change, message):

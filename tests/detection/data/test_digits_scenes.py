@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from detection.data.digits import VISIBLE, digits_scenes
+from pcka.engine.config import ConfigError
 
 SIDE = 256
 
@@ -79,6 +80,6 @@ def test_larger_scenes_hold_more_digits_not_larger_ones(tmp_path):
 
 
 def test_scenes_that_no_digit_fits_into_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"DATASETS.DIGITS.SIDE: expected at least 72, got 64"):
+    with pytest.raises(ConfigError, match=r"DATASETS.DIGITS.SIDE: expected at least 72, got 64"):
         digits_scenes(tmp_path, "train", 3, 64)
     digits_scenes(tmp_path, "train", 3, 72)

@@ -45,3 +45,24 @@ def test_an_unknown_sampler_is_refused(small_config):
     register_datasets(cfg)
     with pytest.raises(ConfigError, match=r"SAMPLER_TRAIN: expected .*, got 'MySampler'"):
         training_loader(cfg, training_set(cfg), 0)
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        (
+            "DATALOADER",
+            ("SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "REPEAT_THRESHOLD", "-1.0"),
+            "math domain error",
+        ),
+        ("INPUT", ("RANDOM_FLIP", "diagonal"), "horiz or vert"),
+    ],
+)
+def test_keys_that_detectron2_cannot_use_are_told_with_their_section(
+    small_config, section, keys, message
+):
+    named = [word if i % 2 else f"{section}.{word}" for i, word in enumerate(keys)]
+    cfg = small_config("student", *named)
+    register_datasets(cfg)
+    with pytest.raises(ConfigError, match=rf"^{section}: cannot be built .*{message}"):
+        training_loader(cfg, training_set(cfg), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from detection.data.mapper import NamingMapper, UnusableImageError
+from detection.data.mapper import NamingMapper, UnusableImageError, make_mapper
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -26,3 +26,17 @@ def test_an_image_that_cannot_be_used_is_named(
     entry = {"file_name": str(path), "width": width, "height": size[1], "annotations": []}
     with pytest.raises(UnusableImageError, match=r"picture\.png: the image or its annotations"):
         NamingMapper(small_config("student"), training)(entry)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "order"),
+    [
+        ("SemanticSegmentor", ["ResizeShortestEdge", "RandomCrop"]),
+        ("PanopticFPN", ["RandomCrop", "ResizeShortestEdge"]),
+        ("RetinaNet", ["RandomCrop", "ResizeShortestEdge"]),
+    ],
+)
+def test_crops_are_taken_after_resizing_for_segmenters_alone(small_config, architecture, order):
+    keys = ("MODEL.META_ARCHITECTURE", architecture, "INPUT.CROP.ENABLED", "True")
+    mapper = make_mapper(small_config("student", *keys), training=True)
+    assert [type(step).__name__ for step in mapper.augmentations.augs][:2] == order

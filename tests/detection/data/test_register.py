@@ -106,8 +106,8 @@ def test_other_classes_to_test_on_are_refused(small_config, scenes, described):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda content: [], lambda content: {"images": []}, lambda content: {"categories": ["cat"]}],
-    ids=["no object", "no categories", "names alone"],
+    [lambda content: [], lambda content: {"images": []}, lambda content: {"categories": None}],
+    ids=["no object", "no categories", "null categories"],
 )
 def test_a_file_of_another_format_is_refused(small_config, scenes, described, change):
     with pytest.raises(ConfigError, match=r"described.json is not in COCO's format"):

@@ -91,3 +91,10 @@ def test_a_test_set_that_cannot_be_read_is_named(own_set, config):
     DatasetCatalog.register("a_set", list)
     with pytest.raises(ConfigError, match=r"DATASETS.TEST: 'a_set' has no images"):
         check_test_sets(config("RetinaNet"))
+
+
+def test_a_set_to_test_on_that_is_named_twice_is_refused(config):
+    with pytest.raises(
+        ConfigError, match=r"DATASETS.TEST: expected each set once, got \['a_set', "
+    ):
+        check_test_sets(config("RetinaNet", "DATASETS.TEST", "['a_set', 'a_set']"))
