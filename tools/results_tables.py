@@ -30,7 +30,7 @@ from pcka.engine.config import ConfigError
 from pcka.engine.run_folder import write_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/log.md")
 TABLE = re.compile(r"(<!-- table: (?P<about>.*?) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 SETTINGS = {"columns", "rows", "difference"}
 
