@@ -217,7 +217,7 @@ def test_adapters_fit_every_pair_of_cifar100(pair):
     frozen = FrozenTeacher(teacher, fold_batch_norm=True)
     labels = torch.arange(20) % 10
     context = loss_context(teacher, norms, taps, labels)
-    images, indices = torch.rand(2, 3, 32, 32), torch.tensor([3, 14])
+    images, indices = torch.rand(4, 3, 32, 32), torch.tensor([3, 14, 8, 0])
     outputs = {}
     for name in (*ADAPTED, "KDSVD"):
         cfg = load_config(pair, ["DISTILL.CRD.NEGATIVES", "8"], name.lower())
