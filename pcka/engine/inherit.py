@@ -44,7 +44,7 @@ def inherit_weights(
     own = student.state_dict()
     copied: list[str] = []
     for prefix in prefixes:
-        names = [name for name in own if name.startswith(str(prefix)) and name in given]
+        names = [name for name in own if name.startswith(prefix) and name in given]
         fitting = [name for name in names if tuple(own[name].shape) == tuple(given[name].shape)]
         if not fitting:
             raise ConfigError(

@@ -57,7 +57,7 @@ def cc_neighbours_loss(student: Tensor, teacher: Tensor) -> Tensor:
     dtype = accumulation_dtype(torch.promote_types(student.dtype, teacher.dtype))
     distance = (student.to(dtype) - teacher.to(dtype)).abs()
     loss = (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)
-    return leave_out_constant(loss, samples=len(distance), up_to=1, level="cc_neighbours_loss")
+    return leave_out_constant(loss, samples=distance.shape[0], up_to=1, level="cc_neighbours_loss")
 
 
 FORMS = {"neighbours": cc_neighbours_loss, "bilinear": cc_loss}

@@ -55,7 +55,7 @@ def fcka_loss(
         student, teacher = map(_positions, at_one_size(student, teacher))
     loss = 1 - cka(student.flatten(1), teacher.flatten(1), center=center, unbiased=unbiased)
     up_to = CONSTANT_UP_TO[center]
-    return leave_out_constant(loss, samples=len(student), up_to=up_to, level=level)
+    return leave_out_constant(loss, samples=student.shape[0], up_to=up_to, level=level)
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ def correlation_loss(student: Tensor, teacher: Tensor, *, alpha: float = 1.01) -
     student, teacher = _as_vectors(student, teacher)
     correlation = (_standardized(student) * _standardized(teacher)).sum(0) / len(student)
     loss = (1 - correlation).abs().pow(2 * alpha).sum().log2()
-    return leave_out_constant(loss, samples=len(student), up_to=2, level="loss_itrd_correlation")
+    return leave_out_constant(
+        loss, samples=student.shape[0], up_to=2, level="loss_itrd_correlation"
+    )
 
 
 @without_autocast

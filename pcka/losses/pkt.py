@@ -33,7 +33,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     p_s, p_t = map(_probabilities, as_samples(student, teacher))
     loss = (p_t * ((p_t + EPSILON) / (p_s + EPSILON)).log()).mean()
-    return leave_out_constant(loss, samples=len(p_s), up_to=1, level="pkt_loss")
+    return leave_out_constant(loss, samples=p_s.shape[0], up_to=1, level="pkt_loss")
 
 
 def _probabilities(x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def rkd_loss(
     distance = F.smooth_l1_loss(_distances(s), _distances(t))
     angle = F.smooth_l1_loss(_angles(s), _angles(t))
     loss = distance_weight * distance + angle_weight * angle
-    return leave_out_constant(loss, samples=len(s), up_to=2, level="rkd_loss")
+    return leave_out_constant(loss, samples=s.shape[0], up_to=2, level="rkd_loss")
 
 
 def _distances(x: Tensor) -> Tensor:

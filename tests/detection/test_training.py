@@ -330,9 +330,10 @@ def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
     head = {n: t for n, t in teacher.state_dict().items() if n.startswith("head.")}
     learned = _checkpoint(tmp_path / "run")["model"]
     assert all(torch.equal(learned[name], tensor) for name, tensor in head.items())
-    for prefixes, named in (("['nothing.']", "nothing."), ("[3]", "3")):
-        with pytest.raises(ConfigError, match=f"DISTILL.INHERIT: under '?{named}'?"):
-            train_net.main(arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", prefixes))
+    with pytest.raises(ConfigError, match=r"DISTILL\.INHERIT: under 'nothing\.'"):
+        train_net.main(
+            arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", "['nothing.']")
+        )
 
 
 COUNTING = """
