@@ -272,7 +272,7 @@ class Run:
         seed_everything(cfg.SEED)
         student = _build_student(cfg, len(train_set.classes))
         if self.saved is None and cfg.DISTILL.INHERIT:
-            _inherit(student, teacher, cfg.DISTILL.INHERIT)
+            _inherit(student, teacher, cfg)
         frozen = teacher.model if teacher else None
         theirs = cast(Classifier, frozen.model) if frozen else student
         taps = model_taps(student, theirs, cfg.DISTILL.TAPS)
@@ -371,13 +371,16 @@ def _build_student(cfg: CfgNode, classes: int) -> Classifier:
     return student.to(memory_format=layout)
 
 
-def _inherit(student: nn.Module, teacher: Teacher | None, prefixes: Sequence[str]) -> None:
+def _inherit(student: nn.Module, teacher: Teacher | None, cfg: CfgNode) -> None:
     """Initialise a student from parts of its teacher."""
     if teacher is None:
         raise ConfigError("DISTILL.INHERIT: there is no teacher to inherit from; set TEACHER.NAME")
     from pcka.engine.inherit import inherit_weights  # few runs inherit
 
-    inherit_weights(student, teacher.weights, prefixes, logging.getLogger("pcka"))
+    unlike = [k for k in ("PIXEL_MEAN", "PIXEL_STD") if cfg.STUDENT[k] != cfg.TEACHER[k]]
+    inherit_weights(
+        student, teacher.weights, cfg.DISTILL.INHERIT, logging.getLogger("pcka"), unlike=unlike
+    )
 
 
 def _write_report(trainer: Trainer, files: RunFolder) -> None:

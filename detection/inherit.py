@@ -1,8 +1,9 @@
-"""The weights of a teacher's file, heads included, for a student that inherits some of them."""
+"""What a detector inherits of its teacher: weights by name, if both read the same images."""
 
 from __future__ import annotations
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from detection.checkpoint import SafeCheckpointer, WeightsError
@@ -26,3 +27,13 @@ def teacher_weights(student: nn.Module, file: str) -> dict[str, Tensor]:
     except WeightsError as error:
         raise ConfigError(f"DISTILL.TEACHER.WEIGHTS: {error}") from error
     return {name: torch.as_tensor(value) for name, value in given.items()}
+
+
+def unlike_images(student: CfgNode, teacher: CfgNode) -> list[str]:
+    """Return the keys of the images' form in which two configurations differ."""
+    pairs = {
+        "INPUT.FORMAT": (student.INPUT.FORMAT, teacher.INPUT.FORMAT),
+        "MODEL.PIXEL_MEAN": (student.MODEL.PIXEL_MEAN, teacher.MODEL.PIXEL_MEAN),
+        "MODEL.PIXEL_STD": (student.MODEL.PIXEL_STD, teacher.MODEL.PIXEL_STD),
+    }
+    return [key for key, (own, given) in pairs.items() if own != given]

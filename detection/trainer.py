@@ -24,7 +24,7 @@ from detection.data.loader import training_loader
 from detection.data.targets import check_test_sets, training_set
 from detection.evaluation import evaluate, without_nan
 from detection.figures import MetricsState, RestoreMetrics, plot_run
-from detection.inherit import teacher_weights
+from detection.inherit import teacher_weights, unlike_images
 from detection.meta_arch import DistilledDetector
 from detection.run_state import RunState, lent_random_states
 from detection.schedule import build_schedule
@@ -86,8 +86,10 @@ class DetectionTrainer(SimpleTrainer):
         resumed = resume and self.checkpointer.has_checkpoint()
         found = self._load(resumed=resumed)
         if not resumed and cfg.DISTILL.INHERIT:
-            given = teacher_weights(student, teacher_config(cfg).MODEL.WEIGHTS)
-            inherit_weights(student, given, cfg.DISTILL.INHERIT, logger)
+            own = teacher_config(cfg)
+            given = teacher_weights(student, own.MODEL.WEIGHTS)
+            unlike = unlike_images(cfg, own)
+            inherit_weights(student, given, cfg.DISTILL.INHERIT, logger, unlike=unlike)
         teacher = model.teacher if isinstance(model, DistilledDetector) else None
         if not resumed and not teacher_is_tried and teacher is not None:
             check_teacher(teacher, cfg, dataset)

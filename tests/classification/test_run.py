@@ -183,6 +183,10 @@ def test_a_student_starts_with_the_weights_that_it_inherits(
     [
         ({"DISTILL.INHERIT": "['head.']"}, r"under 'head.' no weight of the teacher has the"),
         ({"DISTILL.INHERIT": "['fc.']", "TEACHER.NAME": ""}, r"there is no teacher to inherit"),
+        (
+            {"DISTILL.INHERIT": "['conv1.']", "TEACHER.PIXEL_MEAN": [0.5, 0.5, 0.5]},
+            r"conv1.weight reads images, and PIXEL_MEAN of student and teacher differ",
+        ),
     ],
 )
 def test_what_cannot_be_inherited_is_refused(tiny_config, random_teacher, keys, message):

@@ -334,6 +334,13 @@ def test_heads_can_be_inherited(tmp_path, arguments, build, caplog):
         train_net.main(
             arguments(tmp_path / "bad", 1, *keys, same, "DISTILL.INHERIT", "['nothing.']")
         )
+    rgb = same.replace("[", "['INPUT.FORMAT', 'RGB', ")
+    stem = "DISTILL.INHERIT: backbone.bottom_up.stem.conv1.weight reads images, and INPUT.FORMAT"
+    with pytest.raises(ConfigError, match=stem):
+        train_net.main(
+            arguments(tmp_path / "rgb", 1, *keys, rgb, "DISTILL.INHERIT", "['backbone.']")
+        )
+    train_net.main(arguments(tmp_path / "rgb", 1, *keys, rgb, "DISTILL.INHERIT", "['head.']"))
 
 
 COUNTING = """
