@@ -32,6 +32,9 @@ LEAST = {
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.GAMMA": 0,
+    "SOLVER.WARMUP_FACTOR": 0,
+    "SOLVER.WARMUP_ITERS": 0,
     "DATALOADER.NUM_WORKERS": 0,
     "DISTILL.LOG_PERIOD": 0,  # never
 }
@@ -155,6 +158,11 @@ def _check_values(cfg: CfgNode) -> None:
     for key, least in LEAST.items():
         if values[key] < least:
             raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+    clipped = cfg.SOLVER.CLIP_GRADIENTS
+    if clipped.ENABLED and clipped.CLIP_VALUE <= 0:
+        raise ConfigError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE: expected a bound above 0, got {clipped.CLIP_VALUE}"
+        )
     if not cfg.INPUT.MIN_SIZE_TRAIN:
         raise ConfigError("INPUT.MIN_SIZE_TRAIN: expected one or more sides in pixels, got none")
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()

@@ -122,6 +122,8 @@ def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
         ("DATALOADER.NUM_WORKERS", "-1", "expected at least 0, got -1"),
         ("INPUT.MIN_SIZE_TRAIN", "()", "expected one or more sides in pixels, got none"),
         ("SOLVER.LR_SCHEDULER_NAME", "Foo", "expected one of .*, WarmupPolyLR, got 'Foo'"),
+        ("SOLVER.WARMUP_FACTOR", "-0.1", r"expected at least 0, got -0\.1"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "-1.0", r"expected a bound above 0, got -1\.0"),
         ("SOLVER.WARMUP_METHOD", "foo", "expected one of linear, constant, got 'foo'"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "foo", "expected one of value, norm, got 'foo'"),
         ("OUTPUT_DIR", "", "expected a folder to write into, got ''"),
