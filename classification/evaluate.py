@@ -12,9 +12,10 @@ from fvcore.common.config import CfgNode
 from classification.arguments import evaluate_parser
 from classification.batch_norm import recalibrate
 from classification.config import default_config, load_config, teachers_of
-from classification.data import load_evaluation_set, load_image_sets, pixel_statistics
+from classification.data import ImageSet, load_evaluation_set, load_image_sets, pixel_statistics
 from classification.evaluation import accuracy
-from classification.models import has_own_weights, model_of
+from classification.models import Classifier, has_own_weights, model_of
+from classification.preflight import check_logits
 from classification.teacher import as_one
 from pcka.checkpoint import save_student
 from pcka.engine.arguments import take_pairs
@@ -46,25 +47,23 @@ def evaluate(
         report: folder for the report of the student beside its teacher; None: no report.
 
     Raises:
-        ConfigError: no model or weights, several teachers to recalibrate, or a report on a teacher.
+        ConfigError: no model or weights, logits of other classes, several teachers to recalibrate,
+            or a report on a teacher.
     """
     if report is not None and role == "teacher":
         raise ConfigError("--report: compares a student with its teacher; omit --role")
     device = choose_device(cfg.DEVICE)
-    sections = [cfg[role.upper()]]
-    if role == "teacher" and not weights:
-        sections = [one.TEACHER for one in teachers_of(cfg)]
-    for section in sections:
-        _check_weights(section, role, weights)
+    key = role.upper()
+    ones = teachers_of(cfg) if role == "teacher" and not weights else [cfg]
+    for one in ones:
+        _check_weights(one[key], role, weights)
     if not recalibrated and report is not None:
         return _reported(cfg, weights or cfg.STUDENT.WEIGHTS, report)
     if not recalibrated:
         data = load_evaluation_set(cfg).to(device)
-        given = {"role": role, "weights": weights}
-        models = [model_of(section, len(data.classes), **given) for section in sections]
-        model = as_one(cfg, models).to(device)
-        return accuracy(model, pixel_statistics(sections[0]).to(device), data)
-    if len(sections) > 1:
+        model = as_one(cfg, [_model(one, role, weights, data) for one in ones])
+        return accuracy(model, pixel_statistics(ones[0][key]).to(device), data)
+    if len(ones) > 1:
         raise ConfigError(
             "--recalibrate-bn: expected one model, got several teachers; name one with --weights"
         )
@@ -88,7 +87,7 @@ def _recalibrated(
     """Recalibrate a model and write it; return its accuracies and its file."""
     device, section = choose_device(cfg.DEVICE), cfg[role.upper()]
     train_set, data = (one.to(device) for one in load_image_sets(cfg))
-    model = model_of(section, len(data.classes), role=role, weights=weights).to(device)
+    model = _model(cfg, role, weights, data)
     pixels = pixel_statistics(section).to(device)
     logger.info("original: %s", told(accuracy(model, pixels, data)))
     recalibrate(model, pixels, train_set, cfg, images)
@@ -97,6 +96,14 @@ def _recalibrated(
     save_student(model, path)
     logger.info("recalibrated: %s", path)
     return accuracy(model, pixels, data), path
+
+
+def _model(cfg: CfgNode, role: str, weights: str, data: ImageSet) -> Classifier:
+    """Return one model on the device of the images."""
+    classes = len(data.classes)
+    model = model_of(cfg[role.upper()], classes, role=role, weights=weights).to(data.device)
+    check_logits(model, role, cfg, classes)
+    return model
 
 
 def _check_weights(section: CfgNode, role: str, weights: str) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from classification.config import load_config
 from classification.data import register as register_data
 from classification.data.source import _SOURCES
+from classification.evaluate import evaluate
+from classification.models import create_model
 from classification.models import register as register_model
 from classification.models.registry import _CONSTRUCTORS
 from classification.run import run_experiment
@@ -87,6 +90,19 @@ def test_a_run_trains_a_model_of_ones_own_on_data_and_by_a_loss_of_ones_own(my_p
     (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert record["loss_shrink"] > 0
     assert load_config(tmp_path / "run" / "config.yaml").DISTILL.SHRINK_MINE.WEIGHT == 0.5
+
+
+def test_a_model_of_other_classes_than_the_data_is_refused(my_parts, tmp_path):
+    (tmp_path / "my_parts.py").write_text(
+        MODULE.replace("nn.Linear(4, num_classes)", "nn.Linear(4, 3)")
+    )
+    told = r"^STUDENT.NAME: tiny_of_mine returns \(2, 3\) for 2 images, expected logits \(2, 2\)"
+    cfg = config(IMPORTS=f"[{my_parts}]", OUTPUT_DIR=tmp_path / "run")
+    with pytest.raises(ConfigError, match=told):
+        run_experiment(cfg)
+    torch.save(create_model("tiny_of_mine", 2).state_dict(), tmp_path / "tiny.pth")
+    with pytest.raises(ConfigError, match=told):
+        evaluate(cfg, weights=str(tmp_path / "tiny.pth"))
 
 
 def test_a_module_that_cannot_be_imported_is_named(tmp_path):
