@@ -1,8 +1,10 @@
 """What distillation adds to a detector's training step: ``python -m benchmarks.detection_step``.
 
-RetinaNet R101 -> R50, random weights and images. Every round runs the student's step alone, the
-teacher's backbone forward, and the distilled step of each method in turn; results are medians over
-the rounds. The bound is student step + teacher forward, since both have to run whatever the method.
+RetinaNet R101 -> R50, or another pair without masks (``--config-file``), on random weights and
+images. Every round runs the student's step alone, the teacher's forward pass, and the distilled
+step of each method in turn; results are medians over the rounds. The bound is student step +
+teacher forward, since both have to run whatever the method. The teacher is its backbone and, for
+methods that read it, its head.
 On a GPU each step lies between two synchronisations.
 
 On a CPU, the peak memory of each is measured before the timing, as in :mod:`benchmarks.memory`, in
@@ -34,6 +36,8 @@ from benchmarks import device, report
 from benchmarks.harness import markdown
 from benchmarks.memory import in_fresh_process
 from detection.config import PROJECT, load_config
+from detection.data.register import class_count
+from detection.levels import needs_head
 from pcka.analysis.memory import peak_growth
 
 CONFIG = PROJECT / "configs/detection/coco/retinanet_r50/from_r101_pcka.yaml"
@@ -62,16 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--short-side", type=int, default=480)
     parser.add_argument("--long-side", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--config-file", default=str(CONFIG), help="a distilled detector")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), metavar="M", help="losses; PCKA+FGD is a sum"
+    )
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="configuration")
     given = parser.parse_args(arguments)
+    if len({needs_head(_summands(method)) for method in given.methods}) > 1:
+        parser.error("--methods: give those that read the teacher's head in a call of their own")
     environment = report.start(given.device, given)
     if given.quick:
         given.short_side, given.long_side, given.rounds = 160, 192, 1
         given.batch = sorted({min(batch, 3) for batch in given.batch})
         given.opts = [*TINY, *given.opts]
     peaks = _peaks(given) if given.device == "cpu" and sys.platform.startswith("linux") else {}
-    model, losses = _build(given.methods, given.opts, given.device)
+    model, losses = _build(given.config_file, given.methods, given.opts, given.device)
     records = []
     for batch in given.batch:
         try:
@@ -92,7 +101,8 @@ def _record(
     peaks: Mapping[str, int],
 ) -> dict[str, Any]:
     """Return ``steps``: name -> ``ms`` by round and ``peak_bytes``; also print the table."""
-    images = random_batch(batch, given.short_side, given.long_side)
+    classes = class_count(load_config(given.config_file, given.opts))
+    images = random_batch(batch, given.short_side, given.long_side, classes=classes)
     with EventStorage():
         steps = _steps(model, losses, images, given.autocast)
         times = _time(steps, given.rounds, given.device)
@@ -137,7 +147,7 @@ def measure(task: str) -> None:
     warnings.simplefilter("ignore")  # of levels too small for a patch during the warm-up
     settings = json.loads(task)
     torch.set_num_threads(settings["threads"])
-    model, losses = _build([settings["method"]], settings["opts"], "cpu")
+    model, losses = _build(settings["config_file"], [settings["method"]], settings["opts"], "cpu")
     with EventStorage():
         steps = partial(_steps, model, losses, autocast=settings["autocast"])
         steps(random_batch(2, WARM_UP_SIDE, WARM_UP_SIDE))[settings["step"]]()
@@ -150,6 +160,7 @@ def _peaks(given: argparse.Namespace) -> dict[str, int]:
     models = {STUDENT: given.methods[0], TEACHER: given.methods[0], **{m: m for m in given.methods}}
     shared = {
         "size": [given.short_side, given.long_side],
+        "config_file": given.config_file,
         "opts": given.opts,
         "autocast": given.autocast,
         "threads": torch.get_num_threads(),
@@ -160,22 +171,27 @@ def _peaks(given: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def _config(method: str, opts: Sequence[str], on: str) -> CfgNode:
+def _summands(method: str) -> list[str]:
+    return method.split("+")
+
+
+def _config(file: str, method: str, opts: Sequence[str], on: str) -> CfgNode:
     return load_config(
-        str(CONFIG),
-        ["MODEL.WEIGHTS", "", "MODEL.DEVICE", on, "DISTILL.METHODS", str([method]),
+        file,
+        ["MODEL.WEIGHTS", "", "MODEL.DEVICE", on, "DISTILL.METHODS", str(_summands(method)),
          "DISTILL.TEACHER.WEIGHTS", "", "DISTILL.TEACHER.RANDOM_WEIGHTS", "True",
          "DISTILL.LOG_PERIOD", "0", *opts],
     )  # fmt: skip
 
 
-def _build(methods: Sequence[str], opts: Sequence[str], on: str) -> tuple[Any, dict[str, Any]]:
-    """Return a distilled model, and the losses of each method for it."""
-    model: Any = build_model(_config(methods[0], opts, on)).train()
-    losses = {methods[0]: model.distiller.losses}
-    for method in methods[1:]:
-        losses[method] = build_model(_config(method, opts, on)).distiller.losses
-    return model, losses
+def _build(
+    file: str, methods: Sequence[str], opts: Sequence[str], on: str
+) -> tuple[Any, dict[str, Any]]:
+    """Return a distilled model whose features serve all methods, and the losses of each."""
+    every = "+".join(dict.fromkeys(loss for method in methods for loss in _summands(method)))
+    model: Any = build_model(_config(file, every, opts, on)).train()
+    apart = {method: build_model(_config(file, method, opts, on)) for method in methods}
+    return model, {method: one.distiller.losses for method, one in apart.items()}
 
 
 def _steps(
@@ -209,7 +225,7 @@ def _steps(
     return steps | {method: distilled(method) for method in losses}
 
 
-def random_batch(number: int, short: int, long: int, *, classes: int = 80) -> list[dict[str, Any]]:
+def random_batch(number: int, short: int, long: int, *, classes: int = 3) -> list[dict[str, Any]]:
     """Return random images with random boxes, as detectron2's detectors take them in training."""
     generator = torch.Generator().manual_seed(0)
     entries = []

@@ -11,6 +11,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from benchmarks import detection_step
+from detection.config import PROJECT
 
 
 def test_the_table_has_time_and_memory_of_each_method():
@@ -53,7 +54,9 @@ def test_the_summary_gives_each_method_its_share_of_the_step():
 
 
 def test_the_models_run_under_autocast_where_it_is_asked_for():
-    model, losses = detection_step._build(["PCKA"], detection_step.TINY, "cpu")
+    model, losses = detection_step._build(
+        str(detection_step.CONFIG), ["PCKA"], detection_step.TINY, "cpu"
+    )
     seen = []
     model.student.backbone.register_forward_hook(lambda _, __, out: seen.append(out["p3"].dtype))
     batch = detection_step.random_batch(2, 128, 128)
@@ -61,3 +64,18 @@ def test_the_models_run_under_autocast_where_it_is_asked_for():
         for autocast in (None, "bfloat16"):
             detection_step._steps(model, losses, batch, autocast)["PCKA"]()
     assert seen == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.slow
+def test_the_step_of_a_sum_is_measured_beside_the_teacher_with_its_head(capsys):
+    threads = torch.get_num_threads()
+    file = str(PROJECT / "configs/detection/bccd/crosskd.yaml")
+    given = ["--config-file", file, "--short-side", "64", "--long-side", "64", "--rounds", "1"]
+    try:
+        (found,) = detection_step.main([*given, "--methods", "CROSSKD", "PCKA+CROSSKD"])
+    finally:
+        torch.set_num_threads(threads)
+    assert list(found["steps"]) == ["student step", "teacher forward", "CROSSKD", "PCKA+CROSSKD"]
+    with pytest.raises(SystemExit):
+        detection_step.main([*given, "--methods", "PCKA", "CROSSKD"])
+    assert "that read the teacher's head in a call of their own" in capsys.readouterr().err
