@@ -24,8 +24,9 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
     """FitNet's regressor: a convolution that also matches the size, then batch norm and ReLU.
 
     The convolution is 3x3 with stride 2 if the student's map has twice the side lengths of the
-    teacher's, a transposed 4x4 with stride 2 if it has half of them, and has a kernel of ``1 + s -
-    t`` otherwise (Romero et al. 2015, equation 3, sized as in Tian et al. 2020).
+    teacher's. For any other map that is no smaller, its kernel is ``1 + s - t``. For a map that is
+    ``f`` times smaller, it is transposed, with a kernel of ``2 f`` and stride ``f`` (Romero et al.
+    2015, equation 3, sized as in Tian et al. 2020, where ``f`` is 2).
 
     Args:
         student_shape: ``(B, C_s, H_s, W_s)``.
@@ -35,19 +36,21 @@ def regressor(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.
         A module, ``(B, C_s, H_s, W_s)`` -> ``(B, C_t, H_t, W_t)``.
 
     Raises:
-        ValueError: shapes that are not maps, or a student's map that is smaller but not by half.
+        ValueError: shapes that are not maps, or a student's map that is smaller, but not by the
+            same whole factor in height and width.
     """
     c_s, h_s, w_s = _map_shape(student_shape, "student")
     c_t, h_t, w_t = _map_shape(teacher_shape, "teacher")
     conv: nn.Module
     if (h_s, w_s) == (2 * h_t, 2 * w_t):
         conv = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
-    elif (2 * h_s, 2 * w_s) == (h_t, w_t):
-        conv = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
     elif h_s >= h_t and w_s >= w_t:
         conv = nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))
+    elif (factor := h_t // h_s) > 1 and (factor * h_s, factor * w_s) == (h_t, w_t):
+        edge, odd = (factor + 1) // 2, factor % 2
+        conv = nn.ConvTranspose2d(c_s, c_t, 2 * factor, factor, padding=edge, output_padding=odd)
     else:
-        wanted = "maps, the student's no smaller than the teacher's, or half as large"
+        wanted = "maps, the student's no smaller than the teacher's, or smaller by a whole factor"
         raise unlike(student_shape, teacher_shape, wanted, "Choose a stage whose sizes are closer")
     return nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU())
 

@@ -21,6 +21,8 @@ from pcka.losses.adapters import (
         ((2, 3, 8, 8), (2, 5, 8, 8), (1, 1)),
         ((2, 3, 8, 6), (2, 5, 4, 3), (3, 3)),  # twice the sides: stride 2
         ((2, 3, 4, 3), (2, 5, 8, 6), (4, 4)),  # half of them: transposed
+        ((2, 3, 3, 2), (2, 5, 9, 6), (6, 6)),
+        ((2, 3, 2, 3), (2, 5, 8, 12), (8, 8)),
         ((2, 3, 7, 9), (2, 5, 4, 9), (4, 1)),
     ],
 )
@@ -35,8 +37,9 @@ def test_regressor_gives_the_teachers_shape(student, teacher, kernel):
 
 
 @pytest.mark.parametrize("student", [(2, 3, 5, 8), (2, 3, 8, 5), (2, 3, 3, 3), (2, 3, 4, 8)])
-def test_a_smaller_student_is_refused_unless_it_is_half_as_large(student):
-    with pytest.raises(ValueError, match=r"or half as large; got student .* teacher \(2, 5, 8, 8"):
+def test_a_smaller_student_is_refused_unless_by_a_whole_factor(student):
+    told = r"or smaller by a whole factor; got student .* teacher \(2, 5, 8, 8"
+    with pytest.raises(ValueError, match=told):
         regressor(student, (2, 5, 8, 8))
 
 
