@@ -171,6 +171,7 @@ def load_weights(
             :func:`check_values`). The model is left unchanged.
     """
     obj = load_file(path)
+    model = _plain(model)
     own = model.state_dict()
     try:
         state, layout = _unwrap(obj, role, own)

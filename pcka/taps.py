@@ -336,8 +336,9 @@ def wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module that ``torch.compile`` or data parallelism wraps; None if neither does."""
     if isinstance(model, nn.DataParallel | DistributedDataParallel):
         return "module", model.module
-    compiled = model._modules.get("_orig_mod")  # its class has no public name
-    return None if compiled is None else ("_orig_mod", compiled)
+    if type(model).__module__.startswith("torch._dynamo"):  # its class has no public name
+        return "_orig_mod", model.get_submodule("_orig_mod")
+    return None
 
 
 def _within_wrappers(model: nn.Module, path: str) -> str:

@@ -55,7 +55,7 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
         """Run the model on its inputs, such as images ``(B, C, H, W)``, without a graph."""
-        if self.model.training:  # a caller that holds the model itself called its train()
+        if any(module.training for module in self.model.modules()):  # their holder called train()
             self.eval()
         if self.channels_last:
             inputs = tuple(map(_channels_last, inputs))
@@ -162,7 +162,8 @@ def fold_batch_norms(model: nn.Module, tapped: Collection[str] = ()) -> list[str
     ``BN(Wx + b) = (s W) x + (b - mean) s + beta`` with ``s = gamma / sqrt(var + eps)``: in
     evaluation mode the scale and the shift go into the convolution. Module paths stay as they
     are, so taps do too, and a tap on the batch norm reads what it read before. A tap on the
-    *convolution* would read the normalised map.
+    *convolution* would read the normalised map. Layers with hooks, or whose weights the model reads
+    elsewhere as well, stay as they are.
 
     Args:
         model: in evaluation mode. One that :func:`torch.fx.symbolic_trace` cannot trace stays as it
@@ -214,6 +215,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     modules = dict(model.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     calls = [str(node.target) for node in nodes]
+    read = [str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"]
     for node in nodes:
         before, norm = node.args[0] if node.args else None, modules[node.target]
         if (
@@ -224,8 +226,15 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
             and type(modules[before.target]) is nn.Conv2d  # a subclass may change its weight
             and len(before.users) == 1
             and calls.count(str(node.target)) == calls.count(str(before.target)) == 1
+            and not any(name in read for name in (node.target, before.target))
+            and not any(map(_has_hooks, (norm, modules[before.target])))
         ):
             yield str(before.target), str(node.target)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something sees or changes what the module takes or gives, as pruning does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _within(path: str, module: str) -> bool:

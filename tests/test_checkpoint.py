@@ -75,6 +75,14 @@ def test_a_part_of_the_model_that_is_called_like_a_prefix_keeps_its_name(part, p
     assert _same(model.state_dict(), saved.state_dict())
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_model_loads_what_was_saved_of_it(wrap, tmp_path):
+    save_student(wrap(STUDENT), tmp_path / "file.pth")
+    model = _model()
+    assert load_weights(wrap(model), tmp_path / "file.pth").complete
+    assert _same(model.state_dict(), STUDENT.state_dict())
+
+
 def test_role_picks_the_teacher(tmp_path):
     torch.save({"model": BOTH}, tmp_path / "file.pth")
     model = _model()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from classification.models import create_model
 from classification.models.taps import model_taps
@@ -196,3 +199,42 @@ def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"model must be in evaluation mode.*call \.eval\(\)"):
         fold_batch_norms(model)
     assert isinstance(model.norm, nn.BatchNorm2d)
+
+
+class ReadsElsewhere(nn.Module):
+    """Reads a weight of its convolution or batch norm a second time."""
+
+    def __init__(self, which: str):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.which = which
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.which == "norm":
+            return y * self.norm.weight.view(1, -1, 1, 1)
+        return y + nn.functional.conv2d(x, self.conv.weight)
+
+
+def pruned():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    prune.l1_unstructured(layers[0], "weight", amount=0.5)
+    return layers
+
+
+def hooked():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    layers[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layers
+
+
+@pytest.mark.parametrize(
+    "make", [pruned, hooked, partial(ReadsElsewhere, "conv"), partial(ReadsElsewhere, "norm")]
+)
+def test_layers_that_something_else_reads_or_changes_stay(make):
+    model = make().eval()
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_var.fill_(4)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x).detach()
+    assert fold_batch_norms(model) == []
+    assert torch.equal(model(x), expected)

@@ -57,6 +57,9 @@ def test_a_model_put_into_training_mode_behind_its_back_goes_to_eval_mode_again(
     torch.testing.assert_close(teacher(IMAGES), expected, rtol=0, atol=0)
     assert torch.equal(model[1].running_mean, before)
     assert not any(module.training for module in model.modules())
+    model[1].train()  # a part of it alone
+    torch.testing.assert_close(teacher(IMAGES), expected, rtol=0, atol=0)
+    assert torch.equal(model[1].running_mean, before)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def term_gradients(
         gradient = of_reference if name == reference else _gradient(term, trained)
         norms[name] = math.sqrt(_product(gradient, gradient))
         products[name] = _product(gradient, of_reference)
-    total = math.fsum(norms.values())
+    total = sum(norms.values())
     return {
         name: TermGradient(
             share=_ratio(norm, total),
@@ -69,11 +69,11 @@ def _gradient(term: Tensor, parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _product(a: list[Tensor], b: list[Tensor]) -> float:
-    return math.fsum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
+    return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b, strict=True))
 
 
 def _ratio(value: float, by: float) -> float:
-    return value / by if by > 0 else 0.0
+    return value / by if by != 0 else 0.0
 
 
 def far_apart(metrics: Sequence[Mapping[str, float]]) -> Iterator[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -142,9 +141,9 @@ def cka_matrix(
         if chosen is None:
             raise ValueError(f"batches: expected one of at least {MIN_SAMPLES} samples, got none")
         result = MinibatchCKA(*chosen)
-        with _gram_taps(model_a, model_b, *chosen) as grams:
-            for images in () if first is None else chain([first], inputs):
-                result.update(*grams(images))
+        grams = _gram_runner(model_a, model_b, *chosen)
+        for images in () if first is None else chain([first], inputs):
+            result.update(*grams(images))
     if shared:
         result.sum_over_processes()
     return result.compute()
@@ -155,7 +154,7 @@ def layerwise_cka(
     student: nn.Module,
     teacher: nn.Module,
     batches: Iterable[Tensor],
-    taps: Mapping[str, tuple[str, str]],
+    taps: Mapping[str, str | tuple[str, str]],
 ) -> dict[str, float]:
     """Minibatch CKA of tapped layers of two models over a data set; see :class:`MinibatchCKA`.
 
@@ -166,7 +165,8 @@ def layerwise_cka(
         student: images -> anything.
         teacher: images -> anything.
         batches: images ``(B, C, H, W)``, on the models' device.
-        taps: layer name -> (module path in the student, module path in the teacher).
+        taps: layer name -> (module path in the student, module path in the teacher), or one path
+            for both.
 
     Returns:
         layer name -> CKA.
@@ -174,36 +174,34 @@ def layerwise_cka(
     Raises:
         ValueError: a model lacks a path, or there is no batch of at least 4 samples.
     """
-    layers = [[pair[side] for pair in taps.values()] for side in (0, 1)]
+    pairs = [(pair, pair) if isinstance(pair, str) else pair for pair in taps.values()]
+    layers = [[pair[side] for pair in pairs] for side in (0, 1)]
     result = MinibatchCKA(*layers)
-    with evaluation_mode(student, teacher), _gram_taps(student, teacher, *layers) as grams:
+    grams = _gram_runner(student, teacher, *layers)
+    with evaluation_mode(student, teacher):
         for images in batches:
             result.update(*grams(images))
     return dict(zip(taps, result.compute().values.diagonal().tolist()))
 
 
-@contextmanager
-def _gram_taps(
+def _gram_runner(
     model_a: nn.Module, model_b: nn.Module, layers_a: Iterable[str], layers_b: Iterable[str]
-) -> Iterator[Callable[[Tensor], tuple[Grams, Grams]]]:
-    """Yield a function that runs both models on images and returns the Grams of both by layer."""
+) -> Callable[[Tensor], tuple[Grams, Grams]]:
+    """Return a function that runs both models on images and returns the Grams of both by layer."""
     paths: dict[nn.Module, dict[str, str]] = {}
     for model, layers in ((model_a, layers_a), (model_b, layers_b)):
         paths.setdefault(model, {}).update(dict(zip(layers, layers)))
-    with ExitStack() as stack:
-        taps = {
-            model: stack.enter_context(FeatureTap(model, of_model, keep=u_centered_gram))
-            for model, of_model in paths.items()
-        }
 
-        def run(images: Tensor) -> tuple[Grams, Grams]:
-            kept = {}
-            for model, tap in taps.items():  # a model on both sides runs once
+    def run(images: Tensor) -> tuple[Grams, Grams]:
+        kept = {}
+        for model, of_model in paths.items():  # a model on both sides runs once
+            # Only now, because one model may be a part of the other.
+            with FeatureTap(model, of_model, keep=u_centered_gram) as tap:
                 model(images)
                 kept[model] = tap.pop()
-            return kept[model_a], kept[model_b]
+        return kept[model_a], kept[model_b]
 
-        yield run
+    return run
 
 
 def _input_of(batch: Any) -> Tensor:

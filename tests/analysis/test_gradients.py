@@ -50,6 +50,13 @@ def test_a_term_without_a_gradient_has_no_share_and_no_direction(parameters):
     assert nothing == {"loss_ce": (0, 0)}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_gives_no_numbers(parameters, value):
+    terms = {"loss_ce": plane(parameters, 3, 0), "loss_kd": plane(parameters, value, -value)}
+    found = term_gradients(terms, parameters, "loss_ce")
+    assert math.isnan(found["loss_kd"].share) and math.isnan(found["loss_kd"].cosine)
+
+
 def test_gradients_too_small_for_float32_squares_are_measured(parameters):
     terms = {"loss_ce": plane(parameters, 1e-30, 0), "loss_kd": plane(parameters, 1e-30, 1e-30)}
     assert term_gradients(terms, parameters, "loss_ce")["loss_kd"].cosine == pytest.approx(

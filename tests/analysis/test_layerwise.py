@@ -145,6 +145,17 @@ def test_matrix_of_a_model_with_itself_is_symmetric_and_runs_it_once():
     torch.testing.assert_close(other.values, table.values[1:2, [2, 0]])
 
 
+def test_one_model_may_be_a_part_of_the_other():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+    batches = [torch.randn(16, 6)]
+    found = layerwise_cka(
+        nn.Sequential(inner, nn.Linear(5, 3)), inner, batches, {"l": ("0.0", "0")}
+    )
+    assert found["l"] == pytest.approx(1)
+    assert layerwise_cka(inner, inner, batches, {"last": "1"})["last"] == pytest.approx(1)
+
+
 def test_matrix_begins_with_the_first_batch_that_is_large_enough():
     whole = draw(0, 8, 3, 5, 5)
     table = cka_matrix(net(4), net(6), [whole[:2], whole, whole[:3]])
