@@ -1,10 +1,12 @@
-"""Run models in evaluation mode temporarily."""
+"""Run models in evaluation mode temporarily, or without a trace."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
+import torch
 from torch import nn
 
 
@@ -23,3 +25,17 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Let a block run a model, then restore its buffers and the random generators."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {buffer.device for buffer in chain(model.parameters(), model.buffers())}
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

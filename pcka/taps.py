@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from pcka.losses.base import Outputs
+from pcka.modes import unchanged
 
 INPUT_SUFFIX = ":input"
 MAP_SUFFIX = ":map"
@@ -143,10 +144,7 @@ class FeatureTap:
         features, self._features = self._features, {}
         for name, reading in self._readings.items():
             if name not in features:
-                raise TapError(
-                    f"tap {name!r}: {reading.module} did not run since the last pop(); run the "
-                    "model first, and tap a module that its forward pass calls"
-                )
+                raise _not_run(name, reading.module, "since the last pop(); run the model first")
             feature, version = features[name]
             if _version(feature) != version:
                 side, way_out = "output", "tap the module that changes it (often the activation)"
@@ -172,12 +170,19 @@ class FeatureTap:
         self.remove()
 
 
+def _not_run(name: str, module: str, when: str) -> TapError:
+    return TapError(
+        f"tap {name!r}: {module} did not run {when}, and tap a module that its forward pass calls"
+    )
+
+
 class Observer:
     """Runs a model and returns its output and what its taps read, as :class:`Outputs`.
 
     In eager mode, the taps are on the model only during the call. In compiled mode, they are plain
     hooks that stay on it, because :func:`torch.compile` traces through those; they keep nothing
-    when the model is called directly.
+    when the model is called directly. They cannot see what :class:`FeatureTap` refuses, such as a
+    feature that is changed in place, so that the first inputs are also run in eager mode.
 
     Args:
         model: inputs, such as images ``(B, C, H, W)`` -> an output that :func:`find_logits`
@@ -209,7 +214,7 @@ class Observer:
         self._compiled: Callable[..., tuple[Any, dict[str, Tensor]]] | None = None
         if compile:
             self._features: dict[str, Tensor] = {}
-            self._watching = False
+            self._watching = self._tried = False
             for name, path in self._paths.items():
                 reading = _Reading.of(path, self._root)
                 _hook(self._root, reading, partial(self._keep, name, reading))
@@ -218,16 +223,25 @@ class Observer:
     def __call__(self, *inputs: Any) -> Outputs:
         """Return the logits, tapped features and raw output of one forward pass."""
         if self._compiled is None:
-            with FeatureTap(self._root, self._paths) as tap:
-                raw = self._model(*inputs)
-                features = tap.pop()
+            raw, features = self._run(*inputs)
         else:
+            if not self._tried:
+                with torch.no_grad(), unchanged(self._root):
+                    self._run(*inputs)
+                self._tried = True
             self._watching = True
             try:
                 raw, features = self._compiled(*inputs)
             finally:
                 self._watching = False
+            if absent := self._paths.keys() - features.keys():  # not run in this mode
+                name = min(absent)
+                raise _not_run(name, f"module {self._paths[name]!r}", "in this mode; use another")
         return Outputs(find_logits(raw, self._logits_of), features, raw=raw)
+
+    def _run(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        with FeatureTap(self._root, self._paths) as tap:
+            return self._model(*inputs), tap.pop()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: compiled code belongs to this observer alone."""
@@ -248,7 +262,11 @@ class Observer:
         raw = self._model(*inputs)
         # Reads every path, because torch.compile reuses what it compiled for another observer if
         # everything that it checks is the same, and it does not check hooks.
-        features = {name: self._features[name] for name, path in self._paths.items() if path}
+        features = {
+            name: self._features[name]
+            for name, path in self._paths.items()
+            if path and name in self._features
+        }
         self._features.clear()
         return raw, features
 

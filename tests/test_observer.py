@@ -10,7 +10,7 @@ from torch import nn
 
 from pcka import Distiller
 from pcka.losses import Context, build
-from pcka.taps import Observer
+from pcka.taps import Observer, TapError
 
 PATHS = {"map": "0", "before": "2:input", "pooled": "4"}
 
@@ -165,3 +165,57 @@ def test_a_copy_of_a_compiled_distiller_has_observers_of_its_own(duplicate):
     changed = twin(images, target)
     assert all((changed[name] - expected[name]).abs() > 1e-6 for name in expected)
     torch.testing.assert_close(distiller(images, target), expected)
+
+
+class Shared(nn.Module):
+    """Runs one of its layers twice, one in training mode only, and one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.trained, self.never = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = self.twice(self.twice(x))
+        return self.trained(x) if self.training else x
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("path", "message"), [("twice", "'twice' ran twice"), ("never", "'never' did not run")]
+)
+def test_a_module_that_does_not_run_once_is_refused(compile, path, message):
+    with pytest.raises(TapError, match=message):
+        Observer(Shared(), {"f": path}, compile=compile)(torch.ones(2, 4))
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_module_that_runs_in_another_mode_only_is_refused_when_it_does_not():
+    model = Shared()
+    observer = Observer(model, {"f": "trained"}, compile=True)
+    assert observer(torch.ones(2, 4)).features["f"].shape == (2, 4)
+    model.eval()
+    with pytest.raises(TapError, match=r"module 'trained' did not run in this mode"):
+        observer(torch.ones(2, 4))
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_feature_that_is_changed_in_place_is_refused(compile):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    with pytest.raises(TapError, match="output of module '0' was changed in place"):
+        Observer(model, {"f": "0"}, compile=compile)(torch.randn(8, 4))
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_compiling_changes_neither_statistics_nor_random_numbers():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
+    twin = copy.deepcopy(model)
+    x = torch.randn(8, 4)
+    outputs = []
+    for one, compile in ((model, True), (twin, False)):
+        torch.manual_seed(0)
+        outputs.append(Observer(one, {"f": "0"}, compile=compile)(x).raw)
+    assert torch.equal(*outputs)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name])
