@@ -119,6 +119,6 @@ def _mean_of_units(gram: Tensor, with_itself: Tensor) -> Tensor:
         gram: of the groups.
         with_itself: ``(G,)``, CKA of each group with itself: 1, or 0 for a degenerate group.
     """
-    norm = torch.linalg.matrix_norm(gram)
+    norm = torch.linalg.matrix_norm(gram.double())  # whose squares float32 may not hold
     scale = torch.where((with_itself > 0.5) & (norm > 0), 1 / norm, 0)
-    return (gram * scale[:, None, None]).mean(0)
+    return (gram * scale[:, None, None]).mean(0).to(gram.dtype)
