@@ -37,7 +37,7 @@ from classification.trainer import Trainer
 from pcka.distributed import rank
 from pcka.engine.arguments import take_pairs
 from pcka.engine.command import TrainingFailedError, run_command
-from pcka.engine.comparison import HOW_TO_READ, Comparison, pairs_of_run
+from pcka.engine.comparison import HOW_TO_READ, Comparison, check_output, pairs_of_run
 from pcka.engine.config import ConfigError, read_tree
 from pcka.engine.cost import (
     ROUNDS,
@@ -130,11 +130,12 @@ def compare(
         costs: measure the cost of a step of each method once the runs are done.
 
     Raises:
-        ConfigError: a method or seed named twice, pairs that set SEED or OUTPUT_DIR, or as
-            :func:`run_side_by_side`.
+        ConfigError: a method or seed named twice, an ``output`` that holds a run, pairs that set
+            SEED or OUTPUT_DIR, or as :func:`run_side_by_side`.
     """
     if len(set(methods)) != len(methods) or len(set(seeds)) != len(seeds):
         raise ConfigError(f"methods and seeds: expected each one once, got {methods} and {seeds}")
+    check_output(output)
 
     def configure(method: str, seed: int) -> CfgNode:
         variant = variants.get(method, Variant(method))

@@ -23,7 +23,7 @@ from detection.data.register import name_own_sets
 from detection.settings import CHECKPOINT_TAG, CONFIG, RESULT
 from pcka.engine.arguments import take_pairs
 from pcka.engine.command import TrainingFailedError, run_command
-from pcka.engine.comparison import HOW_TO_READ, Comparison, pairs_of_run
+from pcka.engine.comparison import HOW_TO_READ, Comparison, check_output, pairs_of_run
 from pcka.engine.config import ConfigError
 from pcka.engine.distill import changed_settings
 
@@ -60,14 +60,15 @@ def compare(
         launcher: command that starts a training, e.g. ``("torchrun", "--nproc-per-node", "8")``.
 
     Raises:
-        ConfigError: two files have the same name, a run was started with other settings, or the
-            pairs set SEED or OUTPUT_DIR.
+        ConfigError: two files have the same name, ``output`` holds a run, a run was started with
+            other settings, or the pairs set SEED or OUTPUT_DIR.
         TrainingFailedError: every run failed.
     """
     files = {path.stem: path for path in config_files}
     if len(files) != len(config_files):
         given = ", ".join(map(str, config_files))
         raise ConfigError(f"--config-files: expected files with different names, got {given}")
+    check_output(output)
     comparison = empty_comparison(list(files))
     for seed in seeds:
         for name, path in files.items():

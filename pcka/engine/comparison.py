@@ -30,6 +30,16 @@ HOW_TO_READ = (
 KEYS_OF_RUNS = {"SEED": "--seeds", "OUTPUT_DIR": "--output"}
 
 
+def check_output(folder: Path) -> None:
+    """Refuse the folder of a single run, whose report the comparison's would replace.
+
+    Raises:
+        ConfigError: it holds the configuration of a run.
+    """
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"--output: {folder} holds a run; give a comparison another folder")
+
+
 def pairs_of_run(overrides: Sequence[str], seed: int, folder: Path) -> list[str]:
     """Return the ``KEY VALUE`` pairs of one run: those given for it, its seed and its folder.
 

@@ -206,6 +206,14 @@ def test_the_command_line_may_not_set_the_seed_or_the_folder(
         script.main([*words, key, "5"])
 
 
+def test_the_folder_of_a_run_is_refused(comparing, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"--output: .*run holds a run; give a comparison anoth"):
+        comparing("run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
 def test_an_unknown_method_is_refused_before_anything_is_trained(comparing, tmp_path):
     with pytest.raises(ConfigError, match="unknown method 'kf'"):
         comparing("out", ("ce", "kf"), together=1)

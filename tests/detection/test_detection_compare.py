@@ -158,6 +158,12 @@ def test_runs_with_other_settings_are_not_taken_for_these(files, trainings, tmp_
         compare.compare(files, [0], tmp_path / "out", keys)
 
 
+def test_the_folder_of_a_run_is_refused(files, trainings, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"--output: .* holds a run; give a comparison another"):
+        compare.compare(files, [0], tmp_path)
+
+
 def test_names_must_differ(files, tmp_path):
     with pytest.raises(ConfigError, match=r"different names, got .*student.yaml"):
         compare.compare([files[0], files[0]], [0], tmp_path)
