@@ -42,6 +42,7 @@ from classification.models import (
     without_weights,
 )
 from classification.models.stage_search import check_size
+from classification.models.torchvision_zoo import PREFIX, published
 from classification.teacher import check_teacher
 from pcka.engine.config import pairs_of
 from pcka.engine.environment import choose_device
@@ -160,6 +161,8 @@ def _has_to_learn(teacher: CfgNode, classes: int) -> bool:
         return False
     if not has_own_weights(teacher):
         return True
+    if teacher.NAME.startswith(PREFIX):
+        return len(published(teacher.NAME.removeprefix(PREFIX)).meta["categories"]) != classes
     if not teacher.NAME.startswith("timm/"):  # a transformers folder knows its classes
         return False
     model: Any = named_model(teacher.NAME, 2, role="teacher", **without_weights(teacher))

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from classification.config import IMAGENET_MEAN, IMAGENET_STD
 from classification.data import PixelNormalize
-from classification.models import named_model, without_weights
+from classification.models import has_own_weights, named_model, without_weights
+from classification.models.torchvision_zoo import PREFIX, published
 from pcka.engine.config import ConfigError, read_leaves
 from pcka.modes import evaluation_mode
 
@@ -48,7 +49,7 @@ def stated_statistics(section: Mapping[str, Any]) -> Statistics | None:
     """Return the statistics stated with a model's weights, or None if there are none.
 
     They are stated by the configuration of the run that trained the weights, by timm's of the
-    model, or by transformers' of the folder.
+    model, by torchvision's of its weights, or by transformers' of the folder.
 
     Args:
         section: STUDENT or TEACHER.
@@ -61,6 +62,9 @@ def stated_statistics(section: Mapping[str, Any]) -> Statistics | None:
         model: Any = named_model(name, 2, role="teacher", **without_weights(section))
         stated = model.pretrained_cfg
         return Statistics(list(stated["mean"]), list(stated["std"]), "the model's in timm")
+    if name.startswith(PREFIX) and has_own_weights(section):
+        stated = published(name.removeprefix(PREFIX)).transforms()
+        return Statistics(list(stated.mean), list(stated.std), "those of its weights")
     preprocessor = Path(name.removeprefix("hf/")).expanduser() / "preprocessor_config.json"
     if name.startswith("hf/") and preprocessor.is_file():
         stated = json.loads(preprocessor.read_text())

@@ -144,7 +144,10 @@ class FeatureTap:
         features, self._features = self._features, {}
         for name, reading in self._readings.items():
             if name not in features:
-                raise _not_run(name, reading.module, "since the last pop(); run the model first")
+                raise TapError(
+                    f"tap {name!r}: {reading.module} did not run since the last pop(); run the "
+                    "model first, and tap a module that its forward pass calls"
+                )
             feature, version = features[name]
             if _version(feature) != version:
                 side, way_out = "output", "tap the module that changes it (often the activation)"
@@ -168,12 +171,6 @@ class FeatureTap:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
-
-
-def _not_run(name: str, module: str, when: str) -> TapError:
-    return TapError(
-        f"tap {name!r}: {module} did not run {when}, and tap a module that its forward pass calls"
-    )
 
 
 class Observer:
@@ -234,9 +231,12 @@ class Observer:
                 raw, features = self._compiled(*inputs)
             finally:
                 self._watching = False
-            if absent := self._paths.keys() - features.keys():  # not run in this mode
-                name = min(absent)
-                raise _not_run(name, f"module {self._paths[name]!r}", "in this mode; use another")
+            if absent := self._paths.keys() - features.keys():
+                path = self._paths[min(absent)]
+                raise TapError(
+                    f"tap {min(absent)!r}: module {path!r} did not run; its model calls it in "
+                    f"{'evaluation' if self._root.training else 'training'} mode only"
+                )
         return Outputs(find_logits(raw, self._logits_of), features, raw=raw)
 
     def _run(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -195,7 +195,9 @@ def test_a_module_that_runs_in_another_mode_only_is_refused_when_it_does_not():
     observer = Observer(model, {"f": "trained"}, compile=True)
     assert observer(torch.ones(2, 4)).features["f"].shape == (2, 4)
     model.eval()
-    with pytest.raises(TapError, match=r"module 'trained' did not run in this mode"):
+    with pytest.raises(
+        TapError, match=r"'trained' did not run; its model calls it in training mode"
+    ):
         observer(torch.ones(2, 4))
 
 

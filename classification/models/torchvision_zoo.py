@@ -12,6 +12,7 @@ from typing import Any
 
 import torchvision.models
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from classification.models.registry import register
@@ -113,7 +114,8 @@ def _classifier_paths(model: nn.Module) -> tuple[str, str]:
     return classifier, classifier + INPUT_SUFFIX
 
 
-def _create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+def _create(name: str, num_classes: int, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return a torchvision model; `pretrained=True` loads torchvision's default weights for it."""
     has_heads = name in WITH_AUXILIARY_HEADS
     # Their published weights expect another normalisation, which the models then apply.
     keywords = {"transform_input": True, "init_weights": True} if has_heads else {}
@@ -125,7 +127,26 @@ def _create(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
         for head in ("aux1", "aux2", "AuxLogits"):
             if hasattr(model, head):
                 getattr(model, head).requires_grad_(False)
+    if pretrained:
+        _load_published(model, name)
     return _name_taps(model)
+
+
+def published(name: str) -> WeightsEnum:
+    """Return torchvision's default weights of the model `<name>`, with what it says about them."""
+    weights: WeightsEnum = torchvision.models.get_model_weights(name)["DEFAULT"]
+    return weights
+
+
+def _load_published(model: nn.Module, name: str) -> None:
+    """Load all of torchvision's weights but the layers of other classes, which stay random."""
+    own, weights = model.state_dict(), published(name)
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"kwargs: torchvision cannot load {weights}: {error}") from error
+    fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
+    model.load_state_dict({**own, **fitting})
 
 
 for _name in torchvision.models.list_models(module=torchvision.models):

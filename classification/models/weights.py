@@ -110,6 +110,7 @@ def load_classifier(
             raise ConfigError(
                 f"{key}: {str(weights)!r} is a classifier of {entry.in_file[0]} classes, but the "
                 f"data has {num_classes}; use weights of a {name} trained on these classes"
+                + _from_library(name, role)
             )
     if not report.complete:
         # transformers saves weights under other names than its models' parameters.
@@ -165,6 +166,12 @@ def classes_in(section: Mapping[str, Any], weights: str | Path, *, role: str) ->
         if entry.in_model[:1] == (2,) and entry.in_file and entry.in_file[1:] == entry.in_model[1:]
     ]
     return of_classes[-1] if of_classes else 2
+
+
+def _from_library(name: str, role: str) -> str:
+    if not name.startswith(("torchvision/", "timm/")):
+        return ""
+    return f", or, without WEIGHTS, {role.upper()}.KWARGS '{{pretrained: true}}' (a new classifier)"
 
 
 def _unread(name: str, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -253,10 +253,11 @@ def test_timm_and_transformers_state_the_statistics_of_their_weights(tmp_path):
     assert stated is not None and stated.mean == [0.5, 0.4, 0.3]
 
 
-def test_a_pretrained_model_of_other_classes_has_to_learn_these(make_images, monkeypatch):
+@pytest.mark.parametrize("teacher", ["timm/resnet10t", "torchvision/resnet18"])
+def test_a_pretrained_model_of_other_classes_has_to_learn_these(make_images, teacher):
     pytest.importorskip("timm")
     words = ["TEACHER.KWARGS", "{pretrained: true}"]
-    settings, _ = propose(make_images(), "resnet8", teacher="timm/resnet10t", overrides=words)
+    settings, _ = propose(make_images(), "resnet8", teacher=teacher, overrides=words)
     assert settings["TEACHER.TRAIN"] is True
     assert settings["TEACHER.PIXEL_MEAN"] == pytest.approx([0.485, 0.456, 0.406])
 

@@ -29,6 +29,13 @@ def test_a_classifier_of_another_shape_is_refused_with_both_counts(weights, role
         load_classifier("resnet8", weights, 10, role=role)
 
 
+def test_weights_of_a_library_are_the_way_out_for_other_classes(tmp_path):
+    torch.save(create_model("torchvision/resnet18", 7).state_dict(), tmp_path / "seven.pth")
+    told = r"or, without WEIGHTS, TEACHER\.KWARGS '\{pretrained: true\}' \(a new classifier\)$"
+    with pytest.raises(ConfigError, match=told):
+        load_classifier("torchvision/resnet18", tmp_path / "seven.pth", 10, role="teacher")
+
+
 def test_a_model_without_a_linear_layer_is_filled(tmp_path):
     name, path = "torchvision/squeezenet1_1", tmp_path / "squeezenet.pth"
     model = create_model(name, 3)

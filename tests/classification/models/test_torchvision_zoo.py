@@ -114,3 +114,32 @@ def test_auxiliary_heads_are_kept_silent():
     logits.sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     assert not any(p.requires_grad for p in model.aux1.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_pretrained_loads_all_but_the_layers_of_other_classes(monkeypatch, name):
+    torch.manual_seed(0)
+    state = torchvision.models.get_model(name, weights=None).state_dict()
+    asked = []
+    monkeypatch.setattr(
+        torchvision.models.WeightsEnum,
+        "get_state_dict",
+        lambda weights, **_: asked.append(weights) or state,
+    )
+    model = create_model(f"torchvision/{name}", 5, pretrained=True)
+    assert asked == [torchvision.models.get_model_weights(name).DEFAULT]
+    own = model.state_dict()
+    other = {key for key, value in own.items() if not torch.equal(value, state[key])}
+    assert {"fc.weight", "fc.bias"} <= other and own["fc.weight"].shape[0] == 5
+    assert all(key.startswith("fc.") or ".fc2." in key for key in other)
+    same = create_model(f"torchvision/{name}", 1000, pretrained=True).state_dict()
+    assert all(torch.equal(same[key], value) for key, value in state.items())
+
+
+def test_weights_that_cannot_be_loaded_are_named(monkeypatch):
+    def fail(weights, **_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
+    with pytest.raises(ValueError, match=r"^kwargs: torchvision cannot load ResNet18.*no route"):
+        create_model("torchvision/resnet18", 5, pretrained=True)
