@@ -15,7 +15,13 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from classification.config import IMAGENET_MEAN, IMAGENET_STD, default_config, load_config
+from classification.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    are_statistics,
+    default_config,
+    load_config,
+)
 from classification.data import ImageSet, ResidentSet, load_evaluation_set, pixel_statistics
 from classification.data.image_files import FilesOnDisk, read_files
 from classification.evaluation import mixed_batches
@@ -27,6 +33,7 @@ from classification.models import (
     settings_of,
 )
 from pcka.analysis import CKATable, cka_matrix
+from pcka.analysis.grams import MIN_SAMPLES
 from pcka.engine.arguments import command_parser, positive
 from pcka.engine.command import run_command
 from pcka.engine.config import ConfigError
@@ -42,11 +49,12 @@ RUN_CONFIG, RUN_WEIGHTS = "config.yaml", "model_last.pth"
 def main(arguments: Sequence[str] | None = None) -> CKATable:
     """Compare as the arguments say; write the heatmap and the values, and return the table."""
     given = _parser().parse_args(arguments)
+    _check(given)
+    files = _files(given.output)
     with console_log():
         table, count = _measure(given)
     of_a = _title(given.a, given.weights_a)
-    of_b = _title(given.b, given.weights_b) if given.b else of_a
-    files = [Path(f"{given.output}{suffix}") for suffix in (".png", ".csv")]
+    of_b = _title(given.b or given.a, given.weights_b) if _has_b(given) else of_a
     table.plot(files[0], of_a, of_b, title=f"{count} images")
     table.write_csv(files[1])
     rows, columns = table.values.shape
@@ -64,9 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.prog = "pcka cka"
     model = "zoo name, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
     parser.add_argument("--a", required=True, metavar="MODEL", help=f"rows: {model}")
-    parser.add_argument("--b", default="", metavar="MODEL", help="columns; default: a itself")
+    parser.add_argument("--b", default="", metavar="MODEL", help="columns; default: that of a")
     for side in "ab":
-        parser.add_argument(f"--weights-{side}", default="", metavar="W", help="its checkpoint")
+        parser.add_argument(
+            f"--weights-{side}", default="", metavar="W", help=f"checkpoint of {side}"
+        )
     parser.add_argument(
         "--data",
         default="",
@@ -101,12 +111,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(given: argparse.Namespace) -> None:
+    """Refuse options that would measure nothing, or have no effect."""
+    for option in ("images", "batch_size"):
+        if (value := getattr(given, option)) < MIN_SAMPLES:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name}: CKA needs at least {MIN_SAMPLES}, got {value}")
+    if not are_statistics(given.pixel_mean, given.pixel_std):
+        raise ConfigError(
+            "--pixel-mean and --pixel-std: expected finite numbers, deviations above 0, got "
+            f"{given.pixel_mean} and {given.pixel_std}"
+        )
+
+
+def _files(output: str) -> list[Path]:
+    """Return the picture and the table to write, whose folder is made."""
+    stem = output.removesuffix(".png").removesuffix(".csv")
+    if not Path(stem).name or stem.endswith(("/", os.sep)):
+        raise ConfigError(f"--output: expected the name of a file without suffix, got {output!r}")
+    try:
+        Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {error}") from error
+    return [Path(f"{stem}{suffix}") for suffix in (".png", ".csv")]
+
+
+def _has_b(given: argparse.Namespace) -> bool:
+    """Whether the columns are of another model than the rows, or of other weights."""
+    return bool(given.b or given.weights_b)
+
+
 def _measure(given: argparse.Namespace) -> tuple[CKATable, int]:
     """Return the table and the number of images used."""
     device = choose_device(given.device)
     data = _images(given).to(device)
     a = _model(given, given.a, given.weights_a, "a").to(device)
-    b = _model(given, given.b, given.weights_b, "b").to(device) if given.b else a
+    b = a
+    if _has_b(given):
+        b = _model(given, given.b or given.a, given.weights_b, "b").to(device)
+    if len(data) < MIN_SAMPLES:
+        raise ConfigError(f"--data: CKA needs at least {MIN_SAMPLES} images, got {len(data)}")
     layers = given.layers_a or given.layers, given.layers_b or given.layers
     batches = mixed_batches(data, given.images, given.batch_size)
     try:

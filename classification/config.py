@@ -387,7 +387,7 @@ def _check(cfg: CfgNode) -> None:
     sections = {"STUDENT": cfg.STUDENT, "TEACHER": cfg.TEACHER, **others}
     for role, section in sections.items():
         mean, std = section.PIXEL_MEAN, section.PIXEL_STD
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if not are_statistics(mean, std):
             raise ConfigError(
                 f"{role}.PIXEL_MEAN and {role}.PIXEL_STD: expected three numbers each (R, G, B), "
                 f"deviations above 0, got {mean} and {std}"
@@ -403,6 +403,12 @@ def _check(cfg: CfgNode) -> None:
         check_prefixes(cfg.DISTILL.INHERIT)
     if cfg.DISTILL.RELATIVE and "CE" not in cfg.DISTILL.METHODS:
         raise ConfigError("DISTILL.RELATIVE: needs CE among DISTILL.METHODS; add it, or set False")
+
+
+def are_statistics(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether pixels can be normalised with these means and deviations of R, G and B."""
+    finite = all(map(math.isfinite, (*mean, *std)))
+    return finite and len(mean) == len(std) == 3 and min(std) > 0
 
 
 def _is_rand_augment(value: Sequence[Any]) -> bool:

@@ -17,8 +17,8 @@ def check_losses(losses: object) -> None:
     for loss in losses:
         if not isinstance(loss, Loss):
             raise ValueError(
-                f"losses must be pcka.losses.Loss objects, got {loss!r}; use "
-                "pcka.losses.build(name), or a subclass with terms()"
+                f"losses must be pcka.losses.Loss objects, got {loss!r}; use one of pcka.losses, "
+                "such as CE() or KD(), or a subclass with terms()"
             )
 
 

@@ -22,6 +22,7 @@ from pcka.analysis import cka_matrix
 from pcka.engine.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
+DIGITS = ("--a", "resnet8", "--data", "digits")
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def compare(tmp_path):
     """``compare(*words)``: the table of ``pcka cka`` with its files below ``tmp_path``."""
 
     def run(*words: object):
-        return cli.main(["cka", *map(str, words), "--output", str(tmp_path / "out" / "map")])
+        return cli.main(["cka", "--output", str(tmp_path / "out" / "map"), *map(str, words)])
 
     return run
 
@@ -101,9 +102,14 @@ def test_a_folder_of_images_at_any_depth_and_a_model_with_itself(compare, tmp_pa
         (["--a", "resnet8"], "--data: expected a folder of images, or digits"),
         (["--a", "resnet8", "--data", "nowhere"], "--data: no images in 'nowhere'"),
         (["--a", "resnet9", "--data", "digits"], r"--a: .*did you mean resnet8"),
-        (["--a", "resnet8", "--data", "digits", "--images", "3"], "at least 4 samples"),
-        (["--a", "resnet8", "--data", "digits", "--layers", "x*"], "no layer of .* matches 'x\\*'"),
-        (["--a", "resnet8", "--data", "digits", "--layers", "x"], "has no module 'x'"),
+        ([*DIGITS, "--images", "3"], "^--images: CKA needs at least 4, got 3"),
+        ([*DIGITS, "--batch-size", "2"], "^--batch-size: CKA needs at least 4, got 2"),
+        ([*DIGITS, "--pixel-std", "0", "1", "1"], "^--pixel-mean and --pixel-std: .* above 0"),
+        ([*DIGITS, "--pixel-std", "nan", "1", "1"], "^--pixel-mean and --pixel-std: .* finite"),
+        ([*DIGITS, "--output", "maps/"], "^--output: expected the name of a file .* got 'maps/'"),
+        ([*DIGITS, "--output", "/proc/x/map"], r"^--output: .*No such file"),
+        ([*DIGITS, "--layers", "x*"], "no layer of .* matches 'x\\*'"),
+        ([*DIGITS, "--layers", "x"], "has no module 'x'"),
     ],
 )
 def test_refusals_in_one_line(compare, words, message):
@@ -119,6 +125,15 @@ def test_numbers_below_one_are_refused_by_the_option(compare, capsys, option, va
     with pytest.raises(SystemExit):
         compare("--a", "resnet8", "--data", "digits", option, value)
     assert f"argument {option}: expected at least 1, got {value}" in capsys.readouterr().err
+
+
+def test_one_model_with_two_weights(compare, tmp_path, random_teacher):
+    torch.manual_seed(1)
+    torch.save(create_model("resnet8", 10).state_dict(), tmp_path / "b.pth")
+    words = [*DIGITS, "--weights-a", random_teacher, "--images", 40, "--layers", "layer?"]
+    table = compare(*words, "--weights-b", tmp_path / "b.pth", "--output", tmp_path / "two.png")
+    assert table.values.diagonal().max() < 0.999
+    assert {path.name for path in tmp_path.glob("two*")} == {"two.png", "two.csv"}
 
 
 def test_weights_of_another_model_are_refused_by_the_option(compare, random_teacher):
