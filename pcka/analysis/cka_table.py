@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pcka.analysis.names_in_figures import names_as_they_are
 from pcka.extras import optional_package
 from pcka.files import atomic_write
 
@@ -90,6 +91,7 @@ class CKATable:
                 axes.text(column, row, f"{value:.2f}", **style)
 
 
+@names_as_they_are
 def tables_figure(tables: Mapping[str, CKATable], name_a: str, name_b: str) -> Any:
     """Draw tables of one shape side by side, with one colour scale; see :meth:`CKATable.figure`.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pcka.analysis.gram_pairs import GramPair
+from pcka.analysis.names_in_figures import names_as_they_are
 from pcka.extras import optional_package
 
 COLOURS = "RdBu_r"  # white is 0, red positive, blue negative
@@ -18,6 +19,7 @@ _MOST_NAMES = 12  # classes per axis up to which they are named
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+@names_as_they_are
 def grams_figure(
     pairs: Mapping[str, GramPair],
     images: Mapping[str, np.ndarray] = NOTHING,

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from pcka.analysis.names_in_figures import names_as_they_are
 from pcka.analysis.predictions import Bin
 
 MOST_NAMES = 25  # classes named on an axis; more would be illegible
@@ -18,6 +19,7 @@ SIZE = (5.0, 4.4)  # inches
 Style = tuple[str, str]  # colour, dash
 
 
+@names_as_they_are
 def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
     """Heatmap of the share of each label's images (row) that got each prediction (column).
 
@@ -45,6 +47,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
+@names_as_they_are
 def reliability_figure(bins: Mapping[str, Sequence[Bin]], styles: Mapping[str, Style]) -> Figure:
     """Accuracy against confidence of each model (top), share of images by confidence (bottom).
 
@@ -73,6 +76,7 @@ def reliability_figure(bins: Mapping[str, Sequence[Bin]], styles: Mapping[str, S
     return figure
 
 
+@names_as_they_are
 def class_figure(
     accuracies: Mapping[str, Sequence[float | None]],
     classes: Sequence[str],

@@ -56,6 +56,11 @@ def test_the_heatmap_names_models_and_layers_from_the_bottom_left(drawn):
     assert figures[(2, 1)] == "1.00" and figures[(0, 0)] == "-0.01"
 
 
+def test_names_are_drawn_as_they_are(drawn):
+    axes, _ = drawn(CKATable(torch.eye(2), ("$a^$", "b"), ("a", "b")), name_a="$^$", title="$_$")
+    assert axes.get_ylabel() == "$^$"
+
+
 def test_of_many_layers_some_are_named_and_no_figures_are_written(drawn):
     axes, (width, height) = drawn(table(100, 13))
     assert len(axes.get_yticklabels()) == 34 and len(axes.get_xticklabels()) == 13

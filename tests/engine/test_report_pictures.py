@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,12 @@ def test_classes_are_sorted_by_the_last_models_figure(classes):
     figures = {"teacher": [None] * classes, "student": student}
     assert class_figure(figures, names, STYLES).axes  # of whom nothing is known
     assert (labels[0] == "class1") == (classes == 3)  # without a figure: below; many have no names
+
+
+def test_names_are_drawn_as_they_are():
+    names, figures = ["$5-$10", "$5^$"], {"student": [50.0, 60.0]}
+    for figure in (class_figure(figures, names, STYLES), confusion_figure(np.eye(2), names)):
+        labels = figure.axes[0].get_yticklabels()
+        assert {label.get_text() for label in labels} == set(names)
+        assert not any(label.get_parse_math() for label in labels)
+        figure.savefig(io.BytesIO())  # "$5^$" is no formula
