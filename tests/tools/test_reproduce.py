@@ -399,6 +399,14 @@ def test_a_wrong_name_is_refused(call, words, message):
         ("GPUS: many", "GPUS: expected a value of type int, got 'many'"),
         ("GPUS: 0", "GPUS: expected at least 1, got 0"),
         ("TITLE: [", "is not YAML"),
+        ("1: 2", "unknown key '1'"),
+        ("METHODS: {}", "METHODS: expected one entry or more, got none"),
+        ("SEEDS: []", "SEEDS: expected one entry or more, got none"),
+        ("SEEDS: [x]", "SEEDS: expected whole numbers, got 'x'"),
+        ("COLUMNS: []", "COLUMNS: expected one entry or more, got none"),
+        ("PAIRS: {small: [1], large: a.yaml}", r"PAIRS: small: expected a file.* has \[1\]"),
+        ("PAIRS: {small: {kd: f.yaml}, large: a.yaml}", "PAIRS: small: .*; ce has None"),
+        ("METHODS: {ce: [x, 1.0]}", "ce: expected figures or null, got 'x'"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(call, table, line, message):

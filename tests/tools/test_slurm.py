@@ -99,6 +99,8 @@ def test_options_have_the_values_of_yaml():
     assert slurm.options(["partition=gpu", "timeout_min=90", "exclude=a=b"]) == {
         "partition": "gpu", "timeout_min": 90, "exclude": "a=b",
     }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^--slurm: a value is not YAML"):
+        slurm.options(["exclude=[1"])
     with pytest.raises(ConfigError, match=r"--slurm: expected KEY=VALUE, .* got 'gpu'"):
         slurm.options(["gpu"])
 

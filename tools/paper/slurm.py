@@ -43,13 +43,16 @@ def options(words: Sequence[str]) -> dict[str, Any]:
     """The ``KEY=VALUE`` words of ``--slurm``, with values parsed as YAML.
 
     Raises:
-        ConfigError: a word without ``=``.
+        ConfigError: a word without ``=``, or a value that is not YAML.
     """
     for word in words:
         if "=" not in word:
             raise ConfigError(f"--slurm: expected KEY=VALUE, e.g. partition=gpu, got {word!r}")
     pairs = (word.partition("=") for word in words)
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--slurm: a value is not YAML: {error}") from error
 
 
 def submit(

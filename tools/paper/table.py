@@ -82,7 +82,7 @@ def load_table(name: str) -> Table:
         raise ConfigError(f"TABLE: no table {name!r}; {near_names(name, known)}, or a YAML file")
     try:
         keys = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(keys, dict):
         raise ConfigError(f"{path}: expected keys with values, as in {', '.join(known)}")
@@ -93,23 +93,46 @@ def load_table(name: str) -> Table:
 
 def _check(path: Path, keys: Mapping[str, Any]) -> None:
     kinds = {**NEEDED, **{key: kind for key, (kind, _) in OPTIONAL.items()}}
-    if unknown := sorted(keys.keys() - kinds):
+    if unknown := sorted(map(str, keys.keys() - kinds)):
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; {near_names(unknown[0], kinds)}")
     for key, kind in kinds.items():
         if not isinstance(keys.get(key), kind):
             raise ConfigError(
                 f"{path}: {key}: expected a value of type {kind.__name__}, got {keys.get(key)!r}"
             )
+    for key in ("COLUMNS", "SEEDS", "PAIRS", "METHODS"):
+        if not keys[key]:
+            raise ConfigError(f"{path}: {key}: expected one entry or more, got none")
+    if wrong := [seed for seed in keys["SEEDS"] if not isinstance(seed, int)]:
+        raise ConfigError(f"{path}: SEEDS: expected whole numbers, got {wrong[0]!r}")
     for key in ("GPUS", "TOGETHER"):
         if keys[key] < 1:
             raise ConfigError(f"{path}: {key}: expected at least 1, got {keys[key]}")
     if keys["TASK"] not in TASKS:
         raise ConfigError(f"{path}: TASK: expected {' or '.join(TASKS)}, got {keys['TASK']!r}")
+    _check_figures(path, keys)
+    _check_files(path, keys)
+
+
+def _check_figures(path: Path, keys: Mapping[str, Any]) -> None:
     for method, row in {**keys["METHODS"], **keys["NOT_HERE"]}.items():
         if not isinstance(row, list) or len(row) != len(keys["PAIRS"]):
             raise ConfigError(
                 f"{path}: {method}: expected a figure (or null) for each of {len(keys['PAIRS'])} "
                 f"pairs, got {row!r}"
+            )
+        figures = [one for cell in row for one in (cell if isinstance(cell, list) else [cell])]
+        if wrong := [one for one in figures if not isinstance(one, int | float | None)]:
+            raise ConfigError(f"{path}: {method}: expected figures or null, got {wrong[0]!r}")
+
+
+def _check_files(path: Path, keys: Mapping[str, Any]) -> None:
+    for pair, files in keys["PAIRS"].items():
+        named = files if isinstance(files, dict) else dict.fromkeys(keys["METHODS"], files)
+        if absent := [m for m in keys["METHODS"] if not isinstance(named.get(m), str)]:
+            raise ConfigError(
+                f"{path}: PAIRS: {pair}: expected a file, or one for each of METHODS; "
+                f"{absent[0]} has {named.get(absent[0])!r}"
             )
 
 
