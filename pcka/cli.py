@@ -53,8 +53,8 @@ def module_of(command: str, arguments: Sequence[str]) -> str:
 
 def _configuration(arguments: Sequence[str]) -> Path | None:
     """The file given by ``--config-file``, or the one in a run's folder."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-file", type=Path)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-file", type=Path, nargs="?")  # the command refuses it empty
     if file := parser.parse_known_args(arguments)[0].config_file:
         return file
     of_folders = (Path(word, "config.yaml") for word in arguments)

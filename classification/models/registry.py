@@ -124,7 +124,7 @@ def _constructor(name: str) -> Constructor:
         return constructor_of(name)
     near = _nearest(name)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(model_names())}"
-    raise ValueError(f"name: expected one of model_names(), got {name!r}; {hint}")
+    raise ValueError(f"name: there is no model {name!r}; {hint}")
 
 
 def _import_family(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,14 @@ class Predictions:
 
     @classmethod
     def of_logits(cls, logits: Tensor, labels: Tensor) -> Predictions:
-        """Summarise logits ``(N, C)`` and labels ``(N,)``."""
+        """Summarise logits ``(N, C)`` and labels ``(N,)``.
+
+        Raises:
+            ValueError: not one label per row of logits.
+        """
+        if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+            shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"logits and labels must be (N, C) and (N,), got {shapes}")
         best = logits.topk(min(BEST, logits.shape[1]), dim=1).indices
         confidence = logits.float().softmax(dim=1).amax(dim=1)
         return cls(labels, best, confidence, logits.shape[1])
@@ -105,11 +113,18 @@ class Predictions:
     def calibration_error(self, bins: int = BINS) -> float:
         """Expected calibration error, ``sum_b n_b / N |accuracy_b - confidence_b|``, in [0, 1].
 
-        Source: Guo et al. 2017, eq. 5, with the intervals of :meth:`reliability`.
+        Source: Guo et al. 2017, eq. 5, with the intervals of :meth:`reliability`. NaN without
+        images.
         """
         gaps = (b.images * abs(b.accuracy - b.confidence) for b in self.reliability(bins))
-        return sum(gaps) / len(self)
+        return sum(gaps) / len(self) if len(self) else math.nan
 
     def agreement(self, other: Predictions) -> float:
-        """Percentage of images, the same ones in both, for which both predict the same class."""
+        """Percentage of images, the same ones in both, for which both predict the same class.
+
+        Raises:
+            ValueError: they are of different numbers of images.
+        """
+        if len(self) != len(other):
+            raise ValueError(f"other: expected {len(self)} images, got {len(other)}")
         return 100 * float((self.best[:, 0] == other.best[:, 0]).double().mean())

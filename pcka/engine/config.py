@@ -218,7 +218,9 @@ def read_tree(path: Path) -> dict[str, object]:
         ) from error
     except RecursionError as error:
         raise ConfigError(f"{path}: cannot be read as YAML: nested too deeply") from error
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(

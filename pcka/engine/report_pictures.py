@@ -63,7 +63,7 @@ def reliability_figure(bins: Mapping[str, Sequence[Bin]], styles: Mapping[str, S
         filled = [b for b in of_model if b.images]
         points = [b.confidence for b in filled], [b.accuracy for b in filled]
         above.plot(*points, color=colour, linestyle=dash, marker="o", markersize=4, label=name)
-        total = sum(b.images for b in of_model)
+        total = max(sum(b.images for b in of_model), 1)
         edges = [b.low for b in of_model] + [1.0]
         shares = [100 * b.images / total for b in of_model]
         below.stairs(shares, edges, color=colour, linestyle=dash)

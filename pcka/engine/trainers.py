@@ -50,7 +50,9 @@ def _sections(path: Path, readers: tuple[Path, ...]) -> Iterator[set[str]]:
     try:
         # Only the structure: tags and values are for the trainer to check.
         tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, yaml.MappingNode):
         return

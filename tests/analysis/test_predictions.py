@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +98,12 @@ def test_batches_join_to_the_whole(said, logits, labels):
 def test_two_classes_have_two_places(labels):
     said = Predictions.of_logits(torch.randn(IMAGES, 2), labels % 2)
     assert said.hits().sum() == IMAGES and said.confusion().shape == (2, 2)
+
+
+def test_of_no_images_nothing_is_known(said):
+    nothing = Predictions.of_logits(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    assert math.isnan(nothing.calibration_error())
+    with pytest.raises(ValueError, match=f"other: expected {IMAGES} images, got 0"):
+        said.agreement(nothing)
+    with pytest.raises(ValueError, match=r"\(N, C\) and \(N,\), got \(4, 3\) and \(1,\)"):
+        Predictions.of_logits(torch.zeros(4, 3), torch.zeros(1, dtype=torch.int64))

@@ -172,7 +172,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
         ("SOLVER: &a {EPOCHS: 3, GAMMA: *a}\n", "a section contains itself, via an alias"),
         ("LOG_EVERY: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("_BASE_: {a: b}\n", "_BASE_: expected a file or a list of files"),
-        ("_BASE_: nowhere.yaml\n", "nowhere.yaml: cannot be read"),
+        ("_BASE_: nowhere.yaml\n", "nowhere.yaml: no such file or directory"),
         ("_BASE_: run.yaml\n", "is its own _BASE_"),
     ],
 )
@@ -186,6 +186,10 @@ def test_a_file_of_another_encoding_is_named(tmp_path, encoding):
     path = tmp_path / "run.yaml"
     path.write_bytes("OUTPUT_DIR: größer\n".encode(encoding))
     assert f"{path}: cannot be read as UTF-8 text" in refusal(path)
+
+
+def test_a_folder_in_a_files_place_is_refused(tmp_path):
+    assert refusal(tmp_path) == f"{tmp_path}: is a directory"
 
 
 def test_a_key_twice_in_a_base_names_the_base(tmp_path):
@@ -205,7 +209,7 @@ def test_of_several_bases_the_later_one_wins_key_by_key(tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    assert "no.yaml: cannot be read" in refusal(tmp_path / "no.yaml")
+    assert "no.yaml: no such file or directory" in refusal(tmp_path / "no.yaml")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ def test_many_classes_are_neither_named_nor_written_into_cells():
     assert not any("class" in label.get_text() for label in axes.get_xticklabels())
 
 
+def test_reliability_of_no_images_is_an_empty_figure():
+    empty = {"student": [Bin(0.0, 1.0, 0, 0.0, 0.0)]}
+    assert reliability_figure(empty, STYLES).axes
+
+
 def test_reliability_leaves_empty_intervals_out():
     bins = [Bin(0.0, 0.5, 0, 0.0, 0.0), Bin(0.5, 1.0, 8, 0.9, 0.75)]
     above, below = reliability_figure({"student": bins}, STYLES).axes

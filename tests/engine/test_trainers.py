@@ -57,5 +57,7 @@ def test_what_is_neither_or_both_is_refused(tmp_path, content, message):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"no\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"no\.yaml: no such file or directory$"):
         trainer_of(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match=f"{tmp_path}: is a directory$"):
+        trainer_of(tmp_path)

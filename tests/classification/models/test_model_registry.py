@@ -22,7 +22,9 @@ def test_names_are_sorted_and_buildable():
     ],
 )
 def test_an_unknown_name_is_answered_with_its_neighbours(name, near):
-    with pytest.raises(ValueError, match=rf"^name: .*got '{name}'; did you mean .*\b{near}"):
+    with pytest.raises(
+        ValueError, match=rf"^name: .*there is no model '{name}'; did you mean .*\b{near}"
+    ):
         create_model(name, 10)
 
 
