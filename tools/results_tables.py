@@ -86,6 +86,8 @@ def table(about: str, page: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"{page}: the table's figures {name} are missing")
     runs = list(csv.DictReader(path.open()))
+    if not runs:
+        raise ConfigError(f"{page}: {name} has no runs")
     methods, columns = _choices(runs, settings)
     subject = next(iter(runs[0]))
     known = {run[subject] for run in runs}

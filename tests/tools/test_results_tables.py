@@ -97,6 +97,9 @@ def test_what_a_table_cannot_be_made_of_is_named(write, settings, message):
 
 def test_figures_that_are_missing_are_named(write, tmp_path):
     page = write("rows: ce")
+    (tmp_path / "figures.csv").write_text("method,seed,accuracy\n")
+    with pytest.raises(ConfigError, match=r"page.md: figures.csv has no runs"):
+        main([str(page)])
     (tmp_path / "figures.csv").unlink()
     with pytest.raises(ConfigError, match=r"page.md: the table's figures figures.csv are missing"):
         main([str(page)])
