@@ -153,7 +153,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     """The command line of ``pcka doctor``, except for detectors and segmenters."""
     parser = config_arguments(
         "Will this machine and this configuration train? Prints one line per check: ok, warn or "
-        "FAIL with the way out, or - if it could not be made. The file may also be a detector's "
+        "FAIL with what to do, or - if it could not be made. The file may also be a detector's "
         "or segmenter's, with KEY VALUE pairs as the only other arguments.",
         "pcka doctor",
         f"pcka doctor --config-file {DIGITS} --method kd_fcka",

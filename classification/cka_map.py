@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "pcka cka --a resnet8 --weights-a model.pth --data digits --layers 'layer?'",
     )
     parser.prog = "pcka cka"
-    model = "zoo name, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
+    model = "built-in, torchvision/N, timm/N, hf/FOLDER, package.module:factory, or a run's folder"
     parser.add_argument("--a", required=True, metavar="MODEL", help=f"rows: {model}")
     parser.add_argument("--b", default="", metavar="MODEL", help="columns; default: that of a")
     for side in "ab":

@@ -359,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         )
     if is_first():
         print(comparison.markdown())
-        print(f"\nwritten: comparison.md, .csv and .png in {given.output}, a folder for each run")
+        files = sorted(path.name for path in given.output.glob("*") if path.is_file())
+        print(f"\n{given.output}: {', '.join(files)}, and a folder for each run")
     if not comparison.results:
         raise TrainingFailedError("no run produced a result; the reasons are below the table")
     return comparison

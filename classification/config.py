@@ -36,7 +36,7 @@ def default_config() -> CfgNode:
     """
     cfg = CfgNode(
         {
-            "SEED": 0,  # of the student's start, the image order and the augmentation
+            "SEED": 0,  # seed of initialisation, data order and augmentation
             "IMPORTS": [],  # modules that register your own parts; lists of all files add up
             "OUTPUT_DIR": "output/run",  # folder for everything that a run writes
             "DEVICE": "auto",  # auto (CUDA if available) | cpu | cuda
@@ -80,7 +80,7 @@ def default_config() -> CfgNode:
     )
     cfg.STUDENT = CfgNode(
         {
-            "NAME": "",  # zoo name | torchvision/N | timm/N | hf/FOLDER | package.module:factory
+            "NAME": "",  # built-in | torchvision/N | timm/N | hf/FOLDER | package.module:factory
             "KWARGS": CfgNode(),  # keyword arguments of the model's constructor, besides classes
             "LOGITS": "",  # key of the logits in the model's output; "": found automatically
             "WEIGHTS": "",  # checkpoint to start from; "": random initialisation from SEED
@@ -98,11 +98,11 @@ def default_config() -> CfgNode:
             "BN_MOMENTUM": 0.0,  # of its training, as for the student
             "PIXEL_MEAN": IMAGENET_MEAN,  # the teacher's own pixel statistics
             "PIXEL_STD": IMAGENET_STD,  # standard deviation of each channel
-            "ACCURACY": 0.0,  # evaluation accuracy, percent; if over 2 points short, the run stops
+            "ACCURACY": 0.0,  # expected, percent; the run stops if over 2 points below it
             "TRAIN": False,  # with empty WEIGHTS: train the teacher first (CE), keep it for reuse
             "EPOCHS": 240,  # epochs of that training; everything else as in SOLVER
             "SEED": 0,  # seed of that training, so that runs with different SEEDs share a teacher
-            "CACHE_DIR": "output/teachers",  # trained teachers, named by what determines them
+            "CACHE_DIR": "output/teachers",  # trained teachers, named by a digest of their settings
             "OTHERS": [],  # further teachers: mappings of keys of this section, at least NAME
             "SHARES": [],  # weight of each teacher in the mean of their logits; []: equal
             "OUTPUTS": "",  # folder where its outputs are kept for later runs; "": none
@@ -124,13 +124,13 @@ def default_config() -> CfgNode:
             "DECAY_NORMS_AND_BIASES": True,  # False: no decay of one-dimensional parameters
             "CLIP_GRADIENTS": 0.0,  # maximum norm of the whole gradient; 0: no clipping
             "SCHEDULE": "multistep",  # multistep | cosine | onecycle; applied at every update
-            "MILESTONES": [150, 180, 210],  # epochs after which the rate is multiplied by GAMMA
+            "MILESTONES": [150, 180, 210],  # epochs after which GAMMA multiplies the learning rate
             "GAMMA": 0.1,  # see MILESTONES
-            "MIN_LR": 0.0,  # cosine: the rate at EPOCHS
-            "WARMUP_EPOCHS": 0.0,  # the rate rises linearly from 0 over these epochs
-            "ONECYCLE_RISE": 0.3,  # onecycle: share of EPOCHS in which the rate rises
-            "ONECYCLE_DIV": 25.0,  # onecycle: the initial rate is BASE_LR divided by this
-            "ONECYCLE_FINAL_DIV": 1e4,  # onecycle: the final rate is the initial one over this
+            "MIN_LR": 0.0,  # cosine: the final learning rate
+            "WARMUP_EPOCHS": 0.0,  # the learning rate rises linearly from 0 over these epochs
+            "ONECYCLE_RISE": 0.3,  # onecycle: share of EPOCHS in which the learning rate rises
+            "ONECYCLE_DIV": 25.0,  # onecycle: the initial learning rate is BASE_LR over this
+            "ONECYCLE_FINAL_DIV": 1e4,  # onecycle: the final learning rate is that over this
             "EMA_DECAY": 0.0,  # decay of a moving average of the student's weights; 0: none
         }
     )
@@ -140,7 +140,7 @@ def default_config() -> CfgNode:
             "WARMUP": 0.0,  # share of EPOCHS over which the terms that need the teacher rise from 0
             "RELATIVE": False,  # scale each of these terms to cross-entropy's value, then weight it
             "INHERIT": [],  # prefixes of the teacher's weights that the student starts from
-            "DOT_DELTA": 0.0,  # SGD's momentum: lower by this for the task, higher for the teacher
+            "DOT_DELTA": 0.0,  # SGD's momentum: minus this for the task, plus it for the teacher
             "TAPS": [],  # [name, student's module path, teacher's], besides the models' own stages
         }
     )

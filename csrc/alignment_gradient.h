@@ -62,7 +62,7 @@ inline ScalarType check_alignment_gradient(
   std::optional<ScalarType> dtype;
   for (int i = 0; i < 4; ++i) {
     if (!factors[i]->has_value()) continue;
-    STD_TORCH_CHECK(i < 2 || cross.has_value(), kNames[i], " asks for a cross");
+    STD_TORCH_CHECK(i < 2 || cross.has_value(), kNames[i], " requires `cross`");
     const Tensor &factor = **factors[i], &of = i == 0 ? k : i == 1 ? l : *cross;
     if (!dtype) dtype = factor.scalar_type();
     check_device(factor, kNames[i], k, "k");
@@ -70,8 +70,8 @@ inline ScalarType check_alignment_gradient(
         factor.dim() == 3 && factor.size(0) == of.size(0) && factor.size(1) == of.size(1) &&
             factor.size(2) == of.size(2) && factor.is_contiguous() &&
             factor.scalar_type() == *dtype,
-        kNames[i], " must be a contiguous (", of.size(0), ", ", of.size(1), ", ", of.size(2),
-        ") of the factors' dtype");
+        kNames[i], " must be a contiguous tensor of shape (", of.size(0), ", ", of.size(1), ", ",
+        of.size(2), ") of the factors' dtype");
   }
   return dtype ? *dtype : k.scalar_type();
 }

@@ -81,7 +81,7 @@ inline void check_table(const Tensor& table, const char* name, int64_t groups, i
   STD_TORCH_CHECK(
       table.dim() == 2 && table.size(0) == groups && table.size(1) == width &&
           table.is_contiguous() && table.scalar_type() == ScalarType::Double,
-      name, " must be a contiguous float64 (", groups, ", ", width, ")");
+      name, " must be a contiguous float64 tensor of shape (", groups, ", ", width, ")");
 }
 
 // The same from a map; `name` is the argument named in the error. `rows`, if given, determine how
@@ -112,8 +112,8 @@ inline void check_rows(
   STD_TORCH_CHECK(
       rows.dim() == 3 && rows.size(0) == maps * g.groups && rows.size(1) == g.stored &&
           rows.size(2) == g.columns && rows.is_contiguous(),
-      name, " must be a contiguous (", maps * g.groups, ", ", g.rows, ", ", g.columns,
-      "), or of more rows");
+      name, " must be a contiguous tensor of shape (", maps * g.groups, ", N, ", g.columns,
+      "), with at least ", g.rows, " rows");
   const ScalarType dtype = rows.scalar_type();
   STD_TORCH_CHECK(
       dtype == accumulation_dtype(map) || (dtype == map && map == ScalarType::BFloat16), name,

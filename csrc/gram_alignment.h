@@ -77,7 +77,7 @@ inline void check_gram_alignment(
   STD_TORCH_CHECK(
       alignment.dim() == 1 && alignment.size(0) == groups && alignment.is_contiguous() &&
           alignment.scalar_type() == accumulation_dtype(k.scalar_type()),
-      "alignment must be a contiguous (", groups, ") of the dtype that sums are formed in");
+      "alignment must be a contiguous tensor of shape (", groups, ") of the accumulation dtype");
 }
 
 // The operator. Device::run(GramAlignment, a tensor on the device) does the work.

@@ -25,8 +25,9 @@ inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Te
   const auto square = [](const Tensor& m) {
     return m.dim() == 3 && m.size(1) == m.size(2) && m.is_contiguous();
   };
-  STD_TORCH_CHECK(square(k), "k must be a contiguous (G, N, N)");
-  STD_TORCH_CHECK(square(l) && l.size(0) == k.size(0), "l must be a contiguous (G, N, N)");
+  STD_TORCH_CHECK(square(k), "k must be a contiguous tensor of shape (G, N, N)");
+  STD_TORCH_CHECK(
+      square(l) && l.size(0) == k.size(0), "l must be a contiguous tensor of shape (G, N, N)");
   STD_TORCH_CHECK(k.scalar_type() == l.scalar_type(), "k and l must have one dtype");
   check_device(l, "l", k, "k");
   if (cross.has_value()) check_device(*cross, "cross", k, "k");
@@ -35,7 +36,7 @@ inline void check_grams(const Tensor& k, const Tensor& l, const std::optional<Te
         cross->dim() == 3 && cross->size(0) == k.size(0) && cross->size(1) == k.size(1) &&
             cross->size(2) == l.size(1) && cross->is_contiguous() &&
             cross->scalar_type() == k.scalar_type(),
-        "cross must be a contiguous (", k.size(0), ", ", k.size(1), ", ", l.size(1),
+        "cross must be a contiguous tensor of shape (", k.size(0), ", ", k.size(1), ", ", l.size(1),
         ") of k's dtype");
   } else {
     STD_TORCH_CHECK(

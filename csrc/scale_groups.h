@@ -44,8 +44,8 @@ inline GroupedMemory check_scale_groups(
   STD_TORCH_CHECK(
       factor.dim() == 1 && factor.size(0) == gradient.size(dim) && factor.is_contiguous() &&
           factor.scalar_type() == accumulation_dtype(dtype),
-      "factor must be a contiguous (", gradient.size(dim),
-      ") of the dtype that sums are formed in");
+      "factor must be a contiguous tensor of shape (", gradient.size(dim),
+      ") of the accumulation dtype");
   std::vector<std::array<int64_t, 2>> order;  // strides and sizes, fastest first
   for (int64_t i = 0; i < gradient.dim(); ++i) {
     STD_TORCH_CHECK(out.size(i) == gradient.size(i), "out must have gradient's shape");

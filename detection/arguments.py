@@ -87,7 +87,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     """The command line of ``pcka doctor`` for detectors and segmenters."""
     parser = command_parser(
         "Will this machine and this configuration of a detector or segmenter train? Prints one "
-        "line per check: ok, warn or FAIL with the way out, or - if it could not be made.",
+        "line per check: ok, warn or FAIL with what to do, or - if it could not be made.",
         f"pcka doctor --config-file {DIGITS}/pcka.yaml DISTILL.TEACHER.WEIGHTS teacher.pth",
     )
     parser.prog = "pcka doctor"

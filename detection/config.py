@@ -120,7 +120,7 @@ def detection_config() -> CfgNode:
             "PRIOR_PROB": 0.01,  # initial probability of an object at a location
             "CENTER_SAMPLING_RADIUS": 1.5,  # radius of a box's central region, in strides
             "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects relative to background
-            "FOCAL_LOSS_GAMMA": 2.0,  # the larger, the less easy locations count
+            "FOCAL_LOSS_GAMMA": 2.0,  # focusing parameter; larger values weigh easy locations less
             "SCORE_THRESH_TEST": 0.2,  # minimum score of a detection
             "NMS_THRESH_TEST": 0.6,  # IoU above which the lower-scoring of two boxes is dropped
             "TOPK_CANDIDATES_TEST": 1000,  # detections kept per level before NMS
@@ -136,7 +136,7 @@ def detection_config() -> CfgNode:
             "REG_MAX": 16,  # largest distance from a point to an edge, in strides
             "ANCHOR_SCALE": 8.0,  # side of the squares that ATSS compares with boxes, in strides
             "ATSS_TOPK": 9,  # candidate points per object and level
-            "QUALITY_BETA": 2.0,  # the larger, the less locations with accurate scores count
+            "QUALITY_BETA": 2.0,  # larger values weigh locations with accurate scores less
             "BOX_WEIGHT": 2.0,  # weight of the box loss
             "EDGE_WEIGHT": 0.25,  # weight of the distribution focal loss
             "SCORE_THRESH_TEST": 0.05,  # minimum score of a detection
@@ -156,7 +156,7 @@ def detection_config() -> CfgNode:
             "FIRST_WEIGHT": 0.5,  # weight of the loss on the first points
             "BOX_WEIGHT": 1.0,  # weight of the loss on the refined points
             "FOCAL_LOSS_ALPHA": 0.25,  # weight of objects relative to background
-            "FOCAL_LOSS_GAMMA": 2.0,  # the larger, the less easy locations count
+            "FOCAL_LOSS_GAMMA": 2.0,  # focusing parameter; larger values weigh easy locations less
             "SCORE_THRESH_TEST": 0.05,  # minimum score of a detection
             "NMS_THRESH_TEST": 0.5,  # IoU above which the lower-scoring of two boxes is dropped
             "TOPK_CANDIDATES_TEST": 1000,  # detections kept per level before NMS
@@ -335,7 +335,7 @@ def registered(registry: Registry, name: str, key: str) -> Callable[..., Any]:
     """
     if name not in registry:
         known = ", ".join(sorted(entry for entry, _ in registry))
-        raise ConfigError(f"{key}: detectron2 has no {name!r}; it has {known}")
+        raise ConfigError(f"{key}: unknown {name!r}; registered: {known}")
     return registry.get(name)
 
 

@@ -97,7 +97,7 @@ def check_folder(folder: Path) -> None:
     if folder.suffix in OF_FILES or folder.is_file():
         raise ConfigError(
             f"--output: expected a folder, got {str(folder)!r}; {WEIGHTS} and a configuration go "
-            "into it. ONNX is not supported; see docs/detection.md, What a run leaves"
+            "into it. ONNX is not supported; see docs/detection.md, Output files"
         )
     if any((folder / name).exists() for name in OF_RUNS) or _of_a_run(folder / YAML):
         raise ConfigError(

@@ -98,8 +98,8 @@ def level_grams(
     chosen = chosen_taps(levels, list(model.distiller.teacher_paths)) if levels else usual
     if not chosen:
         raise ConfigError(
-            f"DISTILL.METHODS: {', '.join(cfg.DISTILL.METHODS)} compares no maps of one shape, so "
-            "there are no Grams; give the folder of a run with PCKA"
+            f"DISTILL.METHODS: {', '.join(cfg.DISTILL.METHODS)} compares no maps of the same "
+            "shape, so there are no Grams; give the folder of a run with PCKA"
         )
     loader = build_detection_test_loader(cfg, name, mapper=make_mapper(cfg, training=False))
     found = LevelGrams({}, {})

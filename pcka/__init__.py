@@ -1,7 +1,8 @@
 """Centered kernel alignment for knowledge distillation (RCKA and PCKA, Zhou et al. 2024).
 
-Submodules are imported lazily, so that a command answers ``--help`` at once. Operators required by
-``PCKA_REQUIRE`` are loaded here, so missing ones are an error at import.
+Submodules are imported lazily, so that ``--help`` is fast. If the environment variable
+``PCKA_REQUIRE`` is ``cpu`` or ``cuda``, the import fails unless the compiled operators of that
+device are in use.
 """
 
 import importlib

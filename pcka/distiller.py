@@ -27,9 +27,10 @@ SMALLEST = 1e-6  # value of a term below which its scale factor stops growing
 class Distiller(nn.Module):
     """Runs both models on a batch and returns the terms of all losses.
 
-    The path of a feature: a tap reads it; if a loss compares maps of one shape, the student's map
-    goes through the tap's adapter to the teacher's width and both are pooled to the smaller size;
-    if the loss is relational, the batches of all processes are gathered; the loss compares the two.
+    The path of a feature: a tap reads it; if a loss compares maps of the same shape, the student's
+    map goes through the tap's adapter to the teacher's width and both are pooled to the smaller
+    size; if the loss is relational, the batches of all processes are gathered; the loss compares
+    the two.
 
     The teacher is not registered as a submodule: it is in neither ``state_dict`` nor
     ``parameters``, but follows ``.to()``, ``.cuda()``, ``.half()``. It runs only if a loss needs
@@ -41,8 +42,8 @@ class Distiller(nn.Module):
 
     Args:
         student: the model to train, inputs -> logits ``(B, P)``, or an output that contains them.
-        teacher: the trained model, likewise; a plain module becomes a :class:`FrozenTeacher`. None
-            if no loss needs one.
+        teacher: the trained model, with such an output; a plain module becomes a
+            :class:`FrozenTeacher`. None if no loss needs one.
         losses: modules as in :mod:`pcka.losses`.
         taps: tap name -> (path in the student, path in the teacher), or one path for both, as
             :class:`pcka.FeatureTap` takes them.
@@ -50,18 +51,18 @@ class Distiller(nn.Module):
             :func:`pcka.taps.find_logits`; a :class:`FrozenTeacher` has its own.
         relative_to: name of a term, such as ``"loss_ce"``. Each term ``L`` that needs the teacher
             is scaled to its current value before weighting: ``w sg(L_ref / L) L`` with the
-            stop-gradient ``sg``, so that weights mean the same whatever a term's own scale. No
-            loss may be one that can be negative. "": no scaling.
-        gather: relational losses see the samples of all processes, whose features must have one
-            shape; False: each process compares only its own batch.
+            stop-gradient ``sg``, so that a weight means the same at any scale of its term. Losses
+            that can be negative are refused. "": no scaling.
+        gather: relational losses see the samples of all processes, whose features must have the
+            same shape; False: each process compares only its own batch.
         compile: run the models through :func:`torch.compile`.
 
     Attributes:
         teacher_paths: tap name -> path in the teacher that the losses read.
         runs_teacher: whether a loss needs the teacher.
         adapters: tap name (with slashes for dots) -> 1x1 convolution from the student's width to
-            the teacher's, if they differ and a loss compares maps of one shape; created by
-            :meth:`prepare`, shared by these losses.
+            the teacher's, if they differ and a loss compares maps of the same shape; created
+            by :meth:`prepare`, shared by these losses.
         distillation_scale: factor on the terms of all losses that need a teacher, initially 1; a
             warm-up raises it from 0.
         taught_terms: names of the terms of these losses that were computed so far.
@@ -226,7 +227,7 @@ class Distiller(nn.Module):
         """The weighted terms of all losses; their sum is the training loss.
 
         Args:
-            images: ``(B, C, H, W)``, normalised for the student, or whatever else it takes.
+            images: ``(B, C, H, W)``, normalised for the student, or any other input of the model.
             target: what the losses compare with: ``(B,)`` class indices for cross-entropy, or
                 ``(B, P)`` class probabilities for mixed samples (mixup, cutmix).
             teacher_images: ``(B, C, H', W')`` of the same samples, normalised for the teacher;
@@ -255,7 +256,7 @@ class Distiller(nn.Module):
         return list(cast(Iterable[Loss], self.losses))
 
     def _way(self, loss: Loss) -> tuple[bool, bool]:
-        """Whether a loss's inputs are brought to one shape, and gathered from all processes."""
+        """Whether a loss's inputs are brought to the same shape, and whether they are gathered."""
         return loss.same_shape, loss.relational and self.gather and world_size() > 1
 
     def _given_to_losses(
@@ -277,7 +278,7 @@ class Distiller(nn.Module):
     def at_one_shape(
         self, student: Outputs, teacher: Outputs | None
     ) -> tuple[Outputs, Outputs | None]:
-        """Both models' outputs, with the maps that losses compare at one shape brought to it.
+        """Both models' outputs, with the maps that losses compare brought to the same shape.
 
         The student's maps pass through their adapters, and if sizes differ both are pooled to the
         smaller one. This is what such losses see.
@@ -295,7 +296,7 @@ class Distiller(nn.Module):
         return replace(student, features=own), replace(teacher, features=other)
 
     def _match(self, tap: str, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring two maps to one shape; those that already match keep the student's dtype."""
+        """Bring two maps to the same shape; those that already match keep the student's dtype."""
         if tap in self.adapters:
             own = adapt(self.adapters[tap], own)
         if own.shape[2:] != other.shape[2:]:

@@ -31,7 +31,7 @@ OF_FEATURES = [
     for name in losses.names()
     if {"stages", "stage"} & {*losses.defaults(name)} and not losses.build(name).of_detectors
 ]
-# Losses that compare maps of one shape, and how they do it.
+# Losses that compare maps of the same shape, and how they do it.
 OF_ONE_SHAPE = {
     "CWD": losses.cwd_loss,
     "FITNET": losses.fitnet_loss,
@@ -180,7 +180,8 @@ def test_losses_of_one_tap_share_its_adapter():
 
 
 def test_without_preparation_two_widths_are_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"PKD compares maps of one shape.*Distiller\.prepare"):
+    message = r"PKD compares feature maps of the same shape.*Distiller\.prepare"
+    with pytest.raises(ValueError, match=message):
         distiller_of(of_one_shape("PKD")).terms(*maps(), None)
 
 

@@ -45,6 +45,7 @@ RUN = {
     ("docs/extending.md", "yaml"): ("test_extending.py", 2),
     ("docs/frameworks.md", "python"): ("test_frameworks.py", 7),
     ("docs/library.md", "python"): ("test_readme.py", 2),
+    ("docs/start.md", "python"): ("test_readme.py", 1),
 }
 NO_CODE = {"", "bibtex"}  # pictures, contents of files, citations
 DIGITS = "configs/classification/digits/resnet20_resnet8.yaml"

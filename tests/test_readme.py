@@ -1,4 +1,4 @@
-"""The Python of the README and of the pages on library and analysis runs as it stands there."""
+"""The Python of the README and of the pages start, library and analysis runs as it stands there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from classification.models import create_model
+from pcka import save_student
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +43,18 @@ def test_the_examples_run():
     moved = [not torch.equal(a, b) for a, b in zip(before, names["student"].parameters())]
     assert all(moved)
     exec(functions, names)
+
+
+def test_a_trained_student_is_loaded_as_on_the_first_page(tmp_path, monkeypatch):
+    (loading,) = examples("docs/start.md")
+    monkeypatch.chdir(tmp_path)
+    trained = create_model("resnet8", 10).eval()
+    (tmp_path / "output" / "first").mkdir(parents=True)
+    save_student(trained, "output/first/model_best.pth")
+    names = {}
+    exec(loading, names)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(names["student"](images), trained(images))
 
 
 def test_the_examples_of_the_analysis_run(tmp_path, monkeypatch):

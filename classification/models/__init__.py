@@ -1,4 +1,4 @@
-"""Models by name: the community's model zoo, other libraries' models, and your own.
+"""Models by name: built-in models, those of other libraries, and your own.
 
 A family is imported when one of its names is first requested.
 """

@@ -84,8 +84,8 @@ def create_model(name: str, num_classes: int, **kwargs: Any) -> Classifier:
 
     Args:
         name: one of `model_names()`, of which `torchvision/<name>` are torchvision's models for
-            ImageNet and the others the community's; `timm/<name>`; `hf/<folder or name>`, an image
-            classifier of transformers; or `package.module:factory` for one of your own, which is
+            ImageNet and the others are built in; `timm/<name>`; `hf/<folder or name>`, an image
+            classifier of transformers; or `package.module:factory` for a custom model, which is
             called with `num_classes` if it takes it. Names are case-sensitive.
         num_classes: number of logits.
         kwargs: keywords of the model's constructor.

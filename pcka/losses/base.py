@@ -96,29 +96,29 @@ class Loss(nn.Module):
         log_name: name of the terms, ``loss_<log_name>`` or ``loss_<log_name>_<stage>``; by default
             the class's name in lower case. Losses of one class that are used together need
             different names.
-        needs_teacher: it needs the teacher's outputs.
-        needs_target: it needs the target.
+        needs_teacher: whether the loss needs the teacher's outputs.
+        needs_target: whether it needs the target.
         refuses_soft_targets: why it cannot learn from mixed samples, whose targets are class
             probabilities ``(B, P)``; empty if it can.
-        needs_logits: it needs the logits of each model that it reads.
-        needs_indices: it needs ``student.indices``.
-        needs_context: ``prepare`` needs a part of its ``context``.
-        needs_boxes: its target is the boxes of the objects, ``(M, 5)``: the image's index, then x0,
-            y0, x1, y1 as fractions of the width and height that the maps cover.
+        needs_logits: whether it needs the logits of each model that it reads.
+        needs_indices: whether it needs ``student.indices``.
+        needs_context: whether ``prepare`` needs a part of its ``context``.
+        needs_boxes: whether its target is the boxes of the objects, ``(M, 5)``: the image's
+            index, then x0, y0, x1, y1 as fractions of the width and height that the maps cover.
         needs_head: the type of ``Outputs.head`` that it needs from both models; None if it needs
             none.
-        head_depth: it reads the maps inside a dense head after this many convolutions; 0 if it
-            reads none.
-        capturable: it can be captured in a CUDA graph and replayed: it never waits for a tensor's
-            value, and its only state is in buffers, which it updates in place.
-        can_be_negative: a term of it can be negative, beyond rounding, so that its ratio to another
-            term is no scale: ``pcka.Distiller(..., relative_to=...)`` refuses it.
-        relational: it is not a mean over samples: it relates the samples of a batch to one another,
-            so with several processes it has to see all their batches.
+        head_depth: number of convolutions of a dense head after which it reads the maps inside; 0
+            if it reads none.
+        capturable: whether it can be captured in a CUDA graph and replayed: it never waits for a
+            tensor's value, and its only state is in buffers, which it updates in place.
+        can_be_negative: whether a term of it can be negative, beyond rounding, so that its ratio to
+            another term is no scale: ``pcka.Distiller(..., relative_to=...)`` refuses it.
+        relational: whether it relates the samples of a batch to one another instead of averaging
+            over them, so that with several processes it has to see all their batches.
         least_samples: fewest samples that it can compare, of all processes if it is relational.
-        same_shape: it compares maps of the same shape. :class:`pcka.Distiller` makes their shapes
-            equal: a trained 1x1 convolution brings the student's maps to the teacher's width, and
-            pooling brings both to the smaller size.
+        same_shape: whether it compares maps of the same shape. :class:`pcka.Distiller` makes their
+            shapes equal: a trained 1x1 convolution brings the student's maps to the teacher's
+            width, and pooling brings both to the smaller size.
     """
 
     taps: tuple[str, ...] = ()
@@ -233,9 +233,9 @@ class StagewiseLoss(Loss):
             own, other = student.feature(stage), teacher.feature(stage)
             if self.same_shape and own.shape != other.shape:
                 raise ValueError(
-                    f"{stage}: {type(self).__name__} compares maps of one shape (B, C, H, W), got "
-                    f"student {tuple(own.shape)} and teacher {tuple(other.shape)}; pcka.Distiller "
-                    "adapts them after Distiller.prepare"
+                    f"{stage}: {type(self).__name__} compares feature maps of the same shape "
+                    f"(B, C, H, W), got student {tuple(own.shape)} and teacher "
+                    f"{tuple(other.shape)}; pcka.Distiller adapts them after Distiller.prepare"
                 )
             yield stage, weight, own, other
 

@@ -33,7 +33,7 @@ def pixel_kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0)
 
 
 def positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps of one shape ``(B, K, H, W)`` -> one row per position, ``(B * H * W, K)`` each."""
+    """Maps of the same shape ``(B, K, H, W)`` -> one row per position, ``(B * H * W, K)`` each."""
     own, other = (x.movedim(1, -1).flatten(0, -2) for x in as_maps(student, teacher))
     return own, other
 

@@ -65,7 +65,7 @@ _REGISTERED: dict[str, type[Loss]] = {}
 
 
 def register(name: str) -> Callable[[L], L]:
-    """Class decorator: make a loss of your own available to :func:`build` under ``name``.
+    """Class decorator: make a custom loss available to :func:`build` under ``name``.
 
     Raises:
         ValueError: the name is taken.

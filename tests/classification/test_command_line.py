@@ -191,7 +191,7 @@ def test_every_key_and_every_keyword_of_a_loss_is_explained():
 
 def test_keys_are_explained_by_the_comments_behind_their_defaults():
     texts = commented_keys(default_config)
-    assert texts["SEED"] == "of the student's start, the image order and the augmentation"
+    assert texts["SEED"] == "seed of initialisation, data order and augmentation"
     assert texts["DATA.IMAGE_SIZE"] == "side of the square images, pixels"
     for key in flatten(default_config()):
         assert texts[key], f"{key}: say what it is by a comment behind its default"

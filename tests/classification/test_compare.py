@@ -253,6 +253,9 @@ def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(script, "compare", recorded)
     words = ["--config-file", "F", "--methods", "kd", "ce"]
     script.main(words)
+    for name in ("report.html", "comparison.tex", "costs.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "kd1.5").mkdir()
     others = ["--seeds", "4", "5", "--output", str(tmp_path), "--together", "3", "--no-costs"]
     script.main([*words, *others, "--", "SOLVER.EPOCHS", "3"])
     assert seen == [
@@ -266,7 +269,8 @@ def test_the_command_line_is_passed_on(monkeypatch, capsys, tmp_path):
         ),
     ]
     told = capsys.readouterr().out
-    assert told.count("the table\n") == told.count("written: comparison.md, .csv and .png in ") == 2
+    assert told.count("the table\n") == told.count(", and a folder for each run\n") == 2
+    assert f"{tmp_path}: comparison.tex, costs.json, report.html, and a folder" in told
     with pytest.raises(SystemExit):
         script.main([*words, "--together", "0"])
     assert "expected at least 1, got 0" in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_the_model_of_the_documentation_is_trained_and_its_taps_are_those_shown(
     digits_config, tiny_overrides, tmp_path, monkeypatch, capsys, without_plots
 ):
     page = (ROOT / "docs" / "classification.md").read_text()
-    section = page.partition("### A model of your own")[2]
+    section = page.partition("### Your own model")[2]
     code, _, shown = re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)[:3]
     (tmp_path / "my_net.py").write_text(code)
     monkeypatch.chdir(tmp_path)

@@ -138,8 +138,8 @@ def test_an_empty_file_is_named(tmp_path):
     ("outer", "student", "message"),
     [
         ("RetinaNet", "RetinaNet", r"'RetinaNet' would train without DISTILL; set it to 'Distil"),
-        ("RetinaNett", "", r"MODEL.META_ARCHITECTURE: detectron2 has no 'RetinaNett'; .*RetinaNet"),
-        ("DistilledDetector", "Retina", r"DISTILL.STUDENT: detectron2 has no 'Retina'; it has .*"),
+        ("RetinaNett", "", r"META_ARCHITECTURE: unknown 'RetinaNett'; registered: .*RetinaNet"),
+        ("DistilledDetector", "Retina", r"DISTILL.STUDENT: unknown 'Retina'; registered: .*"),
         ("DistilledDetector", "", r"DISTILL.STUDENT: expected a meta-architecture"),
     ],
 )
@@ -239,16 +239,23 @@ def test_a_saved_configuration_with_the_sections_of_all_losses_is_the_same(small
     assert list(changed_settings(load_config(str(path), []), cfg)) == ["DISTILL.PCKA.CENTER"]
 
 
-def test_the_files_of_own_boxes_that_the_docs_show_are_configurations(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("used", "unused"), [("YOLO_TRAIN", "COCO_TRAIN"), ("COCO_TRAIN", "YOLO_TRAIN")]
+)
+def test_the_files_of_own_boxes_that_the_docs_show_are_configurations(
+    used, unused, tmp_path, monkeypatch
+):
     page = (PROJECT / "docs" / "data.md").read_text()
-    teacher, taught = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    teacher, in_coco, taught = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    if used == "COCO_TRAIN":
+        teacher = re.sub(r"DATASETS:\n(  .*\n)+", in_coco, teacher)
     student = teacher.replace("bccd/teacher.yaml", "bccd/pcka.yaml") + taught
     (tmp_path / "configs").symlink_to(PROJECT / "configs")
     (tmp_path / "cells_teacher.yaml").write_text(teacher)
     (tmp_path / "cells_pcka.yaml").write_text(student)
     monkeypatch.chdir(tmp_path)
     cfg = load_config("cells_pcka.yaml", [])
-    assert cfg.DATASETS.COCO_TRAIN.NAME == "" and cfg.DATASETS.YOLO_TRAIN.NAME == "cells_train"
+    assert cfg.DATASETS[unused].NAME == "" and cfg.DATASETS[used].NAME == "cells_train"
     assert cfg.DISTILL.METHODS == ["PCKA"] and student_architecture(cfg) == "RetinaNet"
     assert teacher_config(cfg).MODEL.RESNETS.RES2_OUT_CHANNELS == 64
     assert teacher_config(cfg).OUTPUT_DIR == "output/cells_teacher"

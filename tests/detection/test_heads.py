@@ -356,7 +356,7 @@ def _canvas(batched_inputs):
         (methods("ROIKD", "DENSEKD"), "RoIKD, DenseKD read heads of two kinds"),
         (
             (*methods("DENSEKD"), *teacher_of("MODEL.META_ARCHITECTURE", "Nope")),
-            "MODEL.META_ARCHITECTURE: detectron2 has no 'Nope'",
+            "MODEL.META_ARCHITECTURE: unknown 'Nope'",
         ),
     ],
 )

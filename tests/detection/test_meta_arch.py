@@ -286,7 +286,7 @@ def test_moves_take_the_teacher_along(build):
         (("INPUT.FORMAT", "L"), r"INPUT.FORMAT: 'L' of the student and 'BGR' of the teacher"),
         (
             ("DISTILL.TEACHER.OPTS", "['MODEL.BACKBONE.NAME', 'nope']"),
-            r"the teacher's MODEL.BACKBONE.NAME: detectron2 has no 'nope'; it has .*resnet_fpn",
+            r"the teacher's MODEL.BACKBONE.NAME: unknown 'nope'; registered: .*resnet_fpn",
         ),
         (
             ("MODEL.BACKBONE.NAME", "build_p6p7_resnet_fpn_backbone"),

@@ -269,7 +269,7 @@ def test_a_teacher_classifies_inside_as_it_does_by_itself(small_config, batch):
     [
         (
             ("MODEL.SEM_SEG_HEAD.NAME", "Nothing"),
-            r"SEM_SEG_HEAD\.NAME: detectron2 has no 'Nothing'",
+            r"SEM_SEG_HEAD\.NAME: unknown 'Nothing'",
         ),
         ((*DILATED, "SOLVER.IMS_PER_BATCH", "1"), r"PSPHead normalises .* 1 image\(s\).*SyncBN"),
     ],

@@ -112,7 +112,7 @@ def test_a_folder_in_which_another_run_works_is_refused(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.BACKBONE.NAME", "nope", "detectron2 has no 'nope'; it has .*resnet_fpn"),
+        ("MODEL.BACKBONE.NAME", "nope", "unknown 'nope'; registered: .*resnet_fpn"),
         ("MODEL.DEVICE", "gpu", "expected 'cpu', 'cuda' or 'cuda:<number>', got 'gpu'"),
         ("MODEL.DEVICE", "meta", "expected 'cpu', 'cuda' or 'cuda:<number>', got 'meta'"),
         ("SOLVER.MAX_ITER", "0", "expected at least 1, got 0"),

@@ -100,7 +100,8 @@ MATCHING = {
 def test_modules_refuse_maps_of_other_shapes_and_name_who_adapts_them(draw, name):
     pair = (Outputs(features={"last": draw(i, 2, 3 + i, 8, 6)}) for i in (0, 1))
     message = (
-        r"last: \w+ compares maps of one shape.*\(2, 3, 8, 6\).*\(2, 4, 8, 6\); pcka\.Distiller"
+        r"last: \w+ compares feature maps of the same shape.*"
+        r"\(2, 3, 8, 6\).*\(2, 4, 8, 6\); pcka\.Distiller"
     )
     with pytest.raises(ValueError, match=message):
         MATCHING[name](*pair, None)
