@@ -49,7 +49,7 @@ def compare_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "Train several detectors with several seeds and compare them.",
         f"python detection/compare.py --config-files {DIGITS}/student.yaml {DIGITS}/pcka.yaml \\\n"
-        "    --seeds 0 1 2 --output output/digits DISTILL.TEACHER.WEIGHTS teacher.pth",
+        "    --seeds 0 1 2 --output output/scenes_compared DISTILL.TEACHER.WEIGHTS teacher.pth",
     )
     parser.add_argument(
         "--config-files",
