@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Refuse options that would measure nothing, or have no effect."""
+    """Refuse values with which nothing could be measured."""
     for option in ("images", "batch_size"):
         if (value := getattr(given, option)) < MIN_SAMPLES:
             name = option.replace("_", "-")
