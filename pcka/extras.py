@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def optional_package(name: str, extra: str = "export") -> Any:
@@ -35,3 +39,15 @@ def _message(missing: Sequence[str], extra: str) -> str:
         f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
         f"run pip install 'pcka[{extra}]' (from a clone: pip install -e '.[{extra}]')"
     )
+
+
+def names_as_they_are(draw: Callable[P, R]) -> Callable[P, R]:
+    """Let a function draw texts literally: a pair of ``$`` in a name begins no formula."""
+
+    @wraps(draw)
+    def literally(*positional: P.args, **keywords: P.kwargs) -> R:
+        matplotlib = optional_package("matplotlib", "train")
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return draw(*positional, **keywords)
+
+    return literally

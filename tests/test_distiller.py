@@ -235,7 +235,7 @@ def test_refusals_at_construction(student, teacher):
         Distiller(student, teacher, KD())
     for loss in (nn.MSELoss(), KD, "KD"):
         with pytest.raises(
-            ValueError, match=r"losses must be pcka\.losses\.Loss objects, got .*build"
+            ValueError, match=r"losses must be pcka\.losses\.Loss objects, got .*CE"
         ):
             Distiller(student, teacher, [CE(), loss])
     with pytest.raises(ValueError, match=r"FCKA needs the tap 'last', got \['stage1'"):

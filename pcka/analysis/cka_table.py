@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pcka.analysis.names_in_figures import names_as_they_are
-from pcka.extras import optional_package
+from pcka.extras import names_as_they_are, optional_package
 from pcka.files import atomic_write
 
 _MOST_LABELS = 40  # per axis; more would be illegible

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from pcka.analysis.gram_pairs import GramPair
-from pcka.analysis.names_in_figures import names_as_they_are
-from pcka.extras import optional_package
+from pcka.extras import names_as_they_are, optional_package
 
 COLOURS = "RdBu_r"  # white is 0, red positive, blue negative
 _INCHES = 2.7  # per side of a Gram

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from pcka.analysis.names_in_figures import names_as_they_are
 from pcka.analysis.predictions import Bin
+from pcka.extras import names_as_they_are
 
 MOST_NAMES = 25  # classes named on an axis; more would be illegible
 MOST_FIGURES = 12  # classes in a confusion matrix with shares written in its cells
