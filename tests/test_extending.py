@@ -106,7 +106,7 @@ def test_a_part_of_ones_own_is_trained_with(clone, title, folder, term):
 def test_a_pair_of_ones_own_is_compared(clone):
     (command,) = commands(section("Pair"))
     run(command, clone, "--", SHORT)
-    table = (clone / "output" / "compared" / "comparison.md").read_text()
+    table = (clone / "output" / "cosine_compared" / "comparison.md").read_text()
     assert all(re.search(rf"\| {method} +\|", table) for method in ("ce", "fcka", "cosine"))
 
 

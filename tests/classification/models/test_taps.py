@@ -144,7 +144,7 @@ def test_losses_are_checked_on_the_models_that_the_configuration_names(tiny_conf
 
 @pytest.mark.parametrize("role", ["STUDENT", "TEACHER"])
 def test_a_model_that_nobody_knows_is_named_with_its_key(tiny_config, role):
-    with pytest.raises(ConfigError, match=rf"^{role}\.NAME: there is no model 'resnet7'; did you me"):
+    with pytest.raises(ConfigError, match=rf"^{role}\.NAME: there is no model 'resnet7'; did"):
         check_losses(tiny_config("kd", **{f"{role}.NAME": "resnet7"}))
 
 
