@@ -145,8 +145,19 @@ def _load_published(model: nn.Module, name: str) -> None:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"kwargs: torchvision cannot load {weights}: {error}") from error
-    fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
-    model.load_state_dict({**own, **fitting})
+    classes = len(weights.meta["categories"])
+    others = {key for key in state.keys() & own.keys() if state[key].shape != own[key].shape}
+    of_classes = {
+        key
+        for key in others
+        if len(state[key]) == classes and state[key].shape[1:] == own[key].shape[1:]
+    }
+    if unlike := sorted((state.keys() ^ own.keys()) | (others - of_classes)):
+        raise ValueError(
+            f"kwargs: {weights} do not fit this {name}: {unlike[0]} differs; leave out pretrained, "
+            "or the other keywords"
+        )
+    model.load_state_dict({**state, **{key: own[key] for key in of_classes}})
 
 
 for _name in torchvision.models.list_models(module=torchvision.models):

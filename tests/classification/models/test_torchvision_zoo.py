@@ -136,6 +136,14 @@ def test_pretrained_loads_all_but_the_layers_of_other_classes(monkeypatch, name)
     assert all(torch.equal(same[key], value) for key, value in state.items())
 
 
+def test_a_model_of_other_widths_takes_no_published_weights(monkeypatch):
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    weights = torchvision.models.WeightsEnum
+    monkeypatch.setattr(weights, "get_state_dict", lambda weights, **_: state)
+    with pytest.raises(ValueError, match=r"do not fit this resnet50: layer1\.0\.bn1\.bias differs"):
+        create_model("torchvision/resnet50", 5, pretrained=True, width_per_group=128)
+
+
 def test_weights_that_cannot_be_loaded_are_named(monkeypatch):
     def fail(weights, **_):
         raise OSError("no route to host")
